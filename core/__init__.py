@@ -1,0 +1,1 @@
+"""What every network is made of: trees, keys, specs, layers, attention, taps, transforms."""

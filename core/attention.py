@@ -1,0 +1,268 @@
+"""Attention: the function, its masks, the layers around it and their key-value cache.
+
+    attention(Q, K, V) = softmax(Q Kᵀ / sqrt(d)) V        Vaswani et al. 2017, "Attention Is All You Need", eq. 1
+
+Tensors inside are (batch, heads, time, depth). Masks are boolean, True where a query may look at a key, and broadcast
+to (batch, heads, queries, keys). With fewer key-value heads than query heads, each is shared by a group of consecutive
+query heads (Ainslie et al. 2023, "GQA").
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import initializers
+from core.layers import dropout as dropout_layer
+from core.layers import linear, linear_spec
+
+
+def causal_mask(queries: int, keys: int | None = None, device: torch.device | str | None = None) -> Tensor:
+    """(queries, keys): query i sees the keys up to its own place; with more keys than queries, the last ones align."""
+    keys = queries if keys is None else keys
+    places = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    return torch.arange(keys, device=device)[None, :] <= places
+
+
+def padding_mask(lengths: Tensor, keys: int) -> Tensor:
+    """(batch, 1, 1, keys): every query sees the first `lengths[i]` keys of example i. Combine with `&`."""
+    return (torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    scale: float | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        q: (batch, heads, queries, depth).
+        k, v: (batch, key-value heads, keys, depth); their heads divide those of q.
+        mask: boolean, broadcastable to (batch, heads, queries, keys). A query that may see no key at all gets zeros.
+        causal: query i sees the keys up to i (aligned at the end, as in `causal_mask`); combines with mask.
+        dropout: rate at which attention weights are dropped, with `key` (2,) or one an example (batch, 2).
+        scale: factor on the scores, 1 / sqrt(depth) unless told otherwise.
+        method: "explicit" is matmul, softmax, matmul: differentiable to any order and in forward mode, vmaps.
+            "fused" is torch's kernel: less memory at long times, first derivatives only, and on the CPU no vmap.
+            "auto" is explicit on the CPU, fused elsewhere. With dropout it is always the explicit form.
+
+    Returns:
+        (batch, heads, queries, depth of v).
+
+    Raises:
+        ValueError: shapes that do not fit, a mask that is not boolean, an unknown method, dropout without a key.
+    """
+    _check(q, k, v, mask)
+    if method not in ("auto", "explicit", "fused"):
+        raise ValueError(f"attention: method '{method}' is unknown; expected auto, explicit or fused")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if dropout == 0.0 and (method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))):
+        return _fused(q, k, v, mask, causal, scale)
+    return _explicit(q, k, v, mask, causal, dropout, key, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    shapes = tuple(tuple(x.shape) for x in (q, k, v))
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"attention: q, k and v must be (batch, heads, time, depth), found {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"attention: q, k and v of shapes {shapes} do not fit each other")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads do not divide into {k.shape[1]} key-value heads")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"attention: the mask must be boolean, True where a query may look, found {mask.dtype}")
+    scores = (*q.shape[:3], k.shape[2])
+    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
+        raise ValueError(f"attention: a mask of shape {tuple(mask.shape)} does not broadcast to {scores}")
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    # torch aligns its causal mask at the start, so where lengths differ the mask is spelled out.
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        triangle = causal_mask(q.shape[2], k.shape[2], q.device)
+        mask, causal = (triangle if mask is None else mask & triangle), False
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    key: Tensor | None,
+    scale: float,
+) -> Tensor:
+    batch, heads, queries, depth = q.shape
+    shared, keys = k.shape[1], k.shape[2]
+    # The query heads of a group lie one after the other in time, so that no key or value is copied.
+    grouped = q.reshape(batch, shared, heads // shared * queries, depth)
+    scores = ((grouped * scale) @ k.transpose(-2, -1)).reshape(batch, heads, queries, keys)
+    all_see = mask is None and queries <= keys  # at least one key each
+    if causal:
+        triangle = causal_mask(queries, keys, q.device)
+        mask = triangle if mask is None else mask & triangle
+    if mask is not None:
+        scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    half = scores.dtype in (torch.float16, torch.bfloat16)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(v.dtype)
+    weights = dropout_layer(weights, dropout, key, dropout > 0.0)
+    out = weights.reshape(batch, shared, heads // shared * queries, keys) @ v
+    out = out.reshape(batch, heads, queries, v.shape[-1])
+    # A row of equal scores would give the mean of the values, those not to be seen too.
+    return out if mask is None or all_see else torch.where(mask.any(-1, keepdim=True), out, 0)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, time, heads * depth) -> (batch, heads, time, depth)."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, time, depth) -> (batch, time, heads * depth)."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def self_attention_spec(
+    width: int,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    bias: bool = True,
+    init: initializers.Initializer | None = None,
+    proj_init: initializers.Initializer | None = None,
+) -> dict:
+    """Parameters of self-attention: `qkv` (queries, keys and values in one matrix) and `proj`."""
+    if width % heads:
+        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ValueError(f"attention: {heads} query heads do not divide into {kv_heads} key-value heads")
+    depth = width // heads
+    init = initializers.xavier_uniform() if init is None else init
+    rows = width + 2 * depth * (heads if kv_heads is None else kv_heads)
+    return {
+        "proj": linear_spec(width, width, bias=bias, init=proj_init or init, axes=("embed", "heads")),
+        "qkv": linear_spec(width, rows, bias=bias, init=init, axes=("heads", "embed")),
+    }
+
+
+def _queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None) -> list[Tensor]:
+    shared = heads if kv_heads is None else kv_heads
+    depth = x.shape[-1] // heads
+    rows = p["qkv"]["weight"].shape[0]
+    if x.ndim != 3 or x.shape[-1] % heads or rows != (heads + 2 * shared) * depth:
+        raise ValueError(
+            f"attention: x of shape {tuple(x.shape)}, {heads} heads and {shared} key-value heads do not fit a qkv "
+            f"matrix of {rows} rows"
+        )
+    parts = linear(p["qkv"], x).split([heads * depth, shared * depth, shared * depth], dim=-1)
+    return [split_heads(part, n) for part, n in zip(parts, (heads, shared, shared), strict=True)]
+
+
+def self_attention(
+    p: dict,
+    x: Tensor,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
+    q, k, v = _queries_keys_values(p, x, heads, kv_heads)
+    y = attention(q, k, v, mask=mask, causal=causal, dropout=dropout, key=key, method=method)
+    return linear(p["proj"], merge_heads(y))
+
+
+def cross_attention_spec(
+    width: int, heads: int, *, bias: bool = True, init: initializers.Initializer | None = None
+) -> dict:
+    """Parameters of attention from one sequence to another: `q`, `kv` and `proj`."""
+    if width % heads:
+        raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+    init = initializers.xavier_uniform() if init is None else init
+    return {
+        "kv": linear_spec(width, 2 * width, bias=bias, init=init, axes=("heads", "embed")),
+        "proj": linear_spec(width, width, bias=bias, init=init, axes=("embed", "heads")),
+        "q": linear_spec(width, width, bias=bias, init=init, axes=("heads", "embed")),
+    }
+
+
+def cross_attention(
+    p: dict,
+    x: Tensor,
+    memory: Tensor,
+    heads: int,
+    *,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    key: Tensor | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Multi-head attention of x (batch, time, width) to memory (batch, memory time, width) -> shape of x."""
+    q = split_heads(linear(p["q"], x), heads)
+    k, v = (split_heads(part, heads) for part in linear(p["kv"], memory).chunk(2, dim=-1))
+    y = attention(q, k, v, mask=mask, dropout=dropout, key=key, method=method)
+    return linear(p["proj"], merge_heads(y))
+
+
+class Cache(NamedTuple):
+    """Keys and values of the places seen so far, (batch, key-value heads, places, depth); later places hold zeros."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def empty_cache(
+    batch: int, heads: int, places: int, depth: int, dtype: torch.dtype = torch.float32, device=None
+) -> Cache:
+    """A cache with room for `places` tokens an example."""
+    shape = (batch, heads, places, depth)
+    return Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+def cached_self_attention(
+    p: dict, x: Tensor, cache: Cache, position: Tensor, heads: int, *, kv_heads: int | None = None
+) -> tuple[Tensor, Cache]:
+    """Causal self-attention of the next tokens to all tokens so far.
+
+    Args:
+        x: (batch, time, width), the new tokens.
+        position: (batch,) integer, the place of each example's first new token. Examples may stand at different
+            places: what a shorter prompt left behind its end is overwritten before anything may look at it.
+            `position + time` must stay within the cache; its values are not checked, as that would wait for the device.
+
+    Returns:
+        (batch, time, width) and the cache with the new keys and values in it.
+
+    Raises:
+        ValueError: a cache of another shape or dtype than the new keys, or one with less room than x has tokens.
+    """
+    q, k, v = _queries_keys_values(p, x, heads, kv_heads)
+    room = cache.keys.shape
+    if (*room[:2], *room[3:]) != (*k.shape[:2], *k.shape[3:]) or room[2] < k.shape[2] or cache.keys.dtype != k.dtype:
+        found = f"of shape {tuple(room)} and {cache.keys.dtype}"
+        raise ValueError(f"attention: a cache {found} does not take keys {tuple(k.shape)} and {k.dtype}")
+    places = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (batch, time)
+    index = places[:, None, :, None].expand(k.shape)
+    cache = Cache(cache.keys.scatter(2, index, k), cache.values.scatter(2, index, v))
+    visible = torch.arange(cache.keys.shape[2], device=x.device) <= places[:, :, None]  # (batch, time, places)
+    y = attention(q, cache.keys, cache.values, mask=visible[:, None])
+    return linear(p["proj"], merge_heads(y)), cache

@@ -1,0 +1,144 @@
+"""Convolution and transposed convolution over one, two or three spatial axes; the weight's rank says how many."""
+
+from math import prod
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.initializers import Initializer, zeros
+from core.layers.linear import LECUN_NORMAL
+from core.spec import Param
+from core.tree import Tree
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+Sizes = int | tuple[int, ...]
+
+
+def conv_spec(
+    d_in: int,
+    d_out: int,
+    kernel: Sizes,
+    *,
+    dims: int | None = None,
+    groups: int = 1,
+    bias: bool = True,
+    transposed: bool = False,
+    init: Initializer = LECUN_NORMAL,
+    bias_init: Initializer = zeros,
+    axes: tuple[str | None, str | None] = ("out", "in"),
+) -> Tree:
+    """weight (d_out, d_in / groups, *kernel) and bias (d_out,); transposed: weight (d_in, d_out / groups, *kernel).
+
+    The default init is that of `linear_spec`; the fan-in is that of the weight's layout, shape[1] * prod(kernel), as
+    in torch.
+
+    Args:
+        kernel: one size an axis, or one for all of them.
+        dims: how many spatial axes; by default as many as `kernel` names, and 2 when it is one number.
+        transposed: for `conv_transpose`.
+
+    Raises:
+        ValueError: groups does not divide d_in and d_out, or `kernel` does not name `dims` (1 to 3) sizes.
+    """
+    dims = dims or (2 if isinstance(kernel, int) else len(kernel))
+    if dims not in _CONV:
+        raise ValueError(f"conv_spec: expected 1 to 3 spatial axes, found {dims}")
+    if groups < 1 or d_in % groups or d_out % groups:
+        raise ValueError(f"conv_spec: groups={groups} must divide d_in={d_in} and d_out={d_out}")
+    kernel = _per_axis(kernel, dims, "kernel")
+    channels = (d_in, d_out // groups) if transposed else (d_out, d_in // groups)
+    names = axes[::-1] if transposed else axes
+    weight = Param((*channels, *kernel), init, (*names, *(None,) * dims))
+    return {"bias": Param((d_out,), bias_init, axes[:1]), "weight": weight} if bias else {"weight": weight}
+
+
+def conv(
+    p: Tree,
+    x: Tensor,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Cross-correlation, as torch.nn.Conv1d, 2d and 3d. x: (batch, d_in, *space) -> (batch, d_out, *space').
+
+    Args:
+        padding: numbers on both sides of each axis, "valid" (none) or "same" (space' = space; stride 1 only; an even
+            kernel gets the odd one on the right).
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+
+    Raises:
+        ValueError: x has other channels or another rank than the weight; an unknown padding or mode; "same" with a
+            stride.
+    """
+    weight = p["weight"]
+    dims = _check("conv", x, weight, weight.shape[1] * groups)
+    if padding_mode not in _PADDING_MODES:
+        raise ValueError(f"conv: padding_mode is one of {', '.join(_PADDING_MODES)}, not '{padding_mode}'")
+    if padding == "same" and prod(_per_axis(stride, dims, "stride")) != 1:
+        raise ValueError(f"conv: padding 'same' needs stride 1, found {stride}")
+    pads = _pads(padding, weight.shape[2:], _per_axis(dilation, dims, "dilation"))
+    if padding_mode == "zeros" and all(left == right for left, right in pads):
+        return _CONV[dims](x, weight, p.get("bias"), stride, tuple(left for left, _ in pads), dilation, groups)
+    x = _pad(x, pads, padding_mode)
+    return _CONV[dims](x, weight, p.get("bias"), stride, 0, dilation, groups)
+
+
+def conv_transpose(
+    p: Tree,
+    x: Tensor,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Tensor:
+    """The transpose of `conv`, as torch.nn.ConvTranspose1d, 2d and 3d.
+
+    x: (batch, d_in, *space) -> (batch, d_out, *space'), where
+    space' = (space - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1.
+
+    Raises:
+        ValueError: x has other channels or another rank than the weight.
+    """
+    dims = _check("conv_transpose", x, p["weight"], p["weight"].shape[0])
+    return _CONV_TRANSPOSE[dims](x, p["weight"], p.get("bias"), stride, padding, output_padding, groups, dilation)
+
+
+def _check(name: str, x: Tensor, weight: Tensor, d_in: int) -> int:
+    """The number of spatial axes, once x is known to fit the weight."""
+    if x.ndim != weight.ndim or x.shape[1] != d_in:
+        space = ", ".join(["space"] * (weight.ndim - 2))
+        raise ValueError(f"{name}: expected x of shape (batch, {d_in}, {space}), found {tuple(x.shape)}")
+    return weight.ndim - 2
+
+
+def _per_axis(value: Sizes, dims: int, name: str) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims:
+        raise ValueError(f"conv: expected {dims} numbers for {name}, found {value}")
+    return values
+
+
+def _pads(padding: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(left, right) of each spatial axis."""
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    if padding == "valid":
+        padding = 0
+    if isinstance(padding, str):
+        raise ValueError(f"conv: padding is 'same', 'valid' or numbers, not '{padding}'")
+    return [(p, p) for p in _per_axis(padding, len(kernel), "padding")]
+
+
+def _pad(x: Tensor, pads: list[tuple[int, int]], mode: str) -> Tensor:
+    # F.pad counts from the last axis.
+    flat = [n for pair in reversed(pads) for n in pair]
+    return F.pad(x, flat, mode="constant" if mode == "zeros" else mode)

@@ -1,0 +1,70 @@
+"""Dropout in its three grains: single values, whole channels, whole examples.
+
+Each takes one key (2,), or one key an example (N, 2): then the mask of example i depends on key i alone, so a
+micro-batch, a replica and `vmap(grad)` see the masks of the whole batch.
+
+A place takes 16 random bits, compared as an integer, so that one Threefry block serves four places. A value is
+therefore kept with probability 1 - rate to within 2**-17; kept values are scaled by 1 / (1 - rate).
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from core import random
+
+
+def dropout(x: Tensor, rate: float, key: Tensor | None, train: bool = True) -> Tensor:
+    """Each value is 0 with probability `rate`, else x / (1 - rate). Srivastava et al. 2014, JMLR 15. x: (batch, ...).
+
+    Args:
+        key: (2,), or (batch, 2). May be None if nothing is to be drawn (rate 0 or not train: x itself).
+
+    Raises:
+        ValueError: rate is outside [0, 1); no key in training; the keys are not one an example.
+    """
+    return _drop("dropout", x, tuple(x.shape), rate, key, train)
+
+
+def dropout_channels(x: Tensor, rate: float, key: Tensor | None, train: bool = True) -> Tensor:
+    """`dropout` of whole channels, as torch.nn.Dropout1d, 2d and 3d. Tompson et al. 2015, arXiv:1411.4280.
+
+    x: (batch, channels, *space). Key and errors as in `dropout`.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"dropout_channels: expected x of shape (batch, channels, *space), found {tuple(x.shape)}")
+    return _drop("dropout_channels", x, tuple(x.shape[:2]), rate, key, train)
+
+
+def stochastic_depth(x: Tensor, rate: float, key: Tensor | None, train: bool = True) -> Tensor:
+    """`dropout` of whole examples, for a residual branch: y + stochastic_depth(f(y), ...). Huang et al. 2016,
+    arXiv:1603.09382, with the scale in training rather than at test time.
+
+    x: (batch, ...). Key and errors as in `dropout`.
+    """
+    return _drop("stochastic_depth", x, tuple(x.shape[:1]), rate, key, train)
+
+
+def _drop(name: str, x: Tensor, shape: tuple[int, ...], rate: float, key: Tensor | None, train: bool) -> Tensor:
+    """x with a mask of `shape`, its leading axes."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}: rate must be in [0, 1), found {rate}")
+    if not train or rate == 0:
+        return x
+    if key is None:
+        raise ValueError(f"{name}: training with rate {rate} needs a key")
+    if key.ndim > 2 or (key.ndim == 2 and key.shape[:1] != x.shape[:1]):
+        raise ValueError(f"{name}: expected a key (2,) or ({shape[0] if shape else 1}, 2), found {tuple(key.shape)}")
+    kept = _kept(key, shape[key.ndim - 1 :], rate)
+    return torch.where(kept.reshape(shape + (1,) * (x.ndim - len(shape))), x * (1 / (1 - rate)), 0)
+
+
+def _kept(key: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
+    """True with probability 1 - rate: key.shape[:-1] + shape."""
+    places = prod(shape)
+    words = random.bits(key, (-(-places // 4),), 64)
+    # Each quarter of a word in turn comes to the top, where the threshold's 16 bits are.
+    threshold = (min(round(rate * 2**16), 2**16 - 1) - 2**15) * 2**48
+    quarters = [torch.bitwise_left_shift(words, shift) >= threshold for shift in (0, 16, 32, 48)]
+    return torch.cat(quarters, -1)[..., :places].reshape(key.shape[:-1] + shape)

@@ -1,0 +1,38 @@
+"""A table of vectors, looked up by integer."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.initializers import Initializer, normal
+from core.spec import Param
+from core.tree import Tree
+
+NORMAL = normal()
+
+
+def embedding_spec(
+    vocabulary: int,
+    width: int,
+    *,
+    init: Initializer = NORMAL,
+    axes: tuple[str | None, str | None] = ("vocabulary", "width"),
+) -> Tree:
+    """weight (vocabulary, width), from N(0, 1) as in torch.nn.Embedding."""
+    return {"weight": Param((vocabulary, width), init, axes)}
+
+
+def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
+    """Rows of the table. ids: integers of any shape (...) -> (..., width).
+
+    Args:
+        padding_id: this row gets no gradient, so it stays what it is (torch's padding_idx). May be negative.
+
+    Raises:
+        ValueError: ids are not integers, or padding_id is not a row.
+    """
+    weight = p["weight"]
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"embedding: expected integer ids, found {ids.dtype}")
+    if padding_id is not None and not -weight.shape[0] <= padding_id < weight.shape[0]:
+        raise ValueError(f"embedding: padding_id={padding_id} is not one of {weight.shape[0]} rows")
+    return F.embedding(ids, weight, padding_id)

@@ -1,0 +1,36 @@
+"""The affine map on the last axis."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.initializers import Initializer, lecun_normal, zeros
+from core.spec import Param
+from core.tree import Tree
+
+LECUN_NORMAL = lecun_normal()
+
+
+def linear_spec(
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool = True,
+    init: Initializer = LECUN_NORMAL,
+    bias_init: Initializer = zeros,
+    axes: tuple[str | None, str | None] = ("out", "in"),
+) -> Tree:
+    """weight (d_out, d_in) and bias (d_out,).
+
+    The default keeps the variance of a unit-variance input: weights of variance 1 / d_in (LeCun et al., "Efficient
+    BackProp", 1998, section 4.6), bias zero. torch.nn.Linear instead draws both from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+    """
+    weight = Param((d_out, d_in), init, axes)
+    return {"bias": Param((d_out,), bias_init, axes[:1]), "weight": weight} if bias else {"weight": weight}
+
+
+def linear(p: Tree, x: Tensor) -> Tensor:
+    """y = x W^T + b. x: (..., d_in) of any rank -> (..., d_out). Raises ValueError on another last axis."""
+    d_in = p["weight"].shape[-1]
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        raise ValueError(f"linear: expected a last axis of {d_in}, found x of shape {tuple(x.shape)}")
+    return F.linear(x, p["weight"], p.get("bias"))

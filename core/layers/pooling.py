@@ -1,0 +1,71 @@
+"""Pooling over the spatial axes of x: (batch, channels, *space), one to three of them; x's rank says how many."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Sizes = int | tuple[int, ...]
+
+_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_MAX = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_ADAPTIVE_AVERAGE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def max_pool(
+    x: Tensor,
+    kernel: Sizes,
+    *,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """The largest value of each window, as torch.nn.MaxPool1d, 2d and 3d.
+
+    Args:
+        stride: by default the kernel.
+        padding: on both sides, of minus infinity; at most half the kernel.
+        ceil_mode: also take the last, incomplete window.
+    """
+    return _MAX[_dims("max_pool", x)](x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def average_pool(
+    x: Tensor,
+    kernel: Sizes,
+    *,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """The mean of each window, as torch.nn.AvgPool1d, 2d and 3d.
+
+    Args:
+        stride: by default the kernel.
+        padding: zeros on both sides; at most half the kernel.
+        ceil_mode: also take the last, incomplete window.
+        count_include_pad: whether the padding's zeros count in the mean.
+    """
+    return _AVERAGE[_dims("average_pool", x)](x, kernel, stride, padding, ceil_mode, count_include_pad)
+
+
+def adaptive_max_pool(x: Tensor, size: int | tuple[int | None, ...]) -> Tensor:
+    """(batch, channels, *size): windows chosen so that `size` of them cover each axis (None keeps that axis)."""
+    return _ADAPTIVE_MAX[_dims("adaptive_max_pool", x)](x, size)
+
+
+def adaptive_average_pool(x: Tensor, size: int | tuple[int | None, ...]) -> Tensor:
+    """(batch, channels, *size): windows chosen so that `size` of them cover each axis (None keeps that axis)."""
+    return _ADAPTIVE_AVERAGE[_dims("adaptive_average_pool", x)](x, size)
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """The mean over all space. x: (batch, channels, *space) -> (batch, channels)."""
+    return x.mean(tuple(range(2, 2 + _dims("global_average_pool", x))))
+
+
+def _dims(name: str, x: Tensor) -> int:
+    if x.ndim not in (3, 4, 5):
+        raise ValueError(f"{name}: expected (batch, channels, *space) with 1 to 3 spatial axes, found {tuple(x.shape)}")
+    return x.ndim - 2

@@ -1,0 +1,104 @@
+"""Any existing `nn.Module` as parameters, statistics and a pure function."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from core import tree
+from core.tap import tap
+from core.tree import Tree
+
+
+class Lifted(NamedTuple):
+    """`params` and `stats` are trees by the module's own dotted names; see `lift` for `apply`."""
+
+    params: Tree
+    stats: Tree
+    apply: Callable
+
+
+def lift(module: nn.Module) -> Lifted:
+    """Turn a module into (params, stats, apply). The module is only read: its values are copied, never changed.
+
+    `apply(tree.merge(params, stats), *args, train=False, **kwargs)` calls the module with these values. A parameter
+    that the module uses under several names (tied weights) is one leaf, under the first of them. Buffers that a state
+    dict holds become `stats`: floating-point ones as they are, integer ones (torch's num_batches_tracked) as float64.
+
+    In training mode what the module adds to a buffer is tapped to its leaf, and 1 to the leaf `count`, as batch norm
+    of `core.layers` does: `increments = grad(loss, argnums=1)(params, stats)`, then `core.stats.update`.
+    Every floating-point output carries the reports, so the loss may use any of them.
+
+    Raises:
+        ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, training
+            mode with a layer that draws random numbers, since a module has no key to draw from. All are named.
+    """
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"lift: '{name}' has no shape yet; call the module once before lifting it")
+    # A buffer that no state dict holds (a causal mask, say) is a constant of the module, not a measured statistic.
+    constants = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        for name in layer._non_persistent_buffers_set
+    }
+    buffers = {name: b for name, b in module.named_buffers() if name not in constants}
+    dtypes = {name: b.dtype for name, b in buffers.items()}
+    for name in (*parameters, *buffers):
+        if name == "count" or (name in buffers and name.endswith(".count")):
+            raise ValueError(f"lift: '{name}' is called `count`, which is where the number of updates is kept")
+
+    values = {name: p.detach().clone() for name, p in parameters.items()}
+    for name, b in buffers.items():
+        numeric = b.is_floating_point() or b.is_complex()
+        values[name] = b.detach().clone() if numeric else b.detach().to(torch.float64)
+    if buffers:
+        values["count"] = torch.zeros((), device=next(iter(buffers.values())).device)
+    params, stats = tree.partition(tree.nest(values), lambda name, _: name in parameters)
+    drawing = [name or type(layer).__name__ for name, layer in module.named_modules() if _draws(layer)]
+
+    def apply(values: Tree, *args, train: bool = False, **kwargs):
+        if train and drawing:
+            raise ValueError(
+                f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
+                "set its rate to 0 or use train=False"
+            )
+        flat = tree.flatten(values)
+        sinks = {name: flat.pop(name) for name in ((*dtypes, "count") if dtypes else ())}
+        # In-place updates of buffers inside the module land on these copies.
+        fresh = {name: sinks[name].detach().to(dtype, copy=True) for name, dtype in dtypes.items()}
+        fixed = {name: b.clone() for name, b in module.named_buffers() if name in constants}
+        modes = [(layer, layer.training) for layer in module.modules()]
+        try:
+            module.train(train)
+            out = torch.func.functional_call(module, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
+        finally:
+            for layer, mode in modes:
+                layer.training = mode
+        if not (train and dtypes):
+            return out
+        reports = {name: fresh[name].detach().to(sinks[name].dtype) - sinks[name].detach() for name in dtypes}
+        # Made from a report, so that it is batched by vmap where they are.
+        reports["count"] = torch.ones_like(next(iter(reports.values())).sum(), dtype=sinks["count"].dtype)
+
+        def carry(leaf):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                for name, report in reports.items():
+                    leaf = tap(leaf, sinks[name], report)
+            return leaf
+
+        # torch's trees, because the outputs of transformers are registered with these.
+        return pytree.tree_map(carry, out)
+
+    return Lifted(params, stats, apply)
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether a layer has a dropout rate above 0, or one of the few other sources of randomness."""
+    if isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
+        return getattr(layer, "p", 1.0) > 0.0
+    # Layers that call F.dropout themselves keep the rate as a number: dropout, attention_dropout, drop_prob ...
+    return any("drop" in name and isinstance(rate, float) and rate > 0.0 for name, rate in vars(layer).items())

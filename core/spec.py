@@ -1,0 +1,110 @@
+"""Parameters declared as data: a spec is a tree of `Param` and `Stat` leaves.
+
+From the spec alone come the initial values, the count and table of parameters (`tree.count`, `tree.table`; nothing is
+allocated), masks by name, the sharding of each leaf, and the template that a checkpoint or a pretrained file is
+checked against.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core import initializers, random, tree
+from core.tree import Tree
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter: its shape, how it starts, and one logical axis name (or None) a dimension."""
+
+    shape: tuple[int, ...]
+    init: initializers.Initializer = initializers.zeros
+    axes: tuple[str | None, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        if self.axes and len(self.axes) != len(self.shape):
+            raise ValueError(f"axes {self.axes} name {len(self.axes)} dimensions, but the shape is {self.shape}")
+
+
+@dataclass(frozen=True)
+class Stat(Param):
+    """A statistic that training measures instead of learning (batch norm's running mean); only ever a dict value."""
+
+
+@torch.compiler.assume_constant_result
+def name_hash(name: str) -> int:
+    """32 bits that stand for a name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
+
+
+def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
+    """Initial values for a spec, drawn on the key's device; same key, same bits.
+
+    Each leaf draws from `fold_in(key, hash of its name)`, so adding a layer changes no other layer's values, and
+    `vmap(init, in_dims=(0, None))(keys, spec)` gives an ensemble.
+
+    Args:
+        key: (2,), see `core.random.key`.
+        dtype: if given, replaces the dtype of every floating-point `Param`; a `Stat` keeps its own.
+
+    Raises:
+        ValueError: two leaves of one name (a key with a dot in it), or a key that is not (2,).
+        TypeError: a leaf that is no `Param`; both are named.
+    """
+    if key.shape != (2,):
+        raise ValueError(f"init: expected one key (2,), found {tuple(key.shape)}; vmap it over keys for an ensemble")
+    names = list(tree.flatten(spec))
+    if not names:
+        return tree.sort(spec)
+    hashes = torch.tensor([name_hash(name) for name in names], dtype=torch.int64, device=key.device)
+    keys = dict(zip(names, random.fold_in(key, hashes).unbind(-2), strict=True))
+
+    def value(name: str, leaf: Param) -> Tensor:
+        if not isinstance(leaf, Param):
+            raise TypeError(f"init: '{name}' is {type(leaf).__name__}; a spec's leaves are Param or Stat")
+        keeps = dtype is None or isinstance(leaf, Stat) or not leaf.dtype.is_floating_point
+        return leaf.init(keys[name], leaf.shape, leaf.dtype if keeps else dtype)
+
+    return tree.sort(tree.map_with_names(value, spec))
+
+
+def abstract(spec: Tree) -> Tree:
+    """The same tree as meta tensors: shapes and dtypes without memory."""
+    return tree.sort(tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), spec))
+
+
+def mask(spec: Tree, predicate: Callable[[str, Param], bool]) -> Tree:
+    """A tree of bools, `predicate(name, leaf)` at each leaf."""
+    return tree.sort(tree.map_with_names(lambda name, leaf: bool(predicate(name, leaf)), spec))
+
+
+def split(spec: Tree, values: Tree) -> tuple[Tree, Tree]:
+    """(params, stats) of the values of a spec; `tree.merge(params, stats)` joins them again."""
+    stats = {name for name, leaf in tree.items(spec) if isinstance(leaf, Stat)}
+    return tree.partition(values, lambda name, _: name not in stats)
+
+
+def check(spec: Tree, values: Tree, what: str = "parameters") -> None:
+    """Compare values with their spec: names, shapes, and lists as lists. Dtypes are free (see `init`).
+
+    Raises:
+        ValueError: naming the first leaf of `values` that is missing, misshapen or left over.
+    """
+    wanted, found = tree.flatten(spec), tree.flatten(values)
+    for name, leaf in wanted.items():
+        if name not in found:
+            raise ValueError(f"{what}: '{name}' is missing; expected shape {tuple(leaf.shape)}")
+        shape = tuple(getattr(found[name], "shape", (type(found[name]).__name__,)))
+        if shape != tuple(leaf.shape):
+            raise ValueError(f"{what}: '{name}' has shape {shape}, expected {tuple(leaf.shape)}")
+    for name in found:
+        if name not in wanted:
+            raise ValueError(f"{what}: '{name}' is left over; the model has no such parameter")
+    try:
+        tree.aligned(spec, values)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None

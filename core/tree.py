@@ -1,0 +1,373 @@
+"""Trees of tensors: dicts, lists, tuples and NamedTuples with tensors at the leaves.
+
+Parameters, gradients, optimizer states and batches are all such trees. A leaf's *name* is its dotted path,
+`blocks.0.attn.qkv.weight`; it is the same in tables, masks, checkpoints and errors. Dict keys are walked in sorted
+order (an OrderedDict's in its own) and `None` is an empty node, as optree does. `merge`, `partition`, `nest` and `sort`
+build plain dicts with sorted keys, because torch.func zips trees by insertion order; `map`, `stack` and the like keep
+the dicts of the tree they are given. No function changes its input.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Tree = Any
+
+
+def map(f: Callable, tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - read as tree.map
+    """Apply `f(leaf, *leaves of rest)` at each leaf; `rest` as in `aligned`."""
+    return unflatten(tree, [f(*row) for row in zip(*aligned(tree, *rest), strict=True)])
+
+
+def map_with_names(f: Callable, tree: Tree, *rest: Tree) -> Tree:
+    """Apply `f(name, leaf, *leaves of rest)` at each leaf; `rest` as in `aligned`."""
+    return unflatten(tree, [f(*row) for row in zip(names(tree), *aligned(tree, *rest), strict=True)])
+
+
+def leaves(tree: Tree) -> list:
+    """The leaves in order of their names' walk (dict keys sorted)."""
+    return aligned(tree)[0]
+
+
+# Dynamo's version of optree cannot flatten a dict that has no tensor in it (`{}` of a layer without parameters, a mask
+# of bools), so compiled code walks its trees here; that happens once, at tracing.
+
+
+def aligned(tree: Tree, *rest: Tree) -> list[list]:
+    """The leaves of `tree`, and what each tree of `rest` has in their places, as lists of one length.
+
+    The trees of `rest` must have the structure of `tree`; where that has a leaf, they may have a whole subtree.
+
+    Raises:
+        ValueError: they do not; it names the first path that differs.
+    """
+    if torch.compiler.is_compiling():
+        differences = [_difference(tree, other) for other in rest]
+        if any(differences):
+            raise ValueError("the trees differ in structure: " + "; ".join(filter(None, differences)))
+        return [_gather(tree, other) for other in (tree, *rest)]
+    first, treespec = optree.tree_flatten(tree)
+    others = []
+    for other in rest:
+        try:
+            others.append(treespec.flatten_up_to(other))
+        except ValueError:
+            raise ValueError("the trees differ in structure: " + _difference(tree, other)) from None
+    return [first, *others]
+
+
+def structure(tree: Tree) -> optree.PyTreeSpec:
+    """The tree without its leaves, to compare with; inside a compiled function use `aligned` and `unflatten`."""
+    return optree.tree_structure(tree)
+
+
+def unflatten(like: Tree, values: list) -> Tree:
+    """A tree of the structure of `like` (a tree, or the `structure` of one) with the leaves `values`, in order."""
+    if isinstance(like, optree.PyTreeSpec):
+        return optree.tree_unflatten(like, values)
+    if not torch.compiler.is_compiling():
+        return optree.tree_unflatten(optree.tree_structure(like), values)
+    remaining = iter(values)
+
+    def fill(node: Tree) -> Tree:
+        inner = children(node)
+        return next(remaining) if inner is None else rebuild(node, [fill(child) for _, child in inner])
+
+    return fill(like)
+
+
+def _gather(tree: Tree, other: Tree) -> list:
+    """What `other` has at each leaf of `tree`."""
+    inner = children(tree)
+    if inner is None:
+        return [other]
+    found = dict(children(other))
+    return [value for key, child in inner for value in _gather(child, found[key])]
+
+
+def _difference(tree: Tree, other: Tree, name: str = "") -> str:
+    """The first path at which `other` does not go on as `tree` does."""
+    inner = children(tree)
+    if inner is None:
+        return ""
+    found = dict(children(other) or [])
+    where = f"at '{name}'" if name else "at the top"
+    if (children(other) is None) or (isinstance(tree, dict) != isinstance(other, dict)):
+        return f"{where}, expected {type(tree).__name__}, found {type(other).__name__}"
+    for key, child in inner:
+        path = f"{name}.{key}" if name else key
+        if key not in found:
+            return f"'{path}' is missing"
+        if below := _difference(child, found.pop(key), path):
+            return below
+    if found:
+        return f"'{name}.{next(iter(found))}' is left over" if name else f"'{next(iter(found))}' is left over"
+    if type(tree) is not type(other) and not isinstance(tree, dict):
+        return f"{where}, expected {type(tree).__name__}, found {type(other).__name__}"
+    return ""
+
+
+def is_namedtuple(node: Tree) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _keys(node: dict) -> list:
+    """The keys in the order in which optree walks them."""
+    return list(node) if isinstance(node, OrderedDict) else sorted(node)
+
+
+def children(node: Tree) -> list[tuple[str, Tree]] | None:
+    """(key, child) pairs of an inner node, None for a leaf."""
+    if node is None:
+        return []
+    if isinstance(node, dict):
+        return [(str(k), node[k]) for k in _keys(node)]
+    if is_namedtuple(node):
+        return list(zip(node._fields, node, strict=True))
+    if isinstance(node, (list, tuple)):
+        return [(str(i), child) for i, child in enumerate(node)]
+    return None
+
+
+def rebuild(node: Tree, values: list[Tree]) -> Tree:
+    """A node of the same kind as `node` around other children (in the order of `children(node)`)."""
+    if node is None:
+        return None
+    if isinstance(node, dict):
+        named = dict(zip(_keys(node), values, strict=True))
+        return {key: named[key] for key in node}
+    if is_namedtuple(node):
+        return type(node)(*values)
+    return type(node)(values)
+
+
+def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, leaf) pairs in the order of `leaves`."""
+    inner = children(tree)
+    if inner is None:
+        yield prefix, tree
+    else:
+        for key, child in inner:
+            yield from items(child, f"{prefix}.{key}" if prefix else key)
+
+
+def names(tree: Tree) -> list[str]:
+    """The dotted path of each leaf, in the order of `leaves`."""
+    return [name for name, _ in items(tree)]
+
+
+def get(tree: Tree, name: str) -> Tree:
+    """The leaf or subtree at a dotted path. Raises KeyError naming the part that is not there."""
+    node, walked = tree, ""
+    for key in name.split(".") if name else []:
+        inner = dict(children(node) or [])
+        if key not in inner:
+            raise KeyError(f"no '{key}' under '{walked}': it has {', '.join(inner) or 'no children'}")
+        node, walked = inner[key], f"{walked}.{key}" if walked else key
+    return node
+
+
+def sort(tree: Tree) -> Tree:
+    """The same tree with every dict a plain dict whose keys are in sorted order."""
+    inner = children(tree)
+    if inner is None:
+        return tree
+    if isinstance(tree, dict):
+        return {key: sort(tree[key]) for key in sorted(tree)}
+    return rebuild(tree, [sort(child) for _, child in inner])
+
+
+def _is_empty(tree: Tree) -> bool:
+    inner = children(tree)
+    return inner is not None and all(_is_empty(child) for _, child in inner)
+
+
+def partition(tree: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+    """Split into (leaves where `predicate(name, leaf)`, the others).
+
+    Every leaf keeps its name: a dict drops an entry of which it has no leaf, a list or tuple keeps `{}` in its place.
+    What has no leaf to begin with (`{}` of a layer without parameters) stays in the first half. `merge` puts the
+    halves together again.
+    """
+
+    def half(node: Tree, prefix: str, wanted: bool) -> Tree:
+        inner = children(node)
+        if inner is None:
+            return node if bool(predicate(prefix, node)) == wanted else _NOTHING
+        if _is_empty(node):
+            return sort(node) if wanted else _NOTHING
+        kept = [half(child, f"{prefix}.{key}" if prefix else key, wanted) for key, child in inner]
+        if all(child is _NOTHING for child in kept):
+            return _NOTHING
+        if isinstance(node, dict):
+            named = dict(zip(_keys(node), kept, strict=True))
+            return {key: named[key] for key in sorted(named) if named[key] is not _NOTHING}
+        return rebuild(node, [{} if child is _NOTHING else child for child in kept])
+
+    first, second = half(tree, "", True), half(tree, "", False)
+    return ({} if first is _NOTHING else first), ({} if second is _NOTHING else second)
+
+
+# Says "no leaf of this half lies here", which `{}` does not: that may be a layer without parameters.
+_NOTHING = object()
+
+
+def merge(*trees: Tree) -> Tree:
+    """Join trees that have no leaf in common (the halves of `partition`, params and stats) into one, keys sorted.
+
+    Raises:
+        ValueError: two of them meet; it names the path.
+    """
+
+    def join(a: Tree, b: Tree, name: str) -> Tree:
+        if isinstance(a, dict) and isinstance(b, dict):
+            both = sorted({*a, *b})
+            return {key: join(a.get(key, {}), b.get(key, {}), f"{name}.{key}" if name else str(key)) for key in both}
+        if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
+            pairs = zip(children(a), children(b), strict=True)
+            return rebuild(a, [join(x, y, f"{name}.{key}" if name else key) for (key, x), (_, y) in pairs])
+        # Of two nodes without leaves the first stays, unless it is the `{}` that partition leaves in a list.
+        if _is_empty(b) and not (_is_empty(a) and isinstance(a, dict)):
+            return a
+        if _is_empty(a):
+            return b
+        found = " and ".join(f"{type(x).__name__} of {len(x)}" if children(x) else type(x).__name__ for x in (a, b))
+        where = f"at '{name}'" if name else "at the top"
+        raise ValueError(f"cannot merge {where}: both trees have something there, {found}")
+
+    merged: Tree = {}
+    for tree in trees:
+        merged = join(merged, tree, "")
+    return sort(merged)
+
+
+def stack(trees: list[Tree]) -> Tree:
+    """One tree whose leaves have a new leading axis, one entry a tree: the form an ensemble is vmapped over.
+
+    Raises:
+        ValueError: no tree, or trees of different structure or shapes; it names the leaf.
+    """
+    trees = list(trees)
+    if not trees:
+        raise ValueError("cannot stack: there is no tree")
+
+    def stacked(name: str, *xs: Tensor) -> Tensor:
+        if len({x.shape for x in xs}) > 1:
+            raise ValueError(f"cannot stack: '{name}' has the shapes {', '.join(str(tuple(x.shape)) for x in xs)}")
+        return torch.stack(xs)
+
+    return map_with_names(stacked, *trees)
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """The inverse of `stack`.
+
+    Raises:
+        ValueError: no leaves, or leading axes that differ.
+    """
+    values = leaves(tree)
+    if len({x.shape[:1] for x in values}) != 1 or values[0].ndim == 0:
+        raise ValueError(f"cannot unstack: the leaves need one leading axis in common, found {_shapes(tree) or 'none'}")
+    columns = [x.unbind(0) for x in values]
+    return [unflatten(tree, list(row)) for row in zip(*columns, strict=True)]
+
+
+def _shapes(tree: Tree) -> str:
+    return ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in items(tree))
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Floating-point leaves in another dtype; all other leaves as they are."""
+    return map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def move(tree: Tree, device: torch.device | str) -> Tree:
+    """Every tensor on `device`."""
+    return map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+
+
+def count(tree: Tree) -> int:
+    """How many numbers the leaves hold; works on tensors and on specs alike."""
+    return sum(torch.Size(leaf.shape).numel() for leaf in leaves(tree))
+
+
+def norm(tree: Tree) -> Tensor:
+    """sqrt(sum of squares over all leaves), accumulated in float32 or wider; 0-D."""
+    squares = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in leaves(tree)]
+    return torch.linalg.vector_norm(torch.stack(squares)) if squares else torch.zeros(())
+
+
+def table(tree: Tree) -> str:
+    """A printable table: name, shape, dtype and size of each leaf, and the total. Works on specs too."""
+    rows = [(n, str(tuple(x.shape)), str(x.dtype).removeprefix("torch."), f"{count(x):,}") for n, x in items(tree)]
+    rows = [("name", "shape", "dtype", "numbers"), *rows, ("total", "", "", f"{count(tree):,}")]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+    return "\n".join(lines)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """{name: leaf}, the form in which trees are written to files.
+
+    Raises:
+        ValueError: a dict key that is no string, is empty or has a dot, so that names would not be unique.
+    """
+
+    def check(node: Tree) -> None:
+        if isinstance(node, dict):
+            for key in node:
+                if not isinstance(key, str) or "." in key or not key:
+                    raise ValueError(f"cannot name the leaves under key {key!r}: keys must be strings without dots")
+        for _, child in children(node) or []:
+            check(child)
+
+    check(tree)
+    return dict(items(tree))
+
+
+class _Branch(dict):
+    """A dict that `nest` made itself, and no leaf."""
+
+
+def nest(flat: dict[str, Any], like: Tree = None) -> Tree:
+    """The inverse of `flatten`.
+
+    Without `like`, keys 0..n-1 become a list and everything else a dict with sorted keys; what had no leaves is lost.
+    With `like`, the result has its structure.
+
+    Raises:
+        ValueError: a name that is missing from `like` or left over, or one that is both a leaf and a branch.
+    """
+    if like is not None:
+        wanted = names(like)
+        missing, extra = [n for n in wanted if n not in flat], sorted(set(flat) - set(wanted))
+        if missing or extra:
+            raise ValueError(f"names do not match: missing {missing[:5]}, left over {extra[:5]}")
+        return unflatten(like, [flat[name] for name in wanted])
+
+    if set(flat) == {""}:
+        return flat[""]
+    root = _Branch()
+    for name, leaf in flat.items():
+        *path, last = name.split(".")
+        node = root
+        for key in path:
+            node = node.setdefault(key, _Branch())
+            if not isinstance(node, _Branch):
+                raise ValueError(f"'{name}' lies under a name that is itself a leaf")
+        if last in node:
+            raise ValueError(f"'{name}' is both a leaf and a branch")
+        node[last] = leaf
+
+    def listed(node: Tree) -> Tree:
+        if not isinstance(node, _Branch):
+            return node
+        if node and set(node) == {str(i) for i in range(len(node))}:
+            return [listed(node[str(i)]) for i in range(len(node))]
+        return {key: listed(node[key]) for key in sorted(node)}
+
+    return listed(root)

@@ -1,0 +1,1 @@
+"""Single-file experiments: the only place where a net and its training meet."""

@@ -1,0 +1,117 @@
+"""The transformer block: attention and a two-layer perceptron, each around a residual sum and a layer norm."""
+
+from torch import Tensor
+
+from core import initializers
+from core.attention import Cache, cached_self_attention, self_attention, self_attention_spec
+from core.layers import activation, dropout, layer_norm, layer_norm_spec, linear, linear_spec
+
+
+def feedforward_spec(
+    width: int,
+    hidden: int,
+    *,
+    bias: bool = True,
+    init: initializers.Initializer | None = None,
+    down_init: initializers.Initializer | None = None,
+) -> dict:
+    """Parameters of `feedforward`: `up` (hidden, width) and `down` (width, hidden)."""
+    init = initializers.xavier_uniform() if init is None else init
+    return {
+        "down": linear_spec(hidden, width, bias=bias, init=down_init or init, axes=("embed", "mlp")),
+        "up": linear_spec(width, hidden, bias=bias, init=init, axes=("mlp", "embed")),
+    }
+
+
+def feedforward(p: dict, x: Tensor, name: str = "gelu_tanh") -> Tensor:
+    """down(activation(up(x))) at every place. x: (batch, time, width) -> the same shape."""
+    return linear(p["down"], activation(name)(linear(p["up"], x)))
+
+
+def block_spec(
+    width: int,
+    heads: int,
+    hidden: int,
+    *,
+    bias: bool = True,
+    init: initializers.Initializer | None = None,
+    residual_init: initializers.Initializer | None = None,
+) -> dict:
+    """Parameters of `block`. `residual_init` is for the two matrices that write into the residual stream."""
+    return {
+        "attn": self_attention_spec(width, heads, bias=bias, init=init, proj_init=residual_init),
+        "mlp": feedforward_spec(width, hidden, bias=bias, init=init, down_init=residual_init),
+        "norm1": layer_norm_spec(width, bias=bias),
+        "norm2": layer_norm_spec(width, bias=bias),
+    }
+
+
+def _residual(x: Tensor, norm: dict, f, norm_first: bool, eps: float) -> Tensor:
+    if norm_first:
+        return x + f(layer_norm(norm, x, eps=eps))
+    return layer_norm(norm, x + f(x), eps=eps)
+
+
+def block(
+    p: dict,
+    x: Tensor,
+    heads: int,
+    *,
+    norm_first: bool = True,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    activation: str = "gelu_tanh",
+    dropout_rate: float = 0.0,
+    keys: Tensor | None = None,
+    eps: float = 1e-5,
+    method: str = "auto",
+) -> Tensor:
+    """One transformer layer.
+
+    With `norm_first` (GPT-2):  x + f(norm(x)), otherwise (GPT, the original):  norm(x + f(x)).
+
+    Args:
+        x: (batch, time, width).
+        mask: boolean, broadcastable to (batch, heads, time, time), True where attention may go.
+        keys: (3, 2) or (3, batch, 2) for the dropouts on attention weights and on the two residual branches;
+            None switches dropout off.
+        method: as in `core.attention.attention`.
+    """
+    attention_key, branch1_key, branch2_key = (None, None, None) if keys is None else keys
+    rate = 0.0 if keys is None else dropout_rate
+
+    def attend(x: Tensor) -> Tensor:
+        y = self_attention(
+            p["attn"], x, heads, mask=mask, causal=causal, dropout=rate, key=attention_key, method=method
+        )
+        return dropout(y, rate, branch1_key, rate > 0.0)
+
+    def feed(x: Tensor) -> Tensor:
+        return dropout(feedforward(p["mlp"], x, activation), rate, branch2_key, rate > 0.0)
+
+    x = _residual(x, p["norm1"], attend, norm_first, eps)
+    return _residual(x, p["norm2"], feed, norm_first, eps)
+
+
+def cached_block(
+    p: dict,
+    x: Tensor,
+    cache: Cache,
+    position: Tensor,
+    heads: int,
+    *,
+    norm_first: bool = True,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Cache]:
+    """The causal block on the next tokens alone, without dropout; see `cached_self_attention` for the arguments."""
+    caches = []
+
+    def attend(x: Tensor) -> Tensor:
+        y, updated = cached_self_attention(p["attn"], x, cache, position, heads)
+        caches.append(updated)
+        return y
+
+    x = _residual(x, p["norm1"], attend, norm_first, eps)
+    x = _residual(x, p["norm2"], lambda x: feedforward(p["mlp"], x, activation), norm_first, eps)
+    return x, caches[0]

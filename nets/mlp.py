@@ -1,0 +1,58 @@
+"""Multilayer perceptron: linear layers with an activation between them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from core import initializers, random
+from core.layers import activation, dropout, linear, linear_spec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Widths from input to output (at least two), the activation between layers, dropout on the hidden ones."""
+
+    widths: tuple[int, ...] = (64, 128, 128, 10)
+    activation: str = "relu"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if len(self.widths) < 2:
+            raise ValueError(f"mlp: widths {self.widths} need at least an input and an output")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"mlp: dropout {self.dropout} is outside [0, 1)")
+
+
+PRESETS = {
+    "digits": Config(),
+    "mnist": Config((784, 512, 512, 10)),
+    "mnist-dropout": Config((784, 800, 800, 10), dropout=0.5),
+}
+
+
+def spec(cfg: Config) -> dict:
+    """`layers.i.weight` and `layers.i.bias`, He-initialised (He et al. 2015)."""
+    init = initializers.kaiming_uniform(nonlinearity="relu")
+    pairs = zip(cfg.widths[:-1], cfg.widths[1:], strict=True)
+    return {"layers": [linear_spec(d_in, d_out, init=init) for d_in, d_out in pairs]}
+
+
+def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
+    """Logits of a batch.
+
+    Args:
+        x: (batch, ...), flattened to (batch, widths[0]).
+        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+
+    Returns:
+        (batch, widths[-1]).
+    """
+    *hidden, last = params["layers"]
+    dropping = train and cfg.dropout > 0.0
+    if dropping and key is None:
+        raise ValueError(f"mlp: training with dropout {cfg.dropout} draws random numbers; pass key=")
+    keys = random.sites(key, len(hidden)) if dropping else [None] * len(hidden)
+    x = x.flatten(1)
+    for p, k in zip(hidden, keys, strict=True):
+        x = dropout(activation(cfg.activation)(linear(p, x)), cfg.dropout, k, train)
+    return linear(last, x)

@@ -1,0 +1,30 @@
+"""Times measured side by side: every round runs each contestant once, so that drift of the machine meets all alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of one call of each contestant, over `rounds` rounds that alternate between them."""
+    for run in contestants.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(title: str, medians: dict[str, float], ours: str, targets: dict[str, float]) -> None:
+    """Print the medians and, for each target, the ratio ours / other beside the ratio that is asked for."""
+    print(title)
+    for name, value in medians.items():
+        print(f"  {name:<36} {value * 1e3:10.3f} ms")
+    for other, target in targets.items():
+        ratio = medians[ours] / medians[other]
+        verdict = "reached" if ratio <= target else "missed"
+        print(f"  {ours} / {other}: {ratio:.3f} (target at most {target}: {verdict})")

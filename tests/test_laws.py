@@ -1,0 +1,294 @@
+"""The laws that every net keeps, whatever it is for. The nets are in registry.py; a failure names the net and leaf."""
+
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from registry import NETS, PUBLISHED, Net
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, grad_and_value, vmap
+
+from core import random, spec, stats, tree
+
+every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+
+
+def some_nets(predicate):
+    return pytest.mark.parametrize("net", [pytest.param(n, id=n.name) for n in NETS.values() if predicate(n)])
+
+
+def values(net: Net, dtype=torch.float64, seed=0):
+    """(params, Stats) as they start."""
+    return spec.split(net.spec, spec.init(random.key(seed), net.spec, dtype))
+
+
+def batch(net: Net, n: int, dtype=torch.float64, seed=1):
+    return tree.cast(net.batch(random.key(seed), n), dtype)
+
+
+def one_key_each(n: int, seed=2):
+    return random.fold_in(random.key(seed), torch.arange(n))
+
+
+def scalar(out):
+    """A loss of any output, the sum over the examples: sin of each number, weighted so that nothing cancels."""
+    total = 0.0
+    for leaf in tree.leaves(out):
+        if leaf.is_floating_point():
+            weights = torch.cos(1.0 + torch.arange(leaf[0].numel(), dtype=leaf.dtype, device=leaf.device))
+            total = total + (torch.sin(leaf).reshape(len(leaf), -1) * weights).sum()
+    return total
+
+
+def loss(params, running, net: Net, x, key, train):
+    return scalar(net.apply(tree.merge(params, running), x, key, train))
+
+
+def assert_trees_close(net: Net, found, wanted, what: str, **tolerance):
+    """Leaf by leaf, to the precision of the dtype or the tolerance of `torch.testing.assert_close`."""
+    assert tree.names(found) == tree.names(wanted), f"{net.name}: {what}: other names"
+    for (name, a), b in zip(tree.items(found), tree.leaves(wanted), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{net.name}: {what}: '{name}': {m}", **tolerance)
+
+
+def assert_trees_equal(net: Net, found, wanted, what: str):
+    assert_trees_close(net, found, wanted, what, rtol=0.0, atol=0.0)
+
+
+# spec
+
+
+@every_net
+def test_spec_says_what_init_makes(net):
+    made = spec.init(random.key(0), net.spec)
+    spec.check(net.spec, made, net.name)
+    for (name, leaf), value in zip(tree.items(net.spec), tree.leaves(made), strict=True):
+        assert value.dtype == leaf.dtype, f"{net.name}: '{name}' is {value.dtype}"
+        assert not leaf.axes or len(leaf.axes) == value.ndim, f"{net.name}: '{name}' has axes {leaf.axes}"
+        assert value.isfinite().all() and not value.requires_grad, f"{net.name}: '{name}'"
+    assert sorted_everywhere(net.spec), f"{net.name}: the spec has a dict whose keys are not sorted"
+    assert sorted_everywhere(made), f"{net.name}: init has a dict whose keys are not sorted"
+
+
+def sorted_everywhere(node):
+    inner = tree.children(node) or []
+    return (not isinstance(node, dict) or list(node) == sorted(node)) and all(sorted_everywhere(x) for _, x in inner)
+
+
+@every_net
+def test_spec_init_is_a_function_of_the_key(net):
+    first, again, other = (spec.init(random.key(seed), net.spec) for seed in (0, 0, 1))
+    assert_trees_equal(net, again, first, "the same key, other values")
+    assert any(not torch.equal(a, b) for a, b in zip(tree.leaves(first), tree.leaves(other), strict=True)), net.name
+
+
+@pytest.mark.parametrize(
+    ("module", "preset"), [(module, preset) for module, family in PUBLISHED.items() for preset in family.presets]
+)
+def test_spec_count_is_the_published_one(module, preset):
+    family = PUBLISHED[module]
+    shapes = family.spec(family.presets[preset])
+    params, _ = spec.split(shapes, shapes)
+    # A preset without a published count must at least have a spec.
+    assert tree.count(params) == family.counts.get(preset, tree.count(params)) > 0
+
+
+@pytest.mark.parametrize("module", PUBLISHED)
+def test_spec_published_counts_are_of_presets(module):
+    assert set(PUBLISHED[module].counts) <= set(PUBLISHED[module].presets)
+    assert all(hash(cfg) is not None for cfg in PUBLISHED[module].presets.values())
+
+
+# pure
+
+
+@every_net
+@pytest.mark.parametrize("train", [False, True])
+def test_pure(net, train):
+    params, running = values(net, torch.float32)
+    inputs = {"params": tree.merge(params, running), "x": batch(net, 3, torch.float32), "key": random.key(2)}
+    before, versions = tree.map(torch.clone, inputs), [leaf._version for leaf in tree.leaves(inputs)]
+    torch_state = torch.get_rng_state()
+
+    first = net.apply(inputs["params"], inputs["x"], inputs["key"], train)
+    again = net.apply(inputs["params"], inputs["x"], inputs["key"], train)
+
+    assert_trees_equal(net, again, first, "two calls differ")
+    assert_trees_equal(net, inputs, before, "an input was changed")
+    written = [n for (n, leaf), v in zip(tree.items(inputs), versions, strict=True) if leaf._version != v]
+    assert not written, f"{net.name}: written in place: {written}"
+    assert torch.equal(torch.get_rng_state(), torch_state), f"{net.name}: torch's global generator was used"
+    assert all(leaf.isfinite().all() for leaf in tree.leaves(first)), f"{net.name}: not finite"
+
+
+# batch
+
+
+@every_net
+def test_batch_example_alone_equals_example_in_a_batch(net):
+    params, x = tree.merge(*values(net)), batch(net, 4)
+    together = net.apply(params, x, None, False)
+    for i in range(4):
+        alone = net.apply(params, tree.map(lambda leaf, i=i: leaf[i : i + 1], x), None, False)
+        assert_trees_close(net, alone, tree.map(lambda leaf, i=i: leaf[i : i + 1], together), f"example {i}")
+
+
+# grad
+
+
+def is_zero(net: Net, name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in net.zero)
+
+
+@every_net
+def test_grad_reaches_every_parameter(net):
+    (params, running), x = values(net), batch(net, 4)
+    gradients = grad(loss)(params, running, net, x, random.key(2), True)
+    largest = max(float(g.abs().max()) for g in tree.leaves(gradients))
+    for (name, g), p in zip(tree.items(gradients), tree.leaves(params), strict=True):
+        assert g.shape == p.shape and g.dtype == p.dtype, f"{net.name}: '{name}': {g.dtype} {tuple(g.shape)}"
+        assert g.isfinite().all(), f"{net.name}: '{name}' has a gradient that is not finite"
+        if is_zero(net, name):
+            assert g.abs().max() < 1e-10 * largest, f"{net.name}: '{name}' has a gradient; the registry says it is zero"
+        else:
+            assert g.abs().max() > 1e-8 * largest, f"{net.name}: '{name}' has no gradient"
+    names = tree.names(params)
+    assert all(any(fnmatch(name, pattern) for name in names) for pattern in net.zero), f"{net.name}: {net.zero}"
+
+
+@some_nets(lambda net: net.mixes)
+def test_grad_by_the_stats_is_their_increment(net):
+    (params, running), x = values(net), batch(net, 4)
+    increments = grad(loss, argnums=1)(params, running, net, x, random.key(2), True)
+    assert all(g.isfinite().all() and (g != 0).any() for g in tree.leaves(increments)), net.name
+    updated = stats.update(running, increments)
+    counts = [
+        (value, updated)
+        for (name, value), updated in zip(tree.items(running), tree.leaves(updated), strict=True)
+        if name.split(".")[-1] == "count"
+    ]
+    assert counts and all(after == before + 1 for before, after in counts), net.name
+    # What was measured is used: with the new Stats the answers are others.
+    outs = [net.apply(tree.merge(params, s), x, None, False) for s in (running, updated)]
+    assert not torch.allclose(scalar(outs[0]), scalar(outs[1])), net.name
+    still = grad(loss, argnums=1)(params, running, net, x, None, False)
+    assert all((g == 0).all() for g in tree.leaves(still)), f"{net.name}: a Stat has a gradient in eval mode"
+
+
+# vmap
+
+
+@every_net
+@pytest.mark.parametrize("train", [False, True])
+def test_vmap_ensemble_equals_its_members(net, train):
+    keys = random.split(random.key(0), 3)
+    stacked = vmap(lambda key: spec.init(key, net.spec, torch.float64))(keys)
+    x, key = batch(net, 4), random.key(2)
+
+    def both(values):
+        params, running = spec.split(net.spec, values)
+        return net.apply(values, x, key, train), grad(loss, (0, 1))(params, running, net, x, key, train)
+
+    together = vmap(both)(stacked)
+    for i, member in enumerate(tree.unstack(stacked)):
+        assert_trees_equal(net, member, spec.init(keys[i], net.spec, torch.float64), f"init of member {i}")
+        assert_trees_close(net, tree.map(lambda leaf, i=i: leaf[i], together), both(member), f"member {i}")
+
+
+# per example
+
+
+@every_net
+def test_per_example_gradients_sum_to_the_gradient_of_the_batch(net):
+    (params, running), x, keys = values(net), batch(net, 4), one_key_each(4)
+    train = not net.mixes
+
+    def alone(params, example, key):
+        return loss(params, running, net, tree.map(lambda leaf: leaf[None], example), key[None], train)
+
+    each = vmap(grad(alone), (None, 0, 0))(params, x, keys)
+    together = grad(loss)(params, running, net, x, keys, train)
+    assert_trees_close(net, tree.map(lambda g: g.sum(0), each), together, "sum of per-example gradients")
+
+
+# compile
+
+
+def gradients(net: Net):
+    def f(params, running, x, key):
+        return grad_and_value(loss, (0, 1))(params, running, net, x, key, True)
+
+    return f
+
+
+def check_compiled(net: Net, backend):
+    torch._dynamo.reset()
+    params, running = values(net, torch.float32)
+    compiled = torch.compile(gradients(net), backend=backend, fullgraph=True, dynamic=False)
+    for seed in (1, 2):
+        args = params, running, batch(net, 4, torch.float32, seed), random.key(seed)
+        found, wanted = compiled(*args), gradients(net)(*args)
+        # A gradient that is zero but for rounding is compared on the scale of the others.
+        noise = 1e-6 * max(float(leaf.abs().max()) for leaf in tree.leaves(wanted))
+        assert_trees_close(net, found, wanted, "compiled", rtol=1e-4, atol=noise)
+
+
+@every_net
+def test_compile_is_one_graph(net):
+    counter = CompileCounterWithBackend("aot_eager")
+    check_compiled(net, counter)
+    assert counter.frame_count == 1, f"{net.name}: {counter.frame_count} graphs for two batches of one shape"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutional",
+        pytest.param("mlp, dropout", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+    ],
+)
+def test_compile_with_inductor(name):
+    check_compiled(NETS[name], "inductor")
+
+
+# keys
+
+
+@some_nets(lambda net: net.draws)
+def test_key_is_needed_in_training(net):
+    params, x = tree.merge(*values(net)), batch(net, 2)
+    with pytest.raises(ValueError, match="key"):
+        net.apply(params, x, None, True)
+
+
+@some_nets(lambda net: not net.draws)
+def test_key_is_not_looked_at_by_a_net_that_draws_nothing(net):
+    params, x = tree.merge(*values(net)), batch(net, 2)
+    with_key, without = (net.apply(params, x, key, True) for key in (random.key(2), None))
+    assert_trees_equal(net, with_key, without, "a key changed the output")
+
+
+@some_nets(lambda net: net.draws)
+def test_key_decides_what_is_drawn(net):
+    params, x = tree.merge(*values(net)), batch(net, 3)
+    first, again, other = (scalar(net.apply(params, x, random.key(seed), True)) for seed in (2, 2, 3))
+    assert torch.equal(first, again) and not torch.allclose(first, other), net.name
+    assert not torch.allclose(first, scalar(net.apply(params, x, None, False))), f"{net.name}: train draws nothing"
+
+
+@some_nets(lambda net: net.draws and not net.mixes)
+def test_key_an_example_makes_it_independent_of_its_batch(net):
+    params, x, keys = tree.merge(*values(net)), batch(net, 4), one_key_each(4)
+    together = net.apply(params, x, keys, True)
+    for chosen in ([2], [3, 0]):
+        some = net.apply(params, tree.map(lambda leaf, c=chosen: leaf[c], x), keys[chosen], True)
+        assert_trees_close(net, some, tree.map(lambda leaf, c=chosen: leaf[c], together), f"examples {chosen}")
+
+
+@some_nets(lambda net: net.draws and not net.mixes)
+def test_key_an_example_draws_differently_for_equal_examples(net):
+    params = tree.merge(*values(net))
+    x = tree.map(lambda leaf: leaf[:1].expand(2, *leaf.shape[1:]), batch(net, 1))
+    first, second = tree.unstack(net.apply(params, x, one_key_each(2), True))
+    assert any(not torch.allclose(a, b) for a, b in zip(tree.leaves(first), tree.leaves(second), strict=True)), net.name

@@ -1,0 +1,1 @@
+"""What training needs: data, losses, optimizers, steps, checkpoints, logs, plots; imports core only."""

@@ -1,0 +1,171 @@
+"""The command line of an experiment: sub-commands, one-line errors, stopping on request, and runs that resume."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run(description: str, default: tuple[type, Callable], **others: tuple[type, Callable]) -> None:
+    """Parse the command line and call what it asks for; the body of an experiment's `if __name__ == "__main__"`.
+
+    Args:
+        description: what `--help` says first.
+        default: (dataclass of arguments, function of one) for a command line without a sub-command.
+        others: the same for each sub-command, by name.
+
+    A ValueError or OSError becomes one line on stderr and exit code 2; with FUNCTREE_DEBUG=1 in the environment it
+    keeps its traceback. An interruption that nothing else handled exits with 130.
+    """
+    import tyro
+
+    argv = sys.argv[1:]
+    name = argv[0] if argv and argv[0] in others else None
+    arguments, command = others[name] if name else default
+    if others and not name:
+        description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
+    program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
+    parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)
+    try:
+        command(parsed)
+    except (ValueError, OSError) as error:
+        if os.environ.get("FUNCTREE_DEBUG"):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"'{error.filename}': {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def choice(flag: str, value: str, options: Any) -> str:
+    """`value` if it is one of the options; otherwise a ValueError that lists them."""
+    if value not in options:
+        raise ValueError(f"{flag} '{value}' is unknown; expected one of {', '.join(options)}")
+    return value
+
+
+def device(name: str) -> torch.device:
+    """The device of a `--device` flag, checked to be there.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    try:
+        found = torch.device(name)
+        torch.zeros((), device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        available += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"--device '{name}' cannot be used; available here: {', '.join(available)}") from error
+    return found
+
+
+class Stop:
+    """Context in which Ctrl-C and SIGTERM only set `requested`, so that a loop can save and end; a second one raises."""
+
+    def __init__(self):
+        self.requested = False
+
+    def _request(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        # The signal also reaches the compiler's own processes; that they died of it is not an error of the run.
+        if self.requested and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+
+
+def resume(root: Path, args: Any, free: tuple[str, ...]) -> tuple[Path, Any]:
+    """The folder and the arguments of the run that `--resume` continues: `--name`, or the newest under `root`.
+
+    Args:
+        args: a dataclass, whose field `name` is a str or None.
+        free: fields that a resumed run may be given anew; any other must be as the run was started.
+
+    Returns:
+        (folder, arguments): what the command line does not say comes from the run's `config.json`.
+
+    Raises:
+        ValueError: there is nothing to resume, or a flag contradicts the run.
+    """
+    folder = root / args.name if args.name else _latest(root)
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
+    except FileNotFoundError:
+        raise ValueError(f"nothing to resume: '{folder}' has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot resume: '{folder / 'config.json'}' is not readable as a run's configuration") from error
+    defaults = type(args)()
+    merged = {}
+    for field in dataclasses.fields(args):
+        name, given = field.name, getattr(args, field.name)
+        default = getattr(defaults, name)
+        if name in ("name", "resume") or name not in stored:
+            merged[name] = given
+            continue
+        old = _from_json(stored[name], default)
+        said = given != default
+        if said and given != old and name not in free:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"cannot resume '{folder}' with {flag} {given}: it was started with {old}")
+        merged[name] = given if said else old
+    return folder, dataclasses.replace(args, **{**merged, "name": folder.name})
+
+
+def _from_json(value: Any, like: Any) -> Any:
+    return tuple(value) if isinstance(like, tuple) else value
+
+
+def new_folder(root: Path, name: str | None) -> Path:
+    """Make the folder of a new run, named by the time of day unless told otherwise.
+
+    Raises:
+        ValueError: a run of that name exists already.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if name is not None:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"--name '{name}' is not the name of a folder")
+        try:
+            (root / name).mkdir()
+        except FileExistsError:
+            raise ValueError(f"'{root / name}' exists already; continue it with --resume or choose another --name") from None
+        return root / name
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ["", *(f"_{i}" for i in range(2, 1000))]:
+        try:
+            (root / (stamp + suffix)).mkdir()
+            return root / (stamp + suffix)
+        except FileExistsError:
+            continue
+    raise ValueError(f"no free name for a run in '{root}'")
+
+
+def _latest(root: Path) -> Path:
+    runs = sorted(root.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError(f"nothing to resume: no run in '{root}'")
+    return runs[-1].parent

@@ -1,0 +1,205 @@
+"""Tokenizers: characters, and byte-level byte pairs (GPT-2's kind). Both have the face `Tokenizer`."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from train.data import DataError
+from train.files import read_json, replacing, write_json
+
+FORMAT = "functree characters 1"
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    vocabulary_size: int
+    fingerprint: str  # the same for equal tokenizers, in every process
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, path: str | os.PathLike) -> None: ...
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """One token a character; `chars[i]` is the character of id i."""
+
+    chars: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.chars or len(set(self.chars)) != len(self.chars) or any(len(c) != 1 for c in self.chars):
+            raise DataError("the vocabulary of a character tokenizer must be single characters, each once")
+
+    @staticmethod
+    def from_text(text: str) -> "CharTokenizer":
+        """The characters of a text, in order of their code points."""
+        return CharTokenizer(tuple(sorted(set(text))))
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.chars)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([FORMAT, *self.chars]).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError naming the first character that is not in the vocabulary, and where it is."""
+        table, codes = _table(self.chars), _codes(text)
+        ids = table[np.minimum(codes, len(table) - 1)]
+        unknown = ids < 0
+        if unknown.any():
+            position = int(unknown.argmax())
+            size = self.vocabulary_size
+            raise DataError(
+                f"character {text[position]!r} at position {position} is not among the {size} of the vocabulary"
+            )
+        return ids.tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises DataError naming an id outside the vocabulary."""
+        ids = _as_list(ids)
+        _check_ids(ids, self.vocabulary_size)
+        return "".join([self.chars[i] for i in ids])
+
+    def save(self, path: str | os.PathLike) -> None:
+        write_json(path, {"format": FORMAT, "chars": "".join(self.chars)})
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+@functools.lru_cache(maxsize=8)
+def _table(chars: tuple[str, ...]) -> np.ndarray:
+    """The id of each code point, -1 for unknown; the last entry is always -1 and stands for all code points beyond."""
+    codes = _codes("".join(chars))
+    table = np.full(int(codes.max()) + 2, -1, np.int64)
+    table[codes] = np.arange(len(chars))
+    return table
+
+
+class BytePairTokenizer:
+    """Byte-level byte-pair encoding by the `tokenizers` library; any text can be encoded.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD. Raises DataError naming an id outside the vocabulary."""
+        ids = _as_list(ids)
+        _check_ids(ids, self.vocabulary_size)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token such as "<|endoftext|>", None if there is no such token."""
+        return self.tokenizer.token_to_id(token)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the library's own format, `tokenizer.json`."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def train_byte_pairs(
+    texts: Iterable[str], vocabulary_size: int, special: Sequence[str] = (END_OF_TEXT,), progress: bool = False
+) -> BytePairTokenizer:
+    """Learn byte pairs from texts; ids are the special tokens, the 256 bytes, then the pairs in order of frequency.
+
+    Raises DataError if the vocabulary has no room for the bytes and special tokens.
+    """
+    import tokenizers
+
+    if vocabulary_size < 256 + len(special):
+        raise DataError(f"a vocabulary of {vocabulary_size} is too small: expected at least {256 + len(special)}")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(special),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    tokenizer = _byte_level(tokenizers.models.BPE())
+    tokenizer.train_from_iterator(texts, trainer)
+    return BytePairTokenizer(tokenizer)
+
+
+def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer:
+    """Read what `save` wrote, or a folder with GPT-2's `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+    Raises DataError if there is nothing of the kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise DataError(f"not a tokenizer: {error}") from None
+    if isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("chars"), str):
+        return CharTokenizer(tuple(content["chars"]))
+    import tokenizers
+
+    try:
+        return BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _load_folder(folder: Path) -> BytePairTokenizer:
+    import tokenizers
+
+    if (folder / "tokenizer.json").is_file():
+        return load(folder / "tokenizer.json")
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    if not all(file.is_file() for file in files):
+        raise DataError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt")
+    try:
+        tokenizer = _byte_level(tokenizers.models.BPE.from_file(*map(str, files)))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"cannot read the tokenizer in {folder}: {error}") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return BytePairTokenizer(tokenizer)
+
+
+def _byte_level(model: Any) -> Any:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _as_list(ids: Any) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
+
+
+def _check_ids(ids: list[int], size: int) -> None:
+    if ids and not (0 <= min(ids) and max(ids) < size):
+        bad = next(i for i in ids if not 0 <= i < size)
+        raise DataError(f"token id {bad} is outside the vocabulary of {size}")

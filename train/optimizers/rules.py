@@ -1,0 +1,222 @@
+"""The optimizers: each is a short chain of transformations, and most have a donated form.
+
+`learning_rate` is a number or a schedule. Defaults and conventions are torch.optim's; where optax differs, the argument
+that gives optax's is named. `mask(name, leaf)` limits weight decay to some leaves, usually
+`lambda name, leaf: leaf.ndim >= 2`.
+"""
+
+import torch
+
+from train.optimizers import kernels
+from train.optimizers.protocol import Optimizer, Predicate, Schedule, chain, identity
+from train.optimizers.transforms import (
+    add_decayed_weights,
+    scale_by_adagrad,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_lion,
+    scale_by_muon,
+    scale_by_rms,
+    trace,
+)
+from train.optimizers.wrappers import by_path
+
+
+def sgd(
+    learning_rate: float | Schedule,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    mask: Predicate | None = None,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Stochastic gradient descent, with momentum as in torch: b = momentum * b + g, p = p - learning_rate * b.
+
+    `weight_decay` is added to the gradient.
+    """
+    if not momentum and (nesterov or dampening):
+        raise ValueError(f"nesterov and dampening need a momentum, got {momentum=}")
+    heavy = trace(momentum, nesterov=nesterov, dampening=dampening, moment_dtype=moment_dtype)
+    pure = chain(
+        add_decayed_weights(weight_decay, mask),
+        heavy if momentum else identity(),
+        scale_by_learning_rate(learning_rate),
+    )
+    if dampening:  # torch's kernel must be told of the first step, which only the count knows
+        return pure
+    donated = kernels.sgd(
+        pure, learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask
+    )
+    return pure._replace(donated=donated)
+
+
+def rmsprop(
+    learning_rate: float | Schedule,
+    *,
+    decay: float = 0.99,
+    eps: float = 1e-8,
+    centered: bool = False,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    mask: Predicate | None = None,
+    eps_in_sqrt: bool = False,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """RMSProp, see `scale_by_rms`; `weight_decay` is added to the gradient. optax: `decay=0.9, eps_in_sqrt=True`."""
+    pure = chain(
+        add_decayed_weights(weight_decay, mask),
+        scale_by_rms(decay, eps, centered=centered, eps_in_sqrt=eps_in_sqrt, moment_dtype=moment_dtype),
+        trace(momentum, moment_dtype=moment_dtype) if momentum else identity(),
+        scale_by_learning_rate(learning_rate),
+    )
+    donated = kernels.rmsprop(
+        pure,
+        learning_rate,
+        decay=decay,
+        eps=eps,
+        centered=centered,
+        eps_in_sqrt=eps_in_sqrt,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+    return pure._replace(donated=donated)
+
+
+def adagrad(
+    learning_rate: float | Schedule,
+    *,
+    eps: float = 1e-10,
+    initial_accumulator: float = 0.0,
+    weight_decay: float = 0.0,
+    mask: Predicate | None = None,
+    eps_in_sqrt: bool = False,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Adagrad, see `scale_by_adagrad`; `weight_decay` is added to the gradient.
+
+    torch's `lr_decay` is a schedule here. optax: `eps=1e-7, initial_accumulator=0.1, eps_in_sqrt=True`.
+    """
+    pure = chain(
+        add_decayed_weights(weight_decay, mask),
+        scale_by_adagrad(eps, initial_accumulator, eps_in_sqrt=eps_in_sqrt, moment_dtype=moment_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+    if eps_in_sqrt:  # torch's kernel knows only the other form
+        return pure
+    donated = kernels.adagrad(pure, learning_rate, eps=eps, weight_decay=weight_decay, mask=mask)
+    return pure._replace(donated=donated)
+
+
+def adam(
+    learning_rate: float | Schedule,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    *,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Predicate | None = None,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Adam (Kingma & Ba, arXiv:1412.6980); `weight_decay` is added to the gradient, see `adamw` for the other kind."""
+    pure = chain(
+        add_decayed_weights(weight_decay, mask),
+        scale_by_adam(beta1, beta2, eps, moment_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+    donated = kernels.adam(
+        pure,
+        learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        decoupled=False,
+    )
+    return pure._replace(donated=donated)
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    *,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    mask: Predicate | None = None,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101): p shrinks by learning_rate * decay."""
+    pure = chain(
+        scale_by_adam(beta1, beta2, eps, moment_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    donated = kernels.adam(
+        pure,
+        learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        decoupled=True,
+    )
+    return pure._replace(donated=donated)
+
+
+def lion(
+    learning_rate: float | Schedule,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    *,
+    weight_decay: float = 0.0,
+    mask: Predicate | None = None,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Lion (Chen et al., arXiv:2302.06675), weight decay decoupled. The paper advises a third to a tenth of AdamW's
+    learning rate, and as many times its weight decay."""
+    pure = chain(
+        scale_by_lion(beta1, beta2, moment_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    donated = kernels.lion(pure, learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, mask=mask)
+    return pure._replace(donated=donated)
+
+
+def muon(
+    learning_rate: float | Schedule,
+    fallback: Optimizer,
+    *,
+    matrices: Predicate = lambda name, leaf: leaf.ndim == 2,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.1,
+    steps: int = 5,
+    adjust: str = "original",
+    dtype: torch.dtype = torch.bfloat16,
+    moment_dtype: torch.dtype | None = None,
+) -> Optimizer:
+    """Muon for the hidden matrices, `fallback` (usually `adamw(3e-4)`) for every other leaf; see `scale_by_muon`.
+
+    Muon is made for hidden layers, so name the embeddings and the output layer in `matrices`:
+    `lambda name, leaf: leaf.ndim == 2 and not name.startswith(("wte", "wpe", "head"))`.
+
+    Args:
+        matrices: which leaves are Muon's; by default all that have two dimensions.
+        weight_decay: decoupled, of Muon's leaves only.
+        dtype: what Newton-Schulz is computed in; bfloat16 as published.
+    """
+    orthogonal = chain(
+        scale_by_muon(momentum, nesterov=nesterov, steps=steps, adjust=adjust, dtype=dtype, moment_dtype=moment_dtype),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )
+    return by_path(
+        {"fallback": fallback, "muon": orthogonal},
+        lambda name, leaf: "muon" if matrices(name, leaf) else "fallback",
+    )

@@ -1,0 +1,259 @@
+"""Pictures of a run as PNG files: curves, grids of images, matrices, histograms, calibration.
+
+Each function draws one figure of its own (no pyplot, no global state) and writes it atomically.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+INK, GRID = "#333333", "#DDDDDD"
+
+
+def curves(
+    path: str | os.PathLike,
+    lines: Mapping[str, tuple[Any, Any]],
+    xlabel: str = "step",
+    ylabel: str = "",
+    title: str = "",
+    log: bool = False,
+) -> None:
+    """Lines through points.
+
+    Args:
+        lines: {name: (xs, ys)}; values that are not finite leave a gap, a single point is drawn as a dot.
+        log: a logarithmic y axis.
+    """
+    figure, axes = _axes(6.4, 4.0, xlabel, ylabel, title)
+    for i, (name, (xs, ys)) in enumerate(lines.items()):
+        x, y = _array(xs).astype(float), _array(ys).astype(float)
+        if x.shape != y.shape or x.ndim != 1:
+            raise ValueError(f"curve '{name}' has xs {x.shape} and ys {y.shape}, expected two lists of one length")
+        y = np.where(np.isfinite(y), y, np.nan)
+        style = ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
+        axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name, marker="o" if len(x) < 2 else None, lw=1.6)
+    if log:
+        axes.set_yscale("log", nonpositive="mask")
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=9, ncols=1 if len(lines) <= 8 else 2)
+    _write(path, figure)
+
+
+def image_grid(
+    path: str | os.PathLike,
+    images: Any,
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+    title: str = "",
+    scale: float = 1.2,
+) -> None:
+    """Images side by side, row after row.
+
+    Args:
+        images: (count, channels, height, width) with 1 or 3 channels, or (count, height, width); bytes, or floats in
+            [0, 1] (what lies outside is clipped).
+        columns: about as many as rows if None.
+        titles: one an image.
+        scale: the width of one image in inches.
+    """
+    pixels = _array(images)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
+        raise ValueError(f"images have shape {_array(images).shape}, expected (count, 1 or 3, height, width)")
+    if titles is not None and len(titles) != len(pixels):
+        raise ValueError(f"{len(titles)} titles for {len(pixels)} images")
+    pixels = pixels / 255 if pixels.dtype == np.uint8 else np.nan_to_num(pixels.astype(float))
+    count, _, height, width = pixels.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    # Letters are about half as wide as high: what fits over an image decides the size of all titles.
+    longest = max((len(line) for t in titles or () for line in t.split("\n")), default=1)
+    font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.58 * longest)))
+    lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
+    gap, head = 0.06, lines * font * 1.25 / 72 + (0.05 if titles else 0)
+    cell = (scale + gap, scale * height / width + gap + head)
+    top = 0.35 if title else 0.0
+    size = (columns * cell[0] + gap, rows * cell[1] + gap + top)
+    figure = _figure(*size)
+    for i, image in enumerate(pixels):
+        row, column = divmod(i, columns)
+        left, bottom = gap + column * cell[0], gap + (rows - 1 - row) * cell[1]
+        axes = figure.add_axes((left / size[0], bottom / size[1], scale / size[0], (cell[1] - gap - head) / size[1]))
+        axes.imshow(image.transpose(1, 2, 0).clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
+        if titles:
+            axes.set_title(titles[i], fontsize=font, color=INK, pad=2)
+    if title:
+        figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", fontsize=11, color=INK)
+    _write(path, figure)
+
+
+def matrix(
+    path: str | os.PathLike,
+    values: Any,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    numbers: bool | None = None,
+) -> None:
+    """A matrix as coloured cells: attention, confusion.
+
+    Args:
+        values: (rows, columns).
+        rows, columns: a label each.
+        numbers: write the values into the cells; None does if there are at most 15 x 15.
+    """
+    cells = _array(values).astype(float)
+    if cells.ndim != 2 or not cells.size:
+        raise ValueError(f"a matrix has shape {cells.shape}, expected (rows, columns)")
+    for what, labels, length in (("row", rows, len(cells)), ("column", columns, cells.shape[1])):
+        if labels is not None and len(labels) != length:
+            raise ValueError(f"{len(labels)} {what} labels for {length} {what}s")
+    height, width = cells.shape
+    numbers = max(cells.shape) <= 15 if numbers is None else numbers
+    step = 0.42 if numbers else 0.26 if rows is not None or columns is not None else 4.0 / max(height, width)
+    figure, axes = _axes(max(2.6, width * step + 1.4), max(2.2, height * step + 1.0), xlabel, ylabel, title)
+    axes.grid(False)
+    image = axes.imshow(cells, cmap="Blues", aspect="equal" if height * 4 > width else "auto", interpolation="nearest")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
+    axes.locator_params(integer=True, min_n_ticks=1)
+    if columns is not None:
+        turned = max(map(len, columns), default=0) > 2
+        axes.set_xticks(range(width), columns, rotation=90 if turned else 0, fontsize=8)
+    if rows is not None:
+        axes.set_yticks(range(height), rows, fontsize=8)
+    if numbers:
+        low, high = np.nanmin(cells), np.nanmax(cells)
+        whole = np.all(cells == np.round(cells))
+        for (i, j), value in np.ndenumerate(cells):
+            dark = value > (low + high) / 2
+            text = f"{value:.0f}" if whole else f"{value:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
+    else:
+        bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    _write(path, figure)
+
+
+def reliability(path: str | os.PathLike, confidence: Any, accuracy: Any, counts: Any, title: str = "") -> None:
+    """A reliability diagram (Guo et al. 2017, fig. 1): per bin the accuracy against the mean confidence.
+
+    The expected calibration error sum(count / total |accuracy - confidence|) is written into it.
+
+    Args:
+        confidence, accuracy, counts: one number a bin; bins without examples (count 0) are left out.
+    """
+    values = [_array(x).astype(float) for x in (confidence, accuracy, counts)]
+    if len({x.shape for x in values}) > 1 or values[0].ndim != 1:
+        raise ValueError(
+            f"confidence, accuracy and counts have shapes {[x.shape for x in values]}, expected one length"
+        )
+    p, a, n = (x[values[2] > 0] for x in values)
+    figure, axes = _axes(4.4, 4.4, "confidence", "accuracy", title)
+    axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1, label="perfect")
+    axes.vlines(p, np.minimum(p, a), np.maximum(p, a), color=COLOURS[1], lw=1.6, alpha=0.6, label="gap")
+    area = 20 + 180 * n / n.max() if len(n) else n
+    axes.plot(p, a, color=COLOURS[0], lw=1.2)
+    axes.scatter(p, a, s=area, color=COLOURS[0], zorder=3, alpha=0.85, edgecolors="white", label="bin (area: examples)")
+    error = float((n * np.abs(p - a)).sum() / n.sum()) if len(n) else float("nan")
+    axes.text(0.97, 0.04, f"ECE {100 * error:.1f} %", ha="right", transform=axes.transAxes, color=INK)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    legend = axes.legend(frameon=False, fontsize=9, loc="upper left")
+    legend.legend_handles[-1].set_sizes([40])
+    _write(path, figure)
+
+
+def histogram(
+    path: str | os.PathLike,
+    values: Mapping[str, Any],
+    bins: int = 40,
+    xlabel: str = "",
+    title: str = "",
+    log: bool = False,
+) -> None:
+    """How often values occur, on bins common to all; values that are not finite are left out.
+
+    Args:
+        values: {name: numbers of any shape}.
+        log: a logarithmic count axis.
+    """
+    found = {name: _array(x).astype(float).ravel() for name, x in values.items()}
+    found = {name: x[np.isfinite(x)] for name, x in found.items()}
+    everything = np.concatenate(list(found.values())) if found else np.empty(0)
+    if not everything.size:
+        raise ValueError("no finite value to make a histogram of")
+    edges = np.histogram_bin_edges(everything, bins)
+    figure, axes = _axes(6.0, 3.6, xlabel, "count", title)
+    for i, (name, x) in enumerate(found.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.hist(x, edges, color=colour, alpha=0.45 if len(found) > 1 else 0.85, label=name)
+        if len(found) > 1:
+            axes.hist(x, edges, histtype="step", color=colour, lw=1.2)
+    if log:
+        axes.set_yscale("log")
+    if len(found) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    _write(path, figure)
+
+
+def _array(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(width: float, height: float, xlabel: str, ylabel: str, title: str) -> tuple["Figure", "Axes"]:
+    figure = _figure(width, height)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(xlabel, color=INK, fontsize=10)
+    axes.set_ylabel(ylabel, color=INK, fontsize=10)
+    axes.set_title(title, color=INK, fontsize=11)
+    return figure, axes
+
+
+@contextmanager
+def _without_missing_letters():
+    """Labels may hold letters that the font lacks; a box in the picture is enough, no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def _write(path: str | os.PathLike, figure: "Figure") -> None:
+    with replacing(path) as temporary, _without_missing_letters():
+        figure.savefig(temporary, format="png", facecolor="white")

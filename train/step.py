@@ -1,0 +1,187 @@
+"""The train step: a pure function `(state, batch) -> (state, metrics)`, compiled.
+
+g = ∇ loss(params, batch);   updates, opt_state = optimizer(g);   params + updates
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core import random, spec, stats, transforms, tree
+from core.tree import Tree
+from train.optimizers import Optimizer, apply_updates, donated_update
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step, and all that a checkpoint holds."""
+
+    params: Tree
+    stats: Tree
+    opt_state: Tree
+    key: Tensor
+    step: Tensor
+
+
+class Policy(NamedTuple):
+    """Mixed precision: the dtype that parameters and the batch's floating-point leaves are cast to inside the loss.
+
+    Parameters, their gradients, optimizer states and Stats stay as they are (float32).
+    """
+
+    compute: torch.dtype | None = None
+
+
+def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        key: (2,); half of it initialises the spec `model`, the other half is the run's own key.
+    """
+    init_key, run_key = random.split(key).unbind(0)
+    return start(run_key, spec.init(init_key, model), model, optimizer)
+
+
+def start(key: Tensor, values: Tree, model: Tree, optimizer: Optimizer) -> TrainState:
+    """The state before the first step from given values of the spec `model`, such as published weights."""
+    spec.check(model, values)
+    params, measured = spec.split(model, values)
+    return TrainState(
+        params, measured, optimizer.init(params), key, torch.zeros((), dtype=torch.int64, device=key.device)
+    )
+
+
+def step_keys(state: TrainState, examples: int) -> Tensor:
+    """(examples, 2): the key of each example of the batch at the state's step."""
+    return random.sites(random.fold_in(state.key, state.step), examples)
+
+
+def _slice(batch: Tree, start: int, size: int) -> Tree:
+    return tree.map(lambda x: x[start : start + size], batch)
+
+
+def make_step(
+    loss: Callable,
+    optimizer: Optimizer,
+    *,
+    policy: Policy = Policy(),
+    micro_batches: int = 1,
+    donate: bool = False,
+    update_norm: bool = True,
+    compile: bool = True,
+    backend: str = "inductor",
+) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Tensor]]]:
+    """The train step of a loss and an optimizer.
+
+    Args:
+        loss: `loss(params, batch, keys) -> scalar`, or `(scalar, metrics)` with a dict of 0-D tensors: the *mean* over
+            the batch. `params` are merged with the Stats; `keys` is (examples, 2), a key an example.
+        policy: see `Policy`.
+        micro_batches: into how many equal parts a batch is cut, one after the other, to bound memory. The masks of
+            dropout do not depend on it; the gradient is the mean of the parts'.
+        donate: the step may overwrite the state it is given (parameters, optimizer state), which must then not be
+            used again. Fewer allocations and torch's fused kernels; the same values to the last ulp.
+        update_norm: report the norm of the change of the parameters; costs a copy of them when donating.
+        compile: through torch.compile, `fullgraph`; `backend` as there.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors: `loss`, `grad_norm`, `update_norm`, and the
+        loss's own.
+
+    Raises:
+        ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, or
+            the loss is no scalar.
+    """
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches is {micro_batches}; expected at least 1")
+
+    def gradients(params: Tree, measured: Tree, batch: Tree, keys: Tensor):
+        def objective(params: Tree, measured: Tree):
+            cast_params, cast_batch = params, batch
+            if policy.compute is not None:
+                cast_params, cast_batch = tree.cast(params, policy.compute), tree.cast(batch, policy.compute)
+            out = loss(tree.merge(cast_params, measured), cast_batch, keys)
+            value, metrics = out if isinstance(out, tuple) else (out, {})
+            return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value, metrics
+
+        (value, metrics), (grads, increments) = transforms.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            params, measured
+        )
+        return grads, increments, {"loss": value, **metrics}
+
+    def whole_gradients(state: TrainState, batch: Tree):
+        grads, increments, metrics = gradients(state.params, state.stats, batch, step_keys(state, _size(batch)))
+        return grads, stats.update(state.stats, increments), {**metrics, "grad_norm": tree.norm(grads)}
+
+    def mean_gradients(total: Tree, state: TrainState):
+        grads, increments, metrics = total
+        # Each batch-norm layer divides its increments by its own count, so only the others are divided here.
+        grads, metrics = tree.map(lambda x: x / micro_batches, (grads, metrics))
+        return grads, stats.update(state.stats, increments), {**metrics, "grad_norm": tree.norm(grads)}
+
+    def update(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates)
+        metrics = {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics
+        return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
+
+    overwrite = donated_update(optimizer)
+
+    def update_in_place(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
+        before = [x.clone() for x in tree.leaves(state.params)] if update_norm else []
+        params, opt_state = overwrite(grads, state.opt_state, state.params)
+        if update_norm:
+            changes = torch._foreach_sub(tree.leaves(params), before)
+            metrics = {**metrics, "update_norm": torch.stack(torch._foreach_norm(changes)).norm()}
+        return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
+
+    def maybe_compiled(f: Callable) -> Callable:
+        if not compile:
+            return f
+        compiled = torch.compile(f, fullgraph=True, dynamic=False, backend=backend)
+
+        def run(*args):
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException:
+                # Dynamo hides what f itself raises (a ValueError of the loss, say); uncompiled it has its own words.
+                f(*args)
+                raise
+
+        return run
+
+    def whole(state: TrainState, batch: Tree):
+        return update(state, *whole_gradients(state, batch))
+
+    if micro_batches == 1 and not donate:
+        return maybe_compiled(whole)
+    if micro_batches == 1:
+        compiled_gradients = maybe_compiled(whole_gradients)
+        return lambda state, batch: update_in_place(state, *compiled_gradients(state, batch))
+
+    # Several micro-batches: one compiled region a part, so that the graph does not grow with their number.
+    compiled_keys = maybe_compiled(step_keys)
+    compiled_gradients, compiled_mean = maybe_compiled(gradients), maybe_compiled(mean_gradients)
+    finish = update_in_place if donate else maybe_compiled(update)
+
+    def in_parts(state: TrainState, batch: Tree):
+        examples = _size(batch)
+        if examples % micro_batches:
+            raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
+        size, keys = examples // micro_batches, compiled_keys(state, examples)
+        total = None
+        for i in range(0, examples, size):
+            part = compiled_gradients(state.params, state.stats, _slice(batch, i, size), keys[i : i + size])
+            total = part if total is None else tree.map(torch.add, total, part)
+        return finish(state, *compiled_mean(total, state))
+
+    return in_parts
+
+
+def _size(batch: Tree) -> int:
+    sizes = {x.shape[0] if x.ndim else None for x in tree.leaves(batch)}
+    if len(sizes) != 1 or None in sizes:
+        shapes = ", ".join(f"'{name}' {tuple(x.shape)}" for name, x in tree.items(batch))
+        raise ValueError(f"the leaves of a batch must agree in their leading axis: {shapes}")
+    return sizes.pop()
