@@ -9,12 +9,12 @@ character-level GPT on the language reference that every Python installation car
     python experiments/gpt.py sample --weights openai-community/gpt2 --prompt "The "     the same with published weights
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-import math
+import shutil
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from nets import gpt2, pretrained
 from train import checkpoints, command_line, optimizers, plots, schedules
 from train.data import text, token_files, tokenizers
 from train.files import plain
-from train.logs import RunLog, read_metrics
+from train.logs import RunLog, read_curves
 from train.losses import cross_entropy
 from train.step import Policy, create, make_step, start
 
@@ -63,7 +63,7 @@ class Args:
     preset: str = "tiny"
     """Sizes and recipe: tiny, nanogpt-cpu, nanogpt-gpu, gpt, gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     text: Path | None = None
-    """A UTF-8 file to learn from; without it, the language reference inside Python. The last tenth is for validation."""
+    """A UTF-8 file to learn from, its last tenth for validation; without it, the language reference inside Python."""
     tokenizer: str = "characters"
     """"characters", or a file or folder with a byte-pair tokenizer (tokenizer.json, or vocab.json and merges.txt)."""
     weights: str | None = None
@@ -118,26 +118,15 @@ class SampleArgs:
     """cpu, cuda, cuda:1, mps ..."""
 
 
-def read_tokens(args: Args, tokenizer: Any | None) -> tuple[Any, Any]:
-    """(tokens, tokenizer); a run that is resumed brings its tokenizer, a large text is kept tokenized on disk."""
-    content = text.read_text(args.text, minimum=100) if args.text else text.embedded_text()
-    if tokenizer is None and args.weights:
-        tokenizer = published_tokenizer(args.weights)
-    elif tokenizer is None:
-        by_characters = args.tokenizer == "characters"
-        tokenizer = tokenizers.CharTokenizer.from_text(content) if by_characters else tokenizers.load(args.tokenizer)
-    if args.text is None or isinstance(tokenizer, tokenizers.CharTokenizer):
-        return torch.tensor(tokenizer.encode(content), dtype=torch.int64), tokenizer
-    cached = RUNS / "tokens" / f"{args.text.stem}-{zlib.crc32(content.encode()):08x}-{tokenizer.fingerprint[:8]}"
-    if cached.exists():
-        return token_files.open_tokens(cached, tokenizer), tokenizer
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    return token_files.tokenize_to_file(args.text, tokenizer, cached), tokenizer
-
-
 def published_tokenizer(source: str) -> Any:
     path = pretrained.locate(source, ("tokenizer.json", "vocab.json"))
     return tokenizers.load(path if path.name == "tokenizer.json" else path.parent)
+
+
+def check_vocabulary(tokenizer, cfg: gpt2.Config) -> None:
+    if tokenizer.vocabulary_size > cfg.vocabulary:
+        found = f"the tokenizer has {tokenizer.vocabulary_size} tokens"
+        raise ValueError(f"{found}, expected at most the {cfg.vocabulary} of the net")
 
 
 def loss(params, batch, keys, cfg: gpt2.Config):
@@ -156,10 +145,18 @@ def validate(params, cfg: gpt2.Config, tokens, limit: int | None = None) -> floa
     return total / count
 
 
+def opening(tokenizer) -> list[int]:
+    """What an empty prompt begins with: a line end, or any token where the vocabulary has none."""
+    try:
+        return tokenizer.encode("\n") or [0]
+    except ValueError:
+        return [0]
+
+
 @torch.no_grad()
 def write(params, cfg: gpt2.Config, tokenizer, prompt: str, tokens: int, show=None, **options) -> str:
     """The prompt and what the model writes after it; `show` gets each piece as it comes."""
-    ids = tokenizer.encode(prompt) or tokenizer.encode("\n")
+    ids = tokenizer.encode(prompt) if prompt else opening(tokenizer)
     start = torch.tensor([ids], device=params["tokens"]["weight"].device)
     shown = 0
     for token in gpt2.stream(params, start, cfg, tokens, **options):
@@ -176,21 +173,22 @@ def settings(args: Args) -> tuple[gpt2.Config, Recipe]:
     cfg, recipe = gpt2.PRESETS[args.preset], RECIPES[args.preset]
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in said.items() if value is not None})
-    for name in ("steps", "batch", "micro_batches"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; expected at least 1")
+    counts = {name: getattr(recipe, name) for name in ("steps", "batch", "micro_batches")}
+    for name, count in (counts | {"eval_every": args.eval_every, "save_every": args.save_every}).items():
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
     if recipe.batch % recipe.micro_batches:
         raise ValueError(f"--batch {recipe.batch} does not divide into --micro-batches {recipe.micro_batches}")
     return cfg if args.dropout is None else dataclasses.replace(cfg, dropout=args.dropout), recipe
 
 
 def train(args: Args) -> None:
-    started = time.perf_counter()
     folder, record, tokenizer = None, None, None
     if args.resume:
         folder, args = command_line.resume(RUNS, args, free=("steps", "eval_every", "save_every", "device", "compile"))
         tokenizer = tokenizers.load(folder / "tokenizer.json")
-        record = checkpoints.read_record(folder / "checkpoints")
+        if checkpoints.steps(folder / "checkpoints"):  # none: it was stopped before the first one and begins again
+            record = checkpoints.read_record(folder / "checkpoints")
     command_line.choice("--preset", args.preset, gpt2.PRESETS)
     policy = DTYPES[command_line.choice("--dtype", args.dtype, DTYPES)]
     device = command_line.device(args.device)
@@ -198,15 +196,25 @@ def train(args: Args) -> None:
     params = None
     if args.weights:
         params, cfg = gpt2.from_pretrained(args.weights)
-    tokens, tokenizer = read_tokens(args, tokenizer)
+        cfg = cfg if args.dropout is None else dataclasses.replace(cfg, dropout=args.dropout)
+    if tokenizer is None and args.tokenizer != "characters":
+        tokenizer = tokenizers.load(args.tokenizer)
+    elif tokenizer is None and args.weights:
+        tokenizer = published_tokenizer(args.weights)
+    tokens, tokenizer = token_files.tokens_of(args.text, tokenizer, cache=RUNS / "tokens")
     if args.weights is None:
         cfg = dataclasses.replace(cfg, vocabulary=tokenizer.vocabulary_size)
+    check_vocabulary(tokenizer, cfg)
     train_tokens, validation_tokens = text.split(tokens)
     if len(validation_tokens) <= cfg.context:
-        raise ValueError(f"the text has {len(tokens)} tokens; a context of {cfg.context} needs over {10 * cfg.context}")
-    config = {"args": args, "net": cfg, "recipe": recipe, "tokens": len(tokens), "torch": torch.__version__}
-    if record and (record.config["tokens"], record.config["net"]) != (len(tokens), plain(cfg)):
-        raise ValueError(f"cannot resume '{folder}': its text or its net has changed since it was started")
+        found, needed = f"'{args.text or 'the embedded text'}' has {len(tokens)} tokens", 10 * cfg.context
+        raise ValueError(f"{found}; a context of {cfg.context} needs over {needed}")
+    identity = {"net": cfg, "tokens": len(tokens)}
+    config = {"args": args, **identity, "recipe": recipe, "torch": torch.__version__}
+    if record:
+        command_line.check_same(f"cannot resume '{folder}': its checkpoint has", record.config, plain(identity))
+        if record.step > recipe.steps:
+            raise ValueError(f"--steps is {recipe.steps}, but '{folder}' has done {record.step}")
 
     warmup = min(recipe.warmup, recipe.steps // 10)
     rate = schedules.warmup_cosine(recipe.learning_rate, warmup, recipe.steps, final=0.1)
@@ -220,9 +228,6 @@ def train(args: Args) -> None:
     if record:
         state = checkpoints.restore(folder / "checkpoints", state, record.step)
         first, seconds = record.step, record.metrics["seconds"]
-    if folder is None:
-        folder = command_line.new_folder(RUNS, args.name)
-        tokenizer.save(folder / "tokenizer.json")
     step = make_step(
         functools.partial(loss, cfg=cfg),
         optimizer,
@@ -232,10 +237,15 @@ def train(args: Args) -> None:
         compile=args.compile,
     )
     data_key = random.fold_in(key, 1)
-    saved = checkpoints.Checkpoints(
-        folder / "checkpoints", config, resume=first if record else None, best="val_loss"
-    )
-    log = RunLog(folder, config, total=recipe.steps, unit="tokens", resume=first if record else None)
+    resumed = first if args.resume else None
+    with contextlib.ExitStack() as undo:
+        if folder is None:
+            folder = command_line.new_folder(RUNS, args.name)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            tokenizer.save(folder / "tokenizer.json")
+        saved = checkpoints.Checkpoints(folder / "checkpoints", config, resume=resumed, best="val_loss")
+        log = RunLog(folder, config, total=recipe.steps, unit="tokens", resume=resumed)
+        undo.pop_all()  # from here on the run may be resumed
     with command_line.Stop() as stop, log, saved:
         log.print(f"{tree.count(model):,} parameters, {len(train_tokens):,} tokens to learn from; run in {folder}")
         if args.compile and first < recipe.steps:
@@ -244,12 +254,14 @@ def train(args: Args) -> None:
         batches = text.token_batches(train_tokens, data_key, range(first, recipe.steps), recipe.batch, cfg.context)
         for at, batch in enumerate(batches, first + 1):
             state, metrics = step(state, tree.move(batch, device))
-            if not math.isfinite(float(metrics["loss"])):
+            if not torch.stack(list(metrics.values())).isfinite().all():  # an infinite update would spoil the next one
+                saved.wait()
                 kept = checkpoints.latest(folder / "checkpoints")
                 where = f"the last good checkpoint is that of step {kept}" if kept else "there is no checkpoint yet"
-                raise ValueError(f"the loss of step {at} is {float(metrics['loss'])}; stopped, {where}")
+                found = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
+                raise ValueError(f"step {at} is not finite ({found}); stopped, {where}")
             if at == first + 1:
-                log.print(f"first step done {time.perf_counter() - started:.1f} s after the start")
+                log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
             last = at == recipe.steps or stop.requested
             val_loss = None
             if at % args.eval_every == 0 and not last:
@@ -270,42 +282,37 @@ def train(args: Args) -> None:
             return
         val_loss = validate(state.params, cfg, validation_tokens)
         log.metrics(at, {"validation/loss": val_loss})
-        train_loss = [r["train/loss"] for r in read_metrics(folder) if "train/loss" in r][-10:]
+        lines = read_curves(folder, "train/loss", "validation/loss")
         result = {
             "val_loss": val_loss,
-            "train_loss": sum(train_loss) / len(train_loss),
+            "train_loss": lines["train/loss"][1][-1],
             "steps": at,
             "seconds": seconds,
             "parameters": tree.count(model),
             "tokens_per_second": at * recipe.batch * cfg.context / seconds,
         }
         log.result(result)
-    draw_curves(folder)
-    sample = write(state.params, cfg, tokenizer, "\n", 400, key=random.fold_in(key, 2), temperature=0.8)
+    plots.curves(folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
+    sample = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 2), temperature=0.8)
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} after {at} steps in {seconds:.0f} s; files in {folder}/")
-
-
-def draw_curves(folder: Path) -> None:
-    records = read_metrics(folder)
-    lines = {}
-    for name in ("train/loss", "validation/loss"):
-        points = [(r["step"], float(r[name])) for r in records if name in r]
-        lines[name.replace("/", " ")] = tuple(zip(*points, strict=True))
-    plots.curves(folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
 
 
 def sample(args: SampleArgs) -> None:
     if (args.run is None) == (args.weights is None):
         raise ValueError("expected either --run DIR or --weights SOURCE")
+    if args.tokens < 1:
+        raise ValueError(f"--tokens is {args.tokens}; expected at least 1")
     device = command_line.device(args.device)
     if args.run:
-        cfg = gpt2.Config(**checkpoints.read_config(args.run / "checkpoints")["net"])
+        config = checkpoints.read_config(args.run / "checkpoints")
+        cfg = command_line.from_json(gpt2.Config, config, "net", f"the configuration of '{args.run}'")
         tokenizer = tokenizers.load(args.run / "tokenizer.json")
         params = checkpoints.restore(args.run / "checkpoints", gpt2.spec(cfg), part="params")
     else:
         params, cfg = gpt2.from_pretrained(args.weights)
         tokenizer = published_tokenizer(args.weights)
+    check_vocabulary(tokenizer, cfg)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
 
     def show(piece: str) -> None:

@@ -20,7 +20,7 @@ def filter_logits(
     Raises:
         ValueError: an option outside its range.
     """
-    if temperature <= 0.0:
+    if not temperature > 0.0:
         raise ValueError(f"temperature {temperature} is not above 0; the limit of 0 is greedy decoding")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} is not at least 1")

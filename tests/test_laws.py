@@ -118,7 +118,8 @@ def test_pure(net, train):
     written = [n for (n, leaf), v in zip(tree.items(inputs), versions, strict=True) if leaf._version != v]
     assert not written, f"{net.name}: written in place: {written}"
     assert torch.equal(torch.get_rng_state(), torch_state), f"{net.name}: torch's global generator was used"
-    assert all(leaf.isfinite().all() for leaf in tree.leaves(first)), f"{net.name}: not finite"
+    wrong = [name for name, leaf in tree.items(first) if not leaf.isfinite().all()]
+    assert not wrong, f"{net.name}: output that is not finite: {wrong}"
 
 
 # batch
@@ -160,19 +161,19 @@ def test_grad_reaches_every_parameter(net):
 def test_grad_by_the_stats_is_their_increment(net):
     (params, running), x = values(net), batch(net, 4)
     increments = grad(loss, argnums=1)(params, running, net, x, random.key(2), True)
-    assert all(g.isfinite().all() and (g != 0).any() for g in tree.leaves(increments)), net.name
     updated = stats.update(running, increments)
-    counts = [
-        (value, updated)
-        for (name, value), updated in zip(tree.items(running), tree.leaves(updated), strict=True)
-        if name.split(".")[-1] == "count"
-    ]
-    assert counts and all(after == before + 1 for before, after in counts), net.name
+    for (name, g), before, after in zip(
+        tree.items(increments), tree.leaves(running), tree.leaves(updated), strict=True
+    ):
+        assert g.isfinite().all() and (g != 0).any(), f"{net.name}: '{name}' got no increment"
+        if name.split(".")[-1] == "count":
+            assert after == before + 1, f"{net.name}: '{name}' went from {before} to {after} in a step"
     # What was measured is used: with the new Stats the answers are others.
     outs = [net.apply(tree.merge(params, s), x, None, False) for s in (running, updated)]
     assert not torch.allclose(scalar(outs[0]), scalar(outs[1])), net.name
     still = grad(loss, argnums=1)(params, running, net, x, None, False)
-    assert all((g == 0).all() for g in tree.leaves(still)), f"{net.name}: a Stat has a gradient in eval mode"
+    moved = [name for name, g in tree.items(still) if (g != 0).any()]
+    assert not moved, f"{net.name}: a gradient in eval mode: {moved}"
 
 
 # vmap
@@ -245,7 +246,7 @@ def test_compile_is_one_graph(net):
     [
         "convolutional",
         pytest.param("mlp, dropout", marks=pytest.mark.slow),
-        pytest.param("gpt2", marks=pytest.mark.slow),
+        pytest.param("gpt2, no bias", marks=pytest.mark.slow),
     ],
 )
 def test_compile_with_inductor(name):

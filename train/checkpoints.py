@@ -330,7 +330,7 @@ def _advice(directory: str | os.PathLike) -> str:
             verify(directory, step)
         except CheckpointError:
             continue
-        return f"; step {step} is intact: choose it with step={step}"
+        return f"; step {step} is intact: choose it with step={step}, or remove the damaged folder"
     return "; no older checkpoint is intact"
 
 

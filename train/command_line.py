@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,9 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
     parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)
     try:
         command(parsed)
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("FUNCTREE_DEBUG"):
             raise
@@ -46,8 +51,9 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"'{error.filename}': {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        # What fails without a path is a write to an open file.
+        return f"'{error.filename}': {error.strerror}" if error.filename else f"cannot write: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -66,8 +72,8 @@ def device(name: str) -> torch.device:
     """
     try:
         found = torch.device(name)
-        torch.zeros((), device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros((), device=found).item()  # meta tensors can be made but have no values
+    except Exception as error:  # each kind of device that is not there raises its own
         available = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         available += ["mps"] if torch.backends.mps.is_available() else []
         raise ValueError(f"--device '{name}' cannot be used; available here: {', '.join(available)}") from error
@@ -75,7 +81,7 @@ def device(name: str) -> torch.device:
 
 
 class Stop:
-    """Context in which Ctrl-C and SIGTERM only set `requested`, so that a loop can save and end; a second one raises."""
+    """Context in which Ctrl-C and SIGTERM only set `requested`, so that a loop can save and end; a second raises."""
 
     def __init__(self):
         self.requested = False
@@ -84,7 +90,8 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        # Not print: the signal may have interrupted one, and a stream does not let itself be entered twice.
+        os.write(2, b"\nstopping after this step (once more: at once)\n")
 
     def __enter__(self):
         self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -93,8 +100,9 @@ class Stop:
     def __exit__(self, kind, error, traceback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        # The signal also reaches the compiler's own processes; that they died of it is not an error of the run.
-        if self.requested and isinstance(error, Exception):
+        # The signal also reaches the compiler's own processes; that they died of it is not an error of the run. A full
+        # disk while saving is one.
+        if self.requested and isinstance(error, Exception) and not isinstance(error, (ValueError, OSError)):
             raise KeyboardInterrupt from error
 
 
@@ -105,6 +113,8 @@ def resume(root: Path, args: Any, free: tuple[str, ...]) -> tuple[Path, Any]:
         args: a dataclass, whose field `name` is a str or None.
         free: fields that a resumed run may be given anew; any other must be as the run was started.
 
+    What the command line says is what differs from the default, or stands in `sys.argv` as a flag.
+
     Returns:
         (folder, arguments): what the command line does not say comes from the run's `config.json`.
 
@@ -113,30 +123,68 @@ def resume(root: Path, args: Any, free: tuple[str, ...]) -> tuple[Path, Any]:
     """
     folder = root / args.name if args.name else _latest(root)
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["args"]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"nothing to resume: '{folder}' has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot resume: '{folder / 'config.json'}' is not readable as a run's configuration") from error
-    defaults = type(args)()
-    merged = {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot resume: '{folder / 'config.json'}' is not readable as a run's configuration"
+        ) from error
+    stored = from_json(type(args), config, "args", f"cannot resume: '{folder / 'config.json'}'")
+    defaults, merged = type(args)(), {}
     for field in dataclasses.fields(args):
-        name, given = field.name, getattr(args, field.name)
-        default = getattr(defaults, name)
-        if name in ("name", "resume") or name not in stored:
+        name, given, old = field.name, getattr(args, field.name), getattr(stored, field.name)
+        if name in ("name", "resume"):
             merged[name] = given
             continue
-        old = _from_json(stored[name], default)
-        said = given != default
+        flag = "--" + name.replace("_", "-")
+        said = given != getattr(defaults, name) or _on_command_line(flag)
         if said and given != old and name not in free:
-            flag = "--" + name.replace("_", "-")
             raise ValueError(f"cannot resume '{folder}' with {flag} {given}: it was started with {old}")
         merged[name] = given if said else old
     return folder, dataclasses.replace(args, **{**merged, "name": folder.name})
 
 
-def _from_json(value: Any, like: Any) -> Any:
-    return tuple(value) if isinstance(like, tuple) else value
+def _on_command_line(flag: str) -> bool:
+    given = {argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:]}
+    return not given.isdisjoint((flag, f"--no-{flag[2:]}"))
+
+
+def from_json(kind: type, config: Any, name: str, what: str) -> Any:
+    """`config[name]` as the dataclass that it was before `train.files.plain`; missing fields keep their defaults.
+
+    Raises ValueError, which begins with `what`, if it is something else.
+    """
+    kinds = typing.get_type_hints(kind)
+    try:
+        return kind(**{field: _field(value, kinds[field]) for field, value in config[name].items()})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{what} does not fit: expected '{name}' with the fields {', '.join(kinds)}") from None
+
+
+def _field(value: Any, kind: Any) -> Any:
+    """`value` in the type of its field: a class, or a union of classes; TypeError if it fits none of them."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    for option in (typing.get_origin(option) or option for option in options):
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is tuple and isinstance(value, list):
+            return tuple(value)
+        if option is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
+            return float(value)
+        if not isinstance(option, type) or type(value) is option:
+            return value
+    raise TypeError(f"{value!r} is no {kind}")
+
+
+def check_same(what: str, stored: Any, now: Any) -> None:
+    """Raise ValueError naming the first entry of `now` (nested dicts of JSON) that is another in `stored`."""
+    for name, value in now.items():
+        old = stored.get(name) if isinstance(stored, dict) else None
+        if isinstance(value, dict):
+            check_same(f"{what} {name}", old, value)
+        elif old != value:
+            raise ValueError(f"{what} {name} {old}, expected {value}")
 
 
 def new_folder(root: Path, name: str | None) -> Path:
@@ -145,14 +193,16 @@ def new_folder(root: Path, name: str | None) -> Path:
     Raises:
         ValueError: a run of that name exists already.
     """
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
+        raise ValueError(f"--name '{name}' is not the name of a folder")
     root.mkdir(parents=True, exist_ok=True)
     if name is not None:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"--name '{name}' is not the name of a folder")
         try:
             (root / name).mkdir()
         except FileExistsError:
-            raise ValueError(f"'{root / name}' exists already; continue it with --resume or choose another --name") from None
+            raise ValueError(
+                f"'{root / name}' exists already; continue it with --resume or choose another --name"
+            ) from None
         return root / name
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for suffix in ["", *(f"_{i}" for i in range(2, 1000))]:

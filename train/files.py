@@ -15,6 +15,17 @@ import torch
 
 
 @contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let an OSError that does not say which file it is about (a write to a full disk does not) name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` when the block ends, and vanishes if it raises.
 
@@ -26,7 +37,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         # mkstemp makes files that only their owner can read; give this one the permissions of a new file.
         mask = os.umask(0)
         os.umask(mask)

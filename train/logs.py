@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.files import plain, read_json, replacing, write_json
+from train.files import naming, plain, read_json, replacing, write_json
 
 
 class RunLog:
@@ -73,9 +73,10 @@ class RunLog:
         """
         numbers = {name: plain(value) for name, value in values.items()}
         record = {"step": int(step), "time": round(time.time(), 3), **numbers}
-        self._lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._lines.flush()
-        self._events.scalars(int(step), {name: float(value) for name, value in numbers.items()})
+        with naming(self._path):
+            self._lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._lines.flush()
+            self._events.scalars(int(step), {name: float(value) for name, value in numbers.items()})
 
     def progress(self, step: int, items: int = 0, **values: Any) -> None:
         """Show that `step` steps are done; cheap enough for every step.
@@ -122,8 +123,9 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._lines.close()
-        self._events.close()
+        with naming(self._path):
+            self._lines.close()
+            self._events.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -190,6 +192,13 @@ def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} is not a record of metrics") from None
         records.append(record)
     return records
+
+
+def read_curves(directory: str | os.PathLike, *names: str) -> dict[str, tuple[list[int], list[float]]]:
+    """{name: (steps, values)} of a run's metrics, the form that `train.plots.curves` draws."""
+    records = read_metrics(directory)
+    points = {name: [(r["step"], float(r[name])) for r in records if name in r] for name in names}
+    return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in points.items()}
 
 
 def keep_metrics(path: str | os.PathLike, step: int) -> None:

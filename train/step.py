@@ -33,6 +33,9 @@ class Policy(NamedTuple):
     compute: torch.dtype | None = None
 
 
+FULL_PRECISION = Policy()
+
+
 def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
     """The state before the first step.
 
@@ -52,9 +55,13 @@ def start(key: Tensor, values: Tree, model: Tree, optimizer: Optimizer) -> Train
     )
 
 
-def step_keys(state: TrainState, examples: int) -> Tensor:
-    """(examples, 2): the key of each example of the batch at the state's step."""
-    return random.sites(random.fold_in(state.key, state.step), examples)
+def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
+    """(examples, 2): the key of each example of the batch of a step."""
+    return random.sites(random.fold_in(key, step), examples)
+
+
+def _norm(leaves: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(leaves)).norm() if leaves else torch.zeros(())
 
 
 def _slice(batch: Tree, start: int, size: int) -> Tree:
@@ -65,7 +72,7 @@ def make_step(
     loss: Callable,
     optimizer: Optimizer,
     *,
-    policy: Policy = Policy(),
+    policy: Policy = FULL_PRECISION,
     micro_batches: int = 1,
     donate: bool = False,
     update_norm: bool = True,
@@ -110,30 +117,33 @@ def make_step(
         )
         return grads, increments, {"loss": value, **metrics}
 
-    def whole_gradients(state: TrainState, batch: Tree):
-        grads, increments, metrics = gradients(state.params, state.stats, batch, step_keys(state, _size(batch)))
-        return grads, stats.update(state.stats, increments), {**metrics, "grad_norm": tree.norm(grads)}
+    def whole_gradients(params: Tree, measured: Tree, key: Tensor, step: Tensor, batch: Tree):
+        keys = step_keys(key, step, _size(batch))
+        grads, increments, metrics = gradients(params, measured, batch, keys)
+        return grads, stats.update(measured, increments), metrics
 
-    def mean_gradients(total: Tree, state: TrainState):
+    def mean_gradients(total: Tree, measured: Tree):
         grads, increments, metrics = total
         # Each batch-norm layer divides its increments by its own count, so only the others are divided here.
         grads, metrics = tree.map(lambda x: x / micro_batches, (grads, metrics))
-        return grads, stats.update(state.stats, increments), {**metrics, "grad_norm": tree.norm(grads)}
+        return grads, stats.update(measured, increments), metrics
 
     def update(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
+        metrics = {**metrics, "grad_norm": tree.norm(grads)}
         metrics = {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics
         return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
 
     overwrite = donated_update(optimizer)
 
     def update_in_place(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
+        # Outside of the compiled region: inductor would fuse the norms into kernels that then run slower.
+        metrics = {**metrics, "grad_norm": _norm(tree.leaves(grads))}
         before = [x.clone() for x in tree.leaves(state.params)] if update_norm else []
         params, opt_state = overwrite(grads, state.opt_state, state.params)
         if update_norm:
-            changes = torch._foreach_sub(tree.leaves(params), before)
-            metrics = {**metrics, "update_norm": torch.stack(torch._foreach_norm(changes)).norm()}
+            metrics["update_norm"] = _norm(torch._foreach_sub(tree.leaves(params), before))
         return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
 
     def maybe_compiled(f: Callable) -> Callable:
@@ -152,13 +162,19 @@ def make_step(
         return run
 
     def whole(state: TrainState, batch: Tree):
-        return update(state, *whole_gradients(state, batch))
+        return update(state, *whole_gradients(state.params, state.stats, state.key, state.step, batch))
 
     if micro_batches == 1 and not donate:
         return maybe_compiled(whole)
     if micro_batches == 1:
         compiled_gradients = maybe_compiled(whole_gradients)
-        return lambda state, batch: update_in_place(state, *compiled_gradients(state, batch))
+
+        def donating(state: TrainState, batch: Tree):
+            return update_in_place(
+                state, *compiled_gradients(state.params, state.stats, state.key, state.step, batch)
+            )
+
+        return donating
 
     # Several micro-batches: one compiled region a part, so that the graph does not grow with their number.
     compiled_keys = maybe_compiled(step_keys)
@@ -169,12 +185,12 @@ def make_step(
         examples = _size(batch)
         if examples % micro_batches:
             raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
-        size, keys = examples // micro_batches, compiled_keys(state, examples)
+        size, keys = examples // micro_batches, compiled_keys(state.key, state.step, examples)
         total = None
         for i in range(0, examples, size):
             part = compiled_gradients(state.params, state.stats, _slice(batch, i, size), keys[i : i + size])
             total = part if total is None else tree.map(torch.add, total, part)
-        return finish(state, *compiled_mean(total, state))
+        return finish(state, *compiled_mean(total, state.stats))
 
     return in_parts
 

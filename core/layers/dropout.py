@@ -63,8 +63,6 @@ def _drop(name: str, x: Tensor, shape: tuple[int, ...], rate: float, key: Tensor
 def _kept(key: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
     """True with probability 1 - rate: key.shape[:-1] + shape."""
     places = prod(shape)
-    words = random.bits(key, (-(-places // 4),), 64)
-    # Each quarter of a word in turn comes to the top, where the threshold's 16 bits are.
-    threshold = (min(round(rate * 2**16), 2**16 - 1) - 2**15) * 2**48
-    quarters = [torch.bitwise_left_shift(words, shift) >= threshold for shift in (0, 16, 32, 48)]
-    return torch.cat(quarters, -1)[..., :places].reshape(key.shape[:-1] + shape)
+    quarters = random.bits(key, (-(-places // 4),), 64).view(torch.int16)  # four places a word
+    threshold = min(round(rate * 2**16), 2**16 - 1) - 2**15
+    return (quarters >= threshold)[..., :places].reshape(key.shape[:-1] + shape)

@@ -17,7 +17,8 @@ F64 = torch.float64
 
 
 def model(norm=False):
-    parts = {"first": linear_spec(6, 8), "last": linear_spec(8, 3)}
+    # No bias before the norm: its gradient is zero but for rounding, which Adam would blow up to whole steps.
+    parts = {"first": linear_spec(6, 8, bias=not norm), "last": linear_spec(8, 3)}
     return {**parts, "norm": batch_norm_spec(8)} if norm else parts
 
 
@@ -68,16 +69,23 @@ class Reference(nn.Module):
 
     def __init__(self, params):
         super().__init__()
-        self.first, self.last, self.norm = nn.Linear(6, 8), nn.Linear(8, 3), nn.BatchNorm1d(8)
+        self.first, self.last, self.norm = nn.Linear(6, 8, bias=False), nn.Linear(8, 3), nn.BatchNorm1d(8)
         self.load_state_dict(tree.flatten(params), strict=False)
 
     def forward(self, x):
         return self.last(torch.tanh(self.norm(self.first(x))))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize(
+    ("name", "donate", "compile"),
+    [
+        ("sgd", False, False),
+        ("sgd", True, True),
+        ("adamw", False, False),
+        ("adamw", True, False),
+        ("adamw", False, True),
+    ],
+)
 def test_equals_a_plain_torch_loop(name, compile, donate):
     torch._dynamo.reset()
     optimizer, torch_optimizer = CASES[name]
@@ -103,13 +111,10 @@ def test_equals_a_plain_torch_loop(name, compile, donate):
         assert all(x.ndim == 0 for x in metrics.values()) and state.step == i + 1
         torch.testing.assert_close(tree.sort(metrics), wanted, rtol=2e-5, atol=1e-6)
     for name, p in module.named_parameters():
-        # Adam divides by the root of tiny second moments, so the biases before a batch norm are rounding noise.
-        atol = 0.05 if name == "first.bias" else 2e-5
-        torch.testing.assert_close(tree.get(state.params, name), p.detach(), rtol=1e-4, atol=atol)
+        torch.testing.assert_close(tree.get(state.params, name), p.detach(), rtol=1e-5, atol=1e-6)
     assert state.stats["norm"]["count"] == 4
     for name in ("mean", "var"):
-        running = getattr(module.norm, f"running_{name}")
-        torch.testing.assert_close(state.stats["norm"][name], running, rtol=1e-4, atol=0.05 if name == "mean" else 1e-4)
+        torch.testing.assert_close(state.stats["norm"][name], getattr(module.norm, f"running_{name}"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,15 +130,12 @@ def test_donated_equals_pure_to_the_last_ulp(name, micro_batches):
     torch.testing.assert_close(donated, pure, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(metrics, pure_metrics, rtol=1e-5, atol=1e-6)
     # One step from equal states: the last place only.
-    pure, donated = (
-        run(make_step(make_loss(), optimizer, donate=d, **options), initial(optimizer), data[:1])[0]
-        for d in (False, True)
-    )
-    torch.testing.assert_close(donated.params, pure.params, rtol=2**-22, atol=1e-9)
+    steps = [make_step(make_loss(), optimizer, donate=donate, **options) for donate in (False, True)]
+    pure, donated = (run(step, initial(optimizer), data[:1])[0].params for step in steps)
+    torch.testing.assert_close(donated, pure, rtol=2**-23, atol=0)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("micro_batches", "compile"), [(2, False), (4, False), (2, True)])
 def test_micro_batches_give_the_update_of_the_whole_batch(micro_batches, compile):
     """Dropout's masks are those of the whole batch, so the updates agree to rounding."""
     torch._dynamo.reset()
@@ -144,7 +146,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(micro_batches, compile
             initial(optimizer, dtype=F64),
             data,
         )
-        for n in (1, micro_batches)
+        for n, compile in ((1, False), (micro_batches, compile))
     ]
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
@@ -210,20 +212,19 @@ def test_bfloat16_policy_keeps_master_values(micro_batches, donate):
         torch.testing.assert_close(state.stats, wide.stats, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize(("micro_batches", "donate"), [(1, False), (2, True)])
 def test_compiles_once(micro_batches, donate):
     torch._dynamo.reset()
     optimizer = optimizers.adamw(lambda count: 1e-2 / (1.0 + count))
     options = dict(micro_batches=micro_batches, donate=donate)
-    step = make_step(make_loss(0.2), optimizer, backend="aot_eager", **options)
+    step = make_step(make_loss(), optimizer, backend="aot_eager", **options)
     state, _ = step(initial(optimizer, norm=True), batches(1)[0])
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         state, _ = run(step, state, batches(3))
     assert not torch._dynamo.utils.counters["stats"]
     eager, _ = run(
-        make_step(make_loss(0.2), optimizer, compile=False, **options),
+        make_step(make_loss(), optimizer, compile=False, **options),
         initial(optimizer, norm=True),
         batches(1) + batches(3),
     )
@@ -276,7 +277,6 @@ def bad(out):
     return lambda params, batch, keys: out(linear(params["first"], batch["x"]))
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("loss", "change", "error", "message", "micro_batches"),
     [
@@ -295,10 +295,10 @@ def bad(out):
         (make_loss(), lambda b: {**b, "x": b["x"][:, :5]}, ValueError, "linear: expected a last axis of 6", 1),
     ],
 )
-def test_errors(loss, change, error, message, micro_batches, compile):
+def test_errors_are_the_same_compiled(loss, change, error, message, micro_batches):
     torch._dynamo.reset()
     optimizer = optimizers.sgd(0.1)
-    step = make_step(loss, optimizer, micro_batches=micro_batches, compile=compile, backend="aot_eager")
+    step = make_step(loss, optimizer, micro_batches=micro_batches, backend="aot_eager")
     with pytest.raises(error, match=message):
         step(initial(optimizer), change(batches(1)[0]))
 

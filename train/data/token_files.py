@@ -6,6 +6,7 @@ The file is one line of JSON padded with spaces to 512 bytes, then the ids as li
 import codecs
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,6 +121,32 @@ def tokenize_to_file(
                 bar.advance(task, len(text.encode()))
 
         return write_tokens(path, chunks(), tokenizer)
+
+
+def tokens_of(
+    path: str | os.PathLike | None, tokenizer: "Tokenizer | None", cache: str | os.PathLike
+) -> "tuple[Tensor | TokenFile, Tokenizer]":
+    """The tokens of a text file, or of the embedded text if `path` is None, and the tokenizer that made them.
+
+    Args:
+        tokenizer: None for the characters of the text itself.
+        cache: folder in which a file of byte pairs is kept tokenized, so that the next run only maps it.
+
+    Raises DataError as `read_text` and `open_tokens` do.
+    """
+    from train.data import text
+    from train.data.tokenizers import CharTokenizer
+
+    content = text.embedded_text() if path is None else text.read_text(path, minimum=2)
+    if tokenizer is None:
+        tokenizer = CharTokenizer.from_text(content)
+    if path is None or isinstance(tokenizer, CharTokenizer):
+        return torch.tensor(tokenizer.encode(content), dtype=torch.int64), tokenizer
+    made = Path(cache) / f"{Path(path).stem}-{zlib.crc32(content.encode()):08x}-{tokenizer.fingerprint[:8]}.tokens"
+    if made.exists():
+        return open_tokens(made, tokenizer), tokenizer
+    made.parent.mkdir(parents=True, exist_ok=True)
+    return tokenize_to_file(path, tokenizer, made), tokenizer
 
 
 def _pieces(path: Path, chunk_bytes: int) -> Iterator[str]:

@@ -97,10 +97,8 @@ class BytePairTokenizer:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        # Not the number of tokens: a file may leave ids out.
+        self.vocabulary_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     @property
     def fingerprint(self) -> str:
