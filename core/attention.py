@@ -8,6 +8,7 @@ query heads (Ainslie et al. 2023, "GQA").
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import initializers
-from core.layers import dropout as dropout_layer
 from core.layers import linear, linear_spec
 
 
@@ -38,8 +38,7 @@ def attention(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
-    dropout: float = 0.0,
-    key: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     scale: float | None = None,
     method: str = "auto",
 ) -> Tensor:
@@ -50,25 +49,25 @@ def attention(
         k, v: (batch, key-value heads, keys, depth); their heads divide those of q.
         mask: boolean, broadcastable to (batch, heads, queries, keys). A query that may see no key at all gets zeros.
         causal: query i sees the keys up to i (aligned at the end, as in `causal_mask`); combines with mask.
-        dropout: rate at which attention weights are dropped, with `key` (2,) or one an example (batch, 2).
+        drop: applied to the weights (batch, heads, queries, keys), such as one of `core.layers.dropout_sites`.
         scale: factor on the scores, 1 / sqrt(depth) unless told otherwise.
         method: "explicit" is matmul, softmax, matmul: differentiable to any order and in forward mode, vmaps.
             "fused" is torch's kernel: less memory at long times, first derivatives only, and on the CPU no vmap.
-            "auto" is explicit on the CPU, fused elsewhere. With dropout it is always the explicit form.
+            "auto" is explicit on the CPU, fused elsewhere. With `drop` it is always the explicit form.
 
     Returns:
         (batch, heads, queries, depth of v).
 
     Raises:
-        ValueError: shapes that do not fit, a mask that is not boolean, an unknown method, dropout without a key.
+        ValueError: shapes that do not fit, a mask that is not boolean, an unknown method.
     """
     _check(q, k, v, mask)
     if method not in ("auto", "explicit", "fused"):
         raise ValueError(f"attention: method '{method}' is unknown; expected auto, explicit or fused")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if dropout == 0.0 and (method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))):
+    if drop is None and (method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))):
         return _fused(q, k, v, mask, causal, scale)
-    return _explicit(q, k, v, mask, causal, dropout, key, scale)
+    return _explicit(q, k, v, mask, causal, drop, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -103,8 +102,7 @@ def _explicit(
     v: Tensor,
     mask: Tensor | None,
     causal: bool,
-    dropout: float,
-    key: Tensor | None,
+    drop: Callable[[Tensor], Tensor] | None,
     scale: float,
 ) -> Tensor:
     batch, heads, queries, depth = q.shape
@@ -120,7 +118,7 @@ def _explicit(
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
     half = scores.dtype in (torch.float16, torch.bfloat16)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(v.dtype)
-    weights = dropout_layer(weights, dropout, key, dropout > 0.0)
+    weights = weights if drop is None else drop(weights)
     out = weights.reshape(batch, shared, heads // shared * queries, keys) @ v
     out = out.reshape(batch, heads, queries, v.shape[-1])
     # A row of equal scores would give the mean of the values, those not to be seen too.
@@ -181,13 +179,12 @@ def self_attention(
     kv_heads: int | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
-    dropout: float = 0.0,
-    key: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     method: str = "auto",
 ) -> Tensor:
     """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
     q, k, v = _queries_keys_values(p, x, heads, kv_heads)
-    y = attention(q, k, v, mask=mask, causal=causal, dropout=dropout, key=key, method=method)
+    y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)
     return linear(p["proj"], merge_heads(y))
 
 
@@ -212,14 +209,13 @@ def cross_attention(
     heads: int,
     *,
     mask: Tensor | None = None,
-    dropout: float = 0.0,
-    key: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
     method: str = "auto",
 ) -> Tensor:
     """Multi-head attention of x (batch, time, width) to memory (batch, memory time, width) -> shape of x."""
     q = split_heads(linear(p["q"], x), heads)
     k, v = (split_heads(part, heads) for part in linear(p["kv"], memory).chunk(2, dim=-1))
-    y = attention(q, k, v, mask=mask, dropout=dropout, key=key, method=method)
+    y = attention(q, k, v, mask=mask, drop=drop, method=method)
     return linear(p["proj"], merge_heads(y))
 
 

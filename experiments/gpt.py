@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ def settings(args: Args) -> tuple[gpt2.Config, Recipe]:
     for name, count in (counts | {"eval_every": args.eval_every, "save_every": args.save_every}).items():
         if count < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
+    if not 0.0 < recipe.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate is {recipe.learning_rate}; expected a positive number")
     if recipe.batch % recipe.micro_batches:
         raise ValueError(f"--batch {recipe.batch} does not divide into --micro-batches {recipe.micro_batches}")
     return cfg if args.dropout is None else dataclasses.replace(cfg, dropout=args.dropout), recipe

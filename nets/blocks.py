@@ -1,10 +1,12 @@
 """The transformer block: attention and a two-layer perceptron, each around a residual sum and a layer norm."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from core import initializers
 from core.attention import Cache, cached_self_attention, self_attention, self_attention_spec
-from core.layers import activation, dropout, layer_norm, layer_norm_spec, linear, linear_spec
+from core.layers import activation, layer_norm, layer_norm_spec, linear, linear_spec
 
 
 def feedforward_spec(
@@ -46,6 +48,10 @@ def block_spec(
     }
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def _residual(x: Tensor, norm: dict, f, norm_first: bool, eps: float) -> Tensor:
     if norm_first:
         return x + f(layer_norm(norm, x, eps=eps))
@@ -61,8 +67,7 @@ def block(
     causal: bool = False,
     mask: Tensor | None = None,
     activation: str = "gelu_tanh",
-    dropout_rate: float = 0.0,
-    keys: Tensor | None = None,
+    drops: tuple[Callable, Callable, Callable] | None = None,
     eps: float = 1e-5,
     method: str = "auto",
 ) -> Tensor:
@@ -73,21 +78,18 @@ def block(
     Args:
         x: (batch, time, width).
         mask: boolean, broadcastable to (batch, heads, time, time), True where attention may go.
-        keys: (3, 2) or (3, batch, 2) for the dropouts on attention weights and on the two residual branches;
-            None switches dropout off.
+        drops: dropout for the attention weights and for the two residual branches, each a function of the values
+            (`core.layers.dropout_sites`).
         method: as in `core.attention.attention`.
     """
-    attention_key, branch1_key, branch2_key = (None, None, None) if keys is None else keys
-    rate = 0.0 if keys is None else dropout_rate
+    drop_weights, drop_attention, drop_feedforward = drops or (None, _same, _same)
 
     def attend(x: Tensor) -> Tensor:
-        y = self_attention(
-            p["attn"], x, heads, mask=mask, causal=causal, dropout=rate, key=attention_key, method=method
-        )
-        return dropout(y, rate, branch1_key, rate > 0.0)
+        y = self_attention(p["attn"], x, heads, mask=mask, causal=causal, drop=drop_weights, method=method)
+        return drop_attention(y)
 
     def feed(x: Tensor) -> Tensor:
-        return dropout(feedforward(p["mlp"], x, activation), rate, branch2_key, rate > 0.0)
+        return drop_feedforward(feedforward(p["mlp"], x, activation))
 
     x = _residual(x, p["norm1"], attend, norm_first, eps)
     return _residual(x, p["norm2"], feed, norm_first, eps)

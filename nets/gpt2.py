@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core import initializers, random
 from core.attention import Cache, empty_cache
-from core.layers import dropout, embedding, embedding_spec, layer_norm, layer_norm_spec
+from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
 from nets.blocks import block, block_spec, cached_block
 from nets.decoding import choose
 from nets.pretrained import Rename, WeightsError, fill, read, read_config
@@ -88,18 +88,23 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"gpt2: training with dropout {cfg.dropout} draws random numbers; pass key=")
-    keys = random.sites(key, 1 + 3 * cfg.layers) if dropping else None
     x = embedding(params["tokens"], tokens) + params["positions"]["weight"][: tokens.shape[1]]
-    x = dropout(x, cfg.dropout, keys[0] if dropping else None, dropping)
-    for i, p in enumerate(params["blocks"]):
+    drops = [None] * cfg.layers
+    if dropping:
+        weights_key, values_key = random.sites(key, 2).unbind(0)
+        batch, time = tokens.shape
+        on_weights = dropout_sites(weights_key, cfg.layers, (batch, cfg.heads, time, time), cfg.dropout)
+        first, *on_values = dropout_sites(values_key, 1 + 2 * cfg.layers, tuple(x.shape), cfg.dropout)
+        drops = list(zip(on_weights, on_values[0::2], on_values[1::2], strict=True))
+        x = first(x)
+    for p, drop in zip(params["blocks"], drops, strict=True):
         x = block(
             p,
             x,
             cfg.heads,
             norm_first=cfg.norm_first,
             causal=True,
-            dropout_rate=cfg.dropout,
-            keys=keys[1 + 3 * i : 4 + 3 * i] if dropping else None,
+            drops=drop,
             method=cfg.attention,
         )
     return layer_norm(params["norm"], x) if cfg.norm_first else x

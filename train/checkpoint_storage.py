@@ -41,6 +41,21 @@ class Quiet(logging.Filter):
         self.off()
 
 
+class Abandoned:
+    """A `sys.unraisablehook` that drops what tensorstore says of writes that went on after another one had failed.
+
+    Orbax stops its event loop at the first failure, which is raised to us; the other writes find it closed, at any
+    later time and in threads of their own.
+    """
+
+    def __init__(self, previous: Any):
+        self._previous = previous
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (unraisable.object is None and repr(unraisable.exc_value) == "RuntimeError('Event loop is closed')"):
+            self._previous(unraisable)
+
+
 def writer() -> Any:
     """An orbax checkpointer that writes in the background. Imports orbax, which takes a second, and jax with it."""
     if "jax" not in sys.modules:
@@ -50,6 +65,8 @@ def writer() -> Any:
         jax.config.update("jax_platforms", "cpu")
     import orbax.checkpoint as ocp
 
+    if not isinstance(sys.unraisablehook, Abandoned):
+        sys.unraisablehook = Abandoned(sys.unraisablehook)
     # The storage formats that `read_arrays` knows.
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=state, manifest=ocp.JsonCheckpointHandler()))

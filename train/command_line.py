@@ -24,7 +24,7 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
         others: the same for each sub-command, by name.
 
     A ValueError or OSError becomes one line on stderr and exit code 2; with FUNCTREE_DEBUG=1 in the environment it
-    keeps its traceback. An interruption that nothing else handled exits with 130.
+    keeps its traceback. Ctrl-C and SIGTERM outside of a `Stop` exit with 130.
     """
     import tyro
 
@@ -35,6 +35,7 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
         description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
     program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
     parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command(parsed)
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
@@ -48,6 +49,8 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _one_line(error: Exception) -> str:

@@ -170,9 +170,7 @@ def make_step(
         compiled_gradients = maybe_compiled(whole_gradients)
 
         def donating(state: TrainState, batch: Tree):
-            return update_in_place(
-                state, *compiled_gradients(state.params, state.stats, state.key, state.step, batch)
-            )
+            return update_in_place(state, *compiled_gradients(state.params, state.stats, state.key, state.step, batch))
 
         return donating
 

@@ -2,7 +2,7 @@
 
 from core.layers.activations import ACTIVATIONS, activation, geglu, prelu, prelu_spec, swiglu
 from core.layers.convolution import conv, conv_spec, conv_transpose
-from core.layers.dropout import dropout, dropout_channels, stochastic_depth
+from core.layers.dropout import dropout, dropout_channels, dropout_sites, stochastic_depth
 from core.layers.embedding import embedding, embedding_spec
 from core.layers.linear import linear, linear_spec
 from core.layers.normalization import (
@@ -38,6 +38,7 @@ __all__ = [
     "conv_transpose",
     "dropout",
     "dropout_channels",
+    "dropout_sites",
     "embedding",
     "embedding_spec",
     "geglu",

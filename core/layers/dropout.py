@@ -7,6 +7,8 @@ A place takes 16 random bits, compared as an integer, so that one Threefry block
 therefore kept with probability 1 - rate to within 2**-17; kept values are scaled by 1 / (1 - rate).
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -57,7 +59,29 @@ def _drop(name: str, x: Tensor, shape: tuple[int, ...], rate: float, key: Tensor
     if key.ndim > 2 or (key.ndim == 2 and key.shape[:1] != x.shape[:1]):
         raise ValueError(f"{name}: expected a key (2,) or ({shape[0] if shape else 1}, 2), found {tuple(key.shape)}")
     kept = _kept(key, shape[key.ndim - 1 :], rate)
-    return torch.where(kept.reshape(shape + (1,) * (x.ndim - len(shape))), x * (1 / (1 - rate)), 0)
+    return _keep(x, kept.reshape(shape + (1,) * (x.ndim - len(shape))), rate)
+
+
+def dropout_sites(key: Tensor, sites: int, shape: tuple[int, ...], rate: float) -> list[Callable[[Tensor], Tensor]]:
+    """Dropout at several places of a net whose values have one shape: a function `x -> dropped x` for each.
+
+    All masks come from one draw. A Threefry is about 150 nodes of a compiled graph, and one a place would make up most
+    of it.
+
+    Args:
+        key: (2,) or one an example (shape[0], 2); place i has the masks of `fold_in(key, i)`.
+        shape: of the values, (batch, ...).
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"dropout_sites: rate must be in (0, 1), found {rate}")
+    if key.ndim > 2 or (key.ndim == 2 and key.shape[0] != shape[0]):
+        raise ValueError(f"dropout_sites: expected a key (2,) or ({shape[0]}, 2), found {tuple(key.shape)}")
+    kept = _kept(random.sites(key, sites), tuple(shape[key.ndim - 1 :]), rate)
+    return [partial(_keep, kept=mask, rate=rate) for mask in kept.unbind(0)]
+
+
+def _keep(x: Tensor, kept: Tensor, rate: float) -> Tensor:
+    return torch.where(kept, x * (1 / (1 - rate)), 0)
 
 
 def _kept(key: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:

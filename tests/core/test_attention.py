@@ -24,6 +24,7 @@ from core.attention import (
     self_attention_spec,
     split_heads,
 )
+from core.layers import dropout
 
 F64 = torch.float64
 KEY = random.key(11)
@@ -177,20 +178,24 @@ def test_forward_mode_and_second_derivatives_equal_jax(kv_heads):
             numpy.testing.assert_allclose(a.numpy(), numpy.asarray(b), rtol=1e-9, atol=1e-12)
 
 
+def dropping(key):
+    return lambda weights: dropout(weights, 0.5, key)
+
+
 def test_dropout_masks_belong_to_their_examples():
     q, k, v = inputs()
     keys = random.split(KEY, 3)
-    out = attention(q, k, v, dropout=0.5, key=keys, causal=True)
+    out = attention(q, k, v, drop=dropping(keys), causal=True)
     singly = [[x[i : i + 1] for x in (q, k, v, keys)] for i in range(3)]
-    alone = [attention(a, b, c, dropout=0.5, key=key, causal=True) for a, b, c, key in singly]
+    alone = [attention(a, b, c, drop=dropping(key), causal=True) for a, b, c, key in singly]
     torch.testing.assert_close(out, torch.cat(alone))
-    mapped = vmap(lambda q, k, v, key: attention(q[None], k[None], v[None], dropout=0.5, key=key[None], causal=True)[0])
+    mapped = vmap(lambda q, k, v, key: attention(q[None], k[None], v[None], drop=dropping(key[None]), causal=True)[0])
     torch.testing.assert_close(out, mapped(q, k, v, keys))
     assert not torch.allclose(out, attention(q, k, v, causal=True))
     # The mean over many masks is the value without dropout.
     many = random.split(KEY, 4096)
     one = [x[:1].expand(4096, *x.shape[1:]) for x in (q, k, v)]
-    mean = attention(*one, dropout=0.5, key=many).mean(0)
+    mean = attention(*one, drop=dropping(many)).mean(0)
     torch.testing.assert_close(mean, attention(q, k, v)[0], rtol=0, atol=0.1)
 
 
@@ -301,7 +306,6 @@ START = torch.zeros(3, dtype=torch.int64)
             lambda: attention(Q, K, V, mask=torch.ones(3, 5).bool()),
             r"mask of shape \(3, 5\) does not broadcast",
         ),
-        (lambda: attention(Q, K, V, dropout=0.1), "needs a key"),
         (lambda: self_attention_spec(10, 4), "width 10 is not divisible by 4 heads"),
         (lambda: self_attention_spec(12, 4, kv_heads=3), "4 query heads do not divide into 3 key-value heads"),
         (lambda: cross_attention_spec(10, 4), "width 10 is not divisible by 4 heads"),

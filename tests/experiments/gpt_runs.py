@@ -73,9 +73,11 @@ def same_bits(a: tree.Tree, b: tree.Tree) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """{path: hash} of all files under a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """{path: hash} of all files under a folder, and of the folders."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
 
 
 def finite(state: TrainState) -> bool:

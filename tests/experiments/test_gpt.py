@@ -62,7 +62,7 @@ def test_folder_of_a_run(place):
     assert figures["steps"] == 24 and figures["seconds"] > 0 and 0 < figures["val_loss"] < 3.6  # log(37) = 3.6
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     assert config["args"]["text"] == "text.txt" and config["args"]["batch"] == 2 and config["net"]["width"] == 128
-    assert checkpoints.steps(run / "checkpoints") == [12, 18, 24]
+    assert checkpoints.steps(run / "checkpoints") == [12, 18, 24]  # 12 would stay: the best of the validated ones
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len((run / "sample.txt").read_text(encoding="utf-8")) > 400
     events = EventAccumulator(str(run)).Reload()
@@ -135,10 +135,10 @@ def test_sample_repeats_by_its_seed_and_has_a_default_prompt(here, capsys):
 
 
 def test_sample_into_a_closed_pipe_ends_quietly(here):
-    process = start(here, "sample", "--run", "runs/gpt/whole", "--tokens", "5000")
-    process.stdout.read(5)
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 1
+    with start(here, "sample", "--run", "runs/gpt/whole", "--tokens", "5000") as process:
+        os.read(process.stdout.fileno(), 5)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)
 
 
 def test_text_without_a_line_end(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_resume_takes_free_flags_and_flags_that_agree(here):
     agreeing = ("--text", "text.txt", "--batch=2", "--seed", "0", "--no-compile", "--dtype", "float32")
     assert call("--resume", "--name", "whole", *agreeing, "--steps", "30", "--save-every", "3") == 0
     run = here / "runs" / "gpt" / "whole"
-    assert result(run)["steps"] == 30 and checkpoints.steps(run / "checkpoints") == [24, 27, 30]
+    assert result(run)["steps"] == 30 and checkpoints.steps(run / "checkpoints") == [12, 24, 27, 30]
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     assert config["args"]["steps"] == 30 and config["args"]["batch"] == 2 and config["args"]["compile"] is False
 
@@ -189,7 +189,7 @@ def test_resume_takes_free_flags_and_flags_that_agree(here):
 def test_resume_takes_an_explicit_default(here):
     """A flag that repeats the program's default still overrides what the run was started with."""
     assert call("--resume", "--name", "whole", "--save-every", "500", "--steps", "26") == 0
-    assert checkpoints.steps(here / "runs" / "gpt" / "whole" / "checkpoints") == [18, 24, 26]
+    assert checkpoints.steps(here / "runs" / "gpt" / "whole" / "checkpoints") == [12, 18, 24, 26]
 
 
 def test_run_stopped_before_its_first_checkpoint_begins_again(here, place):

@@ -173,10 +173,10 @@ def test_running_mean_of_micro_batches(micro_batches):
 def test_the_key_of_an_example_depends_on_step_and_index_alone():
     optimizer = optimizers.sgd(0.1)
     state = initial(optimizer)
-    keys = step_keys(state, 8)
-    assert keys.shape == (8, 2) and torch.equal(keys[:3], step_keys(state, 3))
+    keys = step_keys(state.key, state.step, 8)
+    assert keys.shape == (8, 2) and torch.equal(keys[:3], step_keys(state.key, state.step, 3))
     assert torch.equal(keys[2], random.fold_in(random.fold_in(KEY, 0), 2))
-    later = step_keys(state._replace(step=state.step + 1), 8)
+    later = step_keys(state.key, state.step + 1, 8)
     assert not (keys == later).all(-1).any() and len(keys.unique(dim=0)) == 8
     seen = []
 
