@@ -235,7 +235,15 @@ def empty_cache(
 
 
 def cached_self_attention(
-    p: dict, x: Tensor, cache: Cache, position: Tensor, heads: int, *, kv_heads: int | None = None
+    p: dict,
+    x: Tensor,
+    cache: Cache,
+    position: Tensor,
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    method: str = "auto",
+    donate: bool = False,
 ) -> tuple[Tensor, Cache]:
     """Causal self-attention of the next tokens to all tokens so far.
 
@@ -244,6 +252,8 @@ def cached_self_attention(
         position: (batch,) integer, the place of each example's first new token. Examples may stand at different
             places: what a shorter prompt left behind its end is overwritten before anything may look at it.
             `position + time` must stay within the cache; its values are not checked, as that would wait for the device.
+        method: as in `attention`.
+        donate: the cache's own buffers may be overwritten; it must not be used again. Otherwise they are copied.
 
     Returns:
         (batch, time, width) and the cache with the new keys and values in it.
@@ -257,8 +267,13 @@ def cached_self_attention(
         found = f"of shape {tuple(room)} and {cache.keys.dtype}"
         raise ValueError(f"attention: a cache {found} does not take keys {tuple(k.shape)} and {k.dtype}")
     places = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (batch, time)
-    index = places[:, None, :, None].expand(k.shape)
-    cache = Cache(cache.keys.scatter(2, index, k), cache.values.scatter(2, index, v))
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    updated = []
+    for old, new in ((cache.keys, k), (cache.values, v)):
+        by_place = old.transpose(1, 2)  # (batch, places, heads, depth)
+        write = by_place.index_put_ if donate else by_place.index_put
+        updated.append(write((rows, places), new.transpose(1, 2)).transpose(1, 2))
+    cache = Cache(*updated)
     visible = torch.arange(cache.keys.shape[2], device=x.device) <= places[:, :, None]  # (batch, time, places)
-    y = attention(q, cache.keys, cache.values, mask=visible[:, None])
+    y = attention(q, cache.keys, cache.values, mask=visible[:, None], method=method)
     return linear(p["proj"], merge_heads(y)), cache

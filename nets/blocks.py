@@ -105,12 +105,14 @@ def cached_block(
     norm_first: bool = True,
     activation: str = "gelu_tanh",
     eps: float = 1e-5,
+    method: str = "auto",
+    donate: bool = False,
 ) -> tuple[Tensor, Cache]:
     """The causal block on the next tokens alone, without dropout; see `cached_self_attention` for the arguments."""
     caches = []
 
     def attend(x: Tensor) -> Tensor:
-        y, updated = cached_self_attention(p["attn"], x, cache, position, heads)
+        y, updated = cached_self_attention(p["attn"], x, cache, position, heads, method=method, donate=donate)
         caches.append(updated)
         return y
 

@@ -137,22 +137,28 @@ def empty_caches(params: dict, cfg: Config, batch: int, places: int) -> list[Cac
 
 
 def decode(
-    params: dict, tokens: Tensor, caches: list[Cache], position: Tensor, cfg: Config
+    params: dict, tokens: Tensor, caches: list[Cache], position: Tensor, cfg: Config, *, donate: bool = False
 ) -> tuple[Tensor, list[Cache]]:
     """Scores after the next tokens, given all tokens before them in the caches.
 
     Args:
         tokens: (batch, time); a whole prompt at position 0, later one token at a time.
         position: (batch,) the place of each example's first new token.
+        donate: the buffers of the caches may be overwritten; they must not be used again. Otherwise they are copied.
 
     Returns:
         logits (batch, time, vocabulary) and the new caches.
+
+    With `cfg.attention` "auto" and uncompiled, attention is torch's fused kernel; "explicit" vmaps on the CPU too.
     """
+    # Few kernels count most in eager mode; compiled, the explicit form is faster for a single query on a CPU.
+    method = "fused" if cfg.attention == "auto" and not torch.compiler.is_compiling() else cfg.attention
+    options = {"norm_first": cfg.norm_first, "method": method, "donate": donate}
     places = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     x = embedding(params["tokens"], tokens) + embedding(params["positions"], places)
     updated = []
     for p, cache in zip(params["blocks"], caches, strict=True):
-        x, cache = cached_block(p, x, cache, position, cfg.heads, norm_first=cfg.norm_first)
+        x, cache = cached_block(p, x, cache, position, cfg.heads, **options)
         updated.append(cache)
     x = layer_norm(params["norm"], x) if cfg.norm_first else x
     return logits(params, x), updated
@@ -210,20 +216,23 @@ def stream(
     # The last token that is drawn is never read, so it needs no place.
     places = min(cfg.context, time + steps - 1)
     room = places - min(steps - 1, places // 2)  # how much of the past fits beside the tokens to come
+    restarts = time + steps - 1 > places
     token, longest = prompt[:, 0], places  # as if the cache were full, so that the prompt is read first
     for t in range(steps):
         if longest == places:
             window, position = (prompt, lengths) if t == 0 and time <= places else _restart(history, lengths, room)
             start = torch.zeros_like(position)
-            scores, caches = decode(params, window, empty_caches(params, cfg, batch, places), start, cfg)
+            caches = empty_caches(params, cfg, batch, places)
+            scores, caches = decode(params, window, caches, start, cfg, donate=True)
             scores, longest = scores[rows, position - 1], int(position.max())
         else:
-            scores, caches = decode(params, token[:, None], caches, position, cfg)
+            scores, caches = decode(params, token[:, None], caches, position, cfg, donate=True)
             scores, position, longest = scores[:, -1], position + 1, longest + 1
         step_key = None if key is None else random.fold_in(key, t)
         token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)
-        history[rows, lengths] = token
-        lengths = lengths + 1
+        if restarts:
+            history[rows, lengths] = token
+            lengths = lengths + 1
         yield token
 
 
