@@ -204,10 +204,11 @@ def train(args: Args) -> None:
         tokenizer = tokenizers.load(args.tokenizer)
     elif tokenizer is None and args.weights:
         tokenizer = published_tokenizer(args.weights)
+    if args.weights:
+        check_vocabulary(tokenizer, cfg)
     tokens, tokenizer = token_files.tokens_of(args.text, tokenizer, cache=RUNS / "tokens")
     if args.weights is None:
         cfg = dataclasses.replace(cfg, vocabulary=tokenizer.vocabulary_size)
-    check_vocabulary(tokenizer, cfg)
     train_tokens, validation_tokens = text.split(tokens)
     if len(validation_tokens) <= cfg.context:
         found, needed = f"'{args.text or 'the embedded text'}' has {len(tokens)} tokens", 10 * cfg.context

@@ -1,12 +1,13 @@
 """Pictures of a run as PNG files: curves, grids of images, matrices, histograms, calibration.
 
-Each function draws one figure of its own (no pyplot, no global state) and writes it atomically.
+Each function draws one figure of its own (no pyplot, no global state) and writes it atomically. Instead of a path,
+`curves`, `matrix`, `reliability` and `histogram` also take one of the axes of `panels`, and draw there.
 """
 
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,26 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 INK, GRID = "#333333", "#DDDDDD"
 
 
+@contextmanager
+def panels(
+    path: str | os.PathLike, rows: int, columns: int, width: float = 4.4, height: float = 4.0
+) -> Iterator[list["Axes"]]:
+    """Several pictures in one file: yields rows * columns axes, row after row, and writes when the block ends.
+
+        with panels("figure.png", 1, 2) as (left, right):
+            curves(left, ...)
+
+    Args:
+        width, height: of one of them, in inches.
+    """
+    figure = _figure(columns * width, rows * height)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+    yield list(figure.subplots(rows, columns, squeeze=False).flat)
+    _write(path, figure)
+
+
 def curves(
-    path: str | os.PathLike,
+    path: "str | os.PathLike | Axes",
     lines: Mapping[str, tuple[Any, Any]],
     xlabel: str = "step",
     ylabel: str = "",
@@ -37,7 +56,7 @@ def curves(
         lines: {name: (xs, ys)}; values that are not finite leave a gap, a single point is drawn as a dot.
         log: a logarithmic y axis.
     """
-    figure, axes = _axes(6.4, 4.0, xlabel, ylabel, title)
+    figure, axes = _axes(path, 6.4, 4.0, xlabel, ylabel, title)
     for i, (name, (xs, ys)) in enumerate(lines.items()):
         x, y = _array(xs).astype(float), _array(ys).astype(float)
         if x.shape != y.shape or x.ndim != 1:
@@ -103,7 +122,7 @@ def image_grid(
 
 
 def matrix(
-    path: str | os.PathLike,
+    path: "str | os.PathLike | Axes",
     values: Any,
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
@@ -128,7 +147,7 @@ def matrix(
     height, width = cells.shape
     numbers = max(cells.shape) <= 15 if numbers is None else numbers
     step = 0.42 if numbers else 0.26 if rows is not None or columns is not None else 4.0 / max(height, width)
-    figure, axes = _axes(max(2.6, width * step + 1.4), max(2.2, height * step + 1.0), xlabel, ylabel, title)
+    figure, axes = _axes(path, max(2.6, width * step + 1.4), max(2.2, height * step + 1.0), xlabel, ylabel, title)
     axes.grid(False)
     image = axes.imshow(cells, cmap="Blues", aspect="equal" if height * 4 > width else "auto", interpolation="nearest")
     for spine in axes.spines.values():
@@ -154,7 +173,7 @@ def matrix(
     _write(path, figure)
 
 
-def reliability(path: str | os.PathLike, confidence: Any, accuracy: Any, counts: Any, title: str = "") -> None:
+def reliability(path: "str | os.PathLike | Axes", confidence: Any, accuracy: Any, counts: Any, title: str = "") -> None:
     """A reliability diagram (Guo et al. 2017, fig. 1): per bin the accuracy against the mean confidence.
 
     The expected calibration error sum(count / total |accuracy - confidence|) is written into it.
@@ -168,7 +187,7 @@ def reliability(path: str | os.PathLike, confidence: Any, accuracy: Any, counts:
             f"confidence, accuracy and counts have shapes {[x.shape for x in values]}, expected one length"
         )
     p, a, n = (x[values[2] > 0] for x in values)
-    figure, axes = _axes(4.4, 4.4, "confidence", "accuracy", title)
+    figure, axes = _axes(path, 4.4, 4.4, "confidence", "accuracy", title)
     axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1, label="perfect")
     axes.vlines(p, np.minimum(p, a), np.maximum(p, a), color=COLOURS[1], lw=1.6, alpha=0.6, label="gap")
     area = 20 + 180 * n / n.max() if len(n) else n
@@ -183,7 +202,7 @@ def reliability(path: str | os.PathLike, confidence: Any, accuracy: Any, counts:
 
 
 def histogram(
-    path: str | os.PathLike,
+    path: "str | os.PathLike | Axes",
     values: Mapping[str, Any],
     bins: int = 40,
     xlabel: str = "",
@@ -202,7 +221,7 @@ def histogram(
     if not everything.size:
         raise ValueError("no finite value to make a histogram of")
     edges = np.histogram_bin_edges(everything, bins)
-    figure, axes = _axes(6.0, 3.6, xlabel, "count", title)
+    figure, axes = _axes(path, 6.0, 3.6, xlabel, "count", title)
     for i, (name, x) in enumerate(found.items()):
         colour = COLOURS[i % len(COLOURS)]
         axes.hist(x, edges, color=colour, alpha=0.45 if len(found) > 1 else 0.85, label=name)
@@ -231,10 +250,20 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _axes(width: float, height: float, xlabel: str, ylabel: str, title: str) -> tuple["Figure", "Axes"]:
-    figure = _figure(width, height)
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
-    axes = figure.add_subplot()
+def _is_axes(path: Any) -> bool:
+    from matplotlib.axes import Axes
+
+    return isinstance(path, Axes)
+
+
+def _axes(path: Any, width: float, height: float, xlabel: str, ylabel: str, title: str) -> tuple["Figure", "Axes"]:
+    """A figure of this size, or that of the axes that stand in the place of a path."""
+    if _is_axes(path):
+        figure, axes = path.figure, path
+    else:
+        figure = _figure(width, height)
+        figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
+        axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.tick_params(colors=INK, labelsize=9)
@@ -254,6 +283,8 @@ def _without_missing_letters():
         yield
 
 
-def _write(path: str | os.PathLike, figure: "Figure") -> None:
+def _write(path: Any, figure: "Figure") -> None:
+    if _is_axes(path):  # whoever made the figure writes it
+        return
     with replacing(path) as temporary, _without_missing_letters():
         figure.savefig(temporary, format="png", facecolor="white")

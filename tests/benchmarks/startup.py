@@ -1,6 +1,6 @@
 """Seconds from the start of the main job to its first finished step, with the compiler's cache warm.
 
-    python tests/benchmarks/startup.py [--rounds 5]
+python tests/benchmarks/startup.py [--rounds 5]
 """
 
 import argparse

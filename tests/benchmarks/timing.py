@@ -6,13 +6,19 @@ from collections.abc import Callable
 
 
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of one call of each contestant, over `rounds` rounds that alternate between them."""
+    """Median seconds of one call of each contestant, over `rounds` rounds that alternate between them.
+
+    Each round begins with another one, since the one before may leave threads spinning or caches filled.
+    """
     for run in contestants.values():
         for _ in range(warmup):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
+    names = list(contestants)
+    for round_ in range(rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            run = contestants[name]
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-import torch.nn.functional as F
+from module_gpt import Module
 from timing import interleaved, report
-from torch import nn
 
 from core import random, spec, tree
 from nets import gpt2
@@ -29,45 +28,9 @@ BATCH = 16
 LEARNING_RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(CFG.width), nn.LayerNorm(CFG.width)
-        self.qkv, self.proj = nn.Linear(CFG.width, 3 * CFG.width), nn.Linear(CFG.width, CFG.width)
-        self.up, self.down = nn.Linear(CFG.width, 4 * CFG.width), nn.Linear(4 * CFG.width, CFG.width)
-
-    def forward(self, x):
-        b, t, c = x.shape
-        q, k, v = (
-            y.view(b, t, CFG.heads, c // CFG.heads).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(c, 2)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-class Module(nn.Module):
-    def __init__(self, params):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(CFG.vocabulary, CFG.width), nn.Embedding(CFG.context, CFG.width)
-        self.blocks = nn.ModuleList([Block() for _ in range(CFG.layers)])
-        self.norm = nn.LayerNorm(CFG.width)
-        names = {n.replace(".attn.", ".").replace(".mlp.", "."): x for n, x in tree.items(params)}
-        self.load_state_dict(names)
-
-    def forward(self, tokens, targets):
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy((self.norm(x) @ self.tokens.weight.T).flatten(0, 1), targets.flatten())
-
-
 def module_step(params):
-    module = Module(params)
-    decayed = [p for p in module.parameters() if p.ndim >= 2]
-    others = [p for p in module.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    module = Module(CFG, params)
+    optimizer = module.adamw(LEARNING_RATE, BETAS, DECAY)
     compiled = torch.compile(module, fullgraph=True, dynamic=False)
 
     def step(batch):

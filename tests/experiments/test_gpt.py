@@ -151,7 +151,9 @@ def test_text_without_a_line_end(tmp_path, monkeypatch):
 # --- resume
 
 
-@pytest.mark.parametrize("steps", [6, 12, 18])
+@pytest.mark.parametrize(
+    "steps", [12, pytest.param(6, marks=pytest.mark.slow), pytest.param(18, marks=pytest.mark.slow)]
+)
 def test_resume_from_any_checkpoint_gives_the_same_bits(steps, here, place, capsys):
     assert call(*QUICK, "--steps", "24", "--save-every", "6", "--eval-every", "4", "--name", "part") == 0
     run = here / "runs" / "gpt" / "part"

@@ -6,7 +6,7 @@ import torch
 
 from core import random
 from train.data import DataError, token_files, tokenizers
-from train.data.text import embedded_text, read_text, split, token_batch, windows
+from train.data.text import embedded_text, read_text, split, token_batch, token_batches, windows
 
 KEY = random.key(1)
 
@@ -153,3 +153,27 @@ def test_token_file_of_another_tokenizer(tmp_path):
     token_files.write_tokens(tmp_path / "t.bin", iter([[0]]), make_tokenizer("characters"))
     with pytest.raises(DataError, match="was made with another tokenizer"):
         token_files.open_tokens(tmp_path / "t.bin", make_tokenizer("byte pairs"))
+
+
+def test_token_batches_are_those_of_each_step():
+    tokens = torch.arange(200)
+    several = list(token_batches(tokens, KEY, range(3, 12), 4, 6, block=4))
+    assert len(several) == 9
+    for step, (inputs, targets) in enumerate(several, 3):
+        expected = token_batch(tokens, KEY, step, 4, 6)
+        assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+
+
+def test_tokens_of_keeps_byte_pairs_on_disk(tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("one two three two one " * 40, encoding="utf-8")
+    made = tokenizers.train_byte_pairs([path.read_text()], 270)
+    first, used = token_files.tokens_of(path, made, tmp_path / "cache")
+    (stored,) = (tmp_path / "cache").iterdir()
+    written = stored.stat().st_mtime_ns
+    again, _ = token_files.tokens_of(path, made, tmp_path / "cache")
+    assert used is made and stored.stat().st_mtime_ns == written
+    everything = torch.arange(len(first))
+    assert first[everything].tolist() == again[everything].tolist() == made.encode(path.read_text())
+    characters, by_characters = token_files.tokens_of(path, None, tmp_path / "cache")
+    assert by_characters.decode(characters) == path.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.logs import RunLog, read_metrics, read_result
+from train.logs import RunLog, read_curves, read_metrics, read_result
 
 
 @dataclass
@@ -140,3 +140,11 @@ def test_import_is_light():
     code += "heavy = {'rich', 'tensorboard', 'matplotlib', 'sklearn', 'PIL', 'pooch', 'tokenizers', 'tensorflow'}\n"
     code += "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_read_curves_pairs_steps_with_values(tmp_path):
+    with RunLog(tmp_path, quiet=True) as log:
+        for step in (10, 20):
+            log.metrics(step, {"loss": 1.0 / step})
+        log.metrics(20, {"accuracy": 0.5})
+    assert read_curves(tmp_path, "loss", "accuracy") == {"loss": ([10, 20], [0.1, 0.05]), "accuracy": ([20], [0.5])}

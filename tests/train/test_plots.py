@@ -75,6 +75,24 @@ def test_reliability_writes_the_calibration_error(tmp_path, monkeypatch):
     assert amount(pixels(tmp_path / "r.png"), plots.COLOURS[1], 120) > 20
 
 
+def test_panels_hold_what_is_drawn_into_them(tmp_path):
+    with plots.panels(tmp_path / "p.png", 2, 2) as (first, second, third, fourth):
+        plots.curves(first, {"train": (range(20), range(20))}, title="curves")
+        plots.reliability(second, [0.1, 0.6, 0.9], [0.0, 0.4, 0.9], [0, 30, 10])
+        plots.matrix(third, torch.eye(20))
+        plots.histogram(fourth, {"a": [1.0, 2.0]})
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+    picture = pixels(tmp_path / "p.png")
+    height, width = picture.shape[0] // 2, picture.shape[1] // 2
+    for row, column in ((0, 0), (0, 1), (1, 1)):
+        part = picture[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        assert amount(part, plots.COLOURS[0], 60) > 100, (row, column)
+    assert amount(picture[height:, :width], "#08306b") > 100
+    with pytest.raises(RuntimeError, match="half"), plots.panels(tmp_path / "none.png", 1, 1):
+        raise RuntimeError("half drawn")
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_histogram_leaves_out_what_is_not_finite(tmp_path):
     plots.histogram(tmp_path / "h.png", {"a": [1.0, 2.0, float("inf")], "b": torch.ones(3, 3)}, log=True, xlabel="x")
     assert (tmp_path / "h.png").stat().st_size > 3000

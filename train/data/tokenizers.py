@@ -105,7 +105,12 @@ class BytePairTokenizer:
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Raises DataError naming the first character that no UTF-8 has: a lone surrogate."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            position = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+            raise DataError(f"character {text[position]!r} at position {position} is no Unicode text") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD. Raises DataError naming an id outside the vocabulary."""

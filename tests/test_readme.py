@@ -1,0 +1,31 @@
+"""The Python examples of the pages run as they stand, one after the other."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "core/README.md"])
+def test_examples_run(page, monkeypatch):
+    torch._dynamo.reset()
+    # The examples compile through inductor; here the tracing is what is of interest.
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "aot_eager"}))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    names: dict = {}
+    for block in blocks:
+        exec(compiled_source(block, page), names)
+    if page == "README.md":
+        assert torch.allclose(
+            names["each"]["layers"][0]["weight"].mean(0), names["gradient"]["layers"][0]["weight"], atol=1e-6
+        )
+        assert int(names["state"].step) == 1
+
+
+def compiled_source(block: str, page: str):
+    return compile(block, page, "exec")
