@@ -2,15 +2,14 @@
 
 Lakshminarayanan et al. 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles". A train step
 is a pure function, so `compile(vmap(step))` trains all members in one compiled call; each has its own initial values
-and its own order of the data. Without a flag it learns scikit-learn's 8x8 digits, offline:
+and its own order of the data. Without a flag they learn from 500 of scikit-learn's 8x8 digits, offline:
 
-    python experiments/ensemble.py                                   about 20 seconds on 2 CPU cores, half of it compiling
-    python experiments/ensemble.py --data FOLDER --widths 512 512    MNIST, or a set in its format (four IDX files)
-    python experiments/ensemble.py evaluate --run runs/ensemble/NAME    the figures again, from the last checkpoint
+    python experiments/ensemble.py                                       about 20 seconds on 2 CPU cores
+    python experiments/ensemble.py --data FOLDER --widths 512 512 --steps 20000    MNIST, or a set in its format
+    python experiments/ensemble.py evaluate --run runs/ensemble/NAME     the figures of a run again
 
-It ends with the spread of the members' accuracy, how well their confidence is calibrated, and how both and the
-likelihood gain from averaging: a member is right on 98.0 % of the test digits, the sixteen together on 98.1 %, but
-their negative log-likelihood falls by a sixth.
+It ends with the spread of the members' accuracy, how well their confidence is calibrated, and what averaging gains.
+Expected: 96.6 % right (a member) and 96.8 % (averaged), NLL 0.137 and 0.117, calibration error 1.5 % and 0.7 %.
 """
 
 import contextlib
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 
 from core import random, spec, tree
-from core.tree import Tree
 from nets import mlp
 from train import checkpoints, command_line, optimizers, plots, schedules
 from train.data import images, order
@@ -37,7 +35,8 @@ from train.metrics import expected_calibration_error, reliability_bins
 from train.step import create, make_step
 
 RUNS = Path("runs/ensemble")
-TEST_DIGITS = 797  # of the 1797: with fewer, chance hides how well confidence is calibrated
+TEST_DIGITS = 1297  # of 1797: with fewer, chance would hide how well confidence is calibrated
+BINS = 10  # of confidence
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Args:
     """Widths of the hidden layers."""
     steps: int = 1000
     """Training steps; the learning rate falls to 0 over all of them."""
-    batch: int = 100
+    batch: int = 50
     """Examples a step and member."""
     learning_rate: float = 3e-3
     """Learning rate at the beginning."""
@@ -59,7 +58,7 @@ class Args:
     seed: int = 0
     """Seed of everything random: initial values and the order of the data."""
     name: str | None = None
-    """Folder of the run under runs/ensemble; the date and time if not given. With --resume: which run, else the newest."""
+    """Folder under runs/ensemble; the date and time if not given. With --resume: which run, else the newest."""
     resume: bool = False
     """Continue a run from its last checkpoint, with the flags it was started with."""
     device: str = "cpu"
@@ -72,8 +71,6 @@ class Args:
 class EvaluateArgs:
     run: Path
     """Folder of a run, such as runs/ensemble/NAME."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
 
 
 def read(args: Args) -> tuple[images.Labelled, images.Labelled, mlp.Config]:
@@ -95,13 +92,13 @@ def batches(data: images.Labelled, keys: Tensor, steps: range, size: int) -> Ite
         yield data.images[chosen], data.labels[chosen]
 
 
-def loss(params: Tree, batch: tuple[Tensor, Tensor], keys: Tensor, cfg: mlp.Config) -> Tensor:
+def loss(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, cfg: mlp.Config) -> Tensor:
     pixels, labels = batch
     return cross_entropy(mlp.apply(params, pixels, cfg, train=True), labels)
 
 
 @torch.no_grad()
-def log_probabilities(params: Tree, pixels: Tensor, cfg: mlp.Config) -> Tensor:
+def log_probabilities(params: tree.Tree, pixels: Tensor, cfg: mlp.Config) -> Tensor:
     """(members, examples, classes)."""
     members = torch.vmap(functools.partial(mlp.apply, cfg=cfg), in_dims=(0, None))
     parts = [members(params, pixels[part]) for part in order.evaluation_batches(len(pixels), 1000)]
@@ -117,51 +114,48 @@ def by_size(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     total, rows = log_probs, []
     for k in range(1, len(log_probs) + 1):
         mean = total - math.log(k)
-        rows.append([torch.vmap(score, in_dims=(0, None))(mean, labels) for score in (accuracy, nll)])
+        rows.append(torch.stack([torch.vmap(score, in_dims=(0, None))(mean, labels) for score in (accuracy, nll)]))
         total = torch.logaddexp(total, log_probs.roll(-k, 0))
-    accuracies, likelihoods = zip(*rows, strict=True)
-    return torch.stack(accuracies), torch.stack(likelihoods)
+    return torch.stack(rows, 1).unbind(0)
 
 
-def study(folder: Path, params: Tree, test: images.Labelled, cfg: mlp.Config) -> dict[str, float]:
+def study(folder: Path, params: tree.Tree, test: images.Labelled, cfg: mlp.Config) -> dict[str, float]:
     """The figures of the ensemble on the test examples; draws them into `ensemble.png`."""
     log_probs = log_probabilities(params, test.images, cfg)
-    members = len(log_probs)
+    members, labels = len(log_probs), test.labels
     averaged = log_probs.logsumexp(0) - math.log(members)
-    right, surprise = by_size(log_probs, test.labels)
-    errors = expected_calibration_error(log_probs.exp(), test.labels)
-    typical = int(errors.argsort()[members // 2])
+    accuracies, nlls = by_size(log_probs, labels)
+    errors = expected_calibration_error(log_probs.exp(), labels, BINS)
+    median = int(errors.argsort()[members // 2])
 
-    sizes = list(range(1, members + 1))
-    with plots.panels(folder / "ensemble.png", 2, 2) as (top_left, top_right, left, down_right):
-        for axes, values, name in ((top_left, 100 * right, "accuracy (%)"), (top_right, surprise, "NLL (nats)")):
+    sizes, (blue, orange, *_) = list(range(1, members + 1)), plots.COLOURS
+    with plots.panels(folder / "ensemble.png", 2, 2) as (left, right, lower_left, lower_right):
+        for axes, values, name in ((left, 100 * accuracies, "accuracy (%)"), (right, nlls, "NLL (nats)")):
             plots.curves(axes, {"mean": (sizes, values.mean(1))}, "members averaged", name, f"Test {name}")
-            low, high = values.min(1).values.tolist(), values.max(1).values.tolist()
-            axes.fill_between(sizes, low, high, color=plots.COLOURS[0], alpha=0.15, lw=0, label="least to greatest")
-            axes.scatter([1] * members, values[0].tolist(), s=14, color=plots.COLOURS[1], zorder=3, label="a member")
+            low, high = values.amin(1).tolist(), values.amax(1).tolist()
+            axes.fill_between(sizes, low, high, color=blue, alpha=0.15, lw=0, label="least to greatest")
+            axes.scatter([1] * members, values[0].tolist(), s=14, color=orange, zorder=3, label="a member")
             axes.legend(frameon=False, fontsize=9)
-        plots.reliability(left, *reliability_bins(log_probs[typical].exp(), test.labels), f"Member {typical}")
-        plots.reliability(down_right, *reliability_bins(averaged.exp(), test.labels), f"{members} members averaged")
-    return {
-        "member_accuracy_mean": float(right[0].mean()),
-        "member_accuracy_std": float(right[0].std(correction=0)),
-        "member_accuracy_min": float(right[0].min()),
-        "member_accuracy_max": float(right[0].max()),
-        "member_nll": float(surprise[0].mean()),
-        "member_ece": float(errors.mean()),
-        "ensemble_accuracy": float(accuracy(averaged, test.labels)),
-        "ensemble_nll": float(nll(averaged, test.labels)),
-        "ensemble_ece": float(expected_calibration_error(averaged.exp(), test.labels)),
+        plots.reliability(lower_left, *reliability_bins(log_probs[median].exp(), labels, BINS), f"Member {median}")
+        plots.reliability(lower_right, *reliability_bins(averaged.exp(), labels, BINS), f"{members} members averaged")
+    figures = {
+        "member_accuracy_mean": accuracies[0].mean(),
+        "member_accuracy_std": accuracies[0].std(correction=0),
+        "member_accuracy_min": accuracies[0].min(),
+        "member_accuracy_max": accuracies[0].max(),
+        "member_nll": nlls[0].mean(),
+        "member_ece": errors.mean(),
+        "ensemble_accuracy": accuracy(averaged, labels),
+        "ensemble_nll": nll(averaged, labels),
+        "ensemble_ece": expected_calibration_error(averaged.exp(), labels, BINS),
     }
+    return {name: float(value) for name, value in figures.items()}
 
 
-def summary(figures: dict[str, float]) -> str:
-    spread = "{member_accuracy_mean:.2%} ± {member_accuracy_std:.2%} ({member_accuracy_min:.2%} to "
-    return (
-        "            accuracy                             NLL     ECE\n"
-        f"a member    {spread}{{member_accuracy_max:.2%}})   {{member_nll:.4f}}  {{member_ece:.2%}}\n"
-        "averaged    {ensemble_accuracy:.2%}                               {ensemble_nll:.4f}  {ensemble_ece:.2%}"
-    ).format(**figures)
+SUMMARY = """\
+a member  {member_accuracy_mean:.2%} ± {member_accuracy_std:.2%} right, NLL {member_nll:.4f}, ECE {member_ece:.2%} \
+(from {member_accuracy_min:.2%} to {member_accuracy_max:.2%} right)
+averaged  {ensemble_accuracy:.2%}         right, NLL {ensemble_nll:.4f}, ECE {ensemble_ece:.2%}"""
 
 
 def train(args: Args) -> None:
@@ -170,15 +164,13 @@ def train(args: Args) -> None:
         folder, args = command_line.resume(RUNS, args, free=("steps", "save_every", "device", "compile"))
         if checkpoints.steps(folder / "checkpoints"):  # none: it was stopped before the first one and begins again
             record = checkpoints.read_record(folder / "checkpoints")
-    for name in ("members", "steps", "batch", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
-    if any(width < 1 for width in args.widths):
-        raise ValueError(f"--widths are {' '.join(map(str, args.widths))}; expected at least 1")
+    counts = {name: getattr(args, name) for name in ("members", "steps", "batch", "save_every")}
+    for name, count in (counts | {"widths": min(args.widths, default=1)}).items():
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
     if not 0.0 < args.learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {args.learning_rate}; expected a positive number")
-    device = command_line.device(args.device)
-    learn, test, cfg = read(args)
+    device, (learn, test, cfg) = command_line.device(args.device), read(args)
     if args.batch > len(learn.labels):
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {len(learn.labels)} examples to learn from")
     learn, test = tree.move((learn, test), device)
@@ -224,8 +216,6 @@ def train(args: Args) -> None:
                 member = int(finite.int().argmin())
                 found = ", ".join(f"{name} {float(values[member]):g}" for name, values in metrics.items())
                 raise ValueError(f"step {at} of member {member} is not finite ({found}); stopped, {where}")
-            if at == first + 1:
-                log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
             last = at == args.steps or stop.requested
             log.progress(at, args.members * args.batch, loss=metrics["loss"].mean())
             if at % 10 == 0 or last:
@@ -237,27 +227,23 @@ def train(args: Args) -> None:
         seconds += time.perf_counter() - clock
         if stop.requested:
             saved.wait()
-            log.print(
-                f"stopped at step {at}; continue with: python experiments/ensemble.py --resume --name {folder.name}"
-            )
+            again = f"python experiments/ensemble.py --resume --name {folder.name}"
+            log.print(f"stopped at step {at}; continue with: {again}")
             return
         figures = study(folder, states.params, test, cfg)
         log.result({**figures, "steps": at, "seconds": seconds, "parameters": args.members * tree.count(model)})
-    print(f"{summary(figures)}\n{at} steps in {seconds:.0f} s; files in {folder}/")
+    print(f"{SUMMARY.format(**figures)}\n{at} steps in {seconds:.0f} s; files in {folder}/")
 
 
 def evaluate(args: EvaluateArgs) -> None:
-    device, saved = command_line.device(args.device), args.run / "checkpoints"
+    saved = args.run / "checkpoints"
     record = checkpoints.read_record(saved)
-    what = f"the configuration of '{args.run}'"
-    trained = command_line.from_json(Args, record.config, "args", what)
+    trained = command_line.from_json(Args, record.config, "args", f"the configuration of '{args.run}'")
     _, test, cfg = read(trained)
-    command_line.check_same(f"{what} has", record.config, plain({"net": cfg}))
     template = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(mlp.spec(cfg)))
-    params, test = tree.move((checkpoints.restore(saved, template, part="params"), test), device)
-    print(
-        f"{summary(study(args.run, params, test, cfg))}\nafter {record.step} steps; figure in {args.run}/ensemble.png"
-    )
+    params = checkpoints.restore(saved, template, part="params")
+    print(SUMMARY.format(**study(args.run, params, test, cfg)))
+    print(f"after {record.step} steps; figure in {args.run / 'ensemble.png'}")
 
 
 if __name__ == "__main__":
