@@ -48,7 +48,7 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny": Recipe(steps=3000, batch=16, learning_rate=3e-3, warmup=100, beta2=0.99),
+    "tiny": Recipe(steps=1500, batch=16, learning_rate=3e-3, warmup=100, beta2=0.99),
     "nanogpt-cpu": Recipe(steps=2000, batch=12, learning_rate=3e-3, warmup=100, beta2=0.99),
     "nanogpt-gpu": Recipe(steps=5000, batch=64, learning_rate=1e-3, warmup=100, beta2=0.99),
     **{

@@ -26,6 +26,7 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
     A ValueError or OSError becomes one line on stderr and exit code 2; with FUNCTREE_DEBUG=1 in the environment it
     keeps its traceback. Ctrl-C and SIGTERM outside of a `Stop` exit with 130.
     """
+    import torch._inductor.config as inductor
     import tyro
 
     argv = sys.argv[1:]
@@ -34,6 +35,10 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
     if others and not name:
         description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
     program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
+    # The processor's own flags say which vector instructions it has. Inductor would also build, load and run a program
+    # for each kind, which takes over a second of every start.
+    if inductor.cpp.vec_isa_ok is None:
+        inductor.cpp.vec_isa_ok = True
     parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

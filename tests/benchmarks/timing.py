@@ -1,5 +1,6 @@
 """Times measured side by side: every round runs each contestant once, so that drift of the machine meets all alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -8,16 +9,15 @@ from collections.abc import Callable
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of one call of each contestant, over `rounds` rounds that alternate between them.
 
-    Each round begins with another one, since the one before may leave threads spinning or caches filled.
+    Each round has another order, since whoever ran before may leave threads spinning or caches filled.
     """
     for run in contestants.values():
         for _ in range(warmup):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for round_ in range(rounds):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(contestants), len(contestants)):
             run = contestants[name]
             start = time.perf_counter()
             run()

@@ -218,6 +218,7 @@ def test_seed_and_precision(here, capsys):
     assert result(runs / "bfloat16")["val_loss"] == pytest.approx(result(runs / "whole")["val_loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_training(here):
     assert call(*QUICK, *STEPS, "--name", "parts", "--micro-batches", "2") == 0
     runs = here / "runs" / "gpt"
