@@ -227,7 +227,10 @@ def train(args: Args) -> None:
     )
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(1.0), adamw)
     model, key = gpt2.spec(cfg), random.key(args.seed, device)
-    state = start(key, tree.move(params, device), model, optimizer) if params else create(key, model, optimizer)
+    if params:
+        state = start(random.fold_in(key, 1), tree.move(params, device), model, optimizer)
+    else:
+        state = create(key, model, optimizer)
     first, seconds = 0, 0.0
     if record:
         state = checkpoints.restore(folder / "checkpoints", state, record.step)
@@ -240,7 +243,7 @@ def train(args: Args) -> None:
         donate=True,
         compile=args.compile,
     )
-    data_key = random.fold_in(key, 1)
+    data_key = random.fold_in(key, 2)  # numbers 0 and 1 are those of `create`
     resumed = first if args.resume else None
     with contextlib.ExitStack() as undo:
         if folder is None:
@@ -297,7 +300,7 @@ def train(args: Args) -> None:
         }
         log.result(result)
     plots.curves(folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
-    sample = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 2), temperature=0.8)
+    sample = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 3), temperature=0.8)
     (folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} after {at} steps in {seconds:.0f} s; files in {folder}/")
 
