@@ -36,7 +36,7 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
         description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
     program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
     # The processor's own flags say which vector instructions it has. Inductor would also build, load and run a program
-    # for each kind, which takes over a second of every start.
+    # for each kind, at every start.
     if inductor.cpp.vec_isa_ok is None:
         inductor.cpp.vec_isa_ok = True
     parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)

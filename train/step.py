@@ -60,10 +60,6 @@ def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
     return random.sites(random.fold_in(key, step), examples)
 
 
-def _norm(leaves: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(leaves)).norm() if leaves else torch.zeros(())
-
-
 def _slice(batch: Tree, start: int, size: int) -> Tree:
     return tree.map(lambda x: x[start : start + size], batch)
 
@@ -139,11 +135,11 @@ def make_step(
 
     def update_in_place(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
         # Outside of the compiled region: inductor would fuse the norms into kernels that then run slower.
-        metrics = {**metrics, "grad_norm": _norm(tree.leaves(grads))}
+        metrics = {**metrics, "grad_norm": tree.norm(grads)}
         before = [x.clone() for x in tree.leaves(state.params)] if update_norm else []
         params, opt_state = overwrite(grads, state.opt_state, state.params)
         if update_norm:
-            metrics["update_norm"] = _norm(torch._foreach_sub(tree.leaves(params), before))
+            metrics["update_norm"] = tree.norm(torch._foreach_sub(tree.leaves(params), before))
         return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
 
     def maybe_compiled(f: Callable) -> Callable:

@@ -1,7 +1,7 @@
 """GPT-2 124M in bfloat16 on a GPU: tokens/s and model FLOP utilisation beside the same net as a compiled nn.Module.
 
 Both keep float32 weights and compute in bfloat16: ours by its policy, the module under torch.autocast; AdamW, fused.
-Utilisation counts 6 operations a parameter and token and 12 * layers * width * time for attention (Chowdhery et al. 2022,
+Utilisation counts 6 operations a parameter and token, 12 * layers * width * time for attention (Chowdhery et al. 2022,
 appendix B), over the card's dense bfloat16 peak.
 
     python tests/benchmarks/gpt2_bf16.py [--batch 16] [--peak 989e12]           an H100 or H200
@@ -10,7 +10,6 @@ appendix B), over the card's dense bfloat16 peak.
 
 import argparse
 import dataclasses
-import functools
 
 import torch
 from module_gpt import Module
@@ -69,7 +68,7 @@ def main() -> None:
     steps = {"functree": ours, "nn.Module, torch.compile": theirs}
     losses = {name: [step() for _ in range(5)][-1] for name, step in steps.items()}
     print("loss after 5 steps:", {name: round(value, 3) for name, value in losses.items()})
-    medians = interleaved({name: functools.partial(step) for name, step in steps.items()}, args.rounds)
+    medians = interleaved(steps, args.rounds)
     tokens = args.batch * cfg.context
     matrices = tree.count(gpt2.spec(cfg)) - cfg.context * cfg.width
     operations = tokens * (6 * matrices + 12 * cfg.layers * cfg.width * cfg.context)

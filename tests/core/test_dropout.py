@@ -7,7 +7,7 @@ import torch
 from torch.func import grad, vmap
 
 from core import random
-from core.layers import dropout, dropout_channels, stochastic_depth
+from core.layers import dropout, dropout_channels, dropout_sites, stochastic_depth
 
 KEY = random.key(3)
 LAYERS = [dropout, dropout_channels, stochastic_depth]
@@ -104,3 +104,20 @@ def test_errors(layer):
         layer(X, 0.5, None)
     with pytest.raises(ValueError, match=rf"{name}: expected a key \(2,\) or \(8, 2\), found \(5, 2\)"):
         layer(X, 0.5, random.split(KEY, 5))
+
+
+@pytest.mark.parametrize("examples", [None, 5])
+def test_each_site_has_the_mask_of_its_own_key(examples):
+    key = random.key(7) if examples is None else random.split(random.key(7), examples)
+    x = torch.arange(1.0, 61.0).reshape(5, 4, 3)
+    sites = dropout_sites(key, 3, tuple(x.shape), 0.4)
+    for i, drop in enumerate(sites):
+        torch.testing.assert_close(drop(x), dropout(x, 0.4, random.fold_in(key, i)), rtol=0, atol=0)
+    assert not torch.equal(sites[0](x), sites[1](x))
+
+
+def test_sites_refuse_wrong_keys_and_rates():
+    with pytest.raises(ValueError, match=r"expected a key \(2,\) or \(5, 2\), found \(4, 2\)"):
+        dropout_sites(random.split(random.key(0), 4), 2, (5, 3), 0.5)
+    with pytest.raises(ValueError, match="rate must be in"):
+        dropout_sites(random.key(0), 2, (5, 3), 0.0)
