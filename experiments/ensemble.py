@@ -12,11 +12,8 @@ It ends with the spread of the members' accuracy, how well their confidence is c
 Expected: 96.6 % right (a member) and 96.8 % (averaged), NLL 0.137 and 0.117, calibration error 1.5 % and 0.7 %.
 """
 
-import contextlib
 import functools
 import math
-import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +23,8 @@ from torch import Tensor
 
 from core import random, spec, tree
 from nets import mlp
-from train import checkpoints, command_line, optimizers, plots, schedules
+from train import checkpoints, command_line, optimizers, plots, runs, schedules
 from train.data import images, order
-from train.files import plain
-from train.logs import RunLog
 from train.losses import accuracy, cross_entropy, nll
 from train.metrics import expected_calibration_error, reliability_bins
 from train.step import create, make_step
@@ -159,91 +154,58 @@ averaged  {ensemble_accuracy:.2%}         right, NLL {ensemble_nll:.4f}, ECE {en
 
 
 def train(args: Args) -> None:
-    folder, record = None, None
-    if args.resume:
-        folder, args = command_line.resume(RUNS, args, free=("steps", "save_every", "device", "compile"))
-        if checkpoints.steps(folder / "checkpoints"):  # none: it was stopped before the first one and begins again
-            record = checkpoints.read_record(folder / "checkpoints")
-    counts = {name: getattr(args, name) for name in ("members", "steps", "batch", "save_every")}
-    for name, count in (counts | {"widths": min(args.widths, default=1)}).items():
-        if count < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
-    if not 0.0 < args.learning_rate < math.inf:
-        raise ValueError(f"--learning-rate is {args.learning_rate}; expected a positive number")
+    origin, args = runs.begin(RUNS, args, free=("steps", "save_every", "device", "compile"))
+    command_line.at_least_one(members=args.members, steps=args.steps, batch=args.batch, save_every=args.save_every)
+    command_line.at_least_one(widths=min(args.widths, default=1))
+    command_line.positive(learning_rate=args.learning_rate)
     device, (learn, test, cfg) = command_line.device(args.device), read(args)
     if args.batch > len(learn.labels):
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {len(learn.labels)} examples to learn from")
     learn, test = tree.move((learn, test), device)
-    identity = {"net": cfg, "members": args.members, "examples": {"train": len(learn.labels), "test": len(test.labels)}}
-    config = {"args": args, **identity, "torch": torch.__version__}
-    if record:
-        command_line.check_same(f"cannot resume '{folder}': its checkpoint has", record.config, plain(identity))
-        if record.step > args.steps:
-            raise ValueError(f"--steps is {args.steps}, but '{folder}' has done {record.step}")
 
     model, optimizer = mlp.spec(cfg), optimizers.adamw(schedules.cosine(args.learning_rate, args.steps))
     keys = random.split(random.key(args.seed, device), args.members)
     states = torch.vmap(functools.partial(create, model=model, optimizer=optimizer))(keys)
     states = tree.map(torch.Tensor.contiguous, states)  # vmap repeats what the members share, such as the step
     order_keys = random.fold_in(keys, 2)  # `create` has used numbers 0 and 1
-    first, seconds = 0, 0.0
-    if record:
-        states = checkpoints.restore(folder / "checkpoints", states, record.step)
-        first, seconds = record.step, record.metrics["seconds"]
+    identity = {"net": cfg, "members": args.members, "examples": {"train": len(learn.labels), "test": len(test.labels)}}
+    states = runs.restore(origin, states, identity, args.steps)
     step = torch.vmap(make_step(functools.partial(loss, cfg=cfg), optimizer, compile=False))
     if args.compile:
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    resumed = first if args.resume else None
-    with contextlib.ExitStack() as undo:
-        if folder is None:
-            folder = command_line.new_folder(RUNS, args.name)
-            undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        saved = checkpoints.Checkpoints(folder / "checkpoints", config, resume=resumed)
-        log = RunLog(folder, config, total=args.steps, resume=resumed)
-        undo.pop_all()  # from here on the run may be resumed
-    with command_line.Stop() as stop, log, saved:
-        log.print(f"{args.members} members of {tree.count(model):,} parameters each; run in {folder}")
-        if args.compile and first < args.steps:
-            log.print("compiling the train step ...")
-        clock, at = time.perf_counter(), first
-        for at, batch in enumerate(batches(learn, order_keys, range(first, args.steps), args.batch), first + 1):
+
+    config = {"args": args, **identity, "torch": torch.__version__}
+    with runs.opened(origin, config, total=args.steps) as run:
+        run.log.print(f"{args.members} members of {tree.count(model):,} parameters each; run in {run.folder}")
+        if args.compile and run.first < args.steps:
+            run.log.print("compiling the train step ...")
+        at, steps = run.first, range(run.first, args.steps)
+        for at, batch in enumerate(batches(learn, order_keys, steps, args.batch), run.first + 1):
             states, metrics = step(states, batch)
-            finite = torch.stack(list(metrics.values())).isfinite().all(0)
-            if not finite.all():
-                saved.wait()
-                kept = checkpoints.latest(folder / "checkpoints")
-                where = f"the last good checkpoint is that of step {kept}" if kept else "there is no checkpoint yet"
-                member = int(finite.int().argmin())
-                found = ", ".join(f"{name} {float(values[member]):g}" for name, values in metrics.items())
-                raise ValueError(f"step {at} of member {member} is not finite ({found}); stopped, {where}")
-            last = at == args.steps or stop.requested
-            log.progress(at, args.members * args.batch, loss=metrics["loss"].mean())
+            runs.check_finite(run, at, metrics)
+            last = at == args.steps or run.stop.requested
+            run.log.progress(at, args.members * args.batch, loss=metrics["loss"].mean())
             if at % 10 == 0 or last:
-                log.metrics(at, {f"train/{name}": values.mean() for name, values in metrics.items()})
+                run.log.metrics(at, {f"train/{name}": values.mean() for name, values in metrics.items()})
             if at % args.save_every == 0 or last:
-                saved.save(at, states, {"seconds": seconds + time.perf_counter() - clock})
+                runs.save(run, at, states)
             if last:
                 break
-        seconds += time.perf_counter() - clock
-        if stop.requested:
-            saved.wait()
-            again = f"python experiments/ensemble.py --resume --name {folder.name}"
-            log.print(f"stopped at step {at}; continue with: {again}")
+        seconds = runs.seconds(run)
+        if runs.stopped(run, at):
             return
-        figures = study(folder, states.params, test, cfg)
-        log.result({**figures, "steps": at, "seconds": seconds, "parameters": args.members * tree.count(model)})
-    print(f"{SUMMARY.format(**figures)}\n{at} steps in {seconds:.0f} s; files in {folder}/")
+        figures = study(run.folder, states.params, test, cfg)
+        run.log.result({**figures, "steps": at, "seconds": seconds, "parameters": args.members * tree.count(model)})
+    print(f"{SUMMARY.format(**figures)}\n{at} steps in {seconds:.0f} s; files in {run.folder}/")
 
 
 def evaluate(args: EvaluateArgs) -> None:
-    saved = args.run / "checkpoints"
-    record = checkpoints.read_record(saved)
-    trained = command_line.from_json(Args, record.config, "args", f"the configuration of '{args.run}'")
+    trained, saved = runs.read_config(args.run, "args", Args), args.run / "checkpoints"
     _, test, cfg = read(trained)
     template = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(mlp.spec(cfg)))
     params = checkpoints.restore(saved, template, part="params")
     print(SUMMARY.format(**study(args.run, params, test, cfg)))
-    print(f"after {record.step} steps; figure in {args.run / 'ensemble.png'}")
+    print(f"after {checkpoints.latest(saved)} steps; figure in {args.run / 'ensemble.png'}")
 
 
 if __name__ == "__main__":

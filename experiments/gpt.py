@@ -9,12 +9,9 @@ character-level GPT on the language reference that every Python installation car
     python experiments/gpt.py sample --weights openai-community/gpt2 --prompt "The "     the same with published weights
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +21,9 @@ import torch
 
 from core import random, tree
 from nets import gpt2, pretrained
-from train import checkpoints, command_line, optimizers, plots, schedules
+from train import checkpoints, command_line, optimizers, plots, runs, schedules
 from train.data import text, token_files, tokenizers
-from train.files import plain
-from train.logs import RunLog, read_curves
+from train.logs import read_curves
 from train.losses import cross_entropy
 from train.step import Policy, create, make_step, start
 
@@ -175,23 +171,16 @@ def settings(args: Args) -> tuple[gpt2.Config, Recipe]:
     said = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in said.items() if value is not None})
     counts = {name: getattr(recipe, name) for name in ("steps", "batch", "micro_batches")}
-    for name, count in (counts | {"eval_every": args.eval_every, "save_every": args.save_every}).items():
-        if count < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
-    if not 0.0 < recipe.learning_rate < math.inf:
-        raise ValueError(f"--learning-rate is {recipe.learning_rate}; expected a positive number")
+    command_line.at_least_one(**counts, eval_every=args.eval_every, save_every=args.save_every)
+    command_line.positive(learning_rate=recipe.learning_rate)
     if recipe.batch % recipe.micro_batches:
         raise ValueError(f"--batch {recipe.batch} does not divide into --micro-batches {recipe.micro_batches}")
     return cfg if args.dropout is None else dataclasses.replace(cfg, dropout=args.dropout), recipe
 
 
 def train(args: Args) -> None:
-    folder, record, tokenizer = None, None, None
-    if args.resume:
-        folder, args = command_line.resume(RUNS, args, free=("steps", "eval_every", "save_every", "device", "compile"))
-        tokenizer = tokenizers.load(folder / "tokenizer.json")
-        if checkpoints.steps(folder / "checkpoints"):  # none: it was stopped before the first one and begins again
-            record = checkpoints.read_record(folder / "checkpoints")
+    origin, args = runs.begin(RUNS, args, free=("steps", "eval_every", "save_every", "device", "compile"))
+    tokenizer = tokenizers.load(origin.folder / "tokenizer.json") if origin.folder else None
     command_line.choice("--preset", args.preset, gpt2.PRESETS)
     policy = DTYPES[command_line.choice("--dtype", args.dtype, DTYPES)]
     device = command_line.device(args.device)
@@ -213,12 +202,6 @@ def train(args: Args) -> None:
     if len(validation_tokens) <= cfg.context:
         found, needed = f"'{args.text or 'the embedded text'}' has {len(tokens)} tokens", 10 * cfg.context
         raise ValueError(f"{found}; a context of {cfg.context} needs over {needed}")
-    identity = {"net": cfg, "tokens": len(tokens)}
-    config = {"args": args, **identity, "recipe": recipe, "torch": torch.__version__}
-    if record:
-        command_line.check_same(f"cannot resume '{folder}': its checkpoint has", record.config, plain(identity))
-        if record.step > recipe.steps:
-            raise ValueError(f"--steps is {recipe.steps}, but '{folder}' has done {record.step}")
 
     warmup = min(recipe.warmup, recipe.steps // 10)
     rate = schedules.warmup_cosine(recipe.learning_rate, warmup, recipe.steps, final=0.1)
@@ -227,14 +210,13 @@ def train(args: Args) -> None:
     )
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(1.0), adamw)
     model, key = gpt2.spec(cfg), random.key(args.seed, device)
+    parameters = tree.count(model)
     if params:
         state = start(random.fold_in(key, 1), tree.move(params, device), model, optimizer)
     else:
         state = create(key, model, optimizer)
-    first, seconds = 0, 0.0
-    if record:
-        state = checkpoints.restore(folder / "checkpoints", state, record.step)
-        first, seconds = record.step, record.metrics["seconds"]
+    identity = {"net": cfg, "tokens": len(tokens)}
+    state = runs.restore(origin, state, identity, recipe.steps)
     step = make_step(
         functools.partial(loss, cfg=cfg),
         optimizer,
@@ -243,66 +225,53 @@ def train(args: Args) -> None:
         donate=True,
         compile=args.compile,
     )
-    data_key = random.fold_in(key, 2)  # numbers 0 and 1 are those of `create`
-    resumed = first if args.resume else None
-    with contextlib.ExitStack() as undo:
-        if folder is None:
-            folder = command_line.new_folder(RUNS, args.name)
-            undo.callback(shutil.rmtree, folder, ignore_errors=True)
-            tokenizer.save(folder / "tokenizer.json")
-        saved = checkpoints.Checkpoints(folder / "checkpoints", config, resume=resumed, best="val_loss")
-        log = RunLog(folder, config, total=recipe.steps, unit="tokens", resume=resumed)
-        undo.pop_all()  # from here on the run may be resumed
-    with command_line.Stop() as stop, log, saved:
-        log.print(f"{tree.count(model):,} parameters, {len(train_tokens):,} tokens to learn from; run in {folder}")
-        if args.compile and first < recipe.steps:
-            log.print("compiling the train step ...")
-        clock, at = time.perf_counter(), first
-        batches = text.token_batches(train_tokens, data_key, range(first, recipe.steps), recipe.batch, cfg.context)
-        for at, batch in enumerate(batches, first + 1):
+
+    config = {"args": args, **identity, "recipe": recipe, "torch": torch.__version__}
+    files = {"tokenizer.json": tokenizer.save}
+    with runs.opened(origin, config, total=recipe.steps, unit="tokens", best="val_loss", files=files) as run:
+        run.log.print(f"{parameters:,} parameters, {len(train_tokens):,} tokens to learn from; run in {run.folder}")
+        if args.compile and run.first < recipe.steps:
+            run.log.print("compiling the train step ...")
+        data_key = random.fold_in(key, 2)  # numbers 0 and 1 are those of `create`
+        at, steps, clock = run.first, range(run.first, recipe.steps), time.perf_counter()
+        batches = text.token_batches(train_tokens, data_key, steps, recipe.batch, cfg.context)
+        for at, batch in enumerate(batches, run.first + 1):
             state, metrics = step(state, tree.move(batch, device))
-            if not torch.stack(list(metrics.values())).isfinite().all():  # an infinite update would spoil the next one
-                saved.wait()
-                kept = checkpoints.latest(folder / "checkpoints")
-                where = f"the last good checkpoint is that of step {kept}" if kept else "there is no checkpoint yet"
-                found = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
-                raise ValueError(f"step {at} is not finite ({found}); stopped, {where}")
-            if at == first + 1:
-                log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
-            last = at == recipe.steps or stop.requested
-            val_loss = None
+            runs.check_finite(run, at, metrics)  # an infinite update would spoil the next one
+            if at == run.first + 1:
+                run.log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
+            last = at == recipe.steps or run.stop.requested
+            validated = {}
             if at % args.eval_every == 0 and not last:
-                val_loss = validate(state.params, cfg, validation_tokens, limit=10)
-                log.metrics(at, {"validation/loss": val_loss})
-            log.progress(at, recipe.batch * cfg.context, loss=metrics["loss"])
+                validated["val_loss"] = validate(state.params, cfg, validation_tokens, limit=10)
+                run.log.metrics(at, {"validation/loss": validated["val_loss"]})
+            run.log.progress(at, recipe.batch * cfg.context, loss=metrics["loss"])
             if at % 10 == 0 or last:
-                log.metrics(at, {f"train/{name}": value for name, value in metrics.items()})
+                run.log.metrics(at, {f"train/{name}": value for name, value in metrics.items()})
             if at % args.save_every == 0 or last:
-                spent = seconds + time.perf_counter() - clock
-                saved.save(at, state, {"seconds": spent} | ({"val_loss": val_loss} if val_loss else {}))
+                runs.save(run, at, state, **validated)
             if last:
                 break
-        seconds += time.perf_counter() - clock
-        if stop.requested:
-            saved.wait()
-            log.print(f"stopped at step {at}; continue with: python experiments/gpt.py --resume --name {folder.name}")
+        seconds = runs.seconds(run)
+        if runs.stopped(run, at):
             return
         val_loss = validate(state.params, cfg, validation_tokens)
-        log.metrics(at, {"validation/loss": val_loss})
-        lines = read_curves(folder, "train/loss", "validation/loss")
+        run.log.metrics(at, {"validation/loss": val_loss})
+        lines = read_curves(run.folder, "train/loss", "validation/loss")
         result = {
             "val_loss": val_loss,
             "train_loss": lines["train/loss"][1][-1],
             "steps": at,
             "seconds": seconds,
-            "parameters": tree.count(model),
+            "parameters": parameters,
             "tokens_per_second": at * recipe.batch * cfg.context / seconds,
         }
-        log.result(result)
-    plots.curves(folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
-    sample = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 3), temperature=0.8)
-    (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} after {at} steps in {seconds:.0f} s; files in {folder}/")
+        run.log.result(result)
+    plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
+    written = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 3), temperature=0.8)
+    (run.folder / "sample.txt").write_text(written, encoding="utf-8")
+    figure = f"validation loss {val_loss:.4f} after {at} steps in {seconds:.0f} s"
+    print(f"{written.strip()}\n\n{figure}; files in {run.folder}/")
 
 
 def sample(args: SampleArgs) -> None:
@@ -312,8 +281,7 @@ def sample(args: SampleArgs) -> None:
         raise ValueError(f"--tokens is {args.tokens}; expected at least 1")
     device = command_line.device(args.device)
     if args.run:
-        config = checkpoints.read_config(args.run / "checkpoints")
-        cfg = command_line.from_json(gpt2.Config, config, "net", f"the configuration of '{args.run}'")
+        cfg = runs.read_config(args.run, "net", gpt2.Config)
         tokenizer = tokenizers.load(args.run / "tokenizer.json")
         params = checkpoints.restore(args.run / "checkpoints", gpt2.spec(cfg), part="params")
     else:

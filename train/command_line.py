@@ -1,15 +1,10 @@
-"""The command line of an experiment: sub-commands, one-line errors, stopping on request, and runs that resume."""
+"""The command line of an experiment: sub-commands, one-line errors, checks of flags, stopping on request."""
 
-import dataclasses
-import json
+import math
 import os
 import signal
 import sys
-import time
-import types
-import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +67,20 @@ def choice(flag: str, value: str, options: Any) -> str:
     return value
 
 
+def at_least_one(**counts: int) -> None:
+    """Raise ValueError naming the first flag whose number is below 1: `at_least_one(batch=args.batch, ...)`."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
+
+
+def positive(**numbers: float) -> None:
+    """Raise ValueError naming the first flag whose number is not above 0, or not finite."""
+    for name, number in numbers.items():
+        if not 0.0 < number < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {number}; expected a positive number")
+
+
 def device(name: str) -> torch.device:
     """The device of a `--device` flag, checked to be there.
 
@@ -112,118 +121,3 @@ class Stop:
         # disk while saving is one.
         if self.requested and isinstance(error, Exception) and not isinstance(error, (ValueError, OSError)):
             raise KeyboardInterrupt from error
-
-
-def resume(root: Path, args: Any, free: tuple[str, ...]) -> tuple[Path, Any]:
-    """The folder and the arguments of the run that `--resume` continues: `--name`, or the newest under `root`.
-
-    Args:
-        args: a dataclass, whose field `name` is a str or None.
-        free: fields that a resumed run may be given anew; any other must be as the run was started.
-
-    What the command line says is what differs from the default, or stands in `sys.argv` as a flag.
-
-    Returns:
-        (folder, arguments): what the command line does not say comes from the run's `config.json`.
-
-    Raises:
-        ValueError: there is nothing to resume, or a flag contradicts the run.
-    """
-    folder = root / args.name if args.name else _latest(root)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"nothing to resume: '{folder}' has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot resume: '{folder / 'config.json'}' is not readable as a run's configuration"
-        ) from error
-    stored = from_json(type(args), config, "args", f"cannot resume: '{folder / 'config.json'}'")
-    defaults, merged = type(args)(), {}
-    for field in dataclasses.fields(args):
-        name, given, old = field.name, getattr(args, field.name), getattr(stored, field.name)
-        if name in ("name", "resume"):
-            merged[name] = given
-            continue
-        flag = "--" + name.replace("_", "-")
-        said = given != getattr(defaults, name) or _on_command_line(flag)
-        if said and given != old and name not in free:
-            raise ValueError(f"cannot resume '{folder}' with {flag} {given}: it was started with {old}")
-        merged[name] = given if said else old
-    return folder, dataclasses.replace(args, **{**merged, "name": folder.name})
-
-
-def _on_command_line(flag: str) -> bool:
-    given = {argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:]}
-    return not given.isdisjoint((flag, f"--no-{flag[2:]}"))
-
-
-def from_json(kind: type, config: Any, name: str, what: str) -> Any:
-    """`config[name]` as the dataclass that it was before `train.files.plain`; missing fields keep their defaults.
-
-    Raises ValueError, which begins with `what`, if it is something else.
-    """
-    kinds = typing.get_type_hints(kind)
-    try:
-        return kind(**{field: _field(value, kinds[field]) for field, value in config[name].items()})
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{what} does not fit: expected '{name}' with the fields {', '.join(kinds)}") from None
-
-
-def _field(value: Any, kind: Any) -> Any:
-    """`value` in the type of its field: a class, or a union of classes; TypeError if it fits none of them."""
-    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    for option in (typing.get_origin(option) or option for option in options):
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if option is tuple and isinstance(value, list):
-            return tuple(value)
-        if option is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
-            return float(value)
-        if not isinstance(option, type) or type(value) is option:
-            return value
-    raise TypeError(f"{value!r} is no {kind}")
-
-
-def check_same(what: str, stored: Any, now: Any) -> None:
-    """Raise ValueError naming the first entry of `now` (nested dicts of JSON) that is another in `stored`."""
-    for name, value in now.items():
-        old = stored.get(name) if isinstance(stored, dict) else None
-        if isinstance(value, dict):
-            check_same(f"{what} {name}", old, value)
-        elif old != value:
-            raise ValueError(f"{what} {name} {old}, expected {value}")
-
-
-def new_folder(root: Path, name: str | None) -> Path:
-    """Make the folder of a new run, named by the time of day unless told otherwise.
-
-    Raises:
-        ValueError: a run of that name exists already.
-    """
-    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
-        raise ValueError(f"--name '{name}' is not the name of a folder")
-    root.mkdir(parents=True, exist_ok=True)
-    if name is not None:
-        try:
-            (root / name).mkdir()
-        except FileExistsError:
-            raise ValueError(
-                f"'{root / name}' exists already; continue it with --resume or choose another --name"
-            ) from None
-        return root / name
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for suffix in ["", *(f"_{i}" for i in range(2, 1000))]:
-        try:
-            (root / (stamp + suffix)).mkdir()
-            return root / (stamp + suffix)
-        except FileExistsError:
-            continue
-    raise ValueError(f"no free name for a run in '{root}'")
-
-
-def _latest(root: Path) -> Path:
-    runs = sorted(root.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError(f"nothing to resume: no run in '{root}'")
-    return runs[-1].parent

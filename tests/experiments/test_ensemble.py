@@ -1,18 +1,15 @@
 import functools
 import gzip
-import json
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import sklearn.metrics
 import torch
-from gpt_runs import ENVIRONMENT, ROOT, contents, finish, one_error, same_bits, wait_for_step
+from runs import config, contents, finish, flag_id, is_png, metrics, one_error, result, same_bits, wait_for_step
 
 from core import random, spec, tree
 from nets import mlp
@@ -20,28 +17,13 @@ from train import checkpoints, optimizers
 from train.data import images, order
 from train.step import TrainState, create
 
-SCRIPT = ROOT / "experiments" / "ensemble.py"
+call, start, refused, completed = (
+    functools.partial(function, "ensemble") for function in (runs.call, runs.start, runs.refused, runs.completed)
+)
 # Small enough for milliseconds a step.
 QUICK = ("--members", "3", "--widths", "16", "--no-compile")
 STEPS = ("--steps", "24", "--save-every", "12")
 CFG = mlp.Config((64, 16, 10))
-
-
-def call(*argv: str) -> int:
-    """Run the script in this process; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-    return 0
-
-
-def start(folder: Path, *argv: str) -> subprocess.Popen:
-    """Start the script as a process of its own, in `folder`."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, argv)], cwd=folder, **pipes)
 
 
 def initial(members: int = 3) -> TrainState:
@@ -53,10 +35,6 @@ def initial(members: int = 3) -> TrainState:
 def state_of(run: Path) -> TrainState:
     members = checkpoints.read_config(run / "checkpoints")["members"]
     return checkpoints.restore(run / "checkpoints", initial(members))
-
-
-def result(run: Path) -> dict[str, float]:
-    return json.loads((run / "result.json").read_text(encoding="utf-8"))
 
 
 def modules(params: tree.Tree) -> list[torch.nn.Module]:
@@ -71,42 +49,22 @@ def modules(params: tree.Tree) -> list[torch.nn.Module]:
     return found
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes that are started: how a sum is cut into parts, and so its last bit, depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a finished run of 24 steps, runs/ensemble/whole; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("ensemble")
-    code, out, err = finish(start(folder, *QUICK, *STEPS, "--name", "whole"))
-    assert (code, err) == (0, "")
-    (folder / "stdout").write_text(out, encoding="utf-8")
+    (folder / "stdout").write_text(completed(folder, *QUICK, *STEPS, "--name", "whole"), encoding="utf-8")
     return folder
-
-
-@pytest.fixture
-def here(place, tmp_path, monkeypatch):
-    """A copy of it, in which the test stands."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_folder_of_a_run(place):
     run = place / "runs" / "ensemble" / "whole"
     assert checkpoints.steps(run / "checkpoints") == [12, 24]
-    assert (run / "ensemble.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert is_png(run / "ensemble.png")
     figures = result(run)
     assert figures["steps"] == 24 and figures["seconds"] > 0 and figures["parameters"] == 3 * (65 * 16 + 17 * 10)
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert config["examples"] == {"train": 500, "test": 1297} and config["net"]["widths"] == [64, 16, 10]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    stored, records = config(run), metrics(run)
+    assert stored["examples"] == {"train": 500, "test": 1297} and stored["net"]["widths"] == [64, 16, 10]
     assert [r["step"] for r in records] == [10, 20, 24] and records[0]["train/loss"] > records[-1]["train/loss"]
     out = (place / "stdout").read_text(encoding="utf-8")
     assert "step 24/24" in out and f"ECE {figures['ensemble_ece']:.2%}" in out
@@ -168,10 +126,10 @@ def test_compiled_run_is_one_graph_with_the_same_values(here, monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert call(*QUICK[:-1], *STEPS, "--name", "compiled") == 0
     torch._dynamo.reset()
-    runs = here / "runs" / "ensemble"
+    folder = here / "runs" / "ensemble"
     # aot_eager takes the operations apart, so the last bits may differ.
     torch.testing.assert_close(
-        state_of(runs / "compiled").params, state_of(runs / "whole").params, rtol=1e-3, atol=1e-5
+        state_of(folder / "compiled").params, state_of(folder / "whole").params, rtol=1e-3, atol=1e-5
     )
 
 
@@ -223,8 +181,7 @@ def test_resume_from_a_checkpoint_gives_the_same_bits(here, place):
     assert call("--resume") == 0  # the newest, and only, run
     assert same_bits(state_of(run), state_of(whole))
     assert {**result(run), "seconds": 0} == {**result(whole), "seconds": 0}
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [10, 20, 24]
+    assert [record["step"] for record in metrics(run)] == [10, 20, 24]
 
 
 LONG = (*QUICK, "--steps", "250", "--save-every", "25")
@@ -266,23 +223,13 @@ def test_run_stopped_before_its_first_checkpoint_begins_again(here, place):
 # --- refusals
 
 
-def refused(capfd, *argv: str) -> str:
-    """The one line with which the script refuses; nothing on disk may have changed, no folder been added."""
-    before = contents(Path.cwd())
-    capfd.readouterr()
-    code = call(*argv)
-    line = one_error(capfd.readouterr().err)
-    assert code == 2 and contents(Path.cwd()) == before
-    return line
-
-
 def test_member_that_is_not_finite_is_named(here, capfd):
     run = here / "runs" / "ensemble" / "whole"
     folder = run / "checkpoints"
-    config, state = checkpoints.read_config(folder), state_of(run)
+    kept, state = checkpoints.read_config(folder), state_of(run)
     poisoned = [state.params["layers"][0]["bias"].clone(), torch.tensor([0.0, float("nan"), 0.0])[:, None]]
     layers = [{**state.params["layers"][0], "bias": sum(poisoned)}, state.params["layers"][1]]
-    with checkpoints.Checkpoints(folder, config, resume=24) as saved:
+    with checkpoints.Checkpoints(folder, kept, resume=24) as saved:
         saved.save(24, state._replace(params={"layers": layers}), {"seconds": 1.0})
     before = contents(folder)
     assert call("--resume", "--name", "whole", "--steps", "30") == 2
@@ -315,7 +262,7 @@ def test_help(capsys):
         (["--resume", "--name", "whole", "--steps", "3"], "--steps is 3, but 'runs/ensemble/whole' has done 24"),
         (["evaluate", "--run", "no"], "no/checkpoints does not exist"),
     ],
-    ids=lambda value: "_".join(value).lstrip("-") if isinstance(value, list) else "",
+    ids=flag_id,
 )
 def test_refused_in_one_line(flags, message, here, capfd):
     assert message in refused(capfd, *flags)
@@ -342,8 +289,7 @@ def test_evaluate_of_another_experiment(here, capfd):
 @pytest.mark.slow
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
-    code, out, err = finish(start(tmp_path))
-    assert code == 0 and err == ""
+    out = completed(tmp_path)
     (run,) = (tmp_path / "runs" / "ensemble").iterdir()
     figures = result(run)
     assert figures["member_accuracy_mean"] > 0.96 and figures["ensemble_accuracy"] >= figures["member_accuracy_mean"]

@@ -1,20 +1,10 @@
-import json
 import os
 import shutil
 
 import pytest
 import torch
-from gpt_runs import (
-    ENVIRONMENT,
-    QUICK,
-    TEXT,
-    call,
-    finish,
-    same_bits,
-    start,
-    state_of,
-    wait_for_step,
-)
+from gpt_runs import QUICK, TEXT, call, completed, start, state_of
+from runs import ENVIRONMENT, config, finish, is_png, metrics, result, same_bits, wait_for_step
 
 from nets import gpt2
 from train import checkpoints
@@ -28,22 +18,8 @@ def place(tmp_path_factory):
     """A folder with a text and a finished run of 24 steps, runs/gpt/whole; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("gpt")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    code, out, err = finish(start(folder, *QUICK, *STEPS, "--name", "whole"))
-    assert (code, err) == (0, "")
-    (folder / "stdout").write_text(out, encoding="utf-8")
+    (folder / "stdout").write_text(completed(folder, *QUICK, *STEPS, "--name", "whole"), encoding="utf-8")
     return folder
-
-
-@pytest.fixture
-def here(place, tmp_path, monkeypatch):
-    """A copy of it, in which the test stands."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def result(run):
-    return json.loads((run / "result.json").read_text(encoding="utf-8"))
 
 
 def continuation(cfg, params, tokenizer, prompt, count):
@@ -60,10 +36,10 @@ def test_folder_of_a_run(place):
     run = place / "runs" / "gpt" / "whole"
     figures = result(run)
     assert figures["steps"] == 24 and figures["seconds"] > 0 and 0 < figures["val_loss"] < 3.6  # log(37) = 3.6
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert config["args"]["text"] == "text.txt" and config["args"]["batch"] == 2 and config["net"]["width"] == 128
+    args = config(run)["args"]
+    assert args["text"] == "text.txt" and args["batch"] == 2 and config(run)["net"]["width"] == 128
     assert checkpoints.steps(run / "checkpoints") == [12, 18, 24]  # 12 would stay: the best of the validated ones
-    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert is_png(run / "loss.png")
     assert len((run / "sample.txt").read_text(encoding="utf-8")) > 400
     events = EventAccumulator(str(run)).Reload()
     assert [e.step for e in events.Scalars("validation/loss")] == [4, 8, 12, 16, 20, 24]
@@ -93,7 +69,7 @@ def test_embedded_text_is_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call("--steps", "2", "--batch", "2", "--no-compile") == 0
     (run,) = (tmp_path / "runs" / "gpt").iterdir()
-    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["tokens"] > 400_000
+    assert config(run)["tokens"] > 400_000
     assert result(run)["steps"] == 2 and str(run.relative_to(tmp_path)) in capsys.readouterr().out
 
 
@@ -164,7 +140,7 @@ def test_resume_from_any_checkpoint_gives_the_same_bits(steps, here, place, caps
     whole = place / "runs" / "gpt" / "whole"
     assert same_bits(state_of(run), state_of(whole))
     assert result(run)["val_loss"] == result(whole)["val_loss"]
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(run)
     pairs = [(r["step"], name) for r in records for name in r if name not in ("step", "time")]
     assert len(pairs) == len(set(pairs)) and [r["step"] for r in records] == sorted(r["step"] for r in records)
 
@@ -184,8 +160,8 @@ def test_resume_takes_free_flags_and_flags_that_agree(here):
     assert call("--resume", "--name", "whole", *agreeing, "--steps", "30", "--save-every", "3") == 0
     run = here / "runs" / "gpt" / "whole"
     assert result(run)["steps"] == 30 and checkpoints.steps(run / "checkpoints") == [12, 24, 27, 30]
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    assert config["args"]["steps"] == 30 and config["args"]["batch"] == 2 and config["args"]["compile"] is False
+    args = config(run)["args"]
+    assert args["steps"] == 30 and args["batch"] == 2 and args["compile"] is False
 
 
 def test_resume_takes_an_explicit_default(here):
@@ -200,7 +176,7 @@ def test_run_stopped_before_its_first_checkpoint_begins_again(here, place):
     (run / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)
     assert call("--resume", "--name", "whole") == 0
     assert same_bits(state_of(run), state_of(place / "runs" / "gpt" / "whole"))
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in metrics(run)]
     assert steps == sorted(steps) and steps.count(24) == 2  # training and validation
 
 
@@ -251,8 +227,7 @@ def test_byte_pairs_and_their_cache(here, capsys):
 @pytest.mark.slow
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise: a few minutes, compiled, on the embedded text."""
-    code, out, err = finish(start(tmp_path))
-    assert code == 0 and err == ""
+    out = completed(tmp_path)
     (run,) = (tmp_path / "runs" / "gpt").iterdir()
     figures = result(run)
     assert figures["val_loss"] < 2.0 and figures["seconds"] < 600
@@ -263,8 +238,7 @@ def test_no_flags(tmp_path):
 def test_compiled_run_killed_and_resumed_gives_the_same_bits(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     flags = ("--text", "text.txt", "--batch", "2", "--steps", "60", "--save-every", "5", "--dropout", "0.1")
-    code, out, err = finish(start(tmp_path, *flags, "--name", "whole"))
-    assert (code, err) == (0, "") and "compiling" in out
+    assert "compiling" in completed(tmp_path, *flags, "--name", "whole")
     process = start(tmp_path, *flags, "--name", "killed")
     wait_for_step(process, tmp_path / "runs" / "gpt" / "killed", 10)
     process.kill()

@@ -1,20 +1,10 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from gpt_runs import (
-    QUICK,
-    TEXT,
-    call,
-    contents,
-    finish,
-    finite,
-    one_error,
-    start,
-    state_of,
-)
+from gpt_runs import QUICK, TEXT, call, refused, start, state_of
+from runs import finish, finite, flag_id, one_error
 
 from train import checkpoints
 
@@ -33,24 +23,6 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         assert call(*QUICK, "--steps", "6", "--save-every", "2", "--name", "done") == 0
     return folder
-
-
-@pytest.fixture
-def here(place, tmp_path, monkeypatch):
-    """A copy of it, in which the test stands."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def refused(capfd, *argv: str) -> str:
-    """The one line with which the script refuses; nothing on disk may have changed, no folder been added."""
-    before = contents(Path.cwd())
-    capfd.readouterr()
-    code = call(*argv)
-    line = one_error(capfd.readouterr().err)
-    assert code == 2 and contents(Path.cwd()) == before
-    return line
 
 
 # --- a start that cannot be
@@ -86,7 +58,7 @@ def refused(capfd, *argv: str) -> str:
         (["--weights", "runs"], "'runs' has none of the files config.json"),
         (["--resume", "--name", "nothing"], "nothing to resume: 'runs/gpt/nothing' has no config.json"),
     ],
-    ids=lambda value: "_".join(value).lstrip("-") if isinstance(value, list) else "",
+    ids=flag_id,
 )
 def test_start_is_refused_in_one_line(flags, message, here, capfd):
     assert message in refused(capfd, *QUICK, *flags)
@@ -223,7 +195,7 @@ def test_damaged_checkpoint(damage, here, capfd):
         (["--device", "abacus"], "--device 'abacus' cannot be used"),
         (["--weights", "runs"], "expected either --run DIR or --weights SOURCE"),
     ],
-    ids=lambda value: "_".join(value).lstrip("-") if isinstance(value, list) else "",
+    ids=flag_id,
 )
 def test_sample_is_refused_in_one_line(flags, message, here, capfd):
     assert message in refused(capfd, "sample", "--run", "runs/gpt/done", *flags)

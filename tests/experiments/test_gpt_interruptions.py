@@ -1,6 +1,5 @@
 """experiments/gpt.py stopped by signals and full disks, and continued."""
 
-import json
 import os
 import resource
 import shutil
@@ -11,21 +10,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from gpt_runs import (
-    ENVIRONMENT,
-    QUICK,
-    SCRIPT,
-    TEXT,
-    call,
-    contents,
-    finish,
-    finite,
-    one_error,
-    same_bits,
-    start,
-    state_of,
-    wait_for_step,
-)
+from gpt_runs import QUICK, TEXT, call, completed, start, state_of
+from runs import ENVIRONMENT, contents, finish, finite, metrics, one_error, same_bits, script, wait_for_step
 
 from train import checkpoints
 
@@ -45,8 +31,7 @@ def whole(tmp_path_factory):
     """The state at the end of an uninterrupted run of LONG, in a process of its own."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    code, _, err = finish(start(folder, *LONG, "--name", "whole"))
-    assert (code, err) == (0, "")
+    completed(folder, *LONG, "--name", "whole")
     return state_of(folder / "runs/gpt/whole")
 
 
@@ -78,11 +63,10 @@ def test_stopped_and_resumed_run_has_the_same_bits(number, every, delay, here, w
         assert f"stopped at step {at}; continue with: " in out and "--resume --name stopped" in out
         assert int(state_of(run).step) == at
     assert not (run / "result.json").exists()
-    code, out, err = finish(start(here, "--resume", "--name", "stopped"))
-    assert (code, err) == (0, "")
+    completed(here, "--resume", "--name", "stopped")
     assert same_bits(state_of(run), whole)
     assert all(name.isdecimal() for name in os.listdir(run / "checkpoints"))  # no remains of a save cut short
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in metrics(run)]
     assert steps == sorted(steps)
 
 
@@ -170,7 +154,7 @@ def test_file_system_without_space(size, message, here):
     mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", here / "mounted"]
     if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
-    train = [sys.executable, SCRIPT, *QUICK, "--steps", "9", "--save-every", "3", "--name", "full"]
+    train = [sys.executable, script("gpt"), *QUICK, "--steps", "9", "--save-every", "3", "--name", "full"]
     command = ["unshare", "-rm", "sh", "-c", FULL, "sh", here / "mounted", *train]
     variables = {**ENVIRONMENT, "TEXT": TEXT, "SIZE": size}
     process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)

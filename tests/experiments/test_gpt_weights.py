@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from gpt_runs import QUICK, TEXT, call, contents, one_error, state_of
+from gpt_runs import QUICK, TEXT, call, state_of
+from runs import contents, one_error, result
 from safetensors.torch import load_file, save_file
 
 from train import checkpoints
@@ -74,8 +75,7 @@ def test_training_starts_from_the_weights(here, model, capsys):
         with torch.no_grad():
             scores = model(window[None, :-1]).logits[0]
         total += torch.nn.functional.cross_entropy(scores, window[1:], reduction="sum").item()
-    result = json.loads((run / "result.json").read_text())
-    assert result["val_loss"] == pytest.approx(total / (len(held_out) - 1), rel=1e-5)
+    assert result(run)["val_loss"] == pytest.approx(total / (len(held_out) - 1), rel=1e-5)
     assert checkpoints.read_config(run / "checkpoints")["net"]["dropout"] == 0.0
     assert torch.equal(state_of(run).params["tokens"]["weight"], model.transformer.wte.weight)
     assert call("--resume", "--name", "a", "--steps", "3") == 0

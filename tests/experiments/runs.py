@@ -1,0 +1,126 @@
+"""How the tests start an experiment, in this process or for real as a process of its own, and look at its runs.
+
+A file of tests binds the functions to its experiment: `call = functools.partial(runs.call, "gpt")`.
+"""
+
+import hashlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import tree
+from train import checkpoints
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def script(experiment: str) -> Path:
+    return ROOT / "experiments" / f"{experiment}.py"
+
+
+def call(experiment: str, *argv: Any) -> int:
+    """Run the script in this process; returns its exit code."""
+    path = str(script(experiment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, argv)])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def refused(experiment: str, capfd: pytest.CaptureFixture, *argv: Any) -> str:
+    """The one line with which the script refuses; nothing on disk may have changed, no folder been added."""
+    before = contents(Path.cwd())
+    capfd.readouterr()
+    code = call(experiment, *argv)
+    line = one_error(capfd.readouterr().err)
+    assert code == 2 and contents(Path.cwd()) == before
+    return line
+
+
+def start(experiment: str, folder: Path, *argv: Any, **options: Any) -> subprocess.Popen:
+    """Start the script as a process of its own, in `folder`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT} | options
+    return subprocess.Popen([sys.executable, script(experiment), *map(str, argv)], cwd=folder, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def completed(experiment: str, folder: Path, *argv: Any) -> str:
+    """What the script prints, as a process of its own that must end well and say nothing on stderr."""
+    code, out, err = finish(start(experiment, folder, *argv))
+    assert (code, err) == (0, "")
+    return out
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Return when the run has a checkpoint of at least `step`."""
+    limit = time.monotonic() + 300
+    while (checkpoints.latest(run / "checkpoints") or 0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
+def config(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text(encoding="utf-8"))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl: {"step", "time", names ...}."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def same_bits(a: tree.Tree, b: tree.Tree) -> bool:
+    """Whether two trees have the same names, dtypes, shapes and bits (NaN and -0.0 included)."""
+    left, right = tree.flatten(a), tree.flatten(b)
+    return left.keys() == right.keys() and all(
+        (x.dtype, x.shape, x.numpy().tobytes()) == (right[n].dtype, right[n].shape, right[n].numpy().tobytes())
+        for n, x in left.items()
+    )
+
+
+def finite(state: tree.Tree) -> bool:
+    return all(x.isfinite().all() for x in tree.leaves(state) if x.is_floating_point())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """{path: hash} of all files under a folder, and of the folders."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def one_error(err: str) -> str:
+    """The line on stderr, checked to be the only one."""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 600, err
+    return lines[0]
+
+
+def flag_id(value: Any) -> str:
+    """The id of a test that has (flags, message) as parameters: the flags."""
+    return "_".join(value).lstrip("-") if isinstance(value, list) else ""
