@@ -1,0 +1,292 @@
+"""The three forms in which an example's gradient comes out of a backward pass, and what is computed from them.
+
+For one use of a parameter by example n, the gradient g_n is one of
+
+    Outer    g_n[b, i, j] = sum_t rows[n, b, t, i] columns[n, b, t, j]     linear layers and convolutions (b: groups)
+    Rows     g_n[v, j]    = sum over the t with ids[n, t] = v of values[n, t, j]     embeddings
+    Dense    g_n          = values[n]     everything else
+
+each reshaped to the parameter's shape. Several uses of a parameter add up. `reduce` turns them into what is wanted
+without keeping any g_n:
+
+    norm     |g_n|^2             (N,)       dot      <g_n, v>       (N,)
+    gram     <g_n, g_m>          (N, N)     square   sum_n g_n^2    the parameter's shape
+    sum      sum_n g_n           the parameter's shape
+
+by one of these ways (T rows, p times d entries a group, per example):
+
+    closed   T = 1: |rows|^2 |columns|^2 and the like
+    ghost    sum((rows rows^T) * (columns columns^T)), 2 T^2 (p + d) operations and T^2 memory (Goodfellow 2015,
+             arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679). Its terms can cancel: it is summed in float64.
+    formed   g_n itself, 2 T p d operations, a block of its rows at a time. Summed over n it is the gradient of the
+             batch, so where that is wanted too only the traffic is extra.
+    compressed   Rows: values with equal ids are added up in the first one's place; no table is formed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Outer(NamedTuple):
+    """rows (N, groups, T, p) and columns (N, groups, T, d)."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+class Rows(NamedTuple):
+    """ids (N, T) integers and values (N, T, D)."""
+
+    ids: Tensor
+    values: Tensor
+
+
+class Dense(NamedTuple):
+    """values (N, *shape of the parameter)."""
+
+    values: Tensor
+
+
+Form = Outer | Rows | Dense
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider: reductions of half-precision values are off by percents otherwise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
+    """The same gradient in at most one form of each kind: uses are stacked along T.
+
+    Outer forms of another number of groups (a weight used in convolutions of different groups) become Dense.
+    """
+    outers = [f for f in forms if isinstance(f, Outer)]
+    rows = [f for f in forms if isinstance(f, Rows)]
+    denses = [f for f in forms if isinstance(f, Dense)]
+    if len({f.rows.shape[1] for f in outers}) > 1:
+        denses += [Dense(materialise([f], shape)) for f in outers]
+        outers = []
+    combined: list[Form] = []
+    if outers:
+        pairs = [torch.cat([f[i] for f in outers], 2) if len(outers) > 1 else outers[0][i] for i in (0, 1)]
+        combined.append(Outer(*pairs))
+    if rows:
+        pairs = [torch.cat([f[i] for f in rows], 1) if len(rows) > 1 else rows[0][i] for i in (0, 1)]
+        combined.append(Rows(*pairs))
+    if denses:
+        combined.append(Dense(sum(f.values for f in denses)))
+    return combined
+
+
+def _one_hot(rows: Rows, vocabulary: int) -> Outer:
+    """Rows as Outer, of a table that has few rows."""
+    places = torch.arange(vocabulary, device=rows.ids.device)
+    hot = (rows.ids[:, None, :, None] == places).to(rows.values.dtype)
+    return Outer(hot, rows.values[:, None])
+
+
+def as_outer(forms: list[Form], shape: tuple[int, ...]) -> tuple[Outer | None, Tensor | None]:
+    """(the Outer and Rows forms as one Outer, the Dense values)."""
+    outers = [_one_hot(f, shape[0]) if isinstance(f, Rows) else f for f in forms if not isinstance(f, Dense)]
+    dense = [f.values for f in forms if isinstance(f, Dense)]
+    outer = combine(outers, shape)[0] if outers else None
+    return outer, (dense[0] if dense else None)
+
+
+def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
+    """g, (N, *shape): every example's gradient."""
+    parts = []
+    for form in forms:
+        if isinstance(form, Outer):
+            parts.append((form.rows.transpose(-2, -1) @ form.columns).reshape(-1, *shape))
+        elif isinstance(form, Rows):
+            count, _, width = form.values.shape
+            index = form.ids[:, :, None].expand(form.values.shape)
+            table = form.values.new_zeros(count, shape[0], width)
+            parts.append(table.scatter_add(1, index, form.values).reshape(-1, *shape))
+        else:
+            parts.append(form.values)
+    return sum(parts[1:], parts[0])
+
+
+def _blocks(outer: Outer, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, g of a block of rows (N, block, d)) for all rows of the parameter seen as (groups * p, d).
+
+    A block takes at most `budget` bytes, or one row.
+    """
+    count, groups, _, p = outer.rows.shape
+    d = outer.columns.shape[-1]
+    dense = None if dense is None else dense.reshape(count, groups * p, d)
+    rows = max(1, budget // max(1, count * d * outer.rows.element_size()))
+    if groups > 1:
+        step = max(1, rows // p)  # whole groups
+        for b in range(0, groups, step):
+            g = outer.rows[:, b : b + step].transpose(-2, -1) @ outer.columns[:, b : b + step]
+            g = g.reshape(count, -1, d)
+            yield b * p, g if dense is None else g + dense[:, b * p : b * p + g.shape[1]]
+        return
+    step = -(-p // -(-p // rows))  # blocks of equal size
+    for i in range(0, p, step):
+        g = outer.rows[:, 0, :, i : i + step].transpose(-2, -1) @ outer.columns[:, 0]
+        yield i, g if dense is None else g + dense[:, i : i + step]
+
+
+def _formed(
+    forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int
+) -> dict[str, Tensor]:
+    """Every wanted quantity in one pass over blocks of g."""
+    outer, dense = as_outer(forms, shape)
+    if outer is None:
+        blocks = iter([(0, dense.reshape(dense.shape[0], 1, -1))])
+    else:
+        blocks = _blocks(outer, dense, budget)
+    totals: dict[str, list[Tensor]] = {name: [] for name in want}
+    for start, g in blocks:
+        rows, g = g.shape[1], wide(g)
+        for name in want:
+            if name == "norm":
+                totals[name].append(g.square().sum((1, 2)))
+            elif name == "dot":
+                v = wide(direction).reshape(-1, g.shape[2])[start : start + rows]
+                totals[name].append((g * v).sum((1, 2)))
+            elif name == "gram":
+                flat = g.flatten(1)
+                totals[name].append(flat @ flat.T)
+            elif name == "square":
+                totals[name].append(g.square().sum(0))
+            else:
+                totals[name].append(g.sum(0))
+    whole = {}
+    for name, parts in totals.items():
+        joined = name in ("square", "sum")
+        whole[name] = torch.cat(parts).reshape(shape) if joined else sum(parts[1:], parts[0])
+    return whole
+
+
+def _first_of_equal(ids: Tensor) -> Tensor:
+    """(N, T, T): entry (s, t) is 1 where s is the first place with the id of place t. ids: (N, T)."""
+    equal = ids[:, :, None] == ids[:, None, :]
+    return equal & (equal.to(torch.int8).cumsum(1) == 1)
+
+
+def compress(rows: Rows) -> Rows:
+    """The same gradient, each id's values added up in its first place and zero in the others."""
+    first = _first_of_equal(rows.ids).to(rows.values.dtype)
+    return Rows(rows.ids, first @ rows.values)
+
+
+def inner(a: Form, b: Form) -> Tensor:
+    """<g_n of a, g_n of b>, (N,) in float64: the terms may cancel."""
+    if isinstance(a, Rows) and isinstance(b, Outer):
+        a, b = b, a
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        left = a.rows.double() @ b.rows.double().transpose(-2, -1)
+        right = a.columns.double() @ b.columns.double().transpose(-2, -1)
+        return (left * right).sum((1, 2, 3))
+    if isinstance(a, Outer) and isinstance(b, Rows):
+        # sum_{t,s} rows[t, id_s] (columns_t . values_s)
+        rows, columns = a.rows[:, 0], a.columns[:, 0]
+        index = b.ids[:, None, :].expand(-1, rows.shape[1], -1)
+        left = rows.gather(2, index).double()
+        return (left * (columns.double() @ b.values.double().transpose(-2, -1))).sum((1, 2))
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        equal = a.ids[:, :, None] == b.ids[:, None, :]
+        return (equal * (a.values.double() @ b.values.double().transpose(-2, -1))).sum((1, 2))
+    raise TypeError(f"no inner product of {type(a).__name__} and {type(b).__name__}")
+
+
+def _dot(form: Form, direction: Tensor) -> Tensor:
+    """<g_n, direction>, (N,)."""
+    if isinstance(form, Outer):
+        groups, d = form.rows.shape[1], form.columns.shape[-1]
+        v = wide(direction).reshape(groups, -1, d)
+        return ((wide(form.rows) @ v) * wide(form.columns)).sum((1, 2, 3))
+    if isinstance(form, Rows):
+        table = wide(direction).reshape(direction.shape[0], -1)
+        return (table[form.ids] * wide(form.values)).sum((1, 2))
+    return (wide(form.values) * wide(direction)).flatten(1).sum(1)
+
+
+def _gram_of_rows(rows: Rows) -> Tensor:
+    """(N, N): every place of every example against every other; no table is formed."""
+    count, time = rows.ids.shape
+    ids, values = rows.ids.flatten(), rows.values.double().flatten(0, 1)
+    inner_all = (ids[:, None] == ids[None, :]) * (values @ values.T)
+    return inner_all.reshape(count, time, count, time).sum((1, 3))
+
+
+def _closed(outer: Outer, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A quantity of an Outer form with T = 1."""
+    rows, columns = wide(outer.rows[:, :, 0]), wide(outer.columns[:, :, 0])  # (N, groups, p or d)
+    if name == "norm":
+        return (rows.square().sum(2) * columns.square().sum(2)).sum(1)
+    if name == "gram":
+        rows, columns = rows.transpose(0, 1), columns.transpose(0, 1)
+        return ((rows @ rows.mT) * (columns @ columns.mT)).sum(0)
+    return torch.einsum("nbi,nbj->bij", rows.square(), columns.square()).reshape(shape)
+
+
+def reduce(
+    forms: list[Form],
+    shape: tuple[int, ...],
+    want: tuple[str, ...],
+    method: str,
+    direction: Tensor | None = None,
+    budget: int = 2**26,
+) -> dict[str, Tensor]:
+    """The wanted quantities of a parameter's gradients, in float32 or wider.
+
+    Args:
+        forms: of all uses of the parameter.
+        shape: of the parameter.
+        want: of "norm" (squared), "dot", "gram", "square", "sum".
+        method: "closed", "ghost", "compressed" or "formed", as `choose_method` says; "dense" for Dense forms.
+        direction: of the parameter's shape, for "dot".
+        budget: bytes for what "formed" makes at once.
+    """
+    forms = combine(forms, shape)
+    if method in ("formed", "dense"):
+        return _formed(forms, shape, want, direction, budget)
+    found: dict[str, Tensor] = {}
+    for name in want:
+        if name == "sum":
+            found[name] = weighted_sum(forms, None, shape)
+        elif name == "dot":
+            found[name] = sum(_dot(form, direction) for form in forms)
+        elif method == "closed":
+            found[name] = _closed(forms[0], name, shape)
+        elif method == "compressed" and name == "norm":
+            found[name] = wide(compress(forms[0]).values).square().sum((1, 2))
+        elif method == "compressed" and name == "square":
+            ids, values = compress(forms[0])
+            table = wide(values).new_zeros(shape[0], values.shape[2])
+            found[name] = table.index_add(0, ids.flatten(), wide(values).square().flatten(0, 1)).reshape(shape)
+        elif method == "compressed":
+            found[name] = _gram_of_rows(forms[0]).to(wide(forms[0].values).dtype)
+        elif name == "norm":
+            pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(forms) for j, b in enumerate(forms) if i <= j]
+            total = sum(factor * inner(a, b) for a, b, factor in pairs)
+            found[name] = total.clamp(min=0).to(wide(forms[0][1]).dtype)
+        else:
+            found |= _formed(forms, shape, (name,), direction, budget)
+    return found
+
+
+def weighted_sum(forms: list[Form], weights: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """sum_n weights[n] g_n, of the parameter's shape, with no g_n formed. weights: (N,), or None for ones."""
+    parts = []
+    for form in forms:
+        rows = form.values if isinstance(form, (Rows, Dense)) else form.rows
+        if weights is not None:
+            rows = rows * weights.to(rows.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
+        if isinstance(form, Outer):
+            parts.append(torch.einsum("nbti,nbtj->bij", rows, form.columns).reshape(shape))
+        elif isinstance(form, Rows):
+            table = rows.new_zeros(shape[0], rows.shape[2])
+            parts.append(table.index_add(0, form.ids.flatten(), rows.flatten(0, 1)).reshape(shape))
+        else:
+            parts.append(rows.sum(0))
+    return sum(parts[1:], parts[0])
