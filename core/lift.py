@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, is_tensor_like
 from torch.utils import _pytree as pytree
 
 from core import tree
+from core.per_example import PerExampleError
 from core.tap import tap
 from core.tree import Tree
 
@@ -59,8 +61,18 @@ def lift(module: nn.Module) -> Lifted:
         values["count"] = torch.zeros((), device=next(iter(buffers.values())).device)
     params, stats = tree.partition(tree.nest(values), lambda name, _: name in parameters)
     drawing = [name or type(layer).__name__ for name, layer in module.named_modules() if _draws(layer)]
+    mixing = [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer)]
 
     def apply(values: Tree, *args, train: bool = False, **kwargs):
+        # Not tensors, but what stands for them inside of core.per_example: it maps the whole call over the examples.
+        watched = [leaf for leaf in tree.leaves(values) if not isinstance(leaf, Tensor) and is_tensor_like(leaf)]
+        if watched and train and mixing:
+            raise PerExampleError(
+                f"lift: layer '{mixing[0]}' in training mode mixes the examples of a batch, so no example has a "
+                "gradient of its own; use train=False"
+            )
+        if watched:
+            return handle_torch_function(apply, watched, values, *args, train=train, **kwargs)
         if train and drawing:
             raise ValueError(
                 f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
@@ -93,6 +105,7 @@ def lift(module: nn.Module) -> Lifted:
         # torch's trees, because the outputs of transformers are registered with these.
         return pytree.tree_map(carry, out)
 
+    apply.__name__ = f"the lifted {type(module).__name__}"
     return Lifted(params, stats, apply)
 
 
@@ -102,3 +115,10 @@ def _draws(layer: nn.Module) -> bool:
         return getattr(layer, "p", 1.0) > 0.0
     # Layers that call F.dropout themselves keep the rate as a number: dropout, attention_dropout, drop_prob ...
     return any("drop" in name and isinstance(rate, float) and rate > 0.0 for name, rate in vars(layer).items())
+
+
+def _mixes(layer: nn.Module) -> bool:
+    """Whether a layer measures statistics over the batch in training mode."""
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return layer.track_running_stats
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)

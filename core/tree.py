@@ -14,6 +14,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.overrides import is_tensor_like
 
 Tree = Any
 
@@ -282,12 +283,13 @@ def _shapes(tree: Tree) -> str:
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     """Floating-point leaves in another dtype; all other leaves as they are."""
-    return map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+    # Tensor-like too: inside of core.per_example's losses a parameter is not a Tensor itself.
+    return map(lambda x: x.to(dtype) if is_tensor_like(x) and x.is_floating_point() else x, tree)
 
 
 def move(tree: Tree, device: torch.device | str) -> Tree:
     """Every tensor on `device`."""
-    return map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+    return map(lambda x: x.to(device) if is_tensor_like(x) else x, tree)
 
 
 def count(tree: Tree) -> int:

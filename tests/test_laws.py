@@ -8,7 +8,7 @@ from registry import NETS, PUBLISHED, Net
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, grad_and_value, vmap
 
-from core import random, spec, stats, tree
+from core import per_example, random, spec, stats, tree
 
 every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
@@ -210,6 +210,56 @@ def test_per_example_gradients_sum_to_the_gradient_of_the_batch(net):
     each = vmap(grad(alone), (None, 0, 0))(params, x, keys)
     together = grad(loss)(params, running, net, x, keys, train)
     assert_trees_close(net, tree.map(lambda g: g.sum(0), each), together, "sum of per-example gradients")
+
+
+def reported(net: Net):
+    """(loss (N,) of params and a batch, params, the batch): in training, unless that mixes the examples."""
+    (params, running), x, train = values(net), batch(net, 4), not net.mixes
+
+    def loss(params, batch):
+        out = net.apply(tree.merge(params, running), batch["x"], batch["key"], train)
+        return vmap(lambda one: scalar(tree.map(lambda leaf: leaf[None], one)))(out)
+
+    return loss, params, {"key": one_key_each(4), "x": x}
+
+
+def check_reports(net: Net, f=per_example.reports):
+    """Norms equal those of vmap(grad), relative to the example's total norm."""
+    loss, params, examples = reported(net)
+    found = f(loss, params, examples)
+    norms = tree.map(lambda g: g.reshape(len(g), -1).norm(dim=1), per_example.each(loss, params, examples))
+    total = torch.stack(tree.leaves(norms)).square().sum(0).sqrt()
+    assert (total > 0).all(), net.name
+    for (name, norm), wanted in zip(tree.items(found.norm), tree.leaves(norms), strict=True):
+        error = float(((norm - wanted) / total).abs().max())
+        assert error <= 1e-10, f"{net.name}: '{name}': norms per example are off by {error:.1e}"
+    gradient = grad(lambda p: loss(p, examples).sum())(params)
+    for (name, g), wanted in zip(tree.items(found.sum), tree.leaves(gradient), strict=True):
+        error = float((g - wanted).abs().max() / total.sum())
+        assert error <= 1e-10, f"{net.name}: '{name}': the sum is off by {error:.1e}"
+
+
+@every_net
+def test_per_example_reports_equal_vmap_of_grad(net):
+    check_reports(net)
+
+
+@every_net
+def test_per_example_reports_equal_gradients_of_batches_of_one(net):
+    assert per_example.verify(*reported(net), examples=2) <= 1e-10
+
+
+@pytest.mark.parametrize("name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
+def test_per_example_reports_compile(name):
+    torch._dynamo.reset()
+
+    def compiled(loss, params, examples):
+        f = torch.compile(
+            lambda p, b: per_example.reports(loss, p, b), backend="aot_eager", fullgraph=True, dynamic=False
+        )
+        return f(params, examples)
+
+    check_reports(NETS[name], compiled)
 
 
 # compile

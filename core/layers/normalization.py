@@ -56,7 +56,8 @@ def rms_norm(p: Tree, x: Tensor, *, eps: float | None = None) -> Tensor:
     Raises:
         ValueError: x does not end in the weight's shape.
     """
-    return F.rms_norm(x, _last_axes("rms_norm", p, x), p.get("weight"), eps)
+    # Not F.rms_norm, whose Python part Dynamo does not trace where the weight is a stand-in (core.per_example).
+    return torch.rms_norm(x, _last_axes("rms_norm", p, x), p.get("weight"), eps)
 
 
 def group_norm_spec(

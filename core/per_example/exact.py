@@ -65,15 +65,17 @@ def verify(
     count = planning.examples(batch)
     if tolerance is None:
         tolerance = 1e-10 if all(x.dtype == torch.float64 for x in tree.leaves(params)) else 1e-3
+    losses = loss(params, batch)
     worst = 0.0
     for i in range(count if examples is None else min(examples, count)):
         example = tree.map(lambda x, i=i: x[i], batch)
         gradient, value = torch.func.grad_and_value(lambda p, x: alone(loss, p, x))(params, example)
-        if not torch.allclose(value, found.losses[i], rtol=max(tolerance, 1e-9), atol=tolerance):
-            together = float(found.losses[i])
-            raise PerExampleError(
-                f"the loss mixes its examples: that of example {i} is {together:g} in the batch, {float(value):g} alone"
-            )
+        for together in (found.losses[i], losses[i]):
+            if not torch.allclose(value, together, rtol=max(tolerance, 1e-9), atol=tolerance):
+                raise PerExampleError(
+                    f"the loss mixes its examples: that of example {i} is {float(together):g} in the batch, "
+                    f"{float(value):g} alone"
+                )
         total = tree.norm(gradient)
         if not torch.isfinite(total):
             raise PerExampleError(f"the gradient of example {i} is not finite")

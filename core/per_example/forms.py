@@ -23,11 +23,12 @@ by one of these ways (T rows, p times d entries a group, per example):
     compressed   Rows: values with equal ids are added up in the first one's place; no table is formed.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from core.per_example.formed import formed, wide
 
 
 class Outer(NamedTuple):
@@ -51,11 +52,6 @@ class Dense(NamedTuple):
 
 
 Form = Outer | Rows | Dense
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 or wider: reductions of half-precision values are off by percents otherwise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
@@ -112,58 +108,27 @@ def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _blocks(outer: Outer, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, g of a block of rows (N, block, d)) for all rows of the parameter seen as (groups * p, d).
-
-    A block takes at most `budget` bytes, or one row.
-    """
-    count, groups, _, p = outer.rows.shape
-    d = outer.columns.shape[-1]
-    dense = None if dense is None else dense.reshape(count, groups * p, d)
-    rows = max(1, budget // max(1, count * d * outer.rows.element_size()))
-    if groups > 1:
-        step = max(1, rows // p)  # whole groups
-        for b in range(0, groups, step):
-            g = outer.rows[:, b : b + step].transpose(-2, -1) @ outer.columns[:, b : b + step]
-            g = g.reshape(count, -1, d)
-            yield b * p, g if dense is None else g + dense[:, b * p : b * p + g.shape[1]]
-        return
-    step = -(-p // -(-p // rows))  # blocks of equal size
-    for i in range(0, p, step):
-        g = outer.rows[:, 0, :, i : i + step].transpose(-2, -1) @ outer.columns[:, 0]
-        yield i, g if dense is None else g + dense[:, i : i + step]
-
-
 def _formed(
     forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int
 ) -> dict[str, Tensor]:
     """Every wanted quantity in one pass over blocks of g."""
     outer, dense = as_outer(forms, shape)
     if outer is None:
-        blocks = iter([(0, dense.reshape(dense.shape[0], 1, -1))])
-    else:
-        blocks = _blocks(outer, dense, budget)
-    totals: dict[str, list[Tensor]] = {name: [] for name in want}
-    for start, g in blocks:
-        rows, g = g.shape[1], wide(g)
-        for name in want:
-            if name == "norm":
-                totals[name].append(g.square().sum((1, 2)))
-            elif name == "dot":
-                v = wide(direction).reshape(-1, g.shape[2])[start : start + rows]
-                totals[name].append((g * v).sum((1, 2)))
-            elif name == "gram":
-                flat = g.flatten(1)
-                totals[name].append(flat @ flat.T)
-            elif name == "square":
-                totals[name].append(g.square().sum(0))
-            else:
-                totals[name].append(g.sum(0))
-    whole = {}
-    for name, parts in totals.items():
-        joined = name in ("square", "sum")
-        whole[name] = torch.cat(parts).reshape(shape) if joined else sum(parts[1:], parts[0])
-    return whole
+        return {name: _of_dense(wide(dense), name, direction) for name in want}
+    values = formed(outer.rows, outer.columns, dense, direction, ",".join(want), budget)
+    found = dict(zip(want, values, strict=True))
+    return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in found.items()}
+
+
+def _of_dense(g: Tensor, name: str, direction: Tensor | None) -> Tensor:
+    """A quantity of gradients (N, *shape) that are there."""
+    if name == "norm":
+        return g.reshape(len(g), -1).square().sum(1)
+    if name == "dot":
+        return (g * wide(direction)).reshape(len(g), -1).sum(1)
+    if name == "gram":
+        return g.reshape(len(g), -1) @ g.reshape(len(g), -1).T
+    return (g.square() if name == "square" else g).sum(0)
 
 
 def _first_of_equal(ids: Tensor) -> Tensor:
@@ -202,12 +167,13 @@ def _dot(form: Form, direction: Tensor) -> Tensor:
     """<g_n, direction>, (N,)."""
     if isinstance(form, Outer):
         groups, d = form.rows.shape[1], form.columns.shape[-1]
-        v = wide(direction).reshape(groups, -1, d)
-        return ((wide(form.rows) @ v) * wide(form.columns)).sum((1, 2, 3))
+        rows = wide(form.rows)
+        v = direction.to(rows.dtype).reshape(groups, -1, d)
+        return ((rows @ v) * wide(form.columns)).sum((1, 2, 3))
     if isinstance(form, Rows):
         table = wide(direction).reshape(direction.shape[0], -1)
         return (table[form.ids] * wide(form.values)).sum((1, 2))
-    return (wide(form.values) * wide(direction)).flatten(1).sum(1)
+    return _of_dense(wide(form.values), "dot", direction)
 
 
 def _gram_of_rows(rows: Rows) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.per_example.formed import wide
 from core.per_example.forms import Dense, Form, Outer, Rows, reduce
 
 
@@ -91,12 +92,41 @@ def _dense(settings: tuple, saved: None, cotangent: Tensor) -> Form:
     return Dense(cotangent)
 
 
+def _affine(normalised: Tensor, cotangent: Tensor, kept: range) -> Form:
+    """The weight of y = weight * normalised: all axes but the batch and `kept` are summed over."""
+    product = wide(normalised) * wide(cotangent)
+    summed = [axis for axis in range(1, product.ndim) if axis not in kept]
+    return Dense(product.sum(summed) if summed else product)
+
+
+def _layer_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    # Normalised again, so that the backward pass keeps no more than x.
+    shape, eps = settings
+    return _affine(F.layer_norm(x, shape, eps=eps), cotangent, range(x.ndim - len(shape), x.ndim))
+
+
+def _rms_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    shape, eps = settings
+    return _affine(F.rms_norm(x, shape, eps=eps), cotangent, range(x.ndim - len(shape), x.ndim))
+
+
+def _group_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    groups, eps = settings
+    return _affine(F.group_norm(x, groups, eps=eps), cotangent, range(1, 2))
+
+
+ELEMENTWISE = frozenset({"dense", "group_norm", "layer_norm", "rms_norm"})
+"""Operations whose form is Dense, and no larger than their parameter."""
+
 FORMS: dict[str, Callable[[tuple, Tensor | None, Tensor], Form]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "dense": _dense,
     "embedding": _embedding,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
     "linear": _linear,
+    "rms_norm": _rms_norm,
 }
 
 
@@ -114,11 +144,36 @@ class _FirstOrder(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx, cotangent):
+    def backward(ctx, *cotangents):
         raise PerExampleError(
             "per-example reports cannot be differentiated again, and a loss may not contain a gradient: "
             "use per_example.each (vmap of grad) instead"
         )
+
+    jvp = backward
+
+
+class _Once(torch.autograd.Function):
+    """`x` as it is, which cannot be differentiated by the parameters."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *params: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = jvp = _FirstOrder.backward
+
+
+@torch.compiler.allow_in_graph
+def once(x: Tensor, *params: Tensor) -> Tensor:
+    """`x`, for a pull-back that may not be differentiated again: where a report brings a parameter's gradient, the
+    operation's own graph does not know the parameter, and a second derivative would lack it silently."""
+    return _Once.apply(x, *params)
 
 
 class _Report(torch.autograd.Function):
@@ -152,6 +207,8 @@ class _Report(torch.autograd.Function):
             total = _FirstOrder.apply(total.to(ctx.weight_dtype))
         reports = [_FirstOrder.apply(x.to(t)) for x, t in zip(found.values(), ctx.sink_dtypes, strict=True)]
         return None, passed, total, None, None, *reports
+
+    jvp = _FirstOrder.backward
 
 
 # As in core.tap: behind allow_in_graph, so that Dynamo neither refuses the Function nor drops its backward.

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from core import tree
-from core.per_example.operations import PerExampleError
-from core.per_example.watched import LeafPlan, Session, Use, Watched, batch_statistics
+from core.per_example.operations import ELEMENTWISE, PerExampleError
+from core.per_example.watched import ADVICE, LeafPlan, Session, Spread, Use, Watched, batch_statistics
 from core.tree import Tree
 
 ODD = 10007
@@ -40,7 +40,7 @@ class Plan:
             way = leaf.method + (", uses combined" if leaf.kept else "") + (", gives the gradient" if leaf.sums else "")
             for i, use in enumerate(leaf.uses):
                 t, groups, p, d = use.sizes
-                size = f"{t} x {p} x {d}" + (f" ({groups})" if groups > 1 else "") if use.operation != "dense" else ""
+                size = f"{t} x {p} x {d}" + (f" ({groups})" if groups > 1 else "") if use.operation not in ELEMENTWISE else ""
                 rows.append((name, str(leaf.shape), use.called, size, way) if i == 0 else ("", "", use.called, size, ""))
             if not leaf.uses:
                 rows.append((name, str(leaf.shape), "nothing", "", "zero"))
@@ -53,8 +53,10 @@ class _Mixing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.batch_norm and (kwargs.get("training", args[5] if len(args) > 5 else False)):
-            leaves = [x for x in (*args[3:5], kwargs.get("weight"), kwargs.get("bias")) if isinstance(x, Watched)]
+        # In all of these `training` is the sixth argument.
+        norms = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
+        if func in norms and kwargs.get("training", args[5] if len(args) > 5 else False):
+            leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Watched)]
             raise batch_statistics(leaves[0] if leaves else None, "batch norm")
         return func(*args, **kwargs)
 
@@ -89,6 +91,8 @@ def check_params(params: Tree) -> None:
 
 
 def check_losses(losses: Any, count: int) -> None:
+    if isinstance(losses, (Spread, Watched)):
+        raise PerExampleError("the loss is the same for every example: nothing in it came in through `batch`")
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if not isinstance(losses, Tensor) or shape != (count,):
         n = "" if isinstance(shape, str) or count not in shape else " (N is the batch)"
@@ -133,8 +137,11 @@ def _trace(loss: Callable, params: Tree, batch: Tree) -> tuple[Session, Any]:
         except PerExampleError:
             raise
         except Exception as error:
-            size = f"{ODD}" in str(error)
-            hint = "everything with a batch axis must come in through `batch`; " if size else ""
+            hint = "everything with a batch axis must come in through `batch`; " if f"{ODD}" in str(error) else ""
+            if "does not require grad" in str(error):
+                hint = f"a loss may not contain a gradient: {ADVICE}; "
+            if "swap" in str(error) or "Watched" in str(error):
+                hint = "modules take their parameters through core.lift.lift; "
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise PerExampleError(
                 f"the loss fails on a batch of {ODD} examples without values ({type(error).__name__}: {line}); {hint}"
@@ -146,7 +153,7 @@ def _trace(loss: Callable, params: Tree, batch: Tree) -> tuple[Session, Any]:
 def _compiled_trace(loss: Callable, params: Tree, batch: Tree) -> tuple[Session, Any]:
     """While compiling all tensors are without values; nothing of this is in the compiled graph, as nothing uses it."""
     params = tree.map(lambda x: x.detach(), params)
-    batch = tree.map(lambda x: x.new_empty((ODD, *x.shape[1:])), batch)
+    batch = tree.map(lambda x: x.new_zeros((ODD, *x.shape[1:])), batch)  # not empty: asserts stay in the graph
     session = Session(ODD)
     return session, loss(watch(session, params), batch)
 
@@ -155,15 +162,15 @@ def _leaf_plan(shape: tuple, uses: tuple[Use, ...], want: tuple[str, ...], keep:
     kept = keep or len(uses) > 1
     method = choose_method(uses, want, shared=not kept)
     # What is formed anyway is, summed, the gradient of the batch.
-    sums = keep or (not kept and method == "formed" and bool(want) and want != ("dot",))
+    sums = keep or (not kept and method in ("formed", "dense") and bool(want))
     return LeafPlan(shape, uses, method, kept and bool(uses), sums and bool(uses))
 
 
 def choose_method(uses: tuple[Use, ...], want: tuple[str, ...], shared: bool) -> str:
     """By the cost of an example's norm, in operations; see `core.per_example.forms` for the ways."""
-    if all(use.operation == "dense" for use in uses):
+    if all(use.operation in ELEMENTWISE for use in uses):
         return "dense"
-    if any(use.operation == "dense" for use in uses):
+    if any(use.operation in ELEMENTWISE for use in uses):
         return "formed"
     tables = [use for use in uses if use.operation == "embedding"]
     outers = [use for use in uses if use.operation != "embedding"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from core import tree
 from core.per_example import planning
 from core.per_example.forms import Form, reduce
-from core.per_example.operations import FORMS, PerExampleError
+from core.per_example.operations import FORMS, PerExampleError, once
 from core.per_example.planning import Plan, check_losses, check_params, watch
 from core.per_example.watched import LeafPlan, Session, Use
 from core.tree import Tree
@@ -111,7 +111,7 @@ def reports(
     directions = check_direction(params, direction, "dot" in want)
     count = planning.examples(batch)
     losses, pull, kept = pull_back(loss, params, batch, made, directions, budget)
-    sums, reported = pull(torch.ones_like(losses))
+    sums, reported = pull(once(torch.ones_like(losses), *tree.leaves(params)))
     quantities: dict[str, dict[str, Tensor]] = {name: {} for name in made.want}
     for name, leaf in tree.items(params):
         found = quantities_of_leaf(made, name, leaf, reported, kept, count, directions.get(name), budget)
@@ -120,7 +120,7 @@ def reports(
     trees = {name: tree.unflatten(params, [by[leaf] for leaf in tree.names(params)]) for name, by in quantities.items()}
     if "norm" in trees:
         trees["norm"] = tree.map(torch.sqrt, trees["norm"])
-    return Reports(losses.detach(), sums, **trees)
+    return Reports(once(losses.detach(), *tree.leaves(params)), sums, **trees)
 
 
 def plan_of(loss: Callable, params: Tree, batch: Tree, want: tuple[str, ...], made: Plan | None) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from core import tree
 from core.per_example.operations import PerExampleError, Sizes, report
@@ -79,7 +80,8 @@ class Session:
             asked, answer = self.answers[self.asked] if self.asked < len(self.answers) else ("nothing more", False)
             self.asked += 1
             if asked != f"{what} of '{name}'":
-                raise PerExampleError(f"the plan is of another loss: it has {asked} where the loss has {what} of '{name}'")
+                now = f"{what} of '{name}'"
+                raise PerExampleError(f"the plan is of another loss: it has {asked} where the loss has {now}")
             return answer
         answer = self._has_batch_axis(x.shape if isinstance(x, Tensor) else (x,), name, what)
         self.answers.append((f"{what} of '{name}'", answer))
@@ -139,11 +141,12 @@ class Session:
     def spread(self, leaf: "Watched") -> "Spread":
         """A copy of the leaf for each example."""
         if leaf.name not in self.spreads:
-            base = self.operand(Watched(self, leaf.name, leaf.base))
-            copies = base.unsqueeze(0).expand(self.examples, *base.shape)
-            sizes = Sizes(1, 1, 1, base.numel())
-            copies = self.record(leaf, "dense", "spread", (), sizes, copies, None)
-            self.spreads[leaf.name] = copies
+            # The first use may lie under torch.no_grad, and later ones take the same copies.
+            with torch.enable_grad():
+                base = self.operand(Watched(self, leaf.name, leaf.base))
+                copies = base.unsqueeze(0).expand(self.examples, *base.shape)
+                sizes = Sizes(1, 1, 1, base.numel())
+                self.spreads[leaf.name] = self.record(leaf, "dense", "spread", (), sizes, copies, None)
         copies = self.spreads[leaf.name]
         copies = copies.mT if leaf.transposed else copies
         return Spread(self, leaf.name, copies.to(leaf.value.dtype))
@@ -154,6 +157,17 @@ def _method(name: str) -> Callable:
         return dispatch(getattr(Tensor, name), (self, *args), kwargs)
 
     return call
+
+
+class _NoSuch(PerExampleError, AttributeError):
+    """So that hasattr answers too."""
+
+
+# What a parameter tells of itself without its values.
+_FACTS = frozenset(
+    "dim_order element_size get_device is_complex is_contiguous is_cpu is_cuda is_meta is_mps is_nested is_quantized "
+    "is_sparse is_xpu itemsize layout nbytes ndimension nelement requires_grad stride".split()
+)
 
 
 class _Valued:
@@ -208,21 +222,31 @@ class _Valued:
     def __bool__(self):
         raise PerExampleError(f"the loss branches on the value of '{self.name}'; use torch.where")
 
-    def item(self):
-        raise PerExampleError(f"the loss takes the value of '{self.name}' out of the graph (.item())")
+    def _take_out(self, *args, **kwargs):
+        raise PerExampleError(
+            f"the loss takes the value of '{self.name}' out of the graph (.item() or the like); use .detach()"
+        )
+
+    item = tolist = numpy = __float__ = __int__ = __index__ = __complex__ = __array__ = _take_out
 
     def detach(self) -> Tensor:
         return self.plain.detach()
 
     def __getattr__(self, name: str):
-        if name.startswith("_") or name.endswith("_") or not callable(getattr(Tensor, name, None)):
-            what = "changes it in place" if name.endswith("_") and not name.startswith("_") else "has no rule"
-            raise AttributeError(f"'.{name}' of parameter '{self.__dict__.get('name', '')}' {what}: {ADVICE}")
+        if name in _FACTS:
+            return getattr(self.plain, name)
+        if name.startswith("_") or not callable(getattr(Tensor, name, None)):
+            raise _NoSuch(f"parameter '{self.__dict__.get('name', '')}' has no .{name} inside of the loss: {ADVICE}")
 
         def call(*args, **kwargs):
+            if name.endswith("_"):
+                self._write(f"by .{name}()")
             return dispatch(getattr(Tensor, name), (self, *args), kwargs)
 
         return call
+
+    def _write(self, how: str):
+        raise PerExampleError(f"the loss writes into parameter '{self.name}' {how}; nothing is changed in place")
 
     # Python looks operators up on the class.
     __add__, __sub__, __mul__, __truediv__ = _method("add"), _method("sub"), _method("mul"), _method("div")
@@ -231,9 +255,19 @@ class _Valued:
     __matmul__, __rmatmul__ = _method("matmul"), _method("__rmatmul__")
     __getitem__, __abs__ = _method("__getitem__"), _method("abs")
     __lt__, __le__, __gt__, __ge__ = _method("lt"), _method("le"), _method("gt"), _method("ge")
+    __eq__, __ne__, __hash__ = _method("eq"), _method("ne"), object.__hash__
+    __mod__, __floordiv__ = _method("remainder"), _method("floor_divide")
+
+    def __pos__(self):
+        return self
 
     def __setitem__(self, index, value):
-        raise PerExampleError(f"the loss writes into parameter '{self.name}'; parameters are never changed in place")
+        self._write("by assignment")
+
+    def __iadd__(self, other):
+        self._write("by +=, -=, *= or the like")
+
+    __isub__ = __imul__ = __itruediv__ = __ipow__ = __ifloordiv__ = __imod__ = __imatmul__ = __iadd__
 
 
 class Watched(_Valued):
@@ -251,7 +285,12 @@ class Watched(_Valued):
     def t(self):
         if self.ndim != 2:
             return self if self.ndim < 2 else dispatch(Tensor.t, (self,), {})
-        return Watched(self.session, self.name, self.base, self.value.T, not self.transposed)
+        return self._changed(self.value.T, not self.transposed)
+
+    def _changed(self, value: Tensor, transposed: bool):
+        if not self.session.planning and not torch.is_grad_enabled():
+            raise PerExampleError(f"'{self.name}' is cast or transposed under torch.no_grad; use .detach()")
+        return Watched(self.session, self.name, self.base, value, transposed)
 
     def transpose(self, first: int, second: int):
         if self.ndim == 2 and {first % 2, second % 2} == {0, 1}:
@@ -259,7 +298,7 @@ class Watched(_Valued):
         return dispatch(Tensor.transpose, (self, first, second), {})
 
     def to(self, *args, **kwargs):
-        return Watched(self.session, self.name, self.base, self.value.to(*args, **kwargs), self.transposed)
+        return self._changed(self.value.to(*args, **kwargs), self.transposed)
 
     def float(self):
         return self.to(torch.float32)
@@ -312,10 +351,10 @@ def dispatch(func: Callable, args: tuple, kwargs: dict) -> Any:
 # Operations with a rule. Each returns NotImplemented where its rule does not apply.
 
 
-def _linear(session: Session, x, weight, bias=None):
+def _linear(session: Session, input, weight, bias=None):
     if not isinstance(weight, Watched) or weight.ndim != 2:
         return NotImplemented
-    y = _product(session, x, weight, "linear")
+    y = _product(session, input, weight, "linear")
     return y if y is NotImplemented else _plus(y, bias, "linear")
 
 
@@ -334,10 +373,14 @@ def _product(session: Session, x, weight: Watched, what: str):
     return session.record(weight, "linear", what, (weight.transposed,), sizes, y, x)
 
 
-def _matmul(session: Session, x, weight):
-    if not isinstance(weight, Watched) or weight.ndim != 2:
+def _matmul(session: Session, input, other):
+    if not isinstance(other, Watched) or other.ndim != 2:
         return NotImplemented
-    return _product(session, x, weight.t(), "matmul")
+    return _product(session, input, other.t(), "matmul")
+
+
+def _mm(session: Session, input, mat2):
+    return _matmul(session, input, mat2)
 
 
 def _rmatmul(session: Session, weight, x):
@@ -426,21 +469,32 @@ def _getitem(session: Session, weight, index):
     return _look_up(session, weight, index % weight.shape[0], None, "indexing")
 
 
-def _norm(function: Callable) -> Callable:
-    """A norm over the last axes: without its affine map, which follows."""
+def _normalised(session: Session, operation: str, settings: tuple, normalise: Callable, x: Any, weight: Any) -> Any:
+    """weight * normalised x."""
+    own = isinstance(weight, Watched) and not weight.transposed and isinstance(x, Tensor)
+    if own and session.batched(x, weight.name, operation):
+        y = normalise(x, session.operand(weight))
+        sizes = Sizes(1, 1, 1, weight.base.numel())
+        return session.record(weight, operation, operation, settings, sizes, y, x)
+    return NotImplemented
 
-    def rule(session, input, normalized_shape, weight=None, bias=None, eps=None):
-        options = {} if eps is None else {"eps": eps}
-        y = function(input, normalized_shape, **options)
+
+def _layer_norm(session, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    shape = tuple(normalized_shape)
+    y = _normalised(session, "layer_norm", (shape, eps), lambda x, w: F.layer_norm(x, shape, w, None, eps), input, weight)
+    if y is NotImplemented:
+        y = F.layer_norm(input, shape, eps=eps)
         y = y if weight is None else y * weight
-        return y if bias is None else y + bias
-
-    return rule
+    return y if bias is None else y + bias
 
 
 def _rms_norm(session, input, normalized_shape, weight=None, eps=None):
-    y = F.rms_norm(input, normalized_shape, None, eps)
-    return y if weight is None else y * weight
+    shape = tuple(normalized_shape)
+    y = _normalised(session, "rms_norm", (shape, eps), lambda x, w: F.rms_norm(x, shape, w, eps), input, weight)
+    if y is NotImplemented:
+        y = F.rms_norm(input, shape, eps=eps)
+        y = y if weight is None else y * weight
+    return y
 
 
 def _channels(y: Any, weight, bias):
@@ -451,7 +505,11 @@ def _channels(y: Any, weight, bias):
 
 
 def _group_norm(session, input, num_groups, weight=None, bias=None, eps=1e-5):
-    return _channels(F.group_norm(input, num_groups, None, None, eps), weight, bias)
+    groups = num_groups
+    y = _normalised(session, "group_norm", (groups, eps), lambda x, w: F.group_norm(x, groups, w, None, eps), input, weight)
+    if y is NotImplemented:
+        y = _channels(F.group_norm(input, groups, eps=eps), weight, None)
+    return _channels(y, None, bias)
 
 
 def _instance_norm(
@@ -486,23 +544,49 @@ def _batch_norm(session, input, running_mean, running_var, weight=None, bias=Non
     return _channels(y, weight, bias)
 
 
+def _batch_norm_of_torch(session, input, weight, bias, running_mean, running_var, training, momentum, eps, *rest):
+    return _batch_norm(session, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _like(function: Callable) -> Callable:
+    """A tensor made in the likeness of a parameter, from nothing of its values."""
+
+    def rule(session, *args, **kwargs):
+        return function(*(x.plain if isinstance(x, _Valued) else x for x in args), **kwargs)
+
+    return rule
+
+
+def _setitem(session, x, index, value):
+    name = _watching((index, value))[0].name
+    raise PerExampleError(f"'{name}' is written into another tensor by assignment; use torch.cat, stack or where")
+
+
+_MADE_LIKE = (
+    *(Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros),
+    *(torch.empty_like, torch.full_like, torch.is_complex, torch.is_floating_point, torch.ones_like, torch.zeros_like),
+)
+
 RULES: dict[Callable, Callable] = {
     F.batch_norm: _batch_norm,
     F.embedding: _embedding,
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
-    F.layer_norm: _norm(F.layer_norm),
+    F.layer_norm: _layer_norm,
     F.linear: _linear,
     F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
     Tensor.__getitem__: _getitem,
     Tensor.__matmul__: _matmul,
+    Tensor.__setitem__: _setitem,
     Tensor.__rmatmul__: _rmatmul,
     Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
+    Tensor.mm: _mm,
     torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.batch_norm: _batch_norm,
+    torch.mm: _mm,
+    torch.batch_norm: _batch_norm_of_torch,
     torch.embedding: lambda session, weight, ids, *rest: _embedding(session, ids, weight, *rest),
+    **{f: _like(f) for f in _MADE_LIKE},
     **{f: _conv(f"conv{n}d", n, f) for n, f in enumerate((F.conv1d, F.conv2d, F.conv3d), 1)},
     **{
         f: _conv_transpose(f"conv_transpose{n}d", n, f)
@@ -540,9 +624,16 @@ def spread_call(session: Session, func: Callable, args: tuple, kwargs: dict) -> 
         sized = what in _SIZED and type(value) is int
         values.append(value)
         batched.append((isinstance(value, Tensor) or sized) and session.batched(value, name, what))
-    run = _aligned if what in _ELEMENTWISE else _one_by_one
+
+    def function(flat: list) -> Any:
+        args, kwargs = tree.unflatten(given, flat)
+        return func(*args, **kwargs)
+
     try:
-        out = run(lambda flat: func(*tree.unflatten(given, flat)[0], **tree.unflatten(given, flat)[1]), values, batched)
+        if what in _ELEMENTWISE:
+            out = _aligned(function, values, batched)
+        else:
+            out = _one_by_one(function, values, batched, session.examples if session.planning else None)
     except PerExampleError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
@@ -551,12 +642,11 @@ def spread_call(session: Session, func: Callable, args: tuple, kwargs: dict) -> 
             f"({str(error).splitlines()[0]}): {ADVICE}"
         ) from error
     if session.planning:
-        plain = [v.plain if isinstance(v, Spread) else v for v in values]
-        whole = func(*tree.unflatten(given, plain)[0], **tree.unflatten(given, plain)[1])
+        whole = function([v.plain if isinstance(v, Spread) else v for v in values])
         _check_axes(session, whole, out, any(batched), name, what)
     if any(batched):
         return out
-    return tree.map(lambda x: Spread(session, name, x) if isinstance(x, Tensor) else x, out)
+    return pytree.tree_map(lambda x: Spread(session, name, x) if isinstance(x, Tensor) else x, out)
 
 
 def _aligned(function: Callable, values: list, batched: list[bool]) -> Tensor:
@@ -567,14 +657,20 @@ def _aligned(function: Callable, values: list, batched: list[bool]) -> Tensor:
     for value in values:
         if isinstance(value, Spread):
             shape = (1,) * (rank - value.ndim) + tuple(value.value.shape[1:])
+            if any(batched) and shape[0] != 1:
+                raise PerExampleError(
+                    f"'{value.name}': a value of shape {tuple(shape)}, the same for every example, meets the batch in its "
+                    "first axis; everything with a batch axis must come in through `batch`"
+                )
             shape = shape[1:] if any(batched) else shape
             value = value.value.reshape(value.value.shape[0], *shape)
         flat.append(value)
     return function(flat)
 
 
-def _one_by_one(function: Callable, values: list, batched: list[bool]) -> Any:
-    """Any other function, by vmap."""
+def _one_by_one(function: Callable, values: list, batched: list[bool], planned: int | None) -> Any:
+    """Any other function, by vmap. While planning for so many examples one shows the shapes: vmap runs a function that
+    it has no rule for as often as there are examples."""
     sized = [type(v) is int and b for v, b in zip(values, batched, strict=True)]
     mapped = [isinstance(v, Spread) or (isinstance(v, Tensor) and b) for v, b in zip(values, batched, strict=True)]
 
@@ -590,13 +686,17 @@ def _one_by_one(function: Callable, values: list, batched: list[bool]) -> Any:
         return function(flat)
 
     parts = [v.value if isinstance(v, Spread) else v for v, m in zip(values, mapped, strict=True) if m]
-    out = torch.func.vmap(one)(*parts)
-    return tree.map(lambda x: x.squeeze(1) if x.shape[1] == 1 else x, out) if any(batched) else out
+    if planned is None:
+        out = torch.func.vmap(one)(*parts)
+    else:
+        out = pytree.tree_map(lambda x: x.new_empty((planned, *x.shape)), one(*(part[0] for part in parts)))
+    # torch's trees, because the outputs of transformers are registered with these.
+    return pytree.tree_map(lambda x: x.squeeze(1) if x.shape[1] == 1 else x, out) if any(batched) else out
 
 
 def _check_axes(session: Session, whole: Any, out: Any, batched: bool, name: str, what: str) -> None:
     """That mapping gave the shapes which the function itself gives."""
-    for expected, found in zip(tree.leaves(whole), tree.leaves(out), strict=True):
+    for expected, found in zip(pytree.tree_leaves(whole), pytree.tree_leaves(out), strict=True):
         shape = tuple(found.shape) if batched else tuple(found.shape[1:])
         if tuple(expected.shape) != shape:
             raise PerExampleError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from core import tree
 from core.per_example import planning
 from core.per_example.forms import reduce, weighted_sum
-from core.per_example.operations import PerExampleError
+from core.per_example.operations import PerExampleError, once
 from core.per_example.planning import Plan
 from core.per_example.reports import BUDGET, forms_of, plan_of, pull_back, quantities_of_leaf
 from core.tree import Tree
@@ -71,7 +71,8 @@ def weighted(
         plan = planning.make(loss, params, batch, ("norm",), keep=method == "kept")
     made = plan_of(loss, params, batch, ("norm",), plan)
     losses, pull, kept = pull_back(loss, params, batch, made, {}, budget)
-    sums, reported = pull(torch.ones_like(losses))
+    leaves = tree.leaves(params)
+    sums, reported = pull(once(torch.ones_like(losses), *leaves))
     squares, forms = {}, {}
     for name, leaf in tree.items(params):
         if method == "kept" and made.leaves[name].uses:
@@ -87,12 +88,12 @@ def weighted(
         shape = tuple(getattr(factors, "shape", ())) or type(factors).__name__
         raise PerExampleError(f"the weights must be one for each of the {count} examples, found {shape}")
     if method == "twice":
-        sums, _ = pull(factors.to(losses.dtype))
+        sums, _ = pull(once(factors.to(losses.dtype), *leaves))
     else:
         # What was not used keeps the zeros of `sums`.
         totals = {name: weighted_sum(parts, factors, made.leaves[name].shape) for name, parts in forms.items()}
         sums = tree.map_with_names(lambda name, g: totals[name].to(g.dtype) if name in totals else g, sums)
-    return Weighted(losses.detach(), sums, factors, norm, total_norm)
+    return Weighted(once(losses.detach(), *leaves), sums, factors, norm, total_norm)
 
 
 def _kept_bytes(made: Plan) -> int:

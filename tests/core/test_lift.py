@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from core import stats as statistics
 from core import tree
 from core.lift import lift
+from core.per_example import PerExampleError, reports
 
 F64 = torch.float64
 
@@ -224,6 +225,53 @@ def test_tied_transformer_per_example(gpt2):
     each = vmap(grad(lambda p, ids: gpt2_loss(p, ids[None], apply)), in_dims=(None, 0))(params, IDS)
     batch = grad(lambda p: gpt2_loss(p, IDS, apply))(params)
     torch.testing.assert_close(tree.map(lambda x: x.mean(0), each), batch)
+
+
+def by_hand(loss, params, batch):
+    """Norms per example of each parameter, from batches of one."""
+    rows = []
+    for i in range(len(tree.leaves(batch)[0])):
+        rows.append(grad(lambda p, i=i: loss(p, tree.map(lambda x: x[i : i + 1], batch)).sum())(params))
+    return tree.map(lambda *gs: torch.stack([g.norm() for g in gs]), *rows)
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_reports_per_example_of_lifted_modules(mode):
+    params, stats, apply = lift(conv_net())
+    params = {"module": params, "scale": torch.tensor([1.0, -2.0, 0.5], dtype=F64)}
+
+    def loss(p, x):
+        return torch.sin(p["scale"] * apply(tree.merge(p["module"], stats), x)).sum(1)
+
+    def norms(p, x):
+        return reports(loss, p, x, ("norm", "gram")).norm
+
+    x = batches(1, size=4)[0]
+    found = (compiled(norms) if mode == "compiled" else norms)(params, x)
+    torch.testing.assert_close(found, tree.sort(by_hand(loss, params, x)), rtol=1e-9, atol=1e-12)
+
+
+def test_reports_per_example_of_a_tied_transformer(gpt2):
+    params, _, apply = lift(gpt2)
+
+    def loss(p, ids):
+        logits = apply(p, ids, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+
+    found = reports(loss, params, IDS)
+    torch.testing.assert_close(found.norm, tree.sort(by_hand(loss, params, IDS)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.sum, grad(lambda p: loss(p, IDS).sum())(params))
+
+
+def test_reports_per_example_name_the_layer_that_mixes():
+    params, stats, apply = lift(conv_net())
+    with pytest.raises(PerExampleError, match="lift: layer '1' in training mode mixes the examples of a batch"):
+        reports(lambda p, x: apply(tree.merge(p, stats), x, train=True).sum(1), params, batches(1)[0])
+    plain = nn.Sequential(nn.Linear(2, 3), nn.InstanceNorm1d(3), nn.Flatten()).double()
+    params, stats, apply = lift(plain)
+    x = torch.randn(4, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    loss = lambda p, x: apply(p, x.flatten(1)[:, None, :2].expand(-1, 3, -1), train=True).sin().sum(1)  # noqa: E731
+    torch.testing.assert_close(reports(loss, params, x).norm, tree.sort(by_hand(loss, params, x)))
 
 
 class Attending(nn.Module):

@@ -1,0 +1,90 @@
+"""Gradients of examples formed a block at a time: one opaque operator, so that no two blocks are alive at once.
+
+Written out in the graph, the compiler would fuse the reductions of all blocks and hold them all.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider: reductions of half-precision values are off by percents otherwise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter seen as (groups * p, d)."""
+    count, groups, _, p = rows.shape
+    d = columns.shape[-1]
+    dense = None if dense is None else dense.reshape(count, groups * p, d)
+    most = max(1, budget // max(1, count * d * rows.element_size()))
+    if groups > 1:
+        step = max(1, most // p)  # whole groups
+        for b in range(0, groups, step):
+            g = (rows[:, b : b + step].transpose(-2, -1) @ columns[:, b : b + step]).reshape(count, -1, d)
+            yield b * p, g if dense is None else g + dense[:, b * p : b * p + g.shape[1]]
+        return
+    step = -(-p // -(-p // most))  # blocks of equal size
+    for i in range(0, p, step):
+        g = rows[:, 0, :, i : i + step].transpose(-2, -1) @ columns[:, 0]
+        yield i, g if dense is None else g + dense[:, i : i + step]
+
+
+@torch.library.custom_op("functree::formed", mutates_args=())
+def formed(
+    rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: str, budget: int
+) -> list[Tensor]:
+    """What is wanted of g_n = rows_n^T columns_n + dense_n, group by group.
+
+    Args:
+        rows, columns: (N, groups, T, p) and (N, groups, T, d).
+        dense: (N, *shape), added.
+        direction: as the parameter, for "dot".
+        want: names of `core.per_example.forms.reduce`, with commas between.
+        budget: bytes of a block, or one row.
+
+    Returns:
+        for each name, in float32 or wider: "norm" (squared) and "dot" (N,), "gram" (N, N), "square" and "sum"
+        (groups * p, d).
+    """
+    names = want.split(",")
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start, g in _blocks(rows, columns, dense, budget):
+        size, g = g.shape[1], wide(g)
+        for name in names:
+            if name == "norm":
+                parts[name].append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
+            elif name == "dot":
+                v = wide(direction).reshape(-1, g.shape[2])[start : start + size]
+                parts[name].append(g.flatten(1) @ v.flatten())
+            elif name == "gram":
+                parts[name].append(g.flatten(1) @ g.flatten(1).T)
+            elif name == "square":
+                parts[name].append(torch.linalg.vector_norm(g, dim=0).square())
+            else:
+                parts[name].append(g.sum(0))
+    return [torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name]) for name in names]
+
+
+@formed.register_fake
+def _(rows, columns, dense, direction, want, budget):
+    count, groups, _, p = rows.shape
+    like = (groups * p, columns.shape[-1])
+    shapes = {"norm": (count,), "dot": (count,), "gram": (count, count), "square": like, "sum": like}
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return [rows.new_empty(shapes[name], dtype=dtype) for name in want.split(",")]
+
+
+@formed.register_vmap
+def _(info, in_dims, rows, columns, dense, direction, want, budget):
+    members = []
+    for i in range(info.batch_size):
+        picked = [
+            x if dim is None else x.select(dim, i)
+            for x, dim in zip((rows, columns, dense, direction), in_dims[:4], strict=True)
+        ]
+        members.append(formed(*picked, want, budget))
+    stacked = [torch.stack(values) for values in zip(*members, strict=True)]
+    return stacked, [0] * len(stacked)

@@ -1,0 +1,85 @@
+"""The same reports compiled, under vmap over an ensemble, and with a plan made for another N."""
+
+import pytest
+import torch
+from per_example_models import BUILDS, N, make
+from test_per_example import assert_reports, direction_of, every_model, quiet, run, tolerance_of
+from torch.func import vmap
+
+from core import per_example, tree
+
+QUICK = ("class_token", "embedding, padding", "linear 3-D", "tied, ghost, with bias")
+STACKED = (
+    *QUICK,
+    *(
+        "F.batch_norm, eval",
+        "attention",
+        "batch_norm, eval",
+        "cnn",
+        "conv_of_different_groups",
+        "einsum",
+        "half_inside",
+    ),
+    *("conv_transpose2d, groups, dilated", "hypernetwork", "lstm", "odd_tree", "positions", "weight_norm"),
+)
+
+
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def reported(model):
+    def f(params, batch, direction):
+        return per_example.reports(model.loss, params, batch, ("norm", "dot", "gram", "square"), direction=direction)
+
+    return f
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BUILDS])
+@quiet
+def test_compiled(name):
+    model = make(name)
+    found = compiled(reported(model))(model.params, model.batch, direction_of(model.params))
+    assert_reports(model, found, tolerance=tolerance_of(model))
+
+
+def ensemble(model):
+    """Two members and their directions, stacked."""
+    members = [model.params, tree.map(lambda p: 0.9 * p + 0.1, model.params)]
+    return members, tree.stack(members), tree.stack([direction_of(p) for p in members])
+
+
+@pytest.mark.parametrize("name", [n if n in STACKED else pytest.param(n, marks=pytest.mark.slow) for n in BUILDS])
+@quiet
+def test_vmap_over_members(name):
+    model = make(name)
+    members, stacked, directions = ensemble(model)
+    found = vmap(reported(model), (0, None, 0))(stacked, model.batch, directions)
+    for i, member in enumerate(members):
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        assert_reports(model, alone, params=member, tolerance=tolerance_of(model))
+
+
+@pytest.mark.parametrize(
+    "name", ["class_token", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cnn", "lstm", "tied"))]
+)
+def test_compiled_vmap_over_members(name):
+    model = make(name)
+    members, stacked, directions = ensemble(model)
+    found = compiled(vmap(reported(model), (0, None, 0)))(stacked, model.batch, directions)
+    for i, member in enumerate(members):
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        assert_reports(model, alone, params=member)
+
+
+@every_model
+@quiet
+def test_a_plan_of_another_n(name):
+    """Made for all examples, used on two of them and on one."""
+    model = make(name)
+    made = per_example.plan(model.loss, model.params, model.batch, ("norm", "dot", "gram", "square"))
+    assert all(leaf in str(made) for leaf in tree.names(model.params))
+    for chosen in ([2, 0], [1], [*range(N), 0, 1, 2]):
+        batch = tree.map(lambda x, c=chosen: x[c], model.batch)
+        assert_reports(model, run(model, batch=batch, plan=made), batch=batch, tolerance=tolerance_of(model))
