@@ -6,20 +6,22 @@ small enough that the whole matrix can be computed too, so every estimate stands
 gradient descent on all examples at once, whose largest Hessian eigenvalue rises to 2 / learning rate and stays there:
 the edge of stability (Cohen et al. 2021, arXiv:2103.00065). Data are scikit-learn's digits, 2 x 2 pixels averaged:
 
-    python experiments/spectrum.py                                       about a minute on 2 CPU cores
+    python experiments/spectrum.py                                       about 90 seconds on one CPU core
     python experiments/spectrum.py --no-exact --pool 1 --widths 200 200  a larger net, by Lanczos iteration alone
-    python experiments/spectrum.py --resume                              go on with the newest run
 
 It ends with how far the estimates are from the exact eigenvalues, traces and densities.
-EXPECTED
+Expected: the Hessian's largest eigenvalue is 6.3 after 2000 steps, 2 / learning rate 6.67; top eigenvalues agree to
+1e-14, traces to 6 %, densities to 0.8 %; the loss is 0.040 and 90 % of the test digits are right.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from core import curvature, random, tree
 from core.curvature import Density, probe, smoothed
@@ -44,7 +46,7 @@ class Args:
     widths: tuple[int, ...] = (20, 20)
     """Widths of the hidden layers."""
     pool: int = 2
-    """Side of the squares of pixels that are averaged: 1, 2, 4 or 8."""
+    """Side of the squares of pixels that are averaged: 1, 2 or 4."""
     steps: int = 2000
     """Steps of gradient descent, each on all 500 examples."""
     learning_rate: float = 0.3
@@ -71,10 +73,6 @@ class Args:
     """cpu, cuda, cuda:1, mps ..."""
 
 
-def pooled(data: images.Labelled, side: int) -> images.Labelled:
-    return data._replace(images=torch.nn.functional.avg_pool2d(data.images, side))
-
-
 def products(params: tree.Tree, data: images.Labelled, cfg: mlp.Config) -> dict[str, Callable]:
     """{matrix: its product with a tree like the parameters}."""
 
@@ -90,35 +88,20 @@ def products(params: tree.Tree, data: images.Labelled, cfg: mlp.Config) -> dict[
     }
 
 
-def largest(params: tree.Tree, data: images.Labelled, cfg: mlp.Config, key: Tensor) -> dict[str, float]:
-    """The largest eigenvalue of each matrix."""
-    start = probe(key, params)
-    return {
-        name: float(curvature.top_eigenpairs(product, start, 1, SHARPNESS_STEPS).values[0])
-        for name, product in products(params, data, cfg).items()
-    }
-
-
 def spectrum(params: tree.Tree, data: images.Labelled, cfg: mlp.Config, key: Tensor, args: Args) -> dict:
     """Per matrix what Lanczos and Hutchinson say of it, and with `--exact` its eigenvalues in descending order."""
     found = {}
     for (name, product), matrix_key in zip(products(params, data, cfg).items(), random.split(key, 2), strict=True):
         top_key, density_key, trace_key = random.split(matrix_key, 3)
-        count = min(TOP, args.lanczos_steps)
-        top = curvature.top_eigenpairs(product, probe(top_key, params), count, args.lanczos_steps)
+        top = curvature.top_eigenpairs(product, probe(top_key, params), TOP, max(TOP, args.lanczos_steps))
         density = curvature.spectral_density(product, params, density_key, args.probes, args.lanczos_steps)
         trace = curvature.hutchinson_trace(product, params, trace_key, 10 * args.probes)
         exact = []
         if args.exact:
             matrix = curvature.dense(product, params, chunk=64)
             exact = torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)
-        found[name] = {
-            "top": top.values,
-            "residuals": top.residuals,
-            "density": density,
-            "trace": trace,
-            "exact": exact,
-        }
+        found[name] = {**top._asdict(), "density": density, "trace": trace, "exact": exact}
+        del found[name]["vectors"]
     return found
 
 
@@ -127,11 +110,9 @@ def compare(spectra: dict[int, dict], name: str) -> dict[str, float]:
     eigenvalues and of the trace, the latter also in standard errors, and half the integral of |estimated - exact|
     density, both smoothed: the share of the eigenvalues that lies elsewhere."""
     worst = {"residual": max(max(found[name]["residuals"]) for found in spectra.values())}
-    for found in (spectra[step][name] for step in spectra):
-        if not found["exact"]:
-            continue
+    for found in (every[name] for every in spectra.values() if every[name]["exact"]):
         exact, trace = torch.tensor(found["exact"], dtype=torch.float64), found["trace"]
-        top = torch.tensor(found["top"], dtype=torch.float64)
+        top = torch.tensor(found["values"], dtype=torch.float64)
         off = abs(trace["value"] - float(exact.sum()))
         grid, estimate, truth = densities(found)
         for figure, value in {
@@ -148,8 +129,7 @@ def densities(found: dict) -> tuple[Tensor, Tensor, Tensor | None]:
     """(grid, estimated density, exact density or None) of one spectrum, smoothed by a hundredth of its length."""
     nodes, weights = (torch.tensor(found["density"][part], dtype=torch.float64) for part in ("nodes", "weights"))
     exact = torch.tensor(found["exact"], dtype=torch.float64)
-    every = torch.cat([nodes, exact])
-    low, high = float(every.min()), float(every.max())
+    low, high = (float(x) for x in torch.cat([nodes, exact]).aminmax())
     sigma = 0.01 * (high - low)
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, 1001, dtype=torch.float64)
     truth = smoothed(Density(exact, torch.full_like(exact, 1 / len(exact))), grid, sigma) if len(exact) else None
@@ -158,29 +138,27 @@ def densities(found: dict) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def draw(folder: Path, spectra: dict[int, dict], args: Args) -> None:
     """`spectra.png`, the densities, and `sharpness.png`, the largest eigenvalues over training."""
-    blue, orange = plots.COLOURS[:2]
     with plots.panels(folder / "spectra.png", 2, len(spectra), 3.5, 3.2) as axes:
         for panel, (name, step) in zip(axes, ((n, s) for n in KINDS for s in spectra), strict=True):
             found = spectra[step][name]
             grid, estimate, truth = densities(found)
-            label = "Lanczos quadrature"
-            plots.curves(panel, {label: (grid, estimate)}, "eigenvalue", "density", f"{KINDS[name]}, step {step}", True)
-            floor = 0.1 / len(found["exact"]) if found["exact"] else 1e-5
+            title, floor = f"{KINDS[name]}, step {step}", 1e-4 * float(estimate.max())
+            plots.curves(panel, {"Lanczos quadrature": (grid, estimate)}, "eigenvalue", "density", title, log=True)
             if truth is not None:
-                panel.hist(found["exact"], 50, density=True, color=orange, alpha=0.45, label="exact, histogram")
-                panel.plot(grid.tolist(), truth.tolist(), "--", color=orange, lw=1.2, label="exact, smoothed")
+                bars, edges = np.histogram(found["exact"], 50, density=True)
+                shade = {"color": plots.COLOURS[1], "alpha": 0.4, "label": "exact, histogram"}
+                panel.stairs(np.maximum(bars, floor), edges, baseline=floor, fill=True, **shade)
+                panel.plot(grid.tolist(), truth.tolist(), "--", color=plots.COLOURS[1], lw=1.2, label="exact, smoothed")
             panel.set_ylim(floor, 3 * float(estimate.max()))
             panel.legend(frameon=False, fontsize=8, loc="upper right")
     curves = read_curves(folder, *(f"sharpness/{name}" for name in KINDS), "train/loss")
     with plots.panels(folder / "sharpness.png", 1, 2, 5.0, 3.8) as (left, right):
         lines = {KINDS[name]: curves[f"sharpness/{name}"] for name in KINDS}
         plots.curves(left, lines, "step", "largest eigenvalue", "Sharpness, by Lanczos iteration")
-        for name, colour in zip(KINDS, (blue, orange), strict=True):
-            truth = {step: found[name]["exact"][0] for step, found in spectra.items() if found[name]["exact"]}
-            if truth:
-                left.scatter(list(truth), list(truth.values()), s=28, color=colour, zorder=3, label="exact")
+        for name, colour, label in zip(KINDS, plots.COLOURS, ("exact", None), strict=False) if args.exact else ():
+            truth = [spectra[step][name]["exact"][0] for step in spectra]
+            left.scatter(list(spectra), truth, s=28, color=colour, zorder=3, label=label)
         left.axhline(2 / args.learning_rate, color=plots.INK, ls=":", lw=1.4, label="2 / learning rate")
-        left.set_ylim(bottom=0)
         left.legend(frameon=False, fontsize=9, loc="lower right")
         plots.curves(right, {"train": curves["train/loss"]}, "step", "nats", "Training loss", log=True)
 
@@ -198,20 +176,20 @@ def train(args: Args) -> None:
     counts = {name: getattr(args, name) for name in ("steps", "every", "lanczos_steps", "probes", "save_every")}
     command_line.at_least_one(**counts, widths=min(args.widths, default=1))
     command_line.positive(learning_rate=args.learning_rate)
-    if args.pool not in (1, 2, 4, 8):
-        raise ValueError(f"--pool is {args.pool}; expected 1, 2, 4 or 8")
+    if args.pool not in (1, 2, 4):
+        raise ValueError(f"--pool is {args.pool}; expected 1, 2 or 4")
     if min(args.spectra, default=0) < 0:
         raise ValueError(f"--spectra is {min(args.spectra)}; expected steps of at least 0")
     device = command_line.device(args.device)
-    learn, test = tree.move([pooled(data, args.pool) for data in images.digits(TEST_DIGITS)], device)
+    pooled = [data._replace(images=avg_pool2d(data.images, args.pool)) for data in images.digits(TEST_DIGITS)]
+    learn, test = tree.move(pooled, device)
     cfg = mlp.Config(((8 // args.pool) ** 2, *args.widths, 10), activation="tanh")
     model, optimizer, key = mlp.spec(cfg), optimizers.sgd(args.learning_rate), random.key(args.seed, device)
     identity = {"net": cfg, "examples": {"train": len(learn.labels), "test": len(test.labels)}}
     state = runs.restore(origin, create(key, model, optimizer), identity, args.steps)
     probe_key = random.fold_in(key, 2)  # `create` has used numbers 0 and 1
     step = make_step(lambda p, data, _: cross_entropy(mlp.apply(p, data[0], cfg), data[1]), optimizer, compile=False)
-    # The estimates are to be compared with the truth, not with its rounding.
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = torch.float32 if device.type == "mps" else torch.float64  # rounding is not what is compared
     measured = tree.cast(learn, wide)
     taken = sorted({step for step in args.spectra if step < args.steps} | {args.steps})
 
@@ -220,14 +198,16 @@ def train(args: Args) -> None:
 
         def measure(at: int, values: dict[str, Tensor]) -> None:
             params = tree.cast(state.params, wide)
-            sharpness = largest(params, measured, cfg, random.fold_in(probe_key, 0))
-            run.log.metrics(at, values | {f"sharpness/{name}": value for name, value in sharpness.items()})
+            start = probe(random.fold_in(probe_key, 0), params)
+            for name, product in products(params, measured, cfg).items():
+                top = curvature.top_eigenpairs(product, start, 1, SHARPNESS_STEPS).values
+                values = values | {f"sharpness/{name}": top[0]}
+            run.log.metrics(at, values)
             if at in taken:
                 found = spectrum(params, measured, cfg, random.fold_in(probe_key, at + 1), args)
                 write_json(run.folder / "spectra" / f"{at}.json", found)
 
-        at = run.first
-        if at == 0:
+        if (at := run.first) == 0:
             measure(0, {})
         for at in range(run.first + 1, args.steps + 1):
             state, metrics = step(state, learn)
@@ -254,8 +234,16 @@ def train(args: Args) -> None:
         }
         compared = {name: compare(spectra, name) for name in KINDS}
         draw(run.folder, spectra, args)
-        both = {figure: value for name in KINDS for figure, value in compared[name].items()}
-        run.log.result({**figures, **both, "steps": at, "seconds": seconds, "parameters": tree.count(model)})
+        run.log.result(
+            {
+                **figures,
+                **compared["hessian"],
+                **compared["ggn"],
+                "steps": at,
+                "seconds": seconds,
+                "parameters": tree.count(model),
+            }
+        )
     print(SUMMARY.format(**figures))
     for name, kind in KINDS.items() if args.exact else ():
         print(COMPARED.format(kind=kind, **{f.removeprefix(f"{name}_"): v for f, v in compared[name].items()}))
