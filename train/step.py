@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from core import random, spec, stats, transforms, tree
+from core.per_example import Reports, combine, reports
 from core.tree import Tree
 from train.optimizers import Optimizer, apply_updates, donated_update
 
@@ -60,6 +61,21 @@ def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
     return random.sites(random.fold_in(key, step), examples)
 
 
+def compiled(f: Callable, backend: str = "inductor") -> Callable:
+    """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words."""
+    graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend)
+
+    def run(*args):
+        try:
+            return graph(*args)
+        except torch._dynamo.exc.TorchDynamoException:
+            # Dynamo hides what f itself raises (a ValueError of the loss, say); uncompiled it has its own words.
+            f(*args)
+            raise
+
+    return run
+
+
 def _slice(batch: Tree, start: int, size: int) -> Tree:
     return tree.map(lambda x: x[start : start + size], batch)
 
@@ -72,6 +88,8 @@ def make_step(
     micro_batches: int = 1,
     donate: bool = False,
     update_norm: bool = True,
+    watch: Callable[[Reports], dict[str, Tensor]] | None = None,
+    want: tuple[str, ...] = ("norm",),
     compile: bool = True,
     backend: str = "inductor",
 ) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Tensor]]]:
@@ -86,35 +104,53 @@ def make_step(
         donate: the step may overwrite the state it is given (parameters, optimizer state), which must then not be
             used again. Fewer allocations and torch's fused kernels; the same values to the last ulp.
         update_norm: report the norm of the change of the parameters; costs a copy of them when donating.
+        watch: look at the gradient of every example on the way: `watch(reports of the whole batch) -> metrics`, tensors
+            of any shape. The loss must then return (examples,), the loss of each example, and the gradient is that of
+            their mean. Not for nets with Stats: batch norm mixes the examples.
+        want: what is reported to `watch`, see `core.per_example.reports`.
         compile: through torch.compile, `fullgraph`; `backend` as there.
 
     Returns:
         `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors: `loss`, `grad_norm`, `update_norm`, and the
-        loss's own.
+        loss's own, or those of `watch`.
 
     Raises:
         ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, or
-            the loss is no scalar.
+            the loss is no scalar; `watch` and the net has Stats.
+        PerExampleError: from the step: `watch`, and a parameter's gradients per example cannot be had; it is named.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches is {micro_batches}; expected at least 1")
 
+    def evaluate(params: Tree, measured: Tree, batch: Tree, keys: Tensor):
+        if policy.compute is not None:
+            params, batch = tree.cast(params, policy.compute), tree.cast(batch, policy.compute)
+        out = loss(tree.merge(params, measured), batch, keys)
+        value, metrics = out if isinstance(out, tuple) else (out, {})
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value, metrics
+
     def gradients(params: Tree, measured: Tree, batch: Tree, keys: Tensor):
         def objective(params: Tree, measured: Tree):
-            cast_params, cast_batch = params, batch
-            if policy.compute is not None:
-                cast_params, cast_batch = tree.cast(params, policy.compute), tree.cast(batch, policy.compute)
-            out = loss(tree.merge(cast_params, measured), cast_batch, keys)
-            value, metrics = out if isinstance(out, tuple) else (out, {})
-            return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value, metrics
+            return evaluate(params, measured, batch, keys)
 
         (value, metrics), (grads, increments) = transforms.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
             params, measured
         )
         return grads, increments, {"loss": value, **metrics}
 
+    def watched(params: Tree, measured: Tree, batch: Tree, keys: Tensor) -> Reports:
+        if tree.leaves(measured):
+            raise ValueError(f"watch: the net has Stats ('{tree.names(measured)[0]}'), so its examples are not apart")
+        return reports(lambda p, inputs: evaluate(p, {}, *inputs)[0], params, (batch, keys), want)
+
+    def watched_gradients(parts: list[Reports], measured: Tree):
+        found = parts[0] if len(parts) == 1 else combine(parts)
+        return found.mean, measured, {"loss": found.losses.mean(), **watch(found)}
+
     def whole_gradients(params: Tree, measured: Tree, key: Tensor, step: Tensor, batch: Tree):
         keys = step_keys(key, step, _size(batch))
+        if watch is not None:
+            return watched_gradients([watched(params, measured, batch, keys)], measured)
         grads, increments, metrics = gradients(params, measured, batch, keys)
         return grads, stats.update(measured, increments), metrics
 
@@ -143,19 +179,7 @@ def make_step(
         return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
 
     def maybe_compiled(f: Callable) -> Callable:
-        if not compile:
-            return f
-        compiled = torch.compile(f, fullgraph=True, dynamic=False, backend=backend)
-
-        def run(*args):
-            try:
-                return compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException:
-                # Dynamo hides what f itself raises (a ValueError of the loss, say); uncompiled it has its own words.
-                f(*args)
-                raise
-
-        return run
+        return compiled(f, backend) if compile else f
 
     def whole(state: TrainState, batch: Tree):
         return update(state, *whole_gradients(state.params, state.stats, state.key, state.step, batch))
@@ -172,7 +196,8 @@ def make_step(
 
     # Several micro-batches: one compiled region a part, so that the graph does not grow with their number.
     compiled_keys = maybe_compiled(step_keys)
-    compiled_gradients, compiled_mean = maybe_compiled(gradients), maybe_compiled(mean_gradients)
+    compiled_gradients = maybe_compiled(gradients if watch is None else watched)
+    compiled_mean = maybe_compiled(mean_gradients if watch is None else watched_gradients)
     finish = update_in_place if donate else maybe_compiled(update)
 
     def in_parts(state: TrainState, batch: Tree):
@@ -180,11 +205,14 @@ def make_step(
         if examples % micro_batches:
             raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
         size, keys = examples // micro_batches, compiled_keys(state.key, state.step, examples)
-        total = None
+        total, parts = None, []
         for i in range(0, examples, size):
             part = compiled_gradients(state.params, state.stats, _slice(batch, i, size), keys[i : i + size])
-            total = part if total is None else tree.map(torch.add, total, part)
-        return finish(state, *compiled_mean(total, state.stats))
+            if watch is not None:
+                parts.append(part)
+            else:
+                total = part if total is None else tree.map(torch.add, total, part)
+        return finish(state, *compiled_mean(total if watch is None else parts, state.stats))
 
     return in_parts
 
