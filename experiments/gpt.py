@@ -21,7 +21,7 @@ import torch
 
 from core import random, tree
 from nets import gpt2, pretrained
-from train import checkpoints, command_line, optimizers, plots, runs, schedules
+from train import checkpoints, command_line, optimizers, plots, runs, schedules, watching
 from train.data import text, token_files, tokenizers
 from train.logs import read_curves
 from train.losses import cross_entropy
@@ -75,6 +75,8 @@ class Args:
     """Peak learning rate; the preset's if not given."""
     dropout: float | None = None
     """Dropout rate; the preset's if not given."""
+    watch_gradients: bool = False
+    """Log the gradient noise scale and the norms of the examples' gradients, drawn at the end."""
     eval_every: int = 250
     """Steps between two looks at the validation text."""
     save_every: int = 500
@@ -129,6 +131,12 @@ def check_vocabulary(tokenizer, cfg: gpt2.Config) -> None:
 def loss(params, batch, keys, cfg: gpt2.Config):
     tokens, targets = batch
     return cross_entropy(gpt2.apply(params, tokens, cfg, key=keys, train=True), targets)
+
+
+def losses(params, batch, keys, cfg: gpt2.Config):
+    """(examples,), for `--watch-gradients`."""
+    tokens, targets = batch
+    return cross_entropy(gpt2.apply(params, tokens, cfg, key=keys, train=True), targets, reduction="none").mean(1)
 
 
 @torch.no_grad()
@@ -218,9 +226,10 @@ def train(args: Args) -> None:
     identity = {"net": cfg, "tokens": len(tokens)}
     state = runs.restore(origin, state, identity, recipe.steps)
     step = make_step(
-        functools.partial(loss, cfg=cfg),
+        functools.partial(losses if args.watch_gradients else loss, cfg=cfg),
         optimizer,
         policy=policy,
+        watch=watching.watch if args.watch_gradients else None,
         micro_batches=recipe.micro_batches,
         donate=True,
         compile=args.compile,
@@ -233,10 +242,13 @@ def train(args: Args) -> None:
         if args.compile and run.first < recipe.steps:
             run.log.print("compiling the train step ...")
         data_key = random.fold_in(key, 2)  # numbers 0 and 1 are those of `create`
+        watched = watching.begin(run.folder)
         at, steps, clock = run.first, range(run.first, recipe.steps), time.perf_counter()
         batches = text.token_batches(train_tokens, data_key, steps, recipe.batch, cfg.context)
         for at, batch in enumerate(batches, run.first + 1):
             state, metrics = step(state, tree.move(batch, device))
+            if args.watch_gradients:
+                watched, metrics = watching.record(run.log, at, metrics, watched)
             runs.check_finite(run, at, metrics)  # an infinite update would spoil the next one
             if at == run.first + 1:
                 run.log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
@@ -267,6 +279,7 @@ def train(args: Args) -> None:
             "tokens_per_second": at * recipe.batch * cfg.context / seconds,
         }
         run.log.result(result)
+    watching.draw(run.folder)
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
     written = write(state.params, cfg, tokenizer, "", 400, key=random.fold_in(key, 3), temperature=0.8)
     (run.folder / "sample.txt").write_text(written, encoding="utf-8")

@@ -78,6 +78,20 @@ class RunLog:
             self._lines.flush()
             self._events.scalars(int(step), {name: float(value) for name, value in numbers.items()})
 
+    def histogram(self, step: int, name: str, edges: Any, counts: Any) -> None:
+        """Record how many values of a step lay between two edges: a JSON line {name: {"edges", "counts"}}, and an event.
+
+        Args:
+            edges: (bins + 1,).
+            counts: (bins,).
+        """
+        limits, numbers = plain(edges), plain(counts)
+        record = {"step": int(step), "time": round(time.time(), 3), name: {"edges": limits, "counts": numbers}}
+        with naming(self._path):
+            self._lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            self._lines.flush()
+            self._events.histogram(int(step), name, limits, numbers)
+
     def progress(self, step: int, items: int = 0, **values: Any) -> None:
         """Show that `step` steps are done; cheap enough for every step.
 
@@ -245,6 +259,21 @@ class _EventFile:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         entries = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step=step, summary=self._summary.Summary(value=entries))
+        self._file.flush()
+
+    def histogram(self, step: int, name: str, edges: list[float], counts: list[int]) -> None:
+        middles = [(a + b) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        entry = self._summary.HistogramProto(
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(m * n for m, n in zip(middles, counts, strict=True)),
+            sum_squares=sum(m * m * n for m, n in zip(middles, counts, strict=True)),
+            bucket_limit=edges,
+            bucket=[0, *counts],
+        )
+        value = self._summary.Summary.Value(tag=name, histo=entry)
+        self._write(step=step, summary=self._summary.Summary(value=[value]))
         self._file.flush()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Pictures of a run as PNG files: curves, grids of images, matrices, histograms, calibration.
 
 Each function draws one figure of its own (no pyplot, no global state) and writes it atomically. Instead of a path,
-`curves`, `matrix`, `reliability` and `histogram` also take one of the axes of `panels`, and draw there.
+`curves`, `matrix`, `heat_map`, `reliability` and `histogram` also take one of the axes of `panels`, and draw there.
 """
 
 import math
@@ -54,7 +54,7 @@ def curves(
 
     Args:
         lines: {name: (xs, ys)}; values that are not finite leave a gap, a single point is drawn as a dot.
-        log: a logarithmic y axis.
+        log: a logarithmic y axis, if a value is above 0.
     """
     figure, axes = _axes(path, 6.4, 4.0, xlabel, ylabel, title)
     for i, (name, (xs, ys)) in enumerate(lines.items()):
@@ -64,7 +64,7 @@ def curves(
         y = np.where(np.isfinite(y), y, np.nan)
         style = ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
         axes.plot(x, y, style, color=COLOURS[i % len(COLOURS)], label=name, marker="o" if len(x) < 2 else None, lw=1.6)
-    if log:
+    if log and any(np.nanmax(line.get_ydata(), initial=0.0) > 0 for line in axes.lines):
         axes.set_yscale("log", nonpositive="mask")
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9, ncols=1 if len(lines) <= 8 else 2)
@@ -170,6 +170,51 @@ def matrix(
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    _write(path, figure)
+
+
+def heat_map(
+    path: "str | os.PathLike | Axes",
+    values: Any,
+    xs: Any,
+    ys: Any,
+    xlabel: str = "step",
+    ylabel: str = "",
+    title: str = "",
+    label: str = "",
+    log_y: bool = False,
+    log_colour: bool = False,
+) -> None:
+    """A function of two variables as colours, such as a histogram over time.
+
+    Args:
+        values: (rows, columns); what is not finite, or with `log_colour` not above 0, stays white.
+        xs: the columns' edges (columns + 1,).
+        ys: the rows' edges (rows + 1,), or a name each.
+        label: of the colours.
+    """
+    from matplotlib.colors import LogNorm
+
+    cells, x = np.ma.masked_invalid(_array(values).astype(float)), _array(xs).astype(float)
+    names = list(ys) if len(ys) and isinstance(ys[0], str) else None
+    y = np.arange(len(names) + 1) if names else _array(ys).astype(float)
+    if cells.shape != (len(y) - 1, len(x) - 1):
+        found = f"{cells.shape} values between {len(y)} and {len(x)} edges"
+        raise ValueError(f"a heat map has {found}, expected (rows, columns) with one edge more each")
+    cells = np.ma.masked_less_equal(cells, 0) if log_colour else cells
+    norm = LogNorm() if log_colour and cells.count() else None
+    figure, axes = _axes(path, 6.4, max(3.6, 0.18 * len(names) + 1.2) if names else 4.0, xlabel, ylabel, title)
+    axes.grid(False)
+    mesh = axes.pcolormesh(x, y, cells, cmap="viridis", norm=norm, rasterized=True)
+    if log_y:
+        axes.set_yscale("log")
+    if names:
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+        axes.set_ylim(len(names), 0)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    bar.set_label(label, color=INK, fontsize=9)
     _write(path, figure)
 
 

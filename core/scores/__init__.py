@@ -1,0 +1,48 @@
+"""Scores of single examples and of their gradients: how hard, how odd, how influential, how alike.
+
+Where a score of an example does not depend on the other examples, the scores of a large set are those of its parts,
+joined by `torch.cat`.
+"""
+
+from core.scores.alignment import cosine_matrix, gradient_cosine
+from core.scores.difficulty import el2n, forgetting_events, grand, normalised_within_class, vog
+from core.scores.fisher import empirical_fisher_diagonal, fisher_diagonal
+from core.scores.influence import (
+    influence,
+    inverse_by_conjugate_gradient,
+    low_rank_influence,
+    low_rank_self_influence,
+    projections,
+    self_influence,
+)
+from core.scores.kernel import empirical_ntk, ntk_trace, pseudo_ntk
+from core.scores.noise import gradient_diversity, gradient_snr, layer_snr
+from core.scores.tracin import gradient_products, tracin, tracin_on_mean, tracin_self
+
+__all__ = [
+    "cosine_matrix",
+    "el2n",
+    "empirical_fisher_diagonal",
+    "empirical_ntk",
+    "fisher_diagonal",
+    "forgetting_events",
+    "gradient_cosine",
+    "gradient_diversity",
+    "gradient_products",
+    "gradient_snr",
+    "grand",
+    "influence",
+    "inverse_by_conjugate_gradient",
+    "layer_snr",
+    "low_rank_influence",
+    "low_rank_self_influence",
+    "normalised_within_class",
+    "ntk_trace",
+    "projections",
+    "pseudo_ntk",
+    "self_influence",
+    "tracin",
+    "tracin_on_mean",
+    "tracin_self",
+    "vog",
+]

@@ -1,0 +1,184 @@
+"""Signal and noise of stochastic gradients: noise scale, gradient diversity, signal-to-noise ratio.
+
+found = noise(reports(loss, params, batch))     of one batch, unbiased, and so noisy
+state = update(state, found, 0.95)              an average over steps, of both parts
+scale(average(state)).total                     B = tr Σ / |G|²
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core import tree
+from core.per_example import Reports
+from core.tree import Tree
+
+
+class Noise(NamedTuple):
+    """The two parts of the noise scale, for each parameter tensor: trees like the parameters of 0-D tensors."""
+
+    trace: Tree
+    """tr Σ, the trace of the covariance of one example's gradient."""
+    square: Tree
+    """|G|², the squared norm of the expected gradient."""
+
+
+class Scale(NamedTuple):
+    """B = tr Σ / |G|² in examples: of each parameter tensor alone (a tree), and of all together (0-D)."""
+
+    layers: Tree
+    total: Tensor
+
+
+class Smoothed(NamedTuple):
+    """The state of an exponential moving average: sums with weights decay^age, and the sum of these weights."""
+
+    sums: Noise
+    weight: Tensor
+
+
+def estimate(found: Reports) -> Noise:
+    """tr Σ and |G|² from the gradients g_1 .. g_N of one batch and their mean ḡ (McCandlish et al. 2018, "An Empirical
+    Model of Large-Batch Training", arXiv:1812.06162, appendix A.1, with small batches of one):
+
+    tr Σ = N / (N - 1) (mean |g_i|² - |ḡ|²),   |G|² = (N |ḡ|² - mean |g_i|²) / (N - 1)
+
+    Both are unbiased; |G|² can come out negative, so average both over steps before dividing.
+
+    Args:
+        found: reports with "norm", of at least two examples (of micro-batches: `core.per_example.combine`).
+
+    Raises:
+        ValueError: no norms, or one example.
+    """
+    count = found.losses.shape[-1]
+    if found.norm is None:
+        raise ValueError('noise.estimate: the reports have no norms; want=("norm",)')
+    if count < 2:
+        raise ValueError(f"noise.estimate: expected reports of at least two examples, found {count}")
+    small = tree.map(lambda x: x.square().mean(-1), found.norm)
+    large = tree.map(lambda x: _wide(x).square().sum(), found.mean)
+    return two_batches(small, large, 1, count)
+
+
+def two_batches(small: Tree, large: Tree, small_size: int, large_size: int) -> Noise:
+    """tr Σ and |G|² from the squared norms of the mean gradients of two batch sizes (McCandlish et al. 2018, eq. A.3):
+
+    E |G_B|² = |G|² + tr Σ / B
+
+    Args:
+        small, large: |G_B|² of batches of `small_size` and `large_size` examples, trees or tensors of one structure;
+            `small` may be the mean over several such batches.
+
+    Raises:
+        ValueError: sizes that are not 1 <= small_size < large_size.
+    """
+    if not 1 <= small_size < large_size:
+        raise ValueError(f"two_batches: expected 1 <= small_size < large_size, got {small_size} and {large_size}")
+    gap = large_size - small_size
+    trace = tree.map(lambda s, b: (s - b) * (small_size * large_size / gap), small, large)
+    square = tree.map(lambda s, b: (large_size * b - small_size * s) / gap, small, large)
+    return Noise(trace, square)
+
+
+def total(found: Noise) -> Noise:
+    """Both parts over all parameters, 0-D each: sums over the leaves."""
+    return Noise(*(torch.stack(tree.leaves(part)).sum(0) for part in found))
+
+
+def scale(found: Noise) -> Scale:
+    """B = tr Σ / |G|²: the batch size above which more examples gain little (McCandlish et al. 2018, eq. 2.9).
+
+    Negative or infinite where the estimate of |G|² is not above zero.
+    """
+    trace, square = total(found)
+    return Scale(tree.map(torch.div, found.trace, found.square), trace / square)
+
+
+def init(like: Tree) -> Smoothed:
+    """Nothing seen yet; `like` is a tree like the parameters."""
+
+    def zero(x: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+    return Smoothed(Noise(tree.map(zero, like), tree.map(zero, like)), zero(tree.leaves(like)[0]))
+
+
+def begin(first: Noise) -> Smoothed:
+    """The average as it stands if all steps before were as `first`: then there is no bias to correct."""
+    return Smoothed(first, torch.ones_like(tree.leaves(first)[0]))
+
+
+def update(state: Smoothed, found: Noise, decay: float | Tensor) -> Smoothed:
+    """The next step of the average; `decay` in [0, 1) is the weight of all that was before."""
+    sums = tree.map(lambda old, new: decay * old + (1 - decay) * new, state.sums, found)
+    return Smoothed(sums, decay * state.weight + (1 - decay))
+
+
+def average(state: Smoothed) -> Noise:
+    """The weighted mean over the steps seen, its bias to zero corrected (as Adam's); NaN before the first."""
+    return tree.map(lambda x: x / state.weight, state.sums)
+
+
+def smooth(series: Tree, decay: float) -> Tree:
+    """`average` after each step of a record: leaves (steps, ...) of a tree such as `Noise`, in and out."""
+
+    def over_steps(values: Tensor) -> Tensor:
+        kept, weight, rows = torch.zeros_like(values[:1]), 0.0, []
+        for row in values.split(1):
+            kept, weight = decay * kept + (1 - decay) * row, decay * weight + (1 - decay)
+            rows.append(kept / weight)
+        return torch.cat(rows)
+
+    return tree.map(over_steps, series)
+
+
+def gradient_diversity(found: Reports) -> Tensor:
+    """Gradient diversity (Yin et al. 2018, "Gradient Diversity: a Key Ingredient for Scalable Distributed Learning",
+    arXiv:1706.05699, definition 2): sum |g_n|² / |sum g_n|², 0-D.
+
+    From 1/N (all gradients equal), 1 where they are orthogonal, without bound where they cancel. Times N it bounds the
+    batch size at which mini-batches still help as much as single examples.
+
+    Args:
+        found: reports with "norm".
+    """
+    if found.norm is None:
+        raise ValueError('gradient_diversity: the reports have no norms; want=("norm",)')
+    return found.total_norm.square().sum() / sum(_wide(x).square().sum() for x in tree.leaves(found.sum))
+
+
+def gradient_snr(found: Reports) -> Tree:
+    """Gradient signal-to-noise ratio, entry by entry (Liu et al. 2020, "Understanding Why Neural Networks Generalize
+    Well Through GSNR of Parameters", arXiv:2001.07384, eq. 1): r_j = E[g_j]² / Var[g_j], like the parameters.
+
+    The expectation is the mean over the batch, so r_j is about 1/N where there is no signal at all. 0 where an entry
+    has no gradient in any example (a token that does not occur), infinite where it is the same in all, to rounding.
+
+    Args:
+        found: reports with "square", of at least two examples.
+    """
+    if found.square is None:
+        raise ValueError('gradient_snr: the reports have no squares; want=("square",)')
+
+    def ratio(mean: Tensor, variance: Tensor, moment: Tensor) -> Tensor:
+        finite = mean.square() / torch.where(variance > 8 * torch.finfo(moment.dtype).eps * moment, variance, 0.0)
+        return torch.where(mean == 0, 0.0, finite)
+
+    return tree.map(ratio, tree.map(_wide, found.mean), found.variance, found.second_moment)
+
+
+def layer_snr(found: Reports) -> Tree:
+    """`gradient_snr` averaged over those entries of each parameter tensor that have a gradient which varies (section 2
+    of the paper), 0-D at every leaf."""
+
+    def mean(ratio: Tensor) -> Tensor:
+        counted = (ratio > 0) & ratio.isfinite()
+        return torch.where(counted, ratio, 0.0).sum() / counted.sum().clamp(min=1)
+
+    return tree.map(mean, gradient_snr(found))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
