@@ -7,8 +7,8 @@ Every parameter is covered exactly, or the call raises and names it. `plan` show
 reference: vmap(grad).
 """
 
+from core.per_example.errors import PerExampleError
 from core.per_example.exact import each, verify
-from core.per_example.operations import PerExampleError
 from core.per_example.planning import Plan
 from core.per_example.reports import Reports, combine, plan, reports
 from core.per_example.weighted import Weighted, clip_factor, clipped, weighted

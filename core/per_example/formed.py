@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from core.per_example.errors import FIRST_ORDER, PerExampleError
+
 
 def wide(x: Tensor) -> Tensor:
     """In float32 or wider: reductions of half-precision values are off by percents otherwise."""
@@ -33,22 +35,9 @@ def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) ->
 
 
 @torch.library.custom_op("functree::formed", mutates_args=())
-def formed(
+def _operator(
     rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: str, budget: int
 ) -> list[Tensor]:
-    """What is wanted of g_n = rows_n^T columns_n + dense_n, group by group.
-
-    Args:
-        rows, columns: (N, groups, T, p) and (N, groups, T, d).
-        dense: (N, *shape), added.
-        direction: as the parameter, for "dot".
-        want: names of `core.per_example.forms.reduce`, with commas between.
-        budget: bytes of a block, or one row.
-
-    Returns:
-        for each name, in float32 or wider: "norm" (squared) and "dot" (N,), "gram" (N, N), "square" and "sum"
-        (groups * p, d).
-    """
     names = want.split(",")
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for start, g in _blocks(rows, columns, dense, budget):
@@ -68,7 +57,7 @@ def formed(
     return [torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name]) for name in names]
 
 
-@formed.register_fake
+@_operator.register_fake
 def _(rows, columns, dense, direction, want, budget):
     count, groups, _, p = rows.shape
     like = (groups * p, columns.shape[-1])
@@ -77,7 +66,7 @@ def _(rows, columns, dense, direction, want, budget):
     return [rows.new_empty(shapes[name], dtype=dtype) for name in want.split(",")]
 
 
-@formed.register_vmap
+@_operator.register_vmap
 def _(info, in_dims, rows, columns, dense, direction, want, budget):
     members = []
     for i in range(info.batch_size):
@@ -85,6 +74,46 @@ def _(info, in_dims, rows, columns, dense, direction, want, budget):
             x if dim is None else x.select(dim, i)
             for x, dim in zip((rows, columns, dense, direction), in_dims[:4], strict=True)
         ]
-        members.append(formed(*picked, want, budget))
+        members.append(_operator(*picked, want, budget))
     stacked = [torch.stack(values) for values in zip(*members, strict=True)]
     return stacked, [0] * len(stacked)
+
+
+class _Formed(torch.autograd.Function):
+    """The operator, for which nothing is to be differentiated again; it cannot say so itself under torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, columns, dense, direction, want, budget):
+        return tuple(_operator(rows, columns, dense, direction, want, budget))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise PerExampleError(FIRST_ORDER)
+
+    jvp = backward
+
+
+@torch.compiler.allow_in_graph  # see core.tap
+def formed(
+    rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: tuple[str, ...], budget: int
+) -> tuple[Tensor, ...]:
+    """What is wanted of g_n = rows_n^T columns_n + dense_n, group by group.
+
+    Args:
+        rows, columns: (N, groups, T, p) and (N, groups, T, d).
+        dense: (N, *shape), added.
+        direction: as the parameter, for "dot".
+        want: names of `core.per_example.forms.reduce`, at least one.
+        budget: bytes of a block, or one row.
+
+    Returns:
+        for each name, in float32 or wider: "norm" (squared) and "dot" (N,), "gram" (N, N), "square" and "sum"
+        (groups * p, d).
+    """
+    return _Formed.apply(rows, columns, dense, direction, ",".join(want), budget)

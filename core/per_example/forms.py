@@ -115,7 +115,9 @@ def _formed(
     outer, dense = as_outer(forms, shape)
     if outer is None:
         return {name: _of_dense(wide(dense), name, direction) for name in want}
-    values = formed(outer.rows, outer.columns, dense, direction, ",".join(want), budget)
+    if not want:
+        return {}
+    values = formed(outer.rows, outer.columns, dense, direction, want, budget)
     found = dict(zip(want, values, strict=True))
     return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in found.items()}
 

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from core.per_example.errors import FIRST_ORDER, PerExampleError
 from core.per_example.formed import wide
 from core.per_example.forms import Dense, Form, Outer, Rows, reduce
-
-
-class PerExampleError(ValueError):
-    """What has no exact per-example gradient here; it names the parameter."""
 
 
 class Sizes(NamedTuple):
@@ -145,10 +142,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        raise PerExampleError(
-            "per-example reports cannot be differentiated again, and a loss may not contain a gradient: "
-            "use per_example.each (vmap of grad) instead"
-        )
+        raise PerExampleError(FIRST_ORDER)
 
     jvp = backward
 

@@ -1,6 +1,8 @@
 """What will be done for each parameter: every use it has, and the way its gradients are reduced."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from core import tree
-from core.per_example.operations import ELEMENTWISE, PerExampleError
-from core.per_example.watched import ADVICE, LeafPlan, Session, Spread, Use, Watched, batch_statistics
+from core.per_example.errors import ADVICE, PerExampleError
+from core.per_example.operations import ELEMENTWISE
+from core.per_example.rules import batch_statistics
+from core.per_example.session import LeafPlan, Session, Use
+from core.per_example.watched import Spread, Watched
 from core.tree import Tree
 
 ODD = 10007
@@ -40,12 +45,20 @@ class Plan:
             way = leaf.method + (", uses combined" if leaf.kept else "") + (", gives the gradient" if leaf.sums else "")
             for i, use in enumerate(leaf.uses):
                 t, groups, p, d = use.sizes
-                size = f"{t} x {p} x {d}" + (f" ({groups})" if groups > 1 else "") if use.operation not in ELEMENTWISE else ""
-                rows.append((name, str(leaf.shape), use.called, size, way) if i == 0 else ("", "", use.called, size, ""))
+                size = (
+                    f"{t} x {p} x {d}" + (f" ({groups})" if groups > 1 else "")
+                    if use.operation not in ELEMENTWISE
+                    else ""
+                )
+                rows.append(
+                    (name, str(leaf.shape), use.called, size, way) if i == 0 else ("", "", use.called, size, "")
+                )
             if not leaf.uses:
                 rows.append((name, str(leaf.shape), "nothing", "", "zero"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
 
 class _Mixing(TorchFunctionMode):
@@ -79,7 +92,9 @@ def examples(batch: Tree) -> int:
         shapes = ", ".join(
             f"'{name}' {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for name, x in tree.items(batch)
         )
-        raise PerExampleError(f"the leaves of a batch must be tensors that agree in their leading axis, N > 0: {shapes}")
+        raise PerExampleError(
+            f"the leaves of a batch must be tensors that agree in their leading axis, N > 0: {shapes}"
+        )
     return sizes.pop()
 
 
@@ -87,7 +102,9 @@ def check_params(params: Tree) -> None:
     for name, leaf in tree.items(params):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise PerExampleError(f"parameter '{name}' is {kind}; expected a floating-point tensor (Stats stay outside)")
+            raise PerExampleError(
+                f"parameter '{name}' is {kind}; expected a floating-point tensor (Stats stay outside)"
+            )
 
 
 def check_losses(losses: Any, count: int) -> None:
@@ -106,9 +123,7 @@ def watch(session: Session, params: Tree) -> Tree:
     return tree.map_with_names(lambda name, leaf: Watched(session, name, leaf), params)
 
 
-def make(
-    loss: Callable, params: Tree, batch: Tree, want: tuple[str, ...] = ("norm",), keep: bool = False
-) -> Plan:
+def make(loss: Callable, params: Tree, batch: Tree, want: tuple[str, ...] = ("norm",), keep: bool = False) -> Plan:
     """Run the loss once on tensors without values, and see what it does with each parameter. See `per_example.plan`."""
     unknown = [name for name in want if name not in WANTED]
     if unknown:
@@ -116,7 +131,9 @@ def make(
     params, batch = tree.sort(params), tree.sort(batch)
     check_params(params)
     examples(batch)
-    session, losses = _compiled_trace(loss, params, batch) if torch.compiler.is_compiling() else _trace(loss, params, batch)
+    session, losses = (
+        _compiled_trace(loss, params, batch) if torch.compiler.is_compiling() else _trace(loss, params, batch)
+    )
     check_losses(losses, ODD)
     leaves = {}
     for name, leaf in tree.items(params):
@@ -125,8 +142,19 @@ def make(
     return Plan(leaves, tuple(session.answers), tuple(want), signature(params, batch), losses.dtype)
 
 
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs a failing operation with its stack, before the error of which we make a line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _trace(loss: Callable, params: Tree, batch: Tree) -> tuple[Session, Any]:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         # New ones, not converted: under a vmap the leaves are batched.
         params = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), params)
         batch = tree.map(lambda x: torch.empty((ODD, *x.shape[1:]), dtype=x.dtype, device=x.device), batch)
@@ -155,7 +183,8 @@ def _compiled_trace(loss: Callable, params: Tree, batch: Tree) -> tuple[Session,
     params = tree.map(lambda x: x.detach(), params)
     batch = tree.map(lambda x: x.new_zeros((ODD, *x.shape[1:])), batch)  # not empty: asserts stay in the graph
     session = Session(ODD)
-    return session, loss(watch(session, params), batch)
+    with _Mixing():
+        return session, loss(watch(session, params), batch)
 
 
 def _leaf_plan(shape: tuple, uses: tuple[Use, ...], want: tuple[str, ...], keep: bool) -> LeafPlan:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from core import tree
 from core.per_example import planning
+from core.per_example.errors import PerExampleError
 from core.per_example.forms import Form, reduce
-from core.per_example.operations import FORMS, PerExampleError, once
+from core.per_example.operations import FORMS, once
 from core.per_example.planning import Plan, check_losses, check_params, watch
-from core.per_example.watched import LeafPlan, Session, Use
+from core.per_example.session import LeafPlan, Session, Use
 from core.tree import Tree
 
 BUDGET = 2**26
@@ -157,7 +158,9 @@ def pull_back(loss: Callable, params: Tree, batch: Tree, made: Plan, directions:
         inputs of the operations whose cotangents are kept, by parameter and use.
     """
     count = planning.examples(batch)
-    sinks = {name: [_sinks(made, leaf, use, count) for use in made.leaves[name].uses] for name, leaf in tree.items(params)}
+    sinks = {
+        name: [_sinks(made, leaf, use, count) for use in made.leaves[name].uses] for name, leaf in tree.items(params)
+    }
 
     def watched_loss(params: Tree, sinks: dict):
         session = Session(count, made.leaves, made.answers, made.want, sinks, directions, budget)

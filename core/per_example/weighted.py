@@ -8,8 +8,9 @@ from torch import Tensor
 
 from core import tree
 from core.per_example import planning
+from core.per_example.errors import PerExampleError
 from core.per_example.forms import reduce, weighted_sum
-from core.per_example.operations import PerExampleError, once
+from core.per_example.operations import once
 from core.per_example.planning import Plan
 from core.per_example.reports import BUDGET, forms_of, plan_of, pull_back, quantities_of_leaf
 from core.tree import Tree

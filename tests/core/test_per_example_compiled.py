@@ -44,6 +44,40 @@ def test_compiled(name):
     assert_reports(model, found, tolerance=tolerance_of(model))
 
 
+@pytest.mark.parametrize("time", [3, 4])
+def test_compiled_matmul_in_either_order(time):
+    """Dynamo writes W @ x as matmul(x, W): what the shapes do not tell apart is refused."""
+    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
+    batch = torch.randn(5, 4, time, dtype=torch.float64)
+
+    def loss(params, batch):
+        return (params["w"] @ batch).square().sum((1, 2))
+
+    def other_loss(params, batch):
+        return (batch.mT @ params["w"]).square().sum((1, 2))
+
+    for f in (loss, other_loss):
+        norm = compiled(lambda p, x, f=f: per_example.reports(f, p, x).total_norm)
+        if time == 4:
+            with pytest.raises(Exception, match=r"'w' \(4, 4\) is multiplied by @, where both orders fit"):
+                norm(params, batch)
+        else:
+            torch.testing.assert_close(norm(params, batch), per_example.reports(f, params, batch).total_norm)
+
+
+def test_compiled_matmul_of_a_square_matrix():
+    """The order is settled while planning, whatever N is."""
+    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
+
+    def loss(params, batch):
+        return (batch @ params["w"]).square().sum(1)
+
+    for count in (3, 4):
+        batch = torch.randn(count, 4, dtype=torch.float64)
+        found = compiled(lambda p, x: per_example.reports(loss, p, x).total_norm)(params, batch)
+        torch.testing.assert_close(found, per_example.reports(loss, params, batch).total_norm)
+
+
 def ensemble(model):
     """Two members and their directions, stacked."""
     members = [model.params, tree.map(lambda p: 0.9 * p + 0.1, model.params)]

@@ -282,6 +282,8 @@ COMPILED = (
     "folded",
     "time_first_with_a_raw_parameter",
     "batch_norm_in_training",
+    "batch_norm_without_affine",
+    "batch_norm_of_torch_without_affine",
 )
 
 

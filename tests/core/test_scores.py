@@ -96,6 +96,7 @@ def test_el2n():
     close(scores.el2n(z, Y), torch.linalg.vector_norm(slope, dim=1))
     several = torch.stack([logits(p, X) for p in CHECKPOINTS])
     close(scores.el2n(several, Y), torch.stack([scores.el2n(z, Y) for z in several]).mean(0))
+    close(scores.el2n(z, Y.to(torch.uint8)), scores.el2n(z, Y))
     right = torch.tensor([[200.0, 0.0]], dtype=torch.bfloat16)
     assert scores.el2n(right, torch.tensor([0])) == 0 and scores.el2n(right, torch.tensor([1])) == 2**0.5
 
@@ -111,6 +112,7 @@ def test_vog():
     close(scores.vog(logits, CHECKPOINTS, X, Y), torch.tensor(expected))
     found = scores.vog(logits, [PARAMS] * 4, X, Y)  # nothing changes
     assert 0 <= found.min() and found.max() < 1e-30
+    close(scores.vog(logits, CHECKPOINTS, X, Y.to(torch.uint8)), torch.tensor(expected))
     # Images: the mean is over all entries.
     images = scores.vog(lambda p, x: logits(p, x.flatten(1)), CHECKPOINTS, X.reshape(N, 1, 2, 2), Y)
     close(images, torch.tensor(expected))
@@ -122,6 +124,7 @@ def test_normalised_within_class():
     for label in range(CLASSES):
         own = values[label == Y]
         close(found[label == Y], (own - own.mean()) / own.std(correction=0))
+    close(scores.normalised_within_class(values, Y.to(torch.uint8), CLASSES), found)
     # A class of one, a class of equal scores, a class of none.
     found = scores.normalised_within_class(torch.tensor([0.1, 5.0, 0.1, 0.1]), torch.tensor([0, 2, 0, 0]), 4)
     assert found.tolist() == [0, 0, 0, 0]
@@ -236,7 +239,7 @@ def test_fisher_diagonal_is_that_of_the_ggn():
 def test_sampled_fisher_diagonal():
     exact = ravel(scores.fisher_diagonal(logits, PARAMS, X))
     key = random.key(5)
-    found = [ravel(scores.fisher_diagonal(logits, PARAMS, X, key, samples)) for samples in (5, 300)]
+    found = [ravel(scores.fisher_diagonal(logits, PARAMS, X, key, samples)) for samples in (3, 120)]
     errors = [float(torch.linalg.vector_norm(x - exact) / torch.linalg.vector_norm(exact)) for x in found]
     assert errors[1] < 0.1 and errors[1] < 0.5 * errors[0]
     # One draw: the squares of the gradients of the labels that were drawn.
@@ -278,22 +281,22 @@ EVERY = {
     "forgetting": lambda p, b: scores.forgetting_events(b[0] > 0),
     "cosine": lambda p, b: scores.gradient_cosine(small_losses, p, b),
     "cosine_matrix": lambda p, b: scores.cosine_matrix(b[0] @ b[0].T),
-    "tracin": lambda p, b: scores.tracin(small_losses, [p, SMALL[1]], RATES[:2], b, AFTER, chunk=4),
+    "tracin": lambda p, b: scores.tracin(small_losses, [p], RATES[:1], b, AFTER, chunk=4),
     "tracin_on_mean": lambda p, b: scores.tracin_on_mean(small_losses, [p, SMALL[1]], RATES[:2], b, AFTER),
-    "tracin_self": lambda p, b: scores.tracin_self(small_losses, [p, SMALL[1]], RATES[:2], b),
+    "tracin_self": lambda p, b: scores.tracin_self(small_losses, [p], RATES[:1], b),
     "influence": lambda p, b: scores.influence(small_losses, p, b, AFTER, doubled),
     "self_influence": lambda p, b: scores.self_influence(small_losses, p, b, doubled),
     "projections": lambda p, b: scores.projections(small_losses, p, b, VECTORS),
     "low_rank_influence": lambda p, b: scores.low_rank_influence(small_losses, p, b, AFTER, VALUES, VECTORS, 0.1),
     "low_rank_self": lambda p, b: scores.low_rank_self_influence(
-        small_losses, p, b, VALUES, VECTORS, 0.1, complement=True, chunk=2
+        small_losses, p, b, VALUES, VECTORS, 0.1, complement=True
     ),
     "empirical_ntk": lambda p, b: scores.empirical_ntk(small, p, b[0], AFTER[0]),
     "ntk_trace": lambda p, b: scores.ntk_trace(small, p, b[0]),
     "pseudo_ntk": lambda p, b: scores.pseudo_ntk(small, p, b[0]),
     "empirical_fisher": lambda p, b: scores.empirical_fisher_diagonal(small_losses, p, b),
     "fisher": lambda p, b: scores.fisher_diagonal(small, p, b[0]),
-    "sampled_fisher": lambda p, b: scores.fisher_diagonal(small, p, b[0], random.key(6), 2),
+    "sampled_fisher": lambda p, b: scores.fisher_diagonal(small, p, b[0], random.key(6)),
 }
 every = pytest.mark.parametrize("name", EVERY)
 
@@ -341,10 +344,31 @@ def test_compiled_is_one_graph_with_the_same_values(name):
             lambda: scores.low_rank_self_influence(losses, PARAMS, BATCH, None, None, complement=True),
             "complement divides by damping, which is 0.0; expected above 0",
         ),
+        (
+            lambda: scores.low_rank_influence(small_losses, SMALL[0], TWO, AFTER, VALUES[:2], VECTORS),
+            "low_rank_influence: values (2,), vectors 'weight' (3, 2, 4); expected (k,) and (k, ...)",
+        ),
+        (
+            lambda: scores.low_rank_self_influence(small_losses, SMALL[0], TWO, VALUES, VECTORS, -float(VALUES[1])),
+            "low_rank_self_influence: an eigenvalue plus damping is zero or not finite",
+        ),
         (lambda: scores.gradient_cosine(losses, PARAMS, BATCH, PARAMS["a"]), "the direction lacks "),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_errors(call, message):
     with pytest.raises((ValueError, TypeError, PerExampleError), match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_label_that_is_no_class(label):
+    """An error, never a score."""
+    labels = Y.clone().fill_(label)
+    for score in (
+        lambda: scores.el2n(X[:, :CLASSES], labels),
+        lambda: scores.vog(logits, CHECKPOINTS, X, labels),
+        lambda: scores.normalised_within_class(X[:, 0], labels, CLASSES),
+    ):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            score()

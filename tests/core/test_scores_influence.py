@@ -90,6 +90,7 @@ def test_influence_is_the_dense_solve():
     few = tree.map(lambda x: x[:8], TRAIN)
     expected = (G[:8] * torch.linalg.solve(HESSIAN, G[:8].T).T).sum(1)
     close(scores.self_influence(losses, PARAMS, few, INVERSE), expected)
+    close(scores.self_influence(losses, PARAMS, few, INVERSE, chunk=3), expected)
 
 
 def test_damping():
