@@ -22,17 +22,15 @@ import torch
 from torch import Tensor
 
 from core import random, tree
-from core.accumulators import histogram, log_edges
 from core.per_example import Reports, reports
 from core.scores import cosine_matrix, layer_snr, noise
 from nets import gpt2, mlp
-from train import command_line, optimizers, plots, runs, schedules
+from train import command_line, optimizers, plots, runs, schedules, watching
 from train.data import images, order, text, token_files
 from train.losses import cross_entropy
 from train.step import create, make_step
 
 RUNS = Path("runs/gradients")
-EDGES = log_edges(1e-5, 1e3, 64)  # of the histogram of norms
 DECAY = 0.98  # of the moving average behind the noise scale
 SHOWN = 16  # easiest and hardest examples
 
@@ -67,13 +65,13 @@ class Args:
 
 
 class Task(NamedTuple):
-    """A net and what it learns from; `order` sorts the examples of a batch for the matrix of cosines."""
+    """A net and what it learns from; in the matrix of cosines, examples are sorted by `group` (one number each)."""
 
     net: Any
     spec: tree.Tree
     losses: Callable
     data: tuple[Tensor, Tensor]
-    order: Callable[[Tensor], Tensor]
+    group: Tensor
     sorting: str
     draw: Callable[[Path, Tensor, Tensor], None]
 
@@ -96,8 +94,8 @@ def image_task(args: Args) -> Task:
         mlp.spec(net),
         losses,
         (pixels, labels),
-        lambda chosen: labels[chosen].argsort(stable=True),
-        "sorted by class",
+        labels,
+        "by class",
         draw,
     )
 
@@ -121,7 +119,8 @@ def text_task(args: Args) -> Task:
             shown = "\n".join(lines).replace("$", r"\$")
             axes.text(0, 1, shown, family="monospace", fontsize=8, va="top", linespacing=1.4, transform=axes.transAxes)
 
-    return Task(net, gpt2.spec(net), losses, data, torch.argsort, "in the order of the text", draw)
+    tenths = torch.arange(len(data[0])) * 10 // len(data[0])
+    return Task(net, gpt2.spec(net), losses, data, tenths, "by tenth of the text", draw)
 
 
 TASKS = {"images": image_task, "text": text_task}
@@ -129,17 +128,15 @@ TASKS = {"images": image_task, "text": text_task}
 
 def watch(found: Reports) -> dict[str, Tensor]:
     """What the step says of the gradients of its examples; a row of (parameters,) for what is said of each layer."""
-    estimated, counted = noise.estimate(found), histogram(EDGES)
-    layers = {"trace": estimated.trace, "square": estimated.square, "snr": layer_snr(found)}
-    norms = found.total_norm
-    counts = counted.update(counted.init(norms), norms, torch.arange(len(norms), device=norms.device))
-    return {"norms": norms, "counts": counts[1:-2], **{n: torch.stack(tree.leaves(x)) for n, x in layers.items()}}
+    layers, norms = {**noise.estimate(found)._asdict(), "snr": layer_snr(found)}, found.total_norm
+    rows = {name: torch.stack(tree.leaves(x)) for name, x in layers.items()}
+    return {"norms": norms, "counts": watching.count_norms(norms), **rows}
 
 
 def nothing_seen(steps: int, examples: int, parameters: int) -> dict[str, Tensor]:
     """The record of a run, which its checkpoints hold: by step, and by example the sum of norms and their number."""
     rows = {name: torch.zeros(steps, parameters) for name in ("trace", "square", "snr")}
-    counts = torch.zeros(steps, len(EDGES) - 1, dtype=torch.int64)
+    counts = torch.zeros(steps, len(watching.EDGES) - 1, dtype=torch.int64)
     return {**rows, "counts": counts, "norms": torch.zeros(examples), "times": torch.zeros(examples, dtype=torch.int64)}
 
 
@@ -151,36 +148,29 @@ def record(seen: dict[str, Tensor], at: int, chosen: Tensor, metrics: dict[str, 
 
 
 def study(folder: Path, task: Task, params: tree.Tree, seen: dict[str, Tensor], batch: Tensor) -> dict[str, float]:
-    """Draw everything; returns the figures. `batch` are the examples whose cosines are drawn."""
+    """Draw everything; returns the figures. `batch` are the examples whose cosines are drawn.
+
+    A batch is drawn without replacement from M examples, and the |G|² that `noise.estimate` finds is that of whatever
+    they were drawn from. Of their own mean gradient it is tr Σ / M more: then B is at most about M for no signal.
+    """
     steps, names = len(seen["trace"]), [name.removesuffix(".weight") for name in tree.names(task.spec)]
-    smooth = noise.smooth(noise.Noise(seen["trace"], seen["square"]), DECAY)
-    whole = smooth.trace.sum(1) / smooth.square.sum(1)
+    trace = seen["trace"].sum(1)
+    square = seen["square"].sum(1) + trace / len(task.group)
+    whole = torch.div(*noise.smooth((trace, square), DECAY))
     snr = noise.smooth(seen["snr"], DECAY)
     largest = [i for i, leaf in enumerate(tree.leaves(task.spec)) if len(leaf.shape) > 1]  # a curve each would be many
-    xs, low = list(range(1, steps + 1)), min(10, steps // 10)
+    xs, low, every = list(range(1, steps + 1)), min(10, steps // 10), max(1, steps // 100)
 
-    ordered = batch[task.order(batch)]
+    ordered = batch[task.group[batch].argsort(stable=True)]
+    groups = task.group[ordered].tolist()
+    marks = [str(g) if i == 0 or g != groups[i - 1] else "" for i, g in enumerate(groups)]
     part = tree.map(lambda x: x[ordered].to(tree.leaves(params)[0].device), task.data)
     gram = reports(lambda p, b: task.losses(p, b, None), params, part, ("gram",)).total_gram
     cosines = cosine_matrix(gram)
-    used = seen["counts"].sum(0).nonzero()[:, 0]
-    span = slice(int(used[0]), int(used[-1]) + 1)
     with plots.panels(folder / "gradients.png", 2, 2, 5.6, 4.2) as (norms, scale, ratio, cosine):
-        counts = noise.smooth(seen["counts"].float(), 0.8).T[span]
-        edges = EDGES[span.start : span.stop + 1]
-        steps_edges = torch.arange(steps + 1) + 0.5
-        plots.heat_map(
-            norms,
-            counts,
-            steps_edges,
-            edges,
-            "step",
-            "gradient norm",
-            "Norms of single examples",
-            "examples a step",
-            True,
-            True,
-        )
+        counts = torch.stack([part.float().mean(0) for part in seen["counts"].split(every)])
+        edges = torch.tensor([*range(0, steps, every), steps]) + 0.5
+        watching.draw_norms(norms, edges, counts)
         positive = torch.where(whole > 0, whole, torch.nan)
         plots.curves(scale, {"all": (xs[low:], positive[low:])}, "step", "examples", "Noise scale", log=True)
         lines = {names[i]: (xs[low:], snr[low:, i]) for i in largest}
@@ -188,7 +178,7 @@ def study(folder: Path, task: Task, params: tree.Tree, seen: dict[str, Tensor], 
         ratio.axhline(1 / len(batch), ls="--", lw=1, color="#888888", label="no signal")
         ratio.set_ylim(bottom=0)
         ratio.legend(frameon=False, fontsize=9)
-        plots.matrix(cosine, cosines.cpu(), title=f"Cosines of gradients, {task.sorting}", numbers=False)
+        plots.matrix(cosine, cosines.cpu(), marks, marks, title=f"Cosines of gradients, {task.sorting}", numbers=False)
         cosine.images[0].set(cmap="RdBu_r", clim=(-1, 1))
     mean = seen["norms"] / seen["times"]
     ranked = mean.nan_to_num(-1.0).argsort()[(seen["times"] == 0).sum() :]
@@ -197,11 +187,7 @@ def study(folder: Path, task: Task, params: tree.Tree, seen: dict[str, Tensor], 
     task.draw(folder, chosen, mean)
     different = ~torch.eye(len(batch), dtype=torch.bool)
     quarter = (steps + 3) // 4  # of which both parts are averaged: late in training |G|² of a few steps is all noise
-    parts = [
-        noise.Noise(seen["trace"][at].mean(0), seen["square"][at].mean(0))
-        for at in (slice(quarter), slice(-quarter, None))
-    ]
-    early, late = (noise.scale(noise.Noise(*(part.sum() for part in found))).total for found in parts)
+    early, late = (trace[at].mean() / square[at].mean() for at in (slice(quarter), slice(-quarter, None)))
     figures = {
         "noise_scale_first_quarter": early,
         "noise_scale_last_quarter": late,

@@ -56,6 +56,18 @@ class Abandoned:
             self._previous(unraisable)
 
 
+class Unretrieved(logging.Filter):
+    """Drops what asyncio says of the writes that failed after another one had, when they are thrown away: any time."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        trace = record.exc_info[2] if record.exc_info else None
+        while trace is not None:
+            if "orbax" in Path(trace.tb_frame.f_code.co_filename).parts:
+                return False
+            trace = trace.tb_next
+        return True
+
+
 def writer() -> Any:
     """An orbax checkpointer that writes in the background. Imports orbax, which takes a second, and jax with it."""
     if "jax" not in sys.modules:
@@ -67,6 +79,7 @@ def writer() -> Any:
 
     if not isinstance(sys.unraisablehook, Abandoned):
         sys.unraisablehook = Abandoned(sys.unraisablehook)
+        logging.getLogger("asyncio").addFilter(Unretrieved())
     # The storage formats that `read_arrays` knows.
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=state, manifest=ocp.JsonCheckpointHandler()))

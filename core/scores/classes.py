@@ -1,4 +1,8 @@
-"""What logits and labels of a classifier must look like."""
+"""What logits and labels of a classifier must look like.
+
+The values of labels are not looked at, which a compiled function may not do: one that is no class is an error of
+torch's own on CPU, and undefined elsewhere.
+"""
 
 import torch
 from torch import Tensor
@@ -21,4 +25,6 @@ def check_labels(name: str, labels: Tensor, count: int) -> None:
 
 def membership(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """1 where an example has the class, else 0: (examples, classes)."""
-    return (labels[..., None] == torch.arange(classes, device=labels.device)).to(dtype)
+    # Not labels == arange(classes), to which a label that is no class would be a row of zeros.
+    zeros = torch.zeros(*labels.shape, classes, dtype=dtype, device=labels.device)
+    return zeros.scatter(-1, labels.long()[..., None], 1.0)

@@ -42,7 +42,7 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, classes), or (networks, N, classes): then the score is the mean over the networks.
-        labels: (N,) integers.
+        labels: (N,) integers in [0, classes).
 
     Returns:
         (N,).
@@ -71,7 +71,7 @@ def vog(logits: Callable[[Tree, Tensor], Tensor], checkpoints: Sequence[Tree], x
         logits: `logits(params, x) -> (N, classes)`, before the softmax; no example may change another's.
         checkpoints: parameters of at least two moments of training.
         x: (N, ...), floating-point.
-        labels: (N,) integers.
+        labels: (N,) integers in [0, classes).
 
     Returns:
         (N,).
@@ -86,7 +86,7 @@ def vog(logits: Callable[[Tree, Tensor], Tensor], checkpoints: Sequence[Tree], x
     def of_label(x: Tensor, params: Tree) -> Tensor:
         z = logits(params, x)
         check_logits("vog", z)
-        return z.gather(-1, labels[:, None]).sum()
+        return z.gather(-1, labels.long()[:, None]).sum()
 
     mean, squares = torch.zeros_like(x), torch.zeros_like(x)
     for k, params in enumerate(checkpoints, 1):  # Welford's update: memory does not grow with the checkpoints
@@ -106,14 +106,17 @@ def normalised_within_class(scores: Tensor, labels: Tensor, classes: int) -> Ten
 
     Returns:
         (N,).
+
+    Raises:
+        TypeError, ValueError: scores or labels of another kind or shape.
     """
     if scores.ndim != 1:
         raise ValueError(f"normalised_within_class: the scores have shape {tuple(scores.shape)}; expected (N,)")
     check_labels("normalised_within_class", labels, len(scores))
     member = membership(labels, classes, scores.dtype)
     counts = member.sum(0).clamp(min=1)
-    centred = scores - (scores @ member / counts)[labels]
-    deviation = (centred.square() @ member / counts).sqrt()[labels]
+    centred = scores - member @ (scores @ member / counts)
+    deviation = (member @ (centred.square() @ member / counts)).sqrt()
     # A class of one, or of equal scores: what is left over is rounding.
     flat = deviation <= 8 * torch.finfo(scores.dtype).eps * scores.abs()
     return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, deviation))
@@ -127,6 +130,9 @@ def forgetting_events(right: Tensor) -> Tensor:
 
     Returns:
         (N,) float: the number of events, infinite for an example that was never right.
+
+    Raises:
+        ValueError: `right` of another dtype or rank.
     """
     if right.ndim != 2 or right.dtype != torch.bool:
         raise ValueError(f"forgetting_events: expected bool (times, N), found {right.dtype} {tuple(right.shape)}")

@@ -72,11 +72,14 @@ def influence(loss: Loss, params: Tree, train: Tree, test: Tree, inverse: Operat
     return -reports(loss, params, train, ("dot",), direction=direction).total_dot
 
 
-def self_influence(loss: Loss, params: Tree, batch: Tree, inverse: Operator) -> Tensor:
+def self_influence(loss: Loss, params: Tree, batch: Tree, inverse: Operator, *, chunk: int | None = None) -> Tensor:
     """-I(z, z) = g_zᵀ (H + damping)⁻¹ g_z >= 0 of every example: about N times what its own loss would rise without it.
 
     A solve an example: see `low_rank_self_influence` for many. Mislabelled examples have much (section 5.4 of the
     paper).
+
+    Args:
+        chunk: examples whose gradients are formed at once; all if None.
 
     Returns:
         (N,).
@@ -84,10 +87,12 @@ def self_influence(loss: Loss, params: Tree, batch: Tree, inverse: Operator) -> 
     Raises:
         PerExampleError: as in `core.per_example.each`; and what `inverse` raises.
     """
-    found = []
-    for g in tree.unstack(each(loss, params, batch)):
-        solved = inverse(g)
-        found.append(sum((a * b).sum() for a, b in zip(tree.leaves(g), tree.leaves(solved), strict=True)))
+    found, count = [], tree.leaves(batch)[0].shape[0]
+    for start in range(0, count, chunk or count):
+        part = tree.map(lambda x, start=start: x[start : start + (chunk or count)], batch)
+        for g in tree.unstack(each(loss, params, part)):
+            solved = inverse(g)
+            found.append(sum((a * b).sum() for a, b in zip(tree.leaves(g), tree.leaves(solved), strict=True)))
     return torch.stack(found)
 
 
@@ -100,6 +105,9 @@ def projections(loss: Loss, params: Tree, batch: Tree, vectors: Tree, *, chunk: 
 
     Returns:
         (N, directions).
+
+    Raises:
+        TypeError, ValueError: as `core.transforms.jvp`.
     """
 
     def slopes(vector: Tree) -> Tensor:
@@ -126,6 +134,7 @@ def low_rank_influence(
 
     Schioppa et al. 2021, "Scaling Up Influence Functions", arXiv:2112.03052: gradients are projected on the
     eigenvectors, I(z, z') = -sum_i <g_z', q_i> <q_i, g_z> / (λ_i + damping); what lies outside of them is dropped.
+    Arnoldi iteration, by which the paper finds them, is Lanczos iteration where the matrix is symmetric.
 
     Args:
         values, vectors: (k,), and like the parameters with leading axis k: of
@@ -134,8 +143,11 @@ def low_rank_influence(
 
     Returns:
         (training examples, test examples).
+
+    Raises:
+        ValueError: not one vector for each value; an eigenvalue that damping makes 0.
     """
-    factors = 1 / (values + damping)
+    factors = _reciprocals("low_rank_influence", values, vectors, damping)
     left, right = (projections(loss, params, batch, vectors, chunk=chunk) for batch in (train, test))
     return -(left * factors.to(left)) @ right.T
 
@@ -161,16 +173,29 @@ def low_rank_self_influence(
         (N,).
 
     Raises:
-        ValueError: `complement` without a positive damping.
+        ValueError: as `low_rank_influence`; `complement` without a positive damping.
         PerExampleError: with `complement`, as in `reports`.
     """
     if complement and not damping > 0.0:
         raise ValueError(
             f"low_rank_self_influence: complement divides by damping, which is {damping}; expected above 0"
         )
+    factors = _reciprocals("low_rank_self_influence", values, vectors, damping)
     squares = projections(loss, params, batch, vectors, chunk=chunk).square()
-    found = squares @ (1 / (values + damping)).to(squares)
+    found = squares @ factors.to(squares)
     if not complement:
         return found
     outside = reports(loss, params, batch).total_norm.square() - squares.sum(1)
     return found + outside.clamp(min=0) / damping
+
+
+def _reciprocals(name: str, values: Tensor, vectors: Tree, damping: float) -> Tensor:
+    """1 / (λ_i + damping), checked; a compiled function may not look at the values."""
+    for path, leaf in tree.items(vectors):
+        if values.ndim != 1 or leaf.shape[:1] != values.shape:
+            shapes = f"values {tuple(values.shape)}, vectors '{path}' {tuple(leaf.shape)}"
+            raise ValueError(f"{name}: {shapes}; expected (k,) and (k, ...)")
+    damped = values + damping
+    if not torch.compiler.is_compiling() and not bool((damped.isfinite() & (damped != 0)).all()):
+        raise ValueError(f"{name}: an eigenvalue plus damping is zero or not finite: {damped.tolist()}")
+    return 1 / damped

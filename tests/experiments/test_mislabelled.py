@@ -19,7 +19,7 @@ call, start, refused, completed = (
 )
 QUICK = ("--examples", "200", "--widths", "16", "--batch", "20", "--snapshot-every", "20", "--rank", "5")
 STEPS = ("--steps", "80", "--save-every", "40")
-SCORES = ("loss", "mean_loss", "el2n", "grand", "tracin", "influence", "vog", "random")
+SCORES = ("loss", "mean_loss", "el2n", "grand", "tracin", "influence")
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +180,10 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--examples", "0"], "--examples is 0; expected at least 1"),
-        (["--examples", "1501"], "--examples is 1501, but 'digits' has 1500 to learn from"),
-        (["--flipped", "0"], "--flipped 0.0 flips 0 of 1500 labels; expected some, not all"),
-        (["--flipped", "1"], "--flipped 1.0 flips 1500 of 1500 labels; expected some, not all"),
+        (["--examples", "0"], "--examples is 0; 'digits' has 1500 to learn from"),
+        (["--examples", "1501"], "--examples is 1501; 'digits' has 1500 to learn from"),
+        (["--flipped", "0"], "--flipped is 0.0; expected a fraction of 1500 labels, not none or all"),
+        (["--flipped", "nan"], "--flipped is nan; expected a fraction of 1500 labels, not none or all"),
         (["--widths", "8", "0"], "--widths is 0; expected at least 1"),
         (["--batch", "1501"], "--batch is 1501, but there are 1500 examples to learn from"),
         (["--learning-rate", "nan"], "--learning-rate is nan; expected a positive number"),
@@ -210,4 +210,3 @@ def test_no_flags(tmp_path):
     figures = result(run)
     assert figures["tracin_average_precision"] > 0.97 and figures["mean_loss_average_precision"] > 0.97
     assert figures["loss_average_precision"] < figures["tracin_average_precision"]
-    assert figures["random_average_precision"] < 0.2

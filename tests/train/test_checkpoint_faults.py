@@ -1,6 +1,8 @@
 """Checkpoints that are missing, damaged, or cut short by a full disk or a kill."""
 
+import asyncio
 import errno
+import gc
 import json
 import logging
 import os
@@ -157,6 +159,26 @@ def test_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, capfd, capl
         assert os.listdir(tmp_path) == ["1"] and checkpoints.latest(tmp_path) == 1
         writer.save(3, big)  # with room again the run goes on
     assert same(checkpoints.restore(tmp_path, big), big) and checkpoints.steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(("package", "said"), [("orbax", 0), ("other", 1)])
+def test_writes_that_fail_after_another_are_not_heard_of(package, said, tmp_path, caplog):
+    """asyncio logs a task whose failure nobody asked for; those of orbax follow a failure that was raised to us."""
+    write(tmp_path / "checkpoints", 1)
+    source = compile("async def fail():\n    raise OSError('the disk is full')", f"/{package}/handlers.py", "exec")
+    names = {}
+    exec(source, names)
+
+    async def leave_behind():
+        task = asyncio.ensure_future(names["fail"]())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del task
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(leave_behind())
+        gc.collect()
+    assert len([r for r in caplog.records if "never retrieved" in r.getMessage()]) == said
 
 
 def test_full_disk_on_close_does_not_hide_the_error_of_the_run(tmp_path):
