@@ -201,6 +201,10 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, has_aux: bool = False) -> 
     primals = tuple(tree.sort(primal) for primal in primals)
     _check_differentiable("jvp", primals, tuple(range(len(primals))))
     tangents = _matched("jvp", primals, tangents)
+    if torch.compiler.is_compiling():
+        # torch 2.13 cannot compile a vmap over tangents alone where f makes a view of a primal, as every linear layer
+        # does: "Expected ... the tangent have the same layout as primal". So the primals are batched too.
+        primals = tree.map(lambda p, v: p + torch.zeros_like(v), primals, tangents)
     return torch.func.jvp(_checked_outputs("jvp", f, has_aux), primals, tangents, has_aux=has_aux)
 
 

@@ -33,7 +33,6 @@ from train.step import create, make_step
 
 RUNS = Path("runs/mislabelled")
 PART = 1000  # examples scored at once
-SCORING = ("rank", "damping", "curvature_examples")  # flags that change nothing before the end of training
 SHOWN = 20  # most suspicious examples, and as many among those with a right label
 NAMES = {"loss": "loss", "el2n": "EL2N", "grand": "GraNd", "influence": "influence"}
 NAMES |= {"mean_loss": "mean loss", "tracin": "TracIn"}
@@ -126,7 +125,6 @@ def suspicions(snapshots: list[tree.Tree], data: images.Labelled, cfg: mlp.Confi
     history = [at(p) for p in snapshots]
     params, rates = snapshots[-1], [args.learning_rate] * len(snapshots)
     found = history[-1] | {"mean_loss": torch.stack([scored["loss"] for scored in history]).mean(0)}
-    say("TracIn ...")
     found["tracin"] = in_parts(lambda part: scores.tracin_self(loss, snapshots, rates, part), data)
     say(f"influence, by {args.rank} eigenvalues of the Gauss-Newton matrix ...")
     few = tree.map(lambda x: x[: args.curvature_examples], data)
@@ -134,8 +132,7 @@ def suspicions(snapshots: list[tree.Tree], data: images.Labelled, cfg: mlp.Confi
     def product(v: tree.Tree) -> tree.Tree:
         return ggn_vp(lambda p: logits(p, few.images), lambda z: cross_entropy(z, few.labels), params, v)
 
-    start, steps = probe(key, params), 2 * args.rank + 50
-    values, vectors, residuals = top_eigenpairs(product, start, args.rank, steps, which="magnitude")
+    values, vectors, residuals = top_eigenpairs(product, probe(key, params), args.rank, 2 * args.rank + 50, "magnitude")
     say(f"... from {float(values[0]):.3g} to {float(values[-1]):.3g}, each within {float(residuals.max()):.1g}")
 
     influence, known = scores.low_rank_self_influence, (values, vectors, args.damping)
@@ -184,7 +181,8 @@ def read(args: Args) -> tuple[images.Labelled, images.Labelled, mlp.Config]:
 
 
 def train(args: Args) -> None:
-    origin, args = runs.begin(RUNS, args, free=("steps", "save_every", "device", *SCORING))
+    free = ("steps", "save_every", "device", "rank", "damping", "curvature_examples")
+    origin, args = runs.begin(RUNS, args, free)
     command_line.at_least_one(steps=args.steps, batch=args.batch, save_every=args.save_every, rank=args.rank)
     command_line.at_least_one(snapshot_every=args.snapshot_every, curvature_examples=args.curvature_examples)
     command_line.at_least_one(widths=min(args.widths, default=1))
@@ -203,7 +201,6 @@ def train(args: Args) -> None:
     key = random.key(args.seed, device)
     labels, wrong = flip(clean.labels, cfg.widths[-1], count, random.fold_in(key, 2))  # `create` uses 0 and 1
     data = clean._replace(labels=labels)
-
     model, optimizer = mlp.spec(cfg), optimizers.sgd(args.learning_rate, momentum=args.momentum)
     identity = {"net": cfg, "examples": {"train": total, "flipped": count, "test": len(test.labels)}}
     state = runs.restore(origin, create(key, model, optimizer), identity, args.steps)

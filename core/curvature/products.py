@@ -20,15 +20,6 @@ def _transposed(f: Callable, params: Tree, cotangent: Tree) -> Tree:
     return pull_back(cotangent)[0]
 
 
-def _forward(f: Callable, params: Tree, direction: Tree) -> tuple[Tree, Tree]:
-    """(f(params), J direction)."""
-    if torch.compiler.is_compiling():
-        # torch 2.13 cannot compile a vmap over directions alone where f makes a view of a parameter, as every linear
-        # layer does: "Expected ... the tangent have the same layout as primal". So the parameters are batched too.
-        params = tree.map(lambda p, v: p + torch.zeros_like(v), params, direction)
-    return jvp(f, (params,), (direction,))
-
-
 def ggn_vp(outputs: Callable, loss_of_outputs: Callable, params: Tree, direction: Tree) -> Tree:
     """Generalised Gauss-Newton matrix times direction (Schraudolph 2002, "Fast Curvature Matrix-Vector Products"):
 
@@ -44,7 +35,7 @@ def ggn_vp(outputs: Callable, loss_of_outputs: Callable, params: Tree, direction
     Raises:
         TypeError, ValueError: as `core.transforms.jvp` and `hvp`.
     """
-    z, tangent = _forward(outputs, params, direction)
+    z, tangent = jvp(outputs, (params,), (direction,))
     _, curved = hvp(loss_of_outputs, z, tangent)
     # hvp sorts the keys; torch's vjp wants the outputs' own order.
     return _transposed(outputs, params, tree.map(lambda _, c: c, z, curved))
@@ -67,7 +58,7 @@ def fisher_vp(losses: Callable, params: Tree, direction: Tree, *args) -> Tree:
     def each(p: Tree) -> Tensor:
         return losses(p, *args)
 
-    values, slopes = _forward(each, params, direction)
+    values, slopes = jvp(each, (params,), (direction,))
     if not isinstance(values, Tensor) or values.ndim != 1:
         found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"fisher_vp: the losses have {found}; expected one an example, (N,)")
@@ -88,7 +79,7 @@ def sampled_fisher_vp(logits: Callable, params: Tree, direction: Tree, key: Tens
         samples: labels a row; they cost next to nothing.
     """
     check_count("sampled_fisher_vp", samples=samples)
-    z, tangent = _forward(logits, params, direction)
+    z, tangent = jvp(logits, (params,), (direction,))
     if not isinstance(z, Tensor) or z.ndim < 1:
         raise ValueError(f"sampled_fisher_vp: the logits are {type(z).__name__}; expected a tensor (..., classes)")
     p = z.softmax(-1)

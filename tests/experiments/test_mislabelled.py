@@ -153,8 +153,14 @@ def test_resume_from_a_checkpoint_gives_the_same_bits(here, place):
     assert {**result(run), "seconds": 0} == {**result(whole), "seconds": 0}
 
 
+def test_resume_with_another_rank_only_scores_anew(here, place):
+    assert call("--resume", "--rank", "3") == 0
+    before, after = (found(folder / "runs" / "mislabelled" / "whole") for folder in (place, here))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["influence"]
+
+
 def test_stopped_and_resumed_run_has_the_same_bits(here, place):
-    flags = (*QUICK, "--steps", "400", "--save-every", "40", "--snapshot-every", "40")
+    flags = (*QUICK, "--steps", "400", "--save-every", "40", "--snapshot-every", "100")
     assert call(*flags, "--name", "uninterrupted") == 0
     process = start(here, *flags, "--name", "stopped")
     run = here / "runs" / "mislabelled" / "stopped"
