@@ -172,12 +172,15 @@ def study(folder: Path, task: Task, params: tree.Tree, seen: dict[str, Tensor], 
         edges = torch.tensor([*range(0, steps, every), steps]) + 0.5
         watching.draw_norms(norms, edges, counts)
         positive = torch.where(whole > 0, whole, torch.nan)
-        plots.curves(scale, {"all": (xs[low:], positive[low:])}, "step", "examples", "Noise scale", log=True)
+        plots.curves(scale, {"noise scale": (xs[low:], positive[low:])}, "step", "examples", "Noise scale", log=True)
+        for style, count, label in ((":", len(batch), "a batch"), ("--", len(task.group), "all examples")):
+            scale.axhline(count, ls=style, lw=1, color="#888888", label=label)
+        scale.set_ylim(top=min(scale.get_ylim()[1], 10 * len(task.group)))  # beyond, |G|² is lost in the noise
+        scale.legend(frameon=False, fontsize=9)
         lines = {names[i]: (xs[low:], snr[low:, i]) for i in largest}
-        plots.curves(ratio, lines, "step", "mean² / variance", "Signal-to-noise ratio of layers")
+        plots.curves(ratio, lines, "step", "mean² / variance", "Signal-to-noise ratio of layers", log=True)
         ratio.axhline(1 / len(batch), ls="--", lw=1, color="#888888", label="no signal")
-        ratio.set_ylim(bottom=0)
-        ratio.legend(frameon=False, fontsize=9)
+        ratio.legend(frameon=False, fontsize=9, ncols=len(lines) // 6 + 1)
         plots.matrix(cosine, cosines.cpu(), marks, marks, title=f"Cosines of gradients, {task.sorting}", numbers=False)
         cosine.images[0].set(cmap="RdBu_r", clim=(-1, 1))
     mean = seen["norms"] / seen["times"]

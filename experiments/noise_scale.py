@@ -111,11 +111,7 @@ def watch(found: Reports) -> dict[str, Tensor]:
 
 def nothing_seen(steps: int, parameters: int, small: int) -> dict[str, Tensor]:
     """The record of a run, a row a step, which its checkpoints hold."""
-    widths = {
-        "trace": parameters,
-        "square": parameters,
-        **({"one": small, "every": small, "large": 1} if small else {}),
-    }
+    widths = {"trace": parameters, "square": parameters} | ({"one": small, "every": small, "large": 1} if small else {})
     return {name: torch.zeros(steps, width) for name, width in widths.items()}
 
 
@@ -156,18 +152,17 @@ def study(folder: Path, seen: dict[str, Tensor], names: list[str], batch: int, d
         plots.curves(parts, both, title=f"Noise and signal, moving average {decay:g}", log=True)
         lines = {name: (x, positive(y)) for name, (x, y) in lines.items()}
         plots.curves(scale, lines, ylabel="examples", title="Noise scale tr Σ / |G|²", log=True)
+        scale.axhline(batch, ls="--", lw=1, color="#888888", label=f"the batch of {batch}")
+        scale.legend(frameon=False, fontsize=9)
         edges, shown = torch.arange(steps + 1) + 0.5, [name.removesuffix(".weight") for name in names]
-        title = "Noise scale of layers"
-        plots.heat_map(
-            layers, (smooth.trace / smooth.square).T, edges, shown, title=title, label="examples", log_colour=True
-        )
+        cells, title = (smooth.trace / smooth.square).T, "Noise scale of layers"
+        plots.heat_map(layers, cells, edges, shown, title=title, label="examples", log_colour=True)
         if spreads:
             plots.curves(sizes_axes, spreads, "examples in a small batch", "relative spread", "tr Σ of one step")
             sizes_axes.set_xscale("log", base=2)
             sizes_axes.set_ylim(bottom=0)
-            sizes_axes.plot(
-                1, float(spreads["all small batches"][1][0]), "o", color=plots.COLOURS[2], label="every example"
-            )
+            every = float(spreads["all small batches"][1][0])
+            sizes_axes.plot(1, every, "o", color=plots.COLOURS[2], label="every example")
             sizes_axes.legend(frameon=False, fontsize=9)
         else:
             sizes_axes.set_axis_off()
@@ -178,6 +173,8 @@ def study(folder: Path, seen: dict[str, Tensor], names: list[str], batch: int, d
     for name, (_, values) in spreads.items():
         figures[f"spread_{name.replace(' ', '_')}"] = values[len(small) // 2]
     figures |= {"spread_every_example": spreads["all small batches"][1][0]} if spreads else {}
+    larger = (exact > batch) | (whole.square <= 0)
+    figures["steps_with_noise_scale_above_batch"] = larger.sum()
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -216,15 +213,9 @@ def train(args: Args) -> None:
     identity = {"net": setting.net, "tokens": len(tokens)}
     state, seen = runs.restore(origin, (create(key, model, optimizer), seen), identity, setting.steps)
     seen = tree.move(seen, "cpu")
-    step = make_step(
-        functools.partial(loss, cfg=setting.net),
-        optimizer,
-        micro_batches=setting.micro_batches,
-        watch=watch,
-        want=("norm", "gram") if whole else ("norm",),
-        donate=True,
-        compile=args.compile,
-    )
+    watching = {"watch": watch, "want": ("norm", "gram") if whole else ("norm",)}
+    options = {"micro_batches": setting.micro_batches, "donate": True, "compile": args.compile}
+    step = make_step(functools.partial(loss, cfg=setting.net), optimizer, **watching, **options)
     config = {"args": args, **identity, "setting": setting, "torch": torch.__version__}
     with runs.opened(origin, config, total=setting.steps, unit="tokens") as run:
         run.log.print(f"{tree.count(model):,} parameters, {len(learn):,} tokens to learn from; run in {run.folder}")
@@ -251,10 +242,8 @@ def train(args: Args) -> None:
         figures = study(run.folder, seen, names, setting.batch, args.decay)
         run.log.result({**figures, "steps": at, "seconds": seconds})
     print("noise scale {noise_scale:.4g}, |G|² {square:.4g}, tr Σ {trace:.4g} of all parameters".format(**figures))
-    print(
-        "noise scale {noise_scale_without_embedding:.4g}, |G|² {square_without_embedding:.4g}, "
-        "tr Σ {trace_without_embedding:.4g} without the tied embedding".format(**figures)
-    )
+    without = [figures[f"{name}_without_embedding"] for name in ("noise_scale", "square", "trace")]
+    print("noise scale {:.4g}, |G|² {:.4g}, tr Σ {:.4g} without the tied embedding".format(*without))
     print(f"{at} steps in {seconds:.0f} s; files in {run.folder}/")
 
 

@@ -21,7 +21,7 @@ from core.scores import noise
 from train import plots
 from train.logs import RunLog, read_curves, read_metrics
 
-EDGES = log_edges(1e-6, 1e6, 120)  # of the histogram of norms
+EDGES = log_edges(1e-6, 1e6, 240)  # of the histogram of norms
 COUNTED = histogram(EDGES)
 DECAY = 0.95  # weight of the past in the moving average of the noise scale
 EVERY = 10  # steps between two histograms, and two records of the layers' norms

@@ -289,7 +289,7 @@ table("W[ids]", lambda w, ids: w[ids], 4, 4)
 table("W[negative ids]", lambda w, ids: w[ids - 3], 4, 4)
 table("W[ids, slice]", lambda w, ids: w[ids, 1:3], 4, 4)
 table("index_select", lambda w, ids: w.index_select(0, ids.flatten()[:0]).sum() + w[ids], 4, 4)
-table("one hot", lambda w, ids: F.one_hot(ids, 6).double() @ w, 4, 4)
+table("one hot", lambda w, ids: F.one_hot(ids, 6).double() @ w, 4, 3)
 
 
 def tied(draw, vocabulary, time, width, bias):

@@ -9,6 +9,38 @@ from torch.func import vmap
 from core import per_example, tree
 
 QUICK = ("class_token", "embedding, padding", "linear 3-D", "tied, ghost, with bias")
+# A model or two for each rule, and for what has none.
+SWEEP = (
+    *(
+        "linear 4-D",
+        "x @ W",
+        "W @ x",
+        "einsum",
+        "bmm",
+        "linear_used_twice",
+        "tied_autoencoder",
+        "zero_gradient_for_some",
+    ),
+    "zero_gradient_for_some",
+    *("weight_in_a_rule_and_without", "conv1d, dilated", "conv2d, stride leaves pixels", "conv2d, depthwise", "conv3d"),
+    *("conv2d, same, even kernel", "conv2d, circular", "conv_transpose2d, groups, dilated", "conv_of_different_groups"),
+    *(
+        "cnn",
+        "embedding",
+        "embedding twice",
+        "W[negative ids]",
+        "one hot",
+        "tied",
+        "positions",
+        "layer_norm",
+        "rms_norm",
+    ),
+    "rms_norm",
+    *("group_norm", "instance_norm", "batch_norm, eval", "F.batch_norm, eval", "layer scale", "bias of an image"),
+    *("softmax over a parameter", "rows by index", "concatenated", "a kernel out of a parameter", "weight_norm"),
+    *("class_token_by_repeat", "mixture", "hypernetwork", "keys_of_dropout", "half_inside", "odd_tree", "gru", "lstm"),
+    *("attention", "learned_queries", "vision_transformer", "gpt2_with_dropout"),
+)
 STACKED = (
     *QUICK,
     *(
@@ -36,7 +68,7 @@ def reported(model):
     return f
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BUILDS])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SWEEP)])
 @quiet
 def test_compiled(name):
     model = make(name)
