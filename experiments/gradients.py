@@ -89,15 +89,7 @@ def image_task(args: Args) -> Task:
         about = f"easiest {len(chosen) // 2}, then hardest: label and mean gradient norm"
         plots.image_grid(folder / "examples.png", pixels[chosen], 8, titles, about, scale=1.0)
 
-    return Task(
-        net,
-        mlp.spec(net),
-        losses,
-        (pixels, labels),
-        labels,
-        "by class",
-        draw,
-    )
+    return Task(net, mlp.spec(net), losses, (pixels, labels), labels, "by class", draw)
 
 
 def text_task(args: Args) -> Task:

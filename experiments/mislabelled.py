@@ -158,7 +158,7 @@ def draw(folder: Path, found: dict, history: list[dict], steps: list[int], data,
         right.legend(frameon=False, fontsize=9)
     with plots.panels(folder / "scores.png", 2, 3, 3.6, 3.0) as axes:
         for panel, (name, values) in zip(axes, found.items(), strict=True):
-            values = values.double().clamp(min=1e-8 * float(values.max())).log10()
+            values = values.double().clamp(min=1e-10 * float(values.max())).log10()
             groups = {"right label": values[~wrong], "wrong label": values[wrong]}
             plots.histogram(panel, groups, 40, f"log10 of {NAMES[name]}", log=True)
             panel.set_ylim(top=4 * panel.get_ylim()[1])  # room for the legend

@@ -102,9 +102,9 @@ def watch(found: Reports) -> dict[str, Tensor]:
     if found.gram is not None:
         gram, one, every = found.total_gram, [], []
         for b in sizes(len(gram)):
-            blocks = gram.unflatten(1, (-1, b)).unflatten(0, (-1, b)).mean((1, 3)).diagonal()
-            one.append(blocks[0])
-            every.append(blocks.mean())
+            block = torch.arange(len(gram), device=gram.device) // b
+            one.append(gram[:b, :b].mean())
+            every.append((gram * (block == block[:, None])).sum() / (b * len(gram)))
         seen |= {"one": torch.stack(one), "every": torch.stack(every), "large": gram.mean()[None]}
     return seen
 
@@ -139,13 +139,12 @@ def study(folder: Path, seen: dict[str, Tensor], names: list[str], batch: int, d
     exact, xs, small = whole.trace / whole.square, list(range(1, steps + 1)), sizes(batch)
     lines, spreads = {"every example": (xs, exact)}, {}
     if "one" in seen:
-        b = small[len(small) // 2]
         estimates = {
             name: [noise.two_batches(seen[kind][:, i], seen["large"][:, 0], b, batch) for i, b in enumerate(small)]
             for name, kind in (("one small batch", "one"), ("all small batches", "every"))
         }
         two = noise.Noise(*(averaged(x, decay) for x in estimates["one small batch"][len(small) // 2]))
-        lines = {f"batches of {b} and {batch}": (xs, two.trace / two.square), **lines}
+        lines = {f"batches of {small[len(small) // 2]} and {batch}": (xs, two.trace / two.square), **lines}
         spreads = {name: (small, [spread(e.trace, decay) for e in found]) for name, found in estimates.items()}
     with plots.panels(folder / "noise_scale.png", 2, 2, 5.8, 4.2) as (parts, scale, layers, sizes_axes):
         both = {"tr Σ": (xs, positive(whole.trace)), "|G|²": (xs, positive(whole.square))}
@@ -173,8 +172,7 @@ def study(folder: Path, seen: dict[str, Tensor], names: list[str], batch: int, d
     for name, (_, values) in spreads.items():
         figures[f"spread_{name.replace(' ', '_')}"] = values[len(small) // 2]
     figures |= {"spread_every_example": spreads["all small batches"][1][0]} if spreads else {}
-    larger = (exact > batch) | (whole.square <= 0)
-    figures["steps_with_noise_scale_above_batch"] = larger.sum()
+    figures["steps_with_noise_scale_above_batch"] = ((exact > batch) | (whole.square <= 0)).sum()
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -71,6 +71,9 @@ class _Mixing(TorchFunctionMode):
         if func in norms and kwargs.get("training", args[5] if len(args) > 5 else False):
             leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Watched)]
             raise batch_statistics(leaves[0] if leaves else None, "batch norm")
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], Tensor) and getattr(Tensor, name, None) is func:
+            return getattr(args[0], name)(*args[1:], **kwargs)  # Dynamo does not enter methods written in Python
         return func(*args, **kwargs)
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from core import random, tree
+from core import random, spec, tree
 from core.per_example import combine, each, reports
 from core.scores import gradient_diversity, gradient_snr, layer_snr, noise
+from nets import mlp
 
 F64 = torch.float64
 PARAMS = {"a": torch.zeros(3, 2, dtype=F64), "b": [torch.zeros(4, dtype=F64)]}
@@ -61,6 +62,37 @@ def test_one_batch_is_the_covariance_of_numpy_style_loops():
         torch.testing.assert_close(tree.get(found.trace, name), covariance.trace(), rtol=1e-12, atol=0)
         # |G|² is the mean product of two different examples' gradients.
         torch.testing.assert_close(tree.get(found.square, name), sum(squares) / 42, rtol=1e-11, atol=1e-13)
+
+
+def test_all_scores_of_a_net_are_those_of_a_loop_of_plain_gradients():
+    net = mlp.Config((5, 7, 3))
+    params = tree.cast(spec.init(random.key(3), mlp.spec(net)), F64)
+    data = (random.normal(random.key(4), (6, 5), F64), torch.arange(6) % 3)
+
+    def losses(p, batch):
+        return torch.nn.functional.cross_entropy(mlp.apply(p, batch[0], net), batch[1], reduction="none")
+
+    rows = []
+    for i in range(6):
+        variables = tree.map(lambda p: p.clone().requires_grad_(), params)
+        value = losses(variables, tree.map(lambda x, i=i: x[i : i + 1], data)).sum()
+        rows.append(torch.autograd.grad(value, tree.leaves(variables)))
+    layers = [torch.stack(layer).flatten(1) for layer in zip(*rows, strict=True)]
+    found = reports(losses, params, data, ("norm", "square"))
+    exact = {"rtol": 1e-9, "atol": 1e-13}
+    parts, whole = noise.estimate(found), torch.cat(layers, 1)
+    assert len(layers) == len(tree.leaves(params)) > 3
+    for trace, square, g in zip(tree.leaves(parts.trace), tree.leaves(parts.square), layers, strict=True):
+        torch.testing.assert_close(trace, g.var(0).sum(), **exact)
+        torch.testing.assert_close(square, ((g.sum(0) ** 2).sum() - (g**2).sum()) / 30, **exact)
+    scale = whole.var(0).sum() / (((whole.sum(0) ** 2).sum() - (whole**2).sum()) / 30)
+    torch.testing.assert_close(noise.scale(parts).total, scale, **exact)
+    torch.testing.assert_close(gradient_diversity(found), (whole**2).sum() / (whole.sum(0) ** 2).sum(), **exact)
+    means = layer_snr(found)
+    for ratio, mean, g in zip(tree.leaves(gradient_snr(found)), tree.leaves(means), layers, strict=True):
+        expected = torch.where(g.mean(0) == 0, 0.0, g.mean(0).square() / g.var(0))
+        torch.testing.assert_close(ratio.flatten(), expected, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(mean, expected[expected > 0].mean(), rtol=1e-8, atol=1e-12)
 
 
 def test_total_and_scale():

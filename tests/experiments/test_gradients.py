@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def held(folder, steps=12, count=60, leaves=6, bins=64):
+def held(folder, steps=12, count=60, leaves=6, bins=240):
     """(state, record) of the last checkpoint."""
     rows = {name: torch.zeros(steps, leaves) for name in ("trace", "square", "snr")}
     seen = {**rows, "counts": torch.zeros(steps, bins, dtype=torch.int64)}
