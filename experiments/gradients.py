@@ -5,12 +5,14 @@ are the histogram of the norms over time, the gradient noise scale (McCandlish e
 signal-to-noise ratio of each layer (Liu et al. 2020, arXiv:2001.07384), the cosines between the gradients of a batch,
 and the examples of least and greatest mean norm (compare Paul et al. 2021, arXiv:2107.07075):
 
-    python experiments/gradients.py                            digits in scikit-learn, about a minute on 2 CPU cores
+    python experiments/gradients.py                            digits in scikit-learn; half a minute on 2 CPU cores
     python experiments/gradients.py --data FOLDER --batch 100  MNIST, or a set in its format
-    python experiments/gradients.py --task text                passages of text and a small GPT, about two minutes
+    python experiments/gradients.py --task text                passages of text and a small GPT; three minutes
 
-Look for: norms that fall by orders of magnitude while those of a few examples stay; a noise scale that grows; images of
-one class whose gradients point the same way.
+Expected of the images: norms spread over five orders of magnitude, the mean of the hardest example is 21, of the median
+one 0.6, of the easiest 0.036; the noise scale is 96 examples in the first quarter of the steps, and in the last more
+than there are examples, which is to say that their mean gradient is lost in the noise; images of one class have
+gradients that point the same way. Of the text: norms that grow (4.1 to 10), a noise scale from 9 to 184.
 """
 
 from collections.abc import Callable
@@ -142,8 +144,8 @@ def record(seen: dict[str, Tensor], at: int, chosen: Tensor, metrics: dict[str, 
 def study(folder: Path, task: Task, params: tree.Tree, seen: dict[str, Tensor], batch: Tensor) -> dict[str, float]:
     """Draw everything; returns the figures. `batch` are the examples whose cosines are drawn.
 
-    A batch is drawn without replacement from M examples, and the |G|² that `noise.estimate` finds is that of whatever
-    they were drawn from. Of their own mean gradient it is tr Σ / M more: then B is at most about M for no signal.
+    Batches are drawn without replacement from M examples, so the |G|² that `noise.estimate` finds is as if these were a
+    sample of more. That of their own mean gradient is larger by tr Σ / M.
     """
     steps, names = len(seen["trace"]), [name.removesuffix(".weight") for name in tree.names(task.spec)]
     trace = seen["trace"].sum(1)

@@ -79,7 +79,7 @@ class RunLog:
             self._events.scalars(int(step), {name: float(value) for name, value in numbers.items()})
 
     def histogram(self, step: int, name: str, edges: Any, counts: Any) -> None:
-        """Record how many values of a step lay between two edges: a JSON line {name: {"edges", "counts"}}, and an event.
+        """Record how many values of a step lie between two edges: a JSON line {name: {"edges", "counts"}} and an event.
 
         Args:
             edges: (bins + 1,).

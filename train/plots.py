@@ -213,7 +213,7 @@ def heat_map(
         axes.set_ylim(len(names), 0)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    bar.ax.tick_params(which="both", labelsize=8, color=GRID, labelcolor=INK)
     bar.set_label(label, color=INK, fontsize=9)
     _write(path, figure)
 
@@ -311,7 +311,7 @@ def _axes(path: Any, width: float, height: float, xlabel: str, ylabel: str, titl
         axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.tick_params(which="both", colors=INK, labelsize=9)
     axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(xlabel, color=INK, fontsize=10)

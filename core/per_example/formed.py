@@ -16,6 +16,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def bytes_at_once(device: torch.device) -> int:
+    """Of a block: what stays in a CPU's cache; more elsewhere, where a small kernel costs more than memory."""
+    return 2**22 if device.type == "cpu" else 2**26
+
+
 def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter seen as (groups * p, d)."""
     count, groups, _, p = rows.shape

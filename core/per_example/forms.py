@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.per_example.formed import formed, wide
+from core.per_example.formed import bytes_at_once, formed, wide
 
 
 class Outer(NamedTuple):
@@ -109,7 +109,7 @@ def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
 
 
 def _formed(
-    forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int
+    forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int | None
 ) -> dict[str, Tensor]:
     """Every wanted quantity in one pass over blocks of g."""
     outer, dense = as_outer(forms, shape)
@@ -117,6 +117,7 @@ def _formed(
         return {name: _of_dense(wide(dense), name, direction) for name in want}
     if not want:
         return {}
+    budget = bytes_at_once(outer.rows.device) if budget is None else budget
     values = formed(outer.rows, outer.columns, dense, direction, want, budget)
     found = dict(zip(want, values, strict=True))
     return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in found.items()}
@@ -203,7 +204,7 @@ def reduce(
     want: tuple[str, ...],
     method: str,
     direction: Tensor | None = None,
-    budget: int = 2**26,
+    budget: int | None = None,
 ) -> dict[str, Tensor]:
     """The wanted quantities of a parameter's gradients, in float32 or wider.
 
@@ -213,7 +214,7 @@ def reduce(
         want: of "norm" (squared), "dot", "gram", "square", "sum".
         method: "closed", "ghost", "compressed" or "formed", as `choose_method` says; "dense" for Dense forms.
         direction: of the parameter's shape, for "dot".
-        budget: bytes for what "formed" makes at once.
+        budget: bytes that "formed" makes at once, by default `formed.bytes_at_once`.
     """
     forms = combine(forms, shape)
     if method in ("formed", "dense"):

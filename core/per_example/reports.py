@@ -15,9 +15,6 @@ from core.per_example.planning import Plan, check_losses, check_params, watch
 from core.per_example.session import LeafPlan, Session, Use
 from core.tree import Tree
 
-BUDGET = 2**26
-"""Bytes of per-example gradients that are formed at once, for one parameter."""
-
 
 class Reports(NamedTuple):
     """What `reports` found; N examples with gradients g_1 .. g_N. What was not wanted is None."""
@@ -84,7 +81,7 @@ def reports(
     *,
     direction: Tree | None = None,
     plan: Plan | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> Reports:
     """Losses, the gradient of their sum, and what is wanted of each example's gradient, exactly.
 
@@ -99,7 +96,7 @@ def reports(
         want: of "norm", "dot", "gram", "square"; see `Reports`.
         direction: like the parameters, for "dot".
         plan: of the same loss, params, batch and want, whatever N.
-        budget: bytes that may be used at once to form gradients of examples.
+        budget: bytes of gradients of examples that are formed at once; by default 4 MiB on a CPU, else 64 MiB.
 
     Raises:
         PerExampleError: a parameter cannot be covered exactly (an axis of the batch that is folded or not leading, an
@@ -150,7 +147,7 @@ def check_direction(params: Tree, direction: Tree | None, wanted: bool) -> dict[
     return found
 
 
-def pull_back(loss: Callable, params: Tree, batch: Tree, made: Plan, directions: dict, budget: int):
+def pull_back(loss: Callable, params: Tree, batch: Tree, made: Plan, directions: dict, budget: int | None):
     """The vjp of the losses, with everything reported on the way.
 
     Returns:
@@ -189,7 +186,9 @@ def forms_of(plan: LeafPlan, cotangents: list[list[Tensor]], inputs: list) -> li
     ]
 
 
-def quantities_of_leaf(made: Plan, name: str, leaf: Tensor, reported, kept, count: int, direction, budget: int) -> dict:
+def quantities_of_leaf(
+    made: Plan, name: str, leaf: Tensor, reported, kept, count: int, direction, budget: int | None
+) -> dict:
     """{quantity: value} of one parameter."""
     plan = made.leaves[name]
     if plan.kept:

@@ -66,7 +66,9 @@ class Session:
         sinks: by parameter, the sinks of its uses: one list for each use.
     """
 
-    def __init__(self, examples: int, plans=None, answers=(), want=(), sinks=None, direction=None, budget: int = 0):
+    def __init__(
+        self, examples: int, plans=None, answers=(), want=(), sinks=None, direction=None, budget: int | None = None
+    ):
         self.examples, self.plans, self.want, self.sinks = examples, plans, want, sinks
         self.direction, self.budget = direction or {}, budget
         self.planning = plans is None

@@ -12,10 +12,13 @@ from core.per_example.errors import PerExampleError
 from core.per_example.forms import reduce, weighted_sum
 from core.per_example.operations import once
 from core.per_example.planning import Plan
-from core.per_example.reports import BUDGET, forms_of, plan_of, pull_back, quantities_of_leaf
+from core.per_example.reports import forms_of, plan_of, pull_back, quantities_of_leaf
 from core.tree import Tree
 
 METHODS = ("auto", "kept", "twice")
+
+KEPT = 2**30
+"""Bytes that "auto" lets "kept" use."""
 
 
 class Weighted(NamedTuple):
@@ -41,7 +44,7 @@ def weighted(
     *,
     method: str = "auto",
     plan: Plan | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> Weighted:
     """sum_n w_n g_n, where the weights are a function of the norms of the gradients: one forward pass.
 
@@ -51,7 +54,7 @@ def weighted(
         method: "twice" pulls the same vjp twice, first for the norms, then with the weights. "kept" has one backward
             pass, keeps the inputs A and the output cotangents G of every operation and adds up G^T diag(w) A (Bu et al.
             2023, arXiv:2210.00038, "Book-Keeping"): no second pass, but the memory of all A and G at once. "auto" is
-            "kept" where these take at most 16 times the budget.
+            "kept" where these take at most 1 GiB.
         plan: of `plan_weighted` for the same method.
 
     Raises:
@@ -64,7 +67,7 @@ def weighted(
     if method == "auto":
         made = plan or planning.make(loss, params, batch, ("norm",), keep=True)
         method = "kept" if all(leaf.sums or not leaf.uses for leaf in made.leaves.values()) else "twice"
-        if method == "kept" and count * _kept_bytes(made) > 16 * budget:
+        if method == "kept" and count * _kept_bytes(made) > KEPT:
             method, plan = "twice", None
         elif plan is None:
             plan = made

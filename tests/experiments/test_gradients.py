@@ -107,5 +107,7 @@ def test_no_flags(tmp_path):
     completed(tmp_path)
     (run,) = (tmp_path / "runs" / "gradients").iterdir()
     figures = result(run)
-    assert figures["noise_scale_last_quarter"] > 2 * figures["noise_scale_first_quarter"]
+    # In the end |G|² is lost in the noise: its estimate is near 0, on either side.
+    assert not 0 < figures["noise_scale_last_quarter"] < 2 * figures["noise_scale_first_quarter"]
+    assert 50 < figures["noise_scale_first_quarter"] < 200
     assert figures["norm_hardest"] > 20 * figures["norm_easiest"]

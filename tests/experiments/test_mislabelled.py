@@ -1,5 +1,7 @@
+import contextlib
 import functools
 import gzip
+import io
 import signal
 from pathlib import Path
 
@@ -25,7 +27,9 @@ SCORES = ("loss", "mean_loss", "el2n", "grand", "tracin", "influence")
 def place(tmp_path_factory):
     """A folder with a finished run, runs/mislabelled/whole; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("mislabelled")
-    (folder / "stdout").write_text(completed(folder, *QUICK, "--name", "whole"), encoding="utf-8")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        assert call(*QUICK, "--name", "whole") == 0
+    (folder / "stdout").write_text(out.getvalue(), encoding="utf-8")
     return folder
 
 
