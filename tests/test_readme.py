@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "core/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "core/README.md", "core/per_example/README.md"])
 def test_examples_run(page, monkeypatch):
     torch._dynamo.reset()
     # The examples compile through inductor; here the tracing is what is of interest.
