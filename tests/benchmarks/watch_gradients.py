@@ -1,8 +1,7 @@
-"""What `experiments/gpt.py --watch-gradients` costs: a compiled train step that looks at every example's gradient, beside
-the plain one.
+"""What `experiments/gpt.py --watch-gradients` costs: a compiled step that looks at every gradient, and the plain one.
 
-4 layers, 256 wide, 65 characters, 128 tokens, batch 16, AdamW, donated; float32 on the CPU. Watched are the norm of each
-example by parameter, the noise scale and the histogram of the norms. After five steps both have the same loss.
+4 layers, 256 wide, 65 characters, 128 tokens, batch 16, AdamW, donated; float32 on the CPU. Watched are the norms of
+each example by parameter, the noise scale and the histogram of the norms. After five steps both have the same loss.
 
     python tests/benchmarks/watch_gradients.py [--rounds 15] [--threads 2]
     python tests/benchmarks/watch_gradients.py --device cuda --preset gpt2 --batch 8 --bfloat16      on a GPU

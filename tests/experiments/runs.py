@@ -6,10 +6,10 @@ A file of tests binds the functions to its experiment: `call = functools.partial
 import hashlib
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from core import tree
 from train import checkpoints
 
+MAIN = types.ModuleType("__main__")
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -28,14 +29,21 @@ def script(experiment: str) -> Path:
 
 def call(experiment: str, *argv: Any) -> int:
     """Run the script in this process; returns its exit code."""
-    path = str(script(experiment))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [path, *map(str, argv)])
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
+    try:
+        execute(script(experiment), *argv)
+    except SystemExit as stop:
+        return stop.code
     return 0
+
+
+def execute(path: Path, *argv: Any) -> None:
+    """As `runpy.run_path` does, but with one module for all: Dynamo keeps the first that it has seen of a name."""
+    MAIN.__dict__.clear()
+    MAIN.__dict__.update(__name__="__main__", __file__=str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, argv)])
+        patch.setitem(sys.modules, "__main__", MAIN)
+        exec(compile(path.read_text(encoding="utf-8"), path, "exec"), MAIN.__dict__)
 
 
 def refused(experiment: str, capfd: pytest.CaptureFixture, *argv: Any) -> str:

@@ -1,12 +1,10 @@
 """The experiment that experiments/README.md shows as the pattern of a new one."""
 
 import re
-import runpy
 import shutil
-import sys
 
 import pytest
-from runs import ROOT, result
+from runs import ROOT, execute, result
 
 
 @pytest.fixture
@@ -18,8 +16,7 @@ def plane(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["plane.py", *argv])
-        runpy.run_path("plane.py", run_name="__main__")
+        execute(tmp_path / "plane.py", *argv)
         return result(tmp_path / "runs" / "plane" / "a")["error"]
 
     return call
