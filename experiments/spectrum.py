@@ -159,7 +159,7 @@ def draw(folder: Path, spectra: dict[int, dict], args: Args) -> None:
             truth = [spectra[step][name]["exact"][0] for step in spectra]
             left.scatter(list(spectra), truth, s=28, color=colour, zorder=3, label=label)
         left.axhline(2 / args.learning_rate, color=plots.INK, ls=":", lw=1.4, label="2 / learning rate")
-        left.legend(frameon=False, fontsize=9, loc="lower right")
+        left.legend(frameon=False, fontsize=9, loc="upper left")
         plots.curves(right, {"train": curves["train/loss"]}, "step", "nats", "Training loss", log=True)
 
 

@@ -114,3 +114,12 @@ def test_folder_in_the_format_of_mnist_with_its_net(tmp_path, monkeypatch):
 )
 def test_refused_in_one_line(flags, message, here, capfd):
     assert message in refused(capfd, *flags)
+
+
+@pytest.mark.slow
+def test_no_flags(tmp_path):
+    """The run that the experiment's first lines promise."""
+    completed(tmp_path)
+    (run,) = (tmp_path / "runs" / "private").iterdir()
+    figures = result(run)
+    assert figures["accuracy"] > 0.84 and figures["epsilon"] == pytest.approx(2.78, abs=0.01)
