@@ -111,10 +111,7 @@ def projections(loss: Loss, params: Tree, batch: Tree, vectors: Tree, *, chunk: 
     """
 
     def slopes(vector: Tree) -> Tensor:
-        # torch 2.13 cannot compile a vmap over tangents alone where the loss makes a view of a parameter, as every
-        # linear layer does; so the parameters are batched too.
-        p = tree.map(lambda x, v: x + torch.zeros_like(v), params, vector) if torch.compiler.is_compiling() else params
-        return jvp(lambda p: loss(p, batch), (p,), (vector,))[1]
+        return jvp(lambda p: loss(p, batch), (params,), (vector,))[1]
 
     return torch.func.vmap(slopes, out_dims=1, chunk_size=chunk)(vectors)
 

@@ -1,6 +1,6 @@
 """Signal and noise of stochastic gradients: noise scale, gradient diversity, signal-to-noise ratio.
 
-found = noise(reports(loss, params, batch))     of one batch, unbiased, and so noisy
+found = estimate(reports(loss, params, batch))  of one batch, unbiased, and so noisy
 state = update(state, found, 0.95)              an average over steps, of both parts
 scale(average(state)).total                     B = tr Σ / |G|²
 """
