@@ -14,7 +14,8 @@ The second is the run in nanoGNS's README (Gray et al. 2024, "Normalization Laye
 to Predict Gradient Noise Scale in Transformers"; https://github.com/CerebrasResearch/nanoGNS) on tiny Shakespeare: a
 GPT of 6 layers, 250 steps of 64 windows of 256 characters, moving average 0.95. Published: B 21.96, |G|² 0.933, tr Σ
 20.49 at iteration 240 without the token embedding, which is tied to the output layer; here 18.63, 1.045, 19.46
-(`--steps 241`): `result.json` has the figures without it and with it. Its learning rate rises over 1.97e9 tokens, as there (the 100 steps of its configuration file are not read).
+(`--steps 241`): `result.json` has the figures without it and with it. Its learning rate rises over 1.97e9 tokens, as
+there (the 100 steps of its configuration file are not read).
 """
 
 import dataclasses
