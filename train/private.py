@@ -96,14 +96,12 @@ def clipped_sum(
         norm = tree.map(lambda g: torch.linalg.vector_norm(g.flatten(1), dim=1), gradients)
         weights = tree.map(lambda n: masked(factor(n)), norm)
         sums = tree.map(lambda g, w: torch.tensordot(w, g, 1), gradients, weights)
-        return Weighted(loss(params, batch).detach(), sums, weights, norm, _total(norm))
+        return Weighted(loss(params, batch).detach(), sums, weights, norm, per_example.total_norm(norm))
     if clipping == "automatic":
-        return per_example.weighted(loss, params, batch, lambda norm: masked(max_norm / (_total(norm) + _STABILITY)))
+        return per_example.weighted(
+            loss, params, batch, lambda norm: masked(max_norm / (per_example.total_norm(norm) + _STABILITY))
+        )
     return per_example.weighted(loss, params, batch, lambda norm: masked(clip_factor(max_norm)(norm)))
-
-
-def _total(norm: Tree) -> Tensor:
-    return torch.stack(tree.leaves(norm)).square().sum(0).sqrt()
 
 
 def add_noise(key: Tensor, values: Tree, std: float) -> Tree:

@@ -90,19 +90,13 @@ def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, comple
     """
     name = "low_rank_inverse"
     check_tree(name, "the vectors", vectors)
-    for path, leaf in tree.items(vectors):
-        if values.ndim != 1 or leaf.shape[:1] != values.shape:
-            shapes = f"values {tuple(values.shape)}, vectors '{path}' {tuple(leaf.shape)}"
-            raise ValueError(f"{name}: {shapes}; expected (count,) and (count, ...)")
     if complement and not damping > 0.0:
         raise ValueError(f"{name}: complement divides by damping, which is {damping}; expected a positive number")
-    damped = values + damping
-    if not bool((damped.isfinite() & (damped != 0)).all()):
-        raise ValueError(f"{name}: an eigenvalue plus damping is zero or not finite: {damped.tolist()}")
+    factors = reciprocals(name, values, vectors, damping)
     like = tree.map(lambda x: x[0], vectors)
     dtype = width(like)
     rows = torch.cat([x.reshape(len(values), -1).to(dtype) for x in tree.leaves(vectors)], 1)
-    factors = 1 / damped.to(rows)
+    factors = factors.to(rows)
 
     def apply(vector: Tree) -> Tree:
         v = ravel(_like(name, vector, like))
@@ -113,6 +107,22 @@ def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, comple
         return unravel(out, vector)
 
     return apply
+
+
+def reciprocals(name: str, values: Tensor, vectors: Tree, damping: float) -> Tensor:
+    """1 / (λ_i + damping), (count,), of eigenpairs that are checked; a compiled function may not look at the values.
+
+    Raises:
+        ValueError: not one vector for each value; an eigenvalue that damping makes 0.
+    """
+    for path, leaf in tree.items(vectors):
+        if values.ndim != 1 or leaf.shape[:1] != values.shape:
+            shapes = f"values {tuple(values.shape)}, vectors '{path}' {tuple(leaf.shape)}"
+            raise ValueError(f"{name}: {shapes}; expected (count,) and (count, ...)")
+    damped = values + damping
+    if not torch.compiler.is_compiling() and not bool((damped.isfinite() & (damped != 0)).all()):
+        raise ValueError(f"{name}: an eigenvalue plus damping is zero or not finite: {damped.tolist()}")
+    return 1 / damped
 
 
 def _like(name: str, vector: Tree, like: Tree) -> Tree:

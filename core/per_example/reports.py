@@ -40,7 +40,7 @@ class Reports(NamedTuple):
     @property
     def total_norm(self) -> Tensor:
         """|g_n| over all parameters, (N,)."""
-        return torch.stack(tree.leaves(self.norm)).square().sum(0).sqrt()
+        return total_norm(self.norm)
 
     @property
     def total_dot(self) -> Tensor:
@@ -62,6 +62,11 @@ class Reports(NamedTuple):
         """The unbiased variance of g_n over the examples, entry by entry, like the parameters; needs N > 1."""
         n = self.losses.shape[-1]
         return tree.map(lambda s, m: ((s - n * m.to(s.dtype).square()) / (n - 1)).clamp(min=0), self.square, self.mean)
+
+
+def total_norm(norm: Tree) -> Tensor:
+    """|g_n| over all parameters, (N,), from the norms of each, (N,) at every leaf."""
+    return torch.stack(tree.leaves(norm)).square().sum(0).sqrt()
 
 
 def plan(loss: Callable, params: Tree, batch: Tree, want: tuple[str, ...] = ("norm",)) -> Plan:

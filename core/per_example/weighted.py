@@ -12,7 +12,7 @@ from core.per_example.errors import PerExampleError
 from core.per_example.forms import reduce, weighted_sum
 from core.per_example.operations import once
 from core.per_example.planning import Plan
-from core.per_example.reports import forms_of, plan_of, pull_back, quantities_of_leaf
+from core.per_example.reports import forms_of, plan_of, pull_back, quantities_of_leaf, total_norm
 from core.tree import Tree
 
 METHODS = ("auto", "kept", "twice")
@@ -110,7 +110,7 @@ def clip_factor(max_norm: float) -> Callable[[Tree], Tensor]:
     """The weights min(1, max_norm / |g_n|) over all parameters together."""
 
     def weights(norm: Tree) -> Tensor:
-        total = torch.stack(tree.leaves(norm)).square().sum(0).sqrt()
+        total = total_norm(norm)
         # Where the norm is 0 any factor gives 0.
         return (max_norm / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
 

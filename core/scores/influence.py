@@ -25,6 +25,7 @@ from torch import Tensor
 
 from core import tree
 from core.curvature import conjugate_gradient
+from core.curvature.solve import reciprocals
 from core.per_example import each, reports
 from core.transforms import grad, jvp
 from core.tree import Tree
@@ -144,7 +145,7 @@ def low_rank_influence(
     Raises:
         ValueError: not one vector for each value; an eigenvalue that damping makes 0.
     """
-    factors = _reciprocals("low_rank_influence", values, vectors, damping)
+    factors = reciprocals("low_rank_influence", values, vectors, damping)
     left, right = (projections(loss, params, batch, vectors, chunk=chunk) for batch in (train, test))
     return -(left * factors.to(left)) @ right.T
 
@@ -177,22 +178,10 @@ def low_rank_self_influence(
         raise ValueError(
             f"low_rank_self_influence: complement divides by damping, which is {damping}; expected above 0"
         )
-    factors = _reciprocals("low_rank_self_influence", values, vectors, damping)
+    factors = reciprocals("low_rank_self_influence", values, vectors, damping)
     squares = projections(loss, params, batch, vectors, chunk=chunk).square()
     found = squares @ factors.to(squares)
     if not complement:
         return found
     outside = reports(loss, params, batch).total_norm.square() - squares.sum(1)
     return found + outside.clamp(min=0) / damping
-
-
-def _reciprocals(name: str, values: Tensor, vectors: Tree, damping: float) -> Tensor:
-    """1 / (λ_i + damping), checked; a compiled function may not look at the values."""
-    for path, leaf in tree.items(vectors):
-        if values.ndim != 1 or leaf.shape[:1] != values.shape:
-            shapes = f"values {tuple(values.shape)}, vectors '{path}' {tuple(leaf.shape)}"
-            raise ValueError(f"{name}: {shapes}; expected (k,) and (k, ...)")
-    damped = values + damping
-    if not torch.compiler.is_compiling() and not bool((damped.isfinite() & (damped != 0)).all()):
-        raise ValueError(f"{name}: an eigenvalue plus damping is zero or not finite: {damped.tolist()}")
-    return 1 / damped

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core import tree
 from core.per_example import Reports
+from core.per_example.formed import wide
 from core.tree import Tree
 
 
@@ -58,7 +59,7 @@ def estimate(found: Reports) -> Noise:
     if count < 2:
         raise ValueError(f"noise.estimate: expected reports of at least two examples, found {count}")
     small = tree.map(lambda x: x.square().mean(-1), found.norm)
-    large = tree.map(lambda x: _wide(x).square().sum(), found.mean)
+    large = tree.map(lambda x: wide(x).square().sum(), found.mean)
     return two_batches(small, large, 1, count)
 
 
@@ -146,7 +147,7 @@ def gradient_diversity(found: Reports) -> Tensor:
     """
     if found.norm is None:
         raise ValueError('gradient_diversity: the reports have no norms; want=("norm",)')
-    return found.total_norm.square().sum() / sum(_wide(x).square().sum() for x in tree.leaves(found.sum))
+    return found.total_norm.square().sum() / sum(wide(x).square().sum() for x in tree.leaves(found.sum))
 
 
 def gradient_snr(found: Reports) -> Tree:
@@ -166,7 +167,7 @@ def gradient_snr(found: Reports) -> Tree:
         finite = mean.square() / torch.where(variance > 8 * torch.finfo(moment.dtype).eps * moment, variance, 0.0)
         return torch.where(mean == 0, 0.0, finite)
 
-    return tree.map(ratio, tree.map(_wide, found.mean), found.variance, found.second_moment)
+    return tree.map(ratio, tree.map(wide, found.mean), found.variance, found.second_moment)
 
 
 def layer_snr(found: Reports) -> Tree:
@@ -178,7 +179,3 @@ def layer_snr(found: Reports) -> Tree:
         return torch.where(counted, ratio, 0.0).sum() / counted.sum().clamp(min=1)
 
     return tree.map(mean, gradient_snr(found))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -350,7 +350,7 @@ def test_compiled_is_one_graph_with_the_same_values(name):
         ),
         (
             lambda: scores.low_rank_influence(small_losses, SMALL[0], TWO, AFTER, VALUES[:2], VECTORS),
-            "low_rank_influence: values (2,), vectors 'weight' (3, 2, 4); expected (k,) and (k, ...)",
+            "low_rank_influence: values (2,), vectors 'weight' (3, 2, 4); expected (count,) and (count, ...)",
         ),
         (
             lambda: scores.low_rank_self_influence(small_losses, SMALL[0], TWO, VALUES, VECTORS, -float(VALUES[1])),
