@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core import tree
-from core.spec import Stat
+from core.spec import Param, Stat
 from core.tree import Tree
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -30,9 +30,12 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Rename:
-    """Where one of our leaves comes from: the name in the file, and whether the file holds it transposed."""
+    """Where one of our leaves comes from: the name in the file, and whether the file holds it transposed.
 
-    theirs: str
+    Several names are joined along our first axis.
+    """
+
+    theirs: str | tuple[str, ...]
     transposed: bool = False
 
 
@@ -132,6 +135,26 @@ def read(source: str) -> dict[str, Tensor]:
     return state
 
 
+def _take(left: dict[str, Tensor], name: str, leaf: Param, rename: Rename, what: str) -> Tensor:
+    """One of our leaves out of what is left of a file."""
+    names = (rename.theirs,) if isinstance(rename.theirs, str) else rename.theirs
+    for theirs in names:
+        if theirs not in left:
+            raise WeightsError(f"{what}: '{theirs}' is missing; expected for '{name}' {tuple(leaf.shape)}")
+        if not left[theirs].is_floating_point() and not isinstance(leaf, Stat):  # torch counts batches in integers
+            raise WeightsError(f"{what}: '{theirs}' holds {left[theirs].dtype}, expected floating-point numbers")
+    values = [left.pop(theirs) for theirs in names]
+    parts = [x.T if rename.transposed and x.ndim == 2 else x for x in values]
+    rows = sum(sum(part.shape[:1]) for part in parts)
+    like = all(part.ndim == len(leaf.shape) and part.shape[1:] == tuple(leaf.shape[1:]) for part in parts)
+    if not like or rows != sum(leaf.shape[:1]):
+        found = " + ".join(str(tuple(x.shape)) for x in values)
+        wanted = tuple(reversed(leaf.shape)) if rename.transposed else tuple(leaf.shape)
+        theirs = " + ".join(f"'{theirs}'" for theirs in names)
+        raise WeightsError(f"{what}: {theirs} has shape {found}, expected {wanted} for '{name}'")
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def fill(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], what: str = "weights") -> Tree:
     """The values of a spec from a file's tensors.
 
@@ -150,17 +173,7 @@ def fill(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], what: s
                 values[name] = leaf.init(torch.zeros(2, dtype=torch.int32), leaf.shape, leaf.dtype)
                 continue
             raise WeightsError(f"{what}: the rename table has no entry for '{name}'")
-        rename = table[name]
-        if rename.theirs not in left:
-            raise WeightsError(f"{what}: '{rename.theirs}' is missing; expected for '{name}' {tuple(leaf.shape)}")
-        value = left.pop(rename.theirs)
-        value = value.T if rename.transposed and value.ndim == 2 else value
-        if tuple(value.shape) != tuple(leaf.shape):
-            found = tuple(state[rename.theirs].shape)
-            wanted = tuple(reversed(leaf.shape)) if rename.transposed else tuple(leaf.shape)
-            raise WeightsError(f"{what}: '{rename.theirs}' has shape {found}, expected {wanted} for '{name}'")
-        if not value.is_floating_point():
-            raise WeightsError(f"{what}: '{rename.theirs}' holds {value.dtype}, expected floating-point numbers")
+        value = _take(left, name, leaf, table[name], what)
         values[name] = value.detach().to(leaf.dtype).clone(memory_format=torch.contiguous_format)
     if left:
         some = ", ".join(f"'{name}'" for name in sorted(left)[:3])

@@ -268,6 +268,24 @@ def test_fill_names_what_does_not_fit(change, message):
         fill(SPEC, state, TABLE, "test")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fill_joins_several_tensors_along_the_first_axis(transposed):
+    table = {"bias": Rename(("q.b", "k.b"), transposed), "weight": Rename(("q.w", "k.w"), transposed)}
+    state = {name: x for name, x in zip(("q.b", "k.b"), torch.arange(5.0).split([3, 2]), strict=True)}
+    weight = torch.arange(20.0).reshape(5, 4)
+    state |= {name: x.T if transposed else x for name, x in zip(("q.w", "k.w"), weight.split([3, 2]), strict=True)}
+    found = fill(linear_spec(4, 5), state, table)
+    assert torch.equal(found["weight"], weight) and torch.equal(found["bias"], torch.arange(5.0))
+
+    with pytest.raises(WeightsError, match="'k.w' is missing; expected for 'weight'"):
+        fill(linear_spec(4, 5), {name: x for name, x in state.items() if name != "k.w"}, table)
+    for wrong in (torch.zeros(1, 4), torch.zeros(2, 3), torch.zeros(8)):
+        wrong = wrong.T if transposed and wrong.ndim == 2 else wrong
+        with pytest.raises(WeightsError, match=r"'q.w' \+ 'k.w' has shape .*, expected .* for 'weight'") as error:
+            fill(linear_spec(4, 5), state | {"k.w": wrong}, table)
+        assert f" + {tuple(wrong.shape)}, " in str(error.value)
+
+
 def test_fill_needs_an_entry_for_every_parameter():
     with pytest.raises(WeightsError, match="the rename table has no entry for 'head.bias'"):
         fill(SPEC, tensors(), {name: rename for name, rename in TABLE.items() if name != "head.bias"})
