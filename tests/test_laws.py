@@ -265,6 +265,9 @@ def test_per_example_reports_compile(name):
 # compile
 
 
+LONG = ("googlenet", "inception")  # to trace: they have the most layers
+
+
 def gradients(net: Net):
     def f(params, running, x, key):
         return grad_and_value(loss, (0, 1))(params, running, net, x, key, True)
@@ -284,8 +287,9 @@ def check_compiled(net: Net, backend):
         assert_trees_close(net, found, wanted, "compiled", rtol=1e-4, atol=noise)
 
 
-@every_net
-def test_compile_is_one_graph(net):
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NETS])
+def test_compile_is_one_graph(name):
+    net = NETS[name]
     counter = CompileCounterWithBackend("aot_eager")
     check_compiled(net, counter)
     assert counter.frame_count == 1, f"{net.name}: {counter.frame_count} graphs for two batches of one shape"
