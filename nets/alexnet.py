@@ -24,6 +24,7 @@ from nets.image_blocks import affine_names, check_images, dropout_keys, fan_unif
 from nets.pretrained import Rename, fill, read
 
 KERNELS = (11, 5, 3, 3, 3)
+PADDING = (2, 2, 1, 1, 1)
 POOLED = (1, 2)
 """The convolutions that take pooled maps; the last maps are pooled too."""
 LEAST = 63
@@ -68,11 +69,12 @@ def spec(cfg: Config) -> dict:
     }
 
 
-def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
+def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
     """The output of each convolution after its ReLU and before any pooling, (batch, channels, height, width) each.
 
     Args:
         x: (batch, channels, height, width).
+        train: without effect here.
 
     Raises:
         ValueError: images with other channels, or smaller than 63 pixels a side.
@@ -81,7 +83,7 @@ def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
     maps = []
     for i, p in enumerate(params["convs"]):
         x = max_pool(x, 3, stride=2) if i in POOLED else x
-        x = conv(p, x, stride=1 if i else 4, padding=KERNELS[i] // 2 if i else 2).relu()
+        x = conv(p, x, stride=1 if i else 4, padding=PADDING[i]).relu()
         maps.append(x)
     return maps
 
@@ -89,7 +91,7 @@ def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
     """What the head sees: the second hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
     keys = dropout_keys("alexnet", cfg.dropout, key, 2, train)
-    x = max_pool(feature_maps(params, x, cfg)[-1], 3, stride=2)
+    x = max_pool(feature_maps(params, x, cfg, train=train)[-1], 3, stride=2)
     x = adaptive_average_pool(x, cfg.pooled).flatten(1)
     for p, k in zip(params["hidden"], keys, strict=True):
         x = linear(p, dropout(x, cfg.dropout, k, train)).relu()

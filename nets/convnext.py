@@ -27,7 +27,7 @@ from core.layers import (
 )
 from core.spec import Param
 from nets.blocks import feedforward, feedforward_spec
-from nets.image_blocks import affine_names, check_images, patch_embedding, patch_embedding_spec
+from nets.image_blocks import affine_names, check_images, patch_embedding, patch_embedding_spec, whose_names
 from nets.pretrained import Rename, fill, read
 
 INIT = initializers.normal(0.02)
@@ -152,29 +152,69 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     return linear(params["head"], features(params, x, cfg, key=key, train=train))
 
 
-def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> torchvision's."""
-    parts = {
+NAMES = {
+    "torchvision": {
+        "block": "features.{place}.{b}",
+        "depthwise": "block.0",
+        "downsample.conv": "features.{before}.1",
+        "downsample.norm": "features.{before}.0",
         "head": "classifier.2",
-        "norm": "classifier.0",
+        "last": "classifier.0",
+        "mlp.down": "block.5",
+        "mlp.up": "block.3",
+        "norm": "block.2",
+        "scale": "layer_scale",
         "stem.conv": "features.0.0",
         "stem.norm": "features.0.1",
-    }
+    },
+    "transformers": {
+        "block": "convnext.encoder.stages.{s}.layers.{b}",
+        "depthwise": "dwconv",
+        "downsample.conv": "convnext.encoder.stages.{s}.downsampling_layer.1",
+        "downsample.norm": "convnext.encoder.stages.{s}.downsampling_layer.0",
+        "head": "classifier",
+        "last": "convnext.layernorm",
+        "mlp.down": "pwconv2",
+        "mlp.up": "pwconv1",
+        "norm": "layernorm",
+        "scale": "layer_scale_parameter",
+        "stem.conv": "convnext.embeddings.patch_embeddings",
+        "stem.norm": "convnext.embeddings.layernorm",
+    },
+}
+"""Where other libraries' files have the parts; those of a block are below `block`, the norm before the head is `last`.
+Torchvision counts the downsampling between two stages (`before`) in one list with the stages (`place`)."""
+
+
+def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
+    """Our names -> torchvision's, or those of transformers' ConvNextForImageClassification.
+
+    Raises:
+        ValueError: a source that is neither.
+    """
+    if source not in NAMES:
+        raise ValueError(f"convnext: source '{source}' is unknown; expected one of {', '.join(NAMES)}")
+    names = NAMES[source]
+    parts = {"head": names["head"], "norm": names["last"], **{n: names[n] for n in ("stem.conv", "stem.norm")}}
     table = {}
     for s, depth in enumerate(cfg.depths):
-        if s:
-            parts[f"stages.{s}.downsample.norm"] = f"features.{2 * s}.0"
-            parts[f"stages.{s}.downsample.conv"] = f"features.{2 * s}.1"
+        place = {"s": s, "before": 2 * s, "place": 2 * s + 1}
+        for part in ("downsample.conv", "downsample.norm") if s else ():
+            parts[f"stages.{s}.{part}"] = names[part].format(**place)
         for b in range(depth):
-            ours, theirs = f"stages.{s}.blocks.{b}", f"features.{2 * s + 1}.{b}"
-            for name, place in (("depthwise", 0), ("norm", 2), ("mlp.up", 3), ("mlp.down", 5)):
-                parts[f"{ours}.{name}"] = f"{theirs}.block.{place}"
-            table[f"{ours}.scale"] = Rename(f"{theirs}.layer_scale")
+            ours, theirs = f"stages.{s}.blocks.{b}", names["block"].format(**place, b=b)
+            for part in ("depthwise", "mlp.down", "mlp.up", "norm"):
+                parts[f"{ours}.{part}"] = f"{theirs}.{names[part]}"
+            table[f"{ours}.scale"] = Rename(f"{theirs}.{names['scale']}")
     for ours, theirs in parts.items():
         table |= affine_names(ours, theirs)
     return table
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters from torchvision's file of this net: a local file or folder, or a hub repository."""
-    return fill(spec(cfg), read(source), rename_table(cfg), source)
+    """Parameters from torchvision's or transformers' file: a local file or folder, or a hub repository."""
+    state = read(source)
+    # Transformers keeps the scale of a branch as a vector.
+    vectors = {name for name, x in state.items() if name.endswith(".layer_scale_parameter") and x.ndim == 1}
+    state = {name: x[:, None, None] if name in vectors else x for name, x in state.items()}
+    return fill(spec(cfg), state, rename_table(cfg, whose_names(state, "convnext.")), source)

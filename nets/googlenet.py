@@ -155,12 +155,10 @@ def spec(cfg: Config) -> dict:
     first, last = cfg.stem
     stages, d = [], last
     for blocks in cfg.stages:
-        widths = [d, *(_width(block) for block in blocks)]
-        stages.append([_block_spec(cfg, n, block) for n, block in zip(widths, blocks, strict=False)])
-        d = widths[-1]
-    aux = [_aux_spec(cfg, _width(cfg.stages[1][b])) for b in (0, -2)] if cfg.aux else None
+        *inputs, d = (d, *(_width(block) for block in blocks))
+        stages.append([_block_spec(cfg, n, block) for n, block in zip(inputs, blocks, strict=True)])
     return {
-        **({} if aux is None else {"aux": aux}),
+        **({"aux": [_aux_spec(cfg, _width(cfg.stages[1][b])) for b in (0, -2)]} if cfg.aux else {}),
         "head": _linear_spec(cfg, d, cfg.classes),
         "stages": stages,
         "stem": [

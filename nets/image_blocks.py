@@ -1,6 +1,7 @@
 """What image networks share: a convolution with its norm and activation, squeeze-and-excitation, patches."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from core import initializers, random
 from core.initializers import Initializer
@@ -43,7 +44,7 @@ def conv_norm(
     *,
     train: bool,
     stride: Sizes = 1,
-    padding: Sizes | None = None,
+    padding: Sizes | str = "symmetric",
     groups: int = 1,
     dilation: int = 1,
     eps: float = 1e-5,
@@ -53,14 +54,25 @@ def conv_norm(
 
     Args:
         act: a name of `core.layers.ACTIVATIONS`, None for none.
-        padding: None is half the kernel: with stride 1 and an odd kernel the size stays.
+        padding: "symmetric" is half the kernel: with stride 1 and an odd kernel the size stays. "tensorflow" gives
+            ceil(size / stride) pixels; where it has an odd number of rows or columns to add, the right and the bottom
+            get one more.
         eps, momentum: of batch norm.
     """
     kernel = p["conv"]["weight"].shape[2:]
-    padding = tuple(dilation * (k - 1) // 2 for k in kernel) if padding is None else padding
+    if padding == "tensorflow" and stride != 1:
+        x, padding = F.pad(x, _tensorflow_padding(x, kernel, stride)), 0
+    elif isinstance(padding, str):
+        padding = tuple(dilation * (k - 1) // 2 for k in kernel)
     y = conv(p["conv"], x, stride=stride, padding=padding, groups=groups, dilation=dilation)
     y = batch_norm(p["norm"], y, train=train, eps=eps, momentum=momentum)
     return y if act is None else activation(act)(y)
+
+
+def _tensorflow_padding(x: Tensor, kernel: tuple[int, int], stride: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom)."""
+    rows, columns = (max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(x.shape[2:], kernel, strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
 def norm_names(ours: str, theirs: str) -> dict[str, Rename]:
@@ -94,6 +106,11 @@ def fill_published(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename
     return fill(spec, state, {name: rename for name, rename in table.items() if name not in absent}, source)
 
 
+def whose_names(state: dict[str, Tensor], prefix: str) -> str:
+    """Which library wrote a file: "transformers" if names in it begin with the prefix, else "torchvision"."""
+    return "transformers" if any(name.startswith(prefix) for name in state) else "torchvision"
+
+
 def squeeze_excite_spec(channels: int, squeezed: int) -> Tree:
     """Two 1x1 convolutions, to `squeezed` channels and back."""
     return {"reduce": conv_spec(channels, squeezed, 1, init=HE), "restore": conv_spec(squeezed, channels, 1, init=HE)}
@@ -120,18 +137,27 @@ def inverted_residual_spec(d_in: int, inside: int, d_out: int, kernel: int = 3, 
 
 
 def inverted_residual(
-    p: Tree, x: Tensor, act: str, *, train: bool, stride: int = 1, gate: str = "hard_sigmoid", **norm: float
+    p: Tree,
+    x: Tensor,
+    act: str,
+    *,
+    train: bool,
+    stride: int = 1,
+    padding: str = "symmetric",
+    gate: str = "hard_sigmoid",
+    **norm: float,
 ) -> Tensor:
     """Many channels inside, few outside, and none of the activation on the few. Sandler et al. 2018, arXiv:1801.04381.
 
     x: (batch, d_in, height, width); it is added to the result where the stride is 1 and the channels stay.
 
     Args:
+        padding: of the depthwise convolution, as in `conv_norm`.
         gate: of squeeze-and-excitation.
         norm: eps and momentum, as in `conv_norm`.
     """
     y = conv_norm(p["expand"], x, act, train=train, **norm) if "expand" in p else x
-    y = conv_norm(p["depthwise"], y, act, train=train, stride=stride, groups=y.shape[1], **norm)
+    y = conv_norm(p["depthwise"], y, act, train=train, stride=stride, padding=padding, groups=y.shape[1], **norm)
     if "squeeze" in p:
         y = squeeze_excite(p["squeeze"], y, gate=gate)
     y = conv_norm(p["project"], y, None, train=train, **norm)

@@ -12,7 +12,7 @@ with eps 0.001; convolutions at the borders of stages have no padding, as in the
 35, 17 and 8.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -84,6 +84,23 @@ class Config:
 PRESETS = {"inception_v3": Config()}
 
 
+def _aux_pixels(kernel: int) -> int:
+    """What the auxiliary head needs behind the second stage: it averages over 5x5 with stride 3, and its second
+    convolution has no padding."""
+    return 3 * kernel + 2
+
+
+def _least(pixels: int) -> int:
+    """The image that leaves so many pixels a side to the second stage, each halving taking n to (n - 1) // 2."""
+    return 16 * pixels + 27
+
+
+def fitted(cfg: Config, size: int) -> Config:
+    """The net whose auxiliary head takes images of that many pixels a side in training; without one below 107."""
+    fitting = [kernel for kernel in (5, 3, 1) if kernel <= cfg.aux_kernel and _least(_aux_pixels(kernel)) <= size]
+    return replace(cfg, aux_kernel=fitting[0]) if fitting else replace(cfg, aux=False)
+
+
 class Outputs(NamedTuple):
     """The logits of the two heads, (batch, classes) each."""
 
@@ -92,7 +109,7 @@ class Outputs(NamedTuple):
 
 
 def _scaled(cfg: Config, channels: int) -> int:
-    """All the published numbers that this is used for are multiples of 16."""
+    """Published channels, all multiples of 16, in proportion to the width, which is even."""
     return channels * cfg.width // 32
 
 
@@ -143,7 +160,7 @@ def _linear_spec(d_in: int, d_out: int, std: float) -> dict:
     return linear_spec(d_in, d_out, **fan_uniform(d_in) | {"init": initializers.normal(std)})
 
 
-def _conv(p: dict, x: Tensor, train: bool, stride: int = 1, padding: int | None = None) -> Tensor:
+def _conv(p: dict, x: Tensor, train: bool, stride: int = 1, padding: int | str = "symmetric") -> Tensor:
     return conv_norm(p, x, train=train, stride=stride, padding=padding, eps=EPS)
 
 
@@ -169,8 +186,8 @@ def _block(branches: list, x: Tensor, train: bool, halve: bool) -> Tensor:
     if halve:
         outs = [*(_branch(convs, x, train, halve) for convs in branches), max_pool(x, 3, stride=2)]
     else:
-        *wide, pooled = branches
-        outs = [_branch(convs, x, train) for convs in wide]
+        *others, pooled = branches
+        outs = [_branch(convs, x, train) for convs in others]
         outs.append(_branch(pooled, average_pool(x, 3, stride=1, padding=1), train))
     return torch.cat(outs, 1)
 
@@ -232,11 +249,6 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     return maps
 
 
-def _least(pixels: int) -> int:
-    """The image that leaves so many pixels a side to the second stage, each halving taking n to (n - 1) // 2."""
-    return 16 * pixels + 27
-
-
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
     """What the head sees: the last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
@@ -259,8 +271,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
             with dropout.
     """
     with_aux = train and cfg.aux
-    # The auxiliary head averages over 5x5 with stride 3, and its second convolution has no padding.
-    check_images("inception", x, cfg.channels, _least(3 * cfg.aux_kernel + 2 if with_aux else 3))
+    check_images("inception", x, cfg.channels, _least(_aux_pixels(cfg.aux_kernel) if with_aux else 3))
     (drop_key,) = dropout_keys("inception", cfg.dropout, key, 1, train)
     maps = feature_maps(params, x, cfg, train=train)
     logits = linear(params["head"], dropout(global_average_pool(maps[-1]), cfg.dropout, drop_key, train))

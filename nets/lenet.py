@@ -54,7 +54,7 @@ PRESETS = {
     "lenet5": Config(),
     "lenet5-relu": Config(activation="relu", pool="max"),
     # For the 8x8 digits of scikit-learn.
-    "digits": Config((16, 32), (64,), size=8, kernel=3, padding=(1, 1), activation="relu", pool="max"),
+    "lenet-digits": Config((16, 32), (64,), size=8, kernel=3, padding=(1, 1), activation="relu", pool="max"),
 }
 
 
@@ -74,11 +74,12 @@ def spec(cfg: Config) -> dict:
     }
 
 
-def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
+def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
     """The output of each convolution before its pooling, (batch, channels, height, width) each.
 
     Args:
         x: (batch, channels, size, size).
+        train: without effect here.
 
     Raises:
         ValueError: images of other channels or another size.
@@ -93,9 +94,9 @@ def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
     return maps
 
 
-def features(params: dict, x: Tensor, cfg: Config) -> Tensor:
+def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
     """What the head sees: the last hidden layer. (batch, channels, size, size) -> (batch, d)."""
-    x = POOLS[cfg.pool](feature_maps(params, x, cfg)[-1], 2).flatten(1)
+    x = POOLS[cfg.pool](feature_maps(params, x, cfg, train=train)[-1], 2).flatten(1)
     for p in params["hidden"]:
         x = activation(cfg.activation)(linear(p, x))
     return x
@@ -103,7 +104,7 @@ def features(params: dict, x: Tensor, cfg: Config) -> Tensor:
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
     """Logits of images. x: (batch, channels, size, size) -> (batch, classes). No key is needed."""
-    return linear(params["head"], features(params, x, cfg))
+    return linear(params["head"], features(params, x, cfg, train=train))
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:

@@ -37,22 +37,32 @@ def spec(cfg: Config) -> dict:
     return {"layers": [linear_spec(d_in, d_out, init=init) for d_in, d_out in pairs]}
 
 
-def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """Logits of a batch.
+def feature_maps(
+    params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False
+) -> list[Tensor]:
+    """The hidden layers, (batch, width) each: a perceptron's maps have no height and width.
 
     Args:
         x: (batch, ...), flattened to (batch, widths[0]).
         key: (2,) or one an example (batch, 2); needed in training if there is dropout.
-
-    Returns:
-        (batch, widths[-1]).
     """
-    *hidden, last = params["layers"]
+    hidden = params["layers"][:-1]
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"mlp: training with dropout {cfg.dropout} draws random numbers; pass key=")
     keys = random.sites(key, len(hidden)) if dropping else [None] * len(hidden)
-    x = x.flatten(1)
+    x, maps = x.flatten(1), []
     for p, k in zip(hidden, keys, strict=True):
         x = dropout(activation(cfg.activation)(linear(p, x)), cfg.dropout, k, train)
-    return linear(last, x)
+        maps.append(x)
+    return maps
+
+
+def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
+    """What the last layer sees: the last hidden layer, or the input if there is none. Gives (batch, widths[-2])."""
+    return [x.flatten(1), *feature_maps(params, x, cfg, key=key, train=train)][-1]
+
+
+def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
+    """Logits of a batch. x: (batch, ...) -> (batch, widths[-1]); key as in `feature_maps`."""
+    return linear(params["layers"][-1], features(params, x, cfg, key=key, train=train))

@@ -9,7 +9,6 @@ convolution that does both.
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from core import initializers
 from core.layers import dropout, global_average_pool, linear, linear_spec
@@ -37,8 +36,7 @@ class Config:
     stages: tuple[tuple[int, ...], ...] = ((64,), (128,) * 2, (256,) * 2, (512,) * 6, (1024,) * 2)
     stem: int = 32
     padding: str = "symmetric"
-    """symmetric, or tensorflow: where a stride leaves one pixel to pad on, it is at the right and the bottom, as the
-    weights that the authors published need it."""
+    """symmetric, or tensorflow as the weights that the authors published need it; see `image_blocks.conv_norm`."""
     dropout: float = 0.001
     channels: int = 3
     classes: int = 1000
@@ -85,12 +83,7 @@ def spec(cfg: Config) -> dict:
 
 
 def _conv_norm(p: Tree, x: Tensor, cfg: Config, train: bool, stride: int = 1, groups: int = 1) -> Tensor:
-    padding = None
-    if stride == 2 and cfg.padding == "tensorflow":
-        height, width = x.shape[2:]
-        # A 3x3 window needs two pixels more than an odd size, and one more than an even one.
-        x, padding = F.pad(x, (width % 2, 1, height % 2, 1)), 0
-    return conv_norm(p, x, "relu6", train=train, stride=stride, padding=padding, groups=groups, eps=1e-3)
+    return conv_norm(p, x, "relu6", train=train, stride=stride, padding=cfg.padding, groups=groups, eps=1e-3)
 
 
 def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:

@@ -25,6 +25,7 @@ from nets.image_blocks import (
     fill_published,
     inverted_residual,
     inverted_residual_spec,
+    whose_names,
 )
 from nets.pretrained import Rename, read
 
@@ -58,6 +59,10 @@ class Config:
     stem: int = 32
     last: int = 1280
     """Channels of the last convolution; a width below 1 leaves them as they are."""
+    padding: str = "symmetric"
+    """symmetric, or tensorflow as the weights that the authors published need it; see `image_blocks.conv_norm`."""
+    eps: float = 1e-5
+    """Of the norms; the weights that the authors published are for 0.001."""
     dropout: float = 0.2
     channels: int = 3
     classes: int = 1000
@@ -67,6 +72,8 @@ class Config:
             raise ValueError(f"mobilenet_v2: width {self.width}; expected a factor above 0")
         if not self.stages or any(min(stage) < 1 for stage in self.stages):
             raise ValueError("mobilenet_v2: stages are (expansion, channels, depth, stride), all of them at least 1")
+        if self.padding not in ("symmetric", "tensorflow"):
+            raise ValueError(f"mobilenet_v2: padding '{self.padding}'; expected symmetric or tensorflow")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"mobilenet_v2: dropout {self.dropout} is outside [0, 1)")
 
@@ -111,13 +118,14 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
         ValueError: images with other channels, or without a pixel.
     """
     check_images("mobilenet_v2", x, cfg.channels, 1)
-    maps = [conv_norm(params["stem"], x, "relu6", train=train, stride=2)]
+    options = {"train": train, "padding": cfg.padding, "eps": cfg.eps}
+    maps = [conv_norm(params["stem"], x, "relu6", stride=2, **options)]
     for blocks, sizes in zip(params["stages"], _stages(cfg), strict=True):
         x = maps[-1]
         for p, (*_, stride) in zip(blocks, sizes, strict=True):
-            x = inverted_residual(p, x, "relu6", train=train, stride=stride)
+            x = inverted_residual(p, x, "relu6", stride=stride, **options)
         maps.append(x)
-    return [*maps, conv_norm(params["last"], maps[-1], "relu6", train=train)]
+    return [*maps, conv_norm(params["last"], maps[-1], "relu6", **options)]
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
@@ -139,11 +147,22 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     return linear(params["head"], dropout(features(params, x, cfg, train=train), cfg.dropout, key, train))
 
 
-def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> torchvision's, which counts all blocks in one list with the stem and the last convolution."""
+def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
+    """Our names -> torchvision's, or those of transformers' MobileNetV2ForImageClassification.
+
+    Raises:
+        ValueError: a source that is neither.
+    """
+    if source not in NAMES:
+        raise ValueError(f"mobilenet_v2: source '{source}' is unknown; expected one of {', '.join(NAMES)}")
+    return NAMES[source](spec(cfg)["stages"])
+
+
+def _torchvision(stages: list) -> dict[str, Rename]:
+    """It counts all blocks in one list with the stem and the last convolution."""
     table = {**affine_names("head", "classifier.1"), **conv_norm_names("stem", "features.0.0", "features.0.1")}
     place = 1
-    for s, blocks in enumerate(spec(cfg)["stages"]):
+    for s, blocks in enumerate(stages):
         for b, block in enumerate(blocks):
             ours, theirs = f"stages.{s}.{b}", f"features.{place}.conv"
             wide = [part for part in ("expand", "depthwise") if part in block]
@@ -154,6 +173,29 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     return table | conv_norm_names("last", f"features.{place}.0", f"features.{place}.1")
 
 
+def _transformers(stages: list) -> dict[str, Rename]:
+    """The first block is part of its stem."""
+
+    def names(ours: str, theirs: str) -> dict[str, Rename]:
+        return conv_norm_names(ours, f"mobilenet_v2.{theirs}.convolution", f"mobilenet_v2.{theirs}.normalization")
+
+    table = {**affine_names("head", "classifier"), **names("stem", "conv_stem.first_conv"), **names("last", "conv_1x1")}
+    blocks = [(f"stages.{s}.{b}", block) for s, blocks in enumerate(stages) for b, block in enumerate(blocks)]
+    for i, (ours, block) in enumerate(blocks):
+        for part, theirs in (("expand", "expand_1x1"), ("depthwise", "conv_3x3"), ("project", "reduce_1x1")):
+            if part in block:
+                table |= names(f"{ours}.{part}", f"layer.{i - 1}.{theirs}" if i else f"conv_stem.{theirs}")
+    return table
+
+
+NAMES = {"torchvision": _torchvision, "transformers": _transformers}
+
+
 def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from torchvision's file of this net: a local file or folder, or a hub repository."""
-    return fill_published(spec(cfg), read(source), rename_table(cfg), source)
+    """Parameters and Stats from torchvision's or transformers' file: a local file or folder, or a hub repository.
+
+    Those of "google/mobilenet_v2_1.0_224" have 1001 classes, the first of which is the background, and need
+    padding="tensorflow" and eps=0.001.
+    """
+    state = read(source)
+    return fill_published(spec(cfg), state, rename_table(cfg, whose_names(state, "mobilenet_v2.")), source)

@@ -76,14 +76,14 @@ def locate(source: str, names: tuple[str, ...] = FILES) -> Path:
     raise WeightsError(f"repository '{source}' has none of the files {', '.join(names)}")
 
 
-def read_config(source: str) -> dict:
-    """The `config.json` beside published weights.
+def read_config(source: str, name: str = "config.json") -> dict:
+    """A JSON file beside published weights.
 
     Raises:
         WeightsError: it is missing or not a JSON object.
     """
     path = Path(source)
-    return _read_json(locate(str(path.parent) if path.is_file() else source, ("config.json",)))
+    return _read_json(locate(str(path.parent) if path.is_file() else source, (name,)))
 
 
 def _read_json(path: Path) -> dict:

@@ -17,8 +17,16 @@ from torch.nn import functional as F
 
 from core import initializers
 from core.layers import global_average_pool, linear, linear_spec, max_pool
-from nets.image_blocks import affine_names, check_images, conv_norm, conv_norm_names, conv_norm_spec
-from nets.pretrained import Rename, fill, read
+from nets.image_blocks import (
+    affine_names,
+    check_images,
+    conv_norm,
+    conv_norm_names,
+    conv_norm_spec,
+    fill_published,
+    whose_names,
+)
+from nets.pretrained import Rename, read
 
 BLOCKS = {"basic": 1, "bottleneck": 4}
 """How many times the width of its stage a block gives out."""
@@ -165,19 +173,51 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     return linear(params["head"], features(params, x, cfg, train=train))
 
 
-def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> torchvision's."""
-    table = {**affine_names("head", "fc"), **conv_norm_names("stem", "conv1", "bn1")}
+PARTS = ("convolution", "normalization")
+
+NAMES = {
+    "torchvision": {
+        "conv": ("layer{stage}.{b}.conv{number}", "layer{stage}.{b}.bn{number}"),
+        "head": "fc",
+        "shortcut": ("layer{stage}.{b}.downsample.0", "layer{stage}.{b}.downsample.1"),
+        "stem": ("conv1", "bn1"),
+    },
+    "transformers": {
+        "conv": tuple(f"resnet.encoder.stages.{{s}}.layers.{{b}}.layer.{{i}}.{part}" for part in PARTS),
+        "head": "classifier.1",
+        "shortcut": tuple(f"resnet.encoder.stages.{{s}}.layers.{{b}}.shortcut.{part}" for part in PARTS),
+        "stem": tuple(f"resnet.embedder.embedder.{part}" for part in PARTS),
+    },
+}
+"""Where other libraries' files have the convolutions and norms of stage s, block b, and the head; `stage` and `number`
+count from 1, the others from 0."""
+
+
+def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
+    """Our names -> torchvision's, or those of transformers' ResNetForImageClassification.
+
+    Raises:
+        ValueError: a source that is neither.
+    """
+    if source not in NAMES:
+        raise ValueError(f"resnet: source '{source}' is unknown; expected one of {', '.join(NAMES)}")
+    names = NAMES[source]
+
+    def conv_norm_at(ours: str, part: str, **place: int) -> dict[str, Rename]:
+        return conv_norm_names(ours, *(name.format(**place) for name in names[part]))
+
+    table = {**affine_names("head", names["head"]), **conv_norm_at("stem", "stem")}
     for s, blocks in enumerate(spec(cfg)["stages"]):
         for b, block in enumerate(blocks):
-            ours, theirs = f"stages.{s}.{b}", f"layer{s + 1}.{b}"
+            place = {"s": s, "stage": s + 1, "b": b}
             for i in range(len(block["convs"])):
-                table |= conv_norm_names(f"{ours}.convs.{i}", f"{theirs}.conv{i + 1}", f"{theirs}.bn{i + 1}")
+                table |= conv_norm_at(f"stages.{s}.{b}.convs.{i}", "conv", **place, i=i, number=i + 1)
             if "shortcut" in block:
-                table |= conv_norm_names(f"{ours}.shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+                table |= conv_norm_at(f"stages.{s}.{b}.shortcut", "shortcut", **place)
     return table
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from torchvision's file of this net: a local file or folder, or a hub repository."""
-    return fill(spec(cfg), read(source), rename_table(cfg), source)
+    """Parameters and Stats from torchvision's or transformers' file: a local file or folder, or a hub repository."""
+    state = read(source)
+    return fill_published(spec(cfg), state, rename_table(cfg, whose_names(state, "resnet.")), source)

@@ -80,16 +80,17 @@ def _fire(p: dict, x: Tensor) -> Tensor:
     return torch.cat([conv(p["expand1"], x).relu(), conv(p["expand3"], x, padding=1).relu()], 1)
 
 
-def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
+def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
     """The output of the stem and of each stage, (batch, channels, height, width) each.
 
     Args:
         x: (batch, channels, height, width).
+        train: without effect here.
 
     Raises:
         ValueError: images with other channels, or smaller than the strides need.
     """
-    # The last pooling takes windows of at least two pixels, and each before it, and the stem, twice as many.
+    # The last pooling needs two pixels a side, and each before it twice as many; the stem has no padding.
     check_images("squeezenet", x, cfg.channels, 2 * (2 ** len(cfg.stages) - 1) + cfg.kernel)
     maps = [conv(params["stem"], x, stride=2).relu()]
     for stage in params["stages"]:
@@ -100,12 +101,12 @@ def feature_maps(params: dict, x: Tensor, cfg: Config) -> list[Tensor]:
     return maps
 
 
-def features(params: dict, x: Tensor, cfg: Config) -> Tensor:
+def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
     """The last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d).
 
     The head is no function of these: it looks at each place of the maps.
     """
-    return global_average_pool(feature_maps(params, x, cfg)[-1])
+    return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
@@ -119,7 +120,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
         (batch, classes).
     """
     (key,) = dropout_keys("squeezenet", cfg.dropout, key, 1, train)
-    x = dropout(feature_maps(params, x, cfg)[-1], cfg.dropout, key, train)
+    x = dropout(feature_maps(params, x, cfg, train=train)[-1], cfg.dropout, key, train)
     return global_average_pool(conv(params["head"], x).relu())
 
 

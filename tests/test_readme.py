@@ -9,13 +9,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "core/README.md", "core/per_example/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md#image-classifiers-by-name"]
+)
 def test_examples_run(page, monkeypatch):
     torch._dynamo.reset()
     # The examples compile through inductor; here the tracing is what is of interest.
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "aot_eager"}))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    path, _, section = page.partition("#")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if section:  # the others name what the reader is to bring
+        (text,) = (part for part in text.split("\n## ") if part.split("\n")[0].lower().replace(" ", "-") == section)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     names: dict = {}
     for block in blocks:

@@ -45,7 +45,7 @@ class Digits(nn.Module):
     [
         ("lenet5", lambda: LeNet(torch.tanh, nn.AvgPool2d(2))),
         ("lenet5-relu", lambda: LeNet(torch.relu, nn.MaxPool2d(2))),
-        ("digits", Digits),
+        ("lenet-digits", Digits),
     ],
 )
 def test_parity(name, make):

@@ -45,9 +45,10 @@ def test_maps():
     [
         ({"width": 0.0}, "width 0.0; expected a factor above 0"),
         ({"stages": (mobilenet_v2.Stage(6, 16, 0, 1),)}, "all of them at least 1"),
+        ({"padding": "same"}, "padding 'same'; expected symmetric or tensorflow"),
         ({"dropout": 1.0}, "dropout 1.0 is outside"),
     ],
-    ids=["width", "stages", "dropout"],
+    ids=["width", "stages", "padding", "dropout"],
 )
 def test_wrong_configurations(options, message):
     with pytest.raises(ValueError, match=message):
