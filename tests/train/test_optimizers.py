@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from optimizer_cases import F32, OPTAX, STEPS, TORCH, assert_close, grads_at, halving, run, start, tensors
+from optimizer_cases import F32, F64, OPTAX, STEPS, TORCH, assert_close, grads_at, halving, run, start, tensors
 
 from core import tree
 from train import optimizers as opt
@@ -68,6 +68,17 @@ def test_muon_equals_torch_in_bfloat16():
         lambda n: torch.optim.Muon(tensors(n), 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), matrices, 5
     )
     assert_close(run(rescaled, matrices, steps=5)[0], wanted, atol=5e-3, rtol=0)
+
+
+def test_muon_flattens_convolutions():
+    values = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    flat, convolution = {"w": values.flatten(1)}, {"w": values}
+    wanted = opt.scale_by_muon(dtype=F64)
+    found = opt.scale_by_muon(flatten=True, dtype=F64)
+    updates, state = wanted.update(flat, wanted.init(flat), flat)
+    directions, momenta = found.update(convolution, found.init(convolution), convolution)
+    assert torch.equal(directions["w"], updates["w"].reshape(values.shape))
+    assert torch.equal(momenta.momentum["w"].flatten(1), state.momentum["w"])
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (2, 5, 3)])

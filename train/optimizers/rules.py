@@ -198,6 +198,7 @@ def muon(
     weight_decay: float = 0.1,
     steps: int = 5,
     adjust: str = "original",
+    flatten: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
@@ -209,10 +210,19 @@ def muon(
     Args:
         matrices: which leaves are Muon's; by default all that have two dimensions.
         weight_decay: decoupled, of Muon's leaves only.
+        flatten: Muon's leaves are (rows, ...), such as convolutions, and their other axes together are the columns.
         dtype: what Newton-Schulz is computed in; bfloat16 as published.
     """
     orthogonal = chain(
-        scale_by_muon(momentum, nesterov=nesterov, steps=steps, adjust=adjust, dtype=dtype, moment_dtype=moment_dtype),
+        scale_by_muon(
+            momentum,
+            nesterov=nesterov,
+            steps=steps,
+            adjust=adjust,
+            flatten=flatten,
+            dtype=dtype,
+            moment_dtype=moment_dtype,
+        ),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(learning_rate),
     )

@@ -284,6 +284,7 @@ def scale_by_muon(
     steps: int = 5,
     coefficients: Sequence[float] = NEWTON_SCHULZ,
     adjust: str = "original",
+    flatten: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
     moment_dtype: torch.dtype | None = None,
@@ -291,6 +292,7 @@ def scale_by_muon(
     """Orthogonalised momentum (Jordan 2024, kellerjordan.github.io/posts/muon) for leaves (..., rows, columns).
 
     Args:
+        flatten: leaves are (rows, ...) instead, their other axes together the columns: convolutions, as in the post.
         adjust: "original" scales by sqrt(max(1, rows / columns)); "match_rms_adamw" by 0.2 sqrt(max(rows, columns)),
             so that AdamW's learning rate and weight decay fit (Liu et al., arXiv:2502.16982, eq. 4).
         dtype: what the Newton-Schulz iteration is computed in.
@@ -311,10 +313,12 @@ def scale_by_muon(
         momenta = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - momentum), state.momentum, grads)
 
         def direction(m: Tensor, g: Tensor) -> Any:
-            rows, columns = m.shape[-2:]
-            ratio = max(1.0, rows / columns) ** 0.5 if adjust == "original" else 0.2 * max(rows, columns) ** 0.5
             looked_ahead = torch.lerp(g.to(m.dtype), m, momentum) if nesterov else m
-            return newton_schulz(looked_ahead, steps, coefficients, dtype=dtype, eps=eps).to(m.dtype) * ratio
+            matrix = looked_ahead.flatten(1) if flatten else looked_ahead
+            rows, columns = matrix.shape[-2:]
+            ratio = max(1.0, rows / columns) ** 0.5 if adjust == "original" else 0.2 * max(rows, columns) ** 0.5
+            orthogonal = newton_schulz(matrix, steps, coefficients, dtype=dtype, eps=eps)
+            return orthogonal.to(m.dtype).reshape(m.shape) * ratio
 
         return tree.map(direction, momenta, grads), MomentumState(momenta)
 
