@@ -99,18 +99,19 @@ def image_grid(
     count, _, height, width = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
-    # Letters are about half as wide as high: what fits over an image decides the size of all titles.
+    # Letters are about 0.6 times as wide as high: what fits over an image decides the size of all titles.
     longest = max((len(line) for t in titles or () for line in t.split("\n")), default=1)
-    font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.58 * longest)))
+    font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.62 * longest)))
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
     gap, head = 0.06, lines * font * 1.25 / 72 + (0.05 if titles else 0)
     cell = (scale + gap, scale * height / width + gap + head)
     top = 0.35 if title else 0.0
-    size = (columns * cell[0] + gap, rows * cell[1] + gap + top)
+    inches = columns * cell[0] + gap
+    size = (max(inches, 11 * 0.62 / 72 * len(title)), rows * cell[1] + gap + top)
     figure = _figure(*size)
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
-        left, bottom = gap + column * cell[0], gap + (rows - 1 - row) * cell[1]
+        left, bottom = (size[0] - inches) / 2 + gap + column * cell[0], gap + (rows - 1 - row) * cell[1]
         axes = figure.add_axes((left / size[0], bottom / size[1], scale / size[0], (cell[1] - gap - head) / size[1]))
         axes.imshow(image.transpose(1, 2, 0).clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
@@ -147,7 +148,10 @@ def matrix(
     height, width = cells.shape
     numbers = max(cells.shape) <= 15 if numbers is None else numbers
     step = 0.42 if numbers else 0.26 if rows is not None or columns is not None else 4.0 / max(height, width)
-    figure, axes = _axes(path, max(2.6, width * step + 1.4), max(2.2, height * step + 1.0), xlabel, ylabel, title)
+    # What labels need beside the cells; those of columns stand upright if they are longer than two letters.
+    beside, below = (0.07 * max(map(len, () if labels is None else labels), default=0) for labels in (rows, columns))
+    size = max(2.6, width * step + max(1.4, 0.8 + beside)), max(2.2, height * step + max(1.0, 0.7 + below))
+    figure, axes = _axes(path, *size, xlabel, ylabel, title)
     axes.grid(False)
     image = axes.imshow(cells, cmap="Blues", aspect="equal" if height * 4 > width else "auto", interpolation="nearest")
     for spine in axes.spines.values():

@@ -63,6 +63,19 @@ def test_matrix(size, tmp_path):
     assert amount(pixels(tmp_path / "m.png"), "#08306b") > 4 or size == (1, 1)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_grid_is_as_wide_as_its_title(count, tmp_path):
+    plots.image_grid(tmp_path / "g.png", torch.rand(count, 1, 4, 4), title="First layer (64 filters)", scale=0.4)
+    picture = pixels(tmp_path / "g.png")
+    assert (picture[:, :4] == 255).all() and (picture[:, -4:] == 255).all()
+
+
+def test_matrix_makes_room_for_long_labels(tmp_path):
+    names = [letter * 24 for letter in "nu"]
+    plots.matrix(tmp_path / "m.png", torch.eye(2), names, names, "predicted", "class")
+    assert amount(pixels(tmp_path / "m.png"), "#08306b") > 2 * 40**2  # two dark cells
+
+
 def test_reliability_writes_the_calibration_error(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
