@@ -3,7 +3,9 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import os
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from core import random
-from train.data import DataError, images
+from train.data import DataError, cifar, images
 
 DATA = os.environ.get("FUNCTREE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="FUNCTREE_DATA does not name a folder with real data sets")
@@ -149,6 +151,28 @@ def test_download_once(published, tmp_path):
     assert images.download("mnist", tmp_path / "cache", base_url="http://127.0.0.1:9/") == folder  # nothing to fetch
 
 
+def test_a_downloaded_archive_is_unpacked(tmp_path, monkeypatch):
+    served = tmp_path / "published"
+    served.mkdir()
+    rows = np.zeros((2, 3073), np.uint8)
+    rows[:, 0], rows[:, 1:] = (7, 2), 51
+    with tarfile.open(served / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for name in ("data_batch_1.bin", "test_batch.bin"):
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = rows.nbytes
+            archive.addfile(entry, io.BytesIO(rows.tobytes()))
+    sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in served.iterdir()}
+    monkeypatch.setitem(images.DOWNLOADS, "cifar10", ("http://127.0.0.1:9/", sums))
+    with serve(served) as url:
+        folder = images.download("cifar10", tmp_path / "cache", base_url=url)
+    assert folder == tmp_path / "cache"
+    (folder / "cifar-10-batches-bin" / "test_batch.bin").unlink()
+    assert images.download("cifar10", folder) == folder  # nothing to fetch, but to unpack
+    train, test = cifar.cifar10(folder)
+    assert train.labels.tolist() == test.labels.tolist() == [7, 2]
+    torch.testing.assert_close(train.images, torch.full((2, 3, 32, 32), 0.2))
+
+
 def test_download_failures_are_one_line(published, tmp_path):
     with pytest.raises(DataError, match="cannot fetch http://127.0.0.1:9/t10k-images-idx3-ubyte.gz"):
         images.download("mnist", tmp_path / "cache")
@@ -160,7 +184,7 @@ def test_download_failures_are_one_line(published, tmp_path):
         with pytest.raises(DataError, match="cannot fetch .*404"):
             images.download("mnist", tmp_path / "cache", base_url=url)
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    with pytest.raises(DataError, match="unknown data set 'imagenet', expected one of fashion-mnist, mnist"):
+    with pytest.raises(DataError, match="unknown data set 'imagenet', expected one of cifar10, fashion-mnist, mnist"):
         images.download("imagenet")
 
 
@@ -209,7 +233,7 @@ def test_pictures_are_scaled_to_cover_and_cut(tmp_path):
         (lambda d: None, "does not exist, expected a folder with one sub-folder a class"),
         (lambda d: d.write_text(""), "is a file, expected a folder"),
         (lambda d: save(d / "1.png", np.zeros((2, 2), np.uint8)), "has no sub-folders, expected one a class"),
-        (lambda d: (d / "cat").mkdir(parents=True), "no readable picture in the sub-folders of .* .0 unreadable."),
+        (lambda d: (d / "cat").mkdir(parents=True), "no picture in the sub-folders of"),
         (
             lambda d: [save(d / "cat" / f"{n}.png", np.zeros((n, 2), np.uint8)) for n in (2, 3)],
             "differ in size: .*2.png is 2x2 and .*3.png is 3x2; give a size",

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from core import random
 from train.data import DataError
+from train.data.image_files import listing
+from train.data.pictures import converted, opened
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ def mnist(directory: str | os.PathLike) -> tuple[Labelled, Labelled]:
     return read_idx_pair(*parts[0]), read_idx_pair(*parts[1])
 
 
-# Published MD5 sums of the .gz files, and where they are served.
+# Published MD5 sums, and where the files are served.
 DOWNLOADS = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -149,6 +152,10 @@ DOWNLOADS = {
             "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
     ),
+    "cifar10": (
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+    ),
 }
 
 
@@ -156,7 +163,7 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
     """Fetch a known data set and return its folder; files that are there already and whole are not fetched again.
 
     Args:
-        name: "mnist" or "fashion-mnist"; `mnist(folder)` reads both.
+        name: "mnist" or "fashion-mnist", which `mnist(folder)` reads, or "cifar10", for `cifar.cifar10(folder)`.
         directory: where to keep it, a folder in the user's cache if None.
         base_url: another place that serves the same files (their checksums are compared).
 
@@ -170,8 +177,9 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
     folder = Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / name
     address = f"{(base_url or address).rstrip('/')}/"
     for file, md5 in files.items():
+        unpack = pooch.Untar(extract_dir=".") if file.endswith(".tar.gz") else None
         try:
-            pooch.retrieve(address + file, known_hash=f"md5:{md5}", fname=file, path=folder)
+            pooch.retrieve(address + file, known_hash=f"md5:{md5}", fname=file, path=folder, processor=unpack)
         except ValueError:
             raise DataError(f"{address}{file} is not the published file: its MD5 sum differs from {md5}") from None
         except Exception as error:  # whatever the network library raises
@@ -193,61 +201,35 @@ def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | Non
 
     Raises DataError: no such folder, no sub-folder, no readable picture, different sizes.
     """
-    directory = Path(directory)
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}, expected 1 or 3")
-    if not directory.is_dir():
-        problem = "is a file" if directory.exists() else "does not exist"
-        raise DataError(f"{directory} {problem}, expected a folder with one sub-folder a class")
-    classes = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise DataError(f"{directory} has no sub-folders, expected one a class")
-    images, labels, paths, skipped = [], [], [], []
-    for label, name in enumerate(classes):
-        for path in sorted(p for p in (directory / name).rglob("*") if p.is_file() and _is_picture(p)):
-            try:
-                image = read_image(path, size, channels)
-            except DataError as error:
-                log.warning("skipped: %s", error)
-                skipped.append((path, str(error)))
-                continue
-            if images and image.shape != images[0].shape:
-                sizes = [f"{p} is {x.shape[1]}x{x.shape[2]}" for p, x in ((paths[0], images[0]), (path, image))]
-                raise DataError(f"the pictures differ in size: {' and '.join(sizes)}; give a size to scale them to")
-            images.append(image)
-            labels.append(label)
-            paths.append(path)
+    files = listing(directory)
+    images, kept, skipped = [], [], []
+    for number, path in enumerate(files.paths):
+        try:
+            image = read_image(path, size, channels)
+        except DataError as error:
+            log.warning("skipped: %s", error)
+            skipped.append((path, str(error)))
+            continue
+        if images and image.shape != images[0].shape:
+            first = (files.paths[kept[0]], images[0])
+            sizes = [f"{p} is {x.shape[1]}x{x.shape[2]}" for p, x in (first, (path, image))]
+            raise DataError(f"the pictures differ in size: {' and '.join(sizes)}; give a size to scale them to")
+        images.append(image)
+        kept.append(number)
     if not images:
         raise DataError(f"no readable picture in the sub-folders of {directory} ({len(skipped)} unreadable)")
-    return Folder(torch.stack(images), torch.tensor(labels), tuple(classes), tuple(paths), tuple(skipped))
+    paths = tuple(files.paths[number] for number in kept)
+    return Folder(torch.stack(images), files.labels[kept], files.classes, paths, tuple(skipped))
 
 
 def read_image(path: str | os.PathLike, size: int | tuple[int, int] | None = None, channels: int = 3) -> Tensor:
     """One picture as (channels, height, width) float32 in [0, 1]; see `image_folder`. Raises DataError."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                # Pillow's own conversion would clip 16 bits to 8.
-                values = np.asarray(image).astype(np.float64) / 65535
-                image = Image.fromarray(np.round(values.clip(0, 1) * 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB" if channels == 3 else "L")
-            if size is not None:
-                height, width = (size, size) if isinstance(size, int) else size
-                image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-            pixels = np.asarray(image, np.float32) / 255
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist, expected a picture") from None
-    except Exception as error:  # decoders raise whatever they like on a garbled file
-        raise DataError(f"{path} cannot be read as a picture: {error}") from None
+    with opened(path) as image:
+        image = converted(image, channels)
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image, np.float32) / 255
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
-
-
-def _is_picture(path: Path) -> bool:
-    from PIL import Image
-
-    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
