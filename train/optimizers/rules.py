@@ -196,6 +196,7 @@ def muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.1,
+    mask: Predicate | None = None,
     steps: int = 5,
     adjust: str = "original",
     flatten: bool = False,
@@ -209,7 +210,7 @@ def muon(
 
     Args:
         matrices: which leaves are Muon's; by default all that have two dimensions.
-        weight_decay: decoupled, of Muon's leaves only.
+        weight_decay: decoupled, of Muon's leaves only, and of these only where `mask(name, leaf)` if there is a mask.
         flatten: Muon's leaves are (rows, ...), such as convolutions, and their other axes together are the columns.
         dtype: what Newton-Schulz is computed in; bfloat16 as published.
     """
@@ -223,7 +224,7 @@ def muon(
             dtype=dtype,
             moment_dtype=moment_dtype,
         ),
-        add_decayed_weights(weight_decay),
+        add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
     return by_path(
