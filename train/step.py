@@ -63,9 +63,12 @@ def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
 
 def compiled(f: Callable, backend: str = "inductor") -> Callable:
     """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words."""
-    graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend)
+    graph = None
 
     def run(*args):
+        nonlocal graph
+        if graph is None:
+            graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend, options=_options(backend, args))
         try:
             return graph(*args)
         except torch._dynamo.exc.TorchDynamoException:
@@ -74,6 +77,13 @@ def compiled(f: Callable, backend: str = "inductor") -> Callable:
             raise
 
     return run
+
+
+def _options(backend: str, args: tuple) -> dict | None:
+    # On a CPU, inductor lays images out with their channels last. Parameters and their gradients come and go in the
+    # usual order, so in a train step the copies cost more than the layout gains (tests/benchmarks/classifiers.py).
+    on_cpu = all(leaf.device.type == "cpu" for leaf in tree.leaves(args) if isinstance(leaf, Tensor))
+    return {"layout_optimization": False} if backend == "inductor" and on_cpu else None
 
 
 def _slice(batch: Tree, start: int, size: int) -> Tree:
