@@ -6,6 +6,7 @@ and its own order of the data. Without a flag they learn from 500 of scikit-lear
 
     python experiments/ensemble.py                                       about 20 seconds on 2 CPU cores
     python experiments/ensemble.py --data FOLDER --widths 512 512 --steps 20000    MNIST, or a set in its format
+    python experiments/ensemble.py --net cifar-resnet8 --members 8                 with batch norm
     python experiments/ensemble.py evaluate --run runs/ensemble/NAME     the figures of a run again
 
 It ends with the spread of the members' accuracy, how well their confidence is calibrated, and what averaging gains.
@@ -17,17 +18,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core import random, spec, tree
-from nets import mlp
+from nets import classifiers, mlp
 from train import checkpoints, command_line, optimizers, plots, runs, schedules
-from train.data import images, order
+from train.data import image_sets, images, order
 from train.losses import accuracy, cross_entropy, nll
 from train.metrics import expected_calibration_error, reliability_bins
-from train.step import create, make_step
+from train.step import compiled, create, make_step
 
 RUNS = Path("runs/ensemble")
 TEST_DIGITS = 1297  # of 1797: with fewer, chance would hide how well confidence is calibrated
@@ -37,11 +40,13 @@ BINS = 10  # of confidence
 @dataclass(frozen=True)
 class Args:
     data: str = "digits"
-    """"digits" (in scikit-learn), or a folder with the four files of MNIST or of a set in its format."""
+    """"digits" (in scikit-learn), "mnist", "cifar10" ... (downloaded once), or a folder with their files."""
     members: int = 16
     """How many classifiers."""
+    net: str = "mlp"
+    """"mlp", or a preset of nets.classifiers such as cifar-resnet8 or lenet5-relu (a wrong name lists some)."""
     widths: tuple[int, ...] = (128, 128)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers of the mlp."""
     steps: int = 1000
     """Training steps; the learning rate falls to 0 over all of them."""
     batch: int = 50
@@ -62,17 +67,28 @@ class Args:
     """Compile the train step with torch.compile: about 10 seconds the first time, later a few."""
 
 
+class Net(NamedTuple):
+    module: ModuleType
+    cfg: Any
+
+
 @dataclass(frozen=True)
 class EvaluateArgs:
     run: Path
     """Folder of a run, such as runs/ensemble/NAME."""
 
 
-def read(args: Args) -> tuple[images.Labelled, images.Labelled, mlp.Config]:
+def read(args: Args) -> tuple[images.Labelled, images.Labelled, Net]:
     """(train, test, the net that fits them)."""
-    train, test = images.digits(TEST_DIGITS) if args.data == "digits" else images.mnist(args.data)
-    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    return train, test, mlp.Config((train.images[0].numel(), *args.widths, classes))
+    if args.data == "digits":
+        (train, test), classes = images.digits(TEST_DIGITS), 10
+    else:
+        _, train, test, names = image_sets.in_memory(args.data)
+        classes = len(names)
+    _, channels, _, size = train.images.shape
+    if args.net == "mlp":
+        return train, test, Net(mlp, mlp.Config((train.images[0].numel(), *args.widths, classes)))
+    return train, test, Net(*classifiers.configured(args.net, channels=channels, classes=classes, size=size))
 
 
 def batches(data: images.Labelled, keys: Tensor, steps: range, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,16 +103,17 @@ def batches(data: images.Labelled, keys: Tensor, steps: range, size: int) -> Ite
         yield data.images[chosen], data.labels[chosen]
 
 
-def loss(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, cfg: mlp.Config) -> Tensor:
+def loss(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, net: Net) -> Tensor:
     pixels, labels = batch
-    return cross_entropy(mlp.apply(params, pixels, cfg, train=True), labels)
+    heads = classifiers.weighted_logits(net.module, net.module.apply(params, pixels, net.cfg, key=keys, train=True))
+    return sum(weight * cross_entropy(logits, labels) for weight, logits in heads)
 
 
 @torch.no_grad()
-def log_probabilities(params: tree.Tree, pixels: Tensor, cfg: mlp.Config) -> Tensor:
+def log_probabilities(values: tree.Tree, pixels: Tensor, net: Net) -> Tensor:
     """(members, examples, classes)."""
-    members = torch.vmap(functools.partial(mlp.apply, cfg=cfg), in_dims=(0, None))
-    parts = [members(params, pixels[part]) for part in order.evaluation_batches(len(pixels), 1000)]
+    members = torch.vmap(functools.partial(net.module.apply, cfg=net.cfg), in_dims=(0, None))
+    parts = [members(values, pixels[part]) for part in order.evaluation_batches(len(pixels), 1000)]
     return torch.cat(parts, 1).log_softmax(-1)
 
 
@@ -114,9 +131,9 @@ def by_size(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(rows, 1).unbind(0)
 
 
-def study(folder: Path, params: tree.Tree, test: images.Labelled, cfg: mlp.Config) -> dict[str, float]:
+def study(folder: Path, values: tree.Tree, test: images.Labelled, net: Net) -> dict[str, float]:
     """The figures of the ensemble on the test examples; draws them into `ensemble.png`."""
-    log_probs = log_probabilities(params, test.images, cfg)
+    log_probs = log_probabilities(values, test.images, net)
     members, labels = len(log_probs), test.labels
     averaged = log_probs.logsumexp(0) - math.log(members)
     accuracies, nlls = by_size(log_probs, labels)
@@ -158,21 +175,25 @@ def train(args: Args) -> None:
     command_line.at_least_one(members=args.members, steps=args.steps, batch=args.batch, save_every=args.save_every)
     command_line.at_least_one(widths=min(args.widths, default=1))
     command_line.positive(learning_rate=args.learning_rate)
-    device, (learn, test, cfg) = command_line.device(args.device), read(args)
+    device, (learn, test, net) = command_line.device(args.device), read(args)
     if args.batch > len(learn.labels):
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {len(learn.labels)} examples to learn from")
     learn, test = tree.move((learn, test), device)
 
-    model, optimizer = mlp.spec(cfg), optimizers.adamw(schedules.cosine(args.learning_rate, args.steps))
+    model, optimizer = net.module.spec(net.cfg), optimizers.adamw(schedules.cosine(args.learning_rate, args.steps))
     keys = random.split(random.key(args.seed, device), args.members)
     states = torch.vmap(functools.partial(create, model=model, optimizer=optimizer))(keys)
     states = tree.map(torch.Tensor.contiguous, states)  # vmap repeats what the members share, such as the step
     order_keys = random.fold_in(keys, 2)  # `create` has used numbers 0 and 1
-    identity = {"net": cfg, "members": args.members, "examples": {"train": len(learn.labels), "test": len(test.labels)}}
+    identity = {
+        "net": net.cfg,
+        "members": args.members,
+        "examples": {"train": len(learn.labels), "test": len(test.labels)},
+    }
     states = runs.restore(origin, states, identity, args.steps)
-    step = torch.vmap(make_step(functools.partial(loss, cfg=cfg), optimizer, compile=False))
+    step = torch.vmap(make_step(functools.partial(loss, net=net), optimizer, compile=False))
     if args.compile:
-        step = torch.compile(step, fullgraph=True, dynamic=False)
+        step = compiled(step)
 
     config = {"args": args, **identity, "torch": torch.__version__}
     with runs.opened(origin, config, total=args.steps) as run:
@@ -194,17 +215,21 @@ def train(args: Args) -> None:
         seconds = runs.seconds(run)
         if runs.stopped(run, at):
             return
-        figures = study(run.folder, states.params, test, cfg)
+        figures = study(run.folder, tree.merge(states.params, states.stats), test, net)
         run.log.result({**figures, "steps": at, "seconds": seconds, "parameters": args.members * tree.count(model)})
     print(f"{SUMMARY.format(**figures)}\n{at} steps in {seconds:.0f} s; files in {run.folder}/")
 
 
 def evaluate(args: EvaluateArgs) -> None:
     trained, saved = runs.read_config(args.run, "args", Args), args.run / "checkpoints"
-    _, test, cfg = read(trained)
-    template = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(mlp.spec(cfg)))
-    params = checkpoints.restore(saved, template, part="params")
-    print(SUMMARY.format(**study(args.run, params, test, cfg)))
+    _, test, net = read(trained)
+    model = net.module.spec(net.cfg)
+    template = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(model))
+    parts = [
+        checkpoints.restore(saved, part, part=name) if tree.leaves(part) else part
+        for name, part in zip(("params", "stats"), spec.split(model, template), strict=True)
+    ]
+    print(SUMMARY.format(**study(args.run, tree.merge(*parts), test, net)))
     print(f"after {checkpoints.latest(saved)} steps; figure in {args.run / 'ensemble.png'}")
 
 

@@ -15,7 +15,7 @@ from core import random, spec, tree
 from nets import mlp
 from train import checkpoints, optimizers
 from train.data import images, order
-from train.step import TrainState, create
+from train.step import TrainState, compiled, create
 
 call, start, refused, completed = (
     functools.partial(function, "ensemble") for function in (runs.call, runs.start, runs.refused, runs.completed)
@@ -122,7 +122,7 @@ def test_each_member_trains_as_it_would_alone(place):
 
 def test_compiled_run_is_one_graph_with_the_same_values(here, monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("train.step.compiled", functools.partial(compiled, backend="aot_eager"))
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert call(*QUICK[:-1], *STEPS, "--name", "compiled") == 0
     torch._dynamo.reset()
@@ -131,6 +131,16 @@ def test_compiled_run_is_one_graph_with_the_same_values(here, monkeypatch):
     torch.testing.assert_close(
         state_of(folder / "compiled").params, state_of(folder / "whole").params, rtol=1e-3, atol=1e-5
     )
+
+
+def test_batch_norm(here, capsys):
+    flags = ("--net", "cifar-resnet8", "--members", "2", "--steps", "6", "--batch", "20", "--no-compile")
+    assert call(*flags, "--name", "resnet") == 0
+    figures = result(here / "runs" / "ensemble" / "resnet")
+    assert figures["parameters"] == 2 * 75_489
+    capsys.readouterr()
+    assert call("evaluate", "--run", "runs/ensemble/resnet") == 0
+    assert f"NLL {figures['ensemble_nll']:.4f}" in capsys.readouterr().out  # with the running statistics of each
 
 
 def test_evaluate_draws_and_prints_the_same_again(here, capsys):
@@ -254,7 +264,7 @@ def test_help(capsys):
         (["--steps", "-1"], "--steps is -1; expected at least 1"),
         (["--batch", "501"], "--batch is 501, but 'digits' has 500 examples to learn from"),
         (["--learning-rate", "nan"], "--learning-rate is nan; expected a positive number"),
-        (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in nowhere"),
+        (["--data", "nowhere"], "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),
         (["--name", "whole"], "whole' exists already; continue it with --resume or choose another --name"),
         (["--resume", "--name", "whole", "--members", "4"], "with --members 4: it was started with 3"),

@@ -1,0 +1,230 @@
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+from runs import config, contents, flag_id, is_png, metrics, result, same_bits
+
+from core import random, spec, tree
+from nets import classifiers, squeezenet
+from train import checkpoints
+from train.data import images
+from train.step import make_step
+
+call, refused, completed = (
+    functools.partial(function, "classify") for function in (runs.call, runs.refused, runs.completed)
+)
+QUICK = ("--net", "lenet-digits", "--epochs", "1", "--batch", "100", "--save-every", "10", "--no-compile")
+COLOURS = {"blue": (20, 40, 200), "green": (30, 180, 40), "red": (210, 30, 20)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a finished run on digits, runs/classify/whole, and class folders of pictures; not to be changed."""
+    folder = tmp_path_factory.mktemp("classify")
+    pictures(folder / "colours")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(*QUICK, "--name", "whole") == 0
+    return folder
+
+
+def pictures(folder, each=6):
+    """`train` and `val` with pictures of one colour each, and noise."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", each), ("val", 3)):
+        for name, colour in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(-20, 20, (24 + i, 30, 3))
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
+
+
+def parameters(run, net="lenet-digits", channels=1, classes=10, size=8, step=None):
+    module, cfg = classifiers.configured(net, channels=channels, classes=classes, size=size)
+    params, _ = spec.split(module.spec(cfg), spec.abstract(module.spec(cfg)))
+    return checkpoints.restore(run / "checkpoints", params, step, part="params")
+
+
+def test_folder_of_a_run(place, capsys):
+    run = place / "runs" / "classify" / "whole"
+    assert checkpoints.steps(run / "checkpoints") == [10, 15]
+    for name in ("confusion", "calibration", "mistakes", "filters", "accuracy"):
+        assert is_png(run / f"{name}.png")
+    figures, stored = result(run), config(run)
+    assert figures["steps"] == 15 and figures["parameters"] == 13_706 and figures["skipped"] == 0
+    assert figures["images_per_second"] > 0 and 0 < figures["accuracy"] <= figures["top5_accuracy"] <= 1
+    assert stored["trained"]["classes"] == [str(i) for i in range(10)] and stored["recipe"]["batch"] == 100
+    assert [r["step"] for r in metrics(run)] == [10, 15, 15]
+
+
+def test_evaluation_repeats_the_figures(here, capsys):
+    run = here / "runs" / "classify" / "whole"
+    figures = result(run)
+    shutil.rmtree(run / "checkpoints" / "10")
+    assert call("evaluate", "--run", run) == 0
+    out = capsys.readouterr().out
+    assert f"{figures['accuracy']:.2%} of the test images right" in out and f"NLL {figures['nll']:.4f}" in out
+    _, test = images.digits()
+    module, cfg = classifiers.configured("lenet-digits", channels=1, classes=10, size=8)
+    learn, _ = images.digits()
+    pixels = (test.images - learn.images.mean()) / learn.images.std()
+    right = (module.apply(parameters(run), pixels, cfg).argmax(-1) == test.labels).float().mean()
+    assert float(right) == pytest.approx(figures["accuracy"])
+
+
+def test_prediction(here, capfd):
+    _, test = images.digits()
+    for i in range(2):
+        Image.fromarray((test.images[i, 0].numpy() * 255).astype(np.uint8)).save(f"{i}.png")
+    before = contents(here / "runs")
+    assert call("predict", "0.png", "1.png", "--run", "runs/classify/whole") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "0.png" and lines[6] == "1.png" and len(lines) == 13
+    shares = [float(line.split("%")[0]) for line in lines[1:6]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.1
+    assert is_png(here / "predictions.png") and contents(here / "runs") == before
+    (here / "bad.png").write_bytes(b"no picture")
+    line = refused(capfd, "predict", "bad.png", "--run", "runs/classify/whole")
+    assert "bad.png cannot be read as a picture" in line
+
+
+CHANGES = "--crop 1 --flip True --colour-jitter 0.4 --rand-augment 9 --erase 0.3 --mixup 0.2 --cutmix 1".split()
+
+
+@pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--optimizer", "muon", *CHANGES)], ids=["plain", "all"])
+def test_resumed_run_has_the_same_bits(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*QUICK, *options, "--name", "a") == 0
+    run = tmp_path / "runs" / "classify" / "a"
+    whole, figures = parameters(run), result(run)
+    shutil.rmtree(run / "checkpoints" / "15")
+    assert call("--resume") == 0
+    again = result(run)
+    assert same_bits(parameters(run), whole) and again["nll"] == figures["nll"]
+
+
+def test_pictures_in_folders(here, capsys):
+    (here / "colours" / "train" / "red" / "odd.png").write_bytes(b"")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(here / "colours" / "val" / "red" / "grey16.png")
+    Image.new("RGBA", (30, 20), (0, 0, 255, 128)).save(here / "colours" / "val" / "blue" / "rgba.png")
+    flags = ("--net", "cifar-resnet8", "--size", "16", "--batch", "6", "--no-compile", "--learning-rate", "0.1")
+    assert call("--data", "colours", *flags, "--epochs", "8", "--save-every", "12", "--name", "c") == 0
+    out = capsys.readouterr().out
+    assert "1 of the files could not be read, and were skipped" in out
+    run = here / "runs" / "classify" / "c"
+    figures = result(run)
+    assert figures["skipped"] == 1 and figures["steps"] == 24 and figures["accuracy"] > 0.7
+    size = {"net": "cifar-resnet8", "channels": 3, "classes": 3, "size": 16}
+    whole = parameters(run, **size)
+    shutil.rmtree(run / "checkpoints" / "24")
+    assert call("--resume", "--workers", "0") == 0
+    assert same_bits(parameters(run, **size), whole)
+    assert call("predict", "colours/val/green/0.jpg", "--run", run) == 0
+    assert "green" in capsys.readouterr().out.splitlines()[-5]
+
+
+def test_all_options_together(here):
+    flags = "--optimizer muon --ema 0.9 --micro-batches 2 --dtype bfloat16 --label-smoothing 0.1 --schedule step"
+    kept = "--no-decay head* --channels-last --head-learning-rate 0.01 --freeze convs.0.*"
+    assert call(*QUICK, *flags.split(), *kept.split(), *CHANGES, "--name", "all") == 0
+    run = here / "runs" / "classify" / "all"
+    first, last = (parameters(run, step=step) for step in (10, 15))
+    assert same_bits(first["convs"][0], last["convs"][0]) and not same_bits(first["convs"][1], last["convs"][1])
+
+
+def test_finetuning_of_an_own_run(here, capsys):
+    """The digits' net learns other classes: pixels of one channel, five classes."""
+    learn, test = images.digits()
+    for part, data in (("train", learn), ("t10k", test)):
+        few = data.labels < 5
+        write_idx(here / "five" / f"{part}-images-idx3-ubyte", (data.images[few, 0] * 255).to(torch.uint8).numpy())
+        write_idx(here / "five" / f"{part}-labels-idx1-ubyte", data.labels[few].to(torch.uint8).numpy())
+    flags = ("--data", "five", "--weights", "runs/classify/whole", "--batch", "50", "--epochs", "2", "--no-compile")
+    assert call("finetune", *flags, "--freeze", "convs*", "--name", "tuned") == 0
+    assert "drawn anew, as the weights are for other classes: head.bias, head.weight" in capsys.readouterr().out
+    run = here / "runs" / "classify" / "tuned"
+    old, new = parameters(here / "runs" / "classify" / "whole"), parameters(run, classes=5)
+    assert same_bits(old["convs"], new["convs"]) and not same_bits(old["hidden"], new["hidden"])
+    assert new["head"]["weight"].shape == (5, 64) and config(run)["recipe"]["net"] == "lenet-digits"
+    assert config(run)["trained"]["mean"] == config(here / "runs" / "classify" / "whole")["trained"]["mean"]
+    assert call("--resume") == 0  # it is finished: nothing changes
+    assert same_bits(parameters(run, classes=5), new)
+
+
+def write_idx(path, array):
+    path.parent.mkdir(exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def test_finetuning_of_published_weights(here, capfd):
+    cfg = squeezenet.PRESETS["squeezenet1_1"]
+    model, table = squeezenet.spec(cfg), squeezenet.rename_table(cfg)
+    values = spec.init(random.key(5), model)
+    torch.save({table[name].theirs: leaf for name, leaf in tree.items(values)}, "squeezenet.pth")
+    flags = ("--data", "colours", "--net", "squeezenet1_1", "--weights", "squeezenet.pth", "--size", "32")
+    frozen = ("--freeze", "stem*", "stages*", "--batch", "6", "--epochs", "1", "--no-compile", "--workers", "0")
+    assert call("finetune", *flags, *frozen, "--name", "s") == 0
+    size = {"net": "squeezenet1_1", "channels": 3, "classes": 3, "size": 32}
+    new = parameters(here / "runs" / "classify" / "s", **size)
+    assert same_bits(new["stages"], values["stages"]) and new["head"]["weight"].shape[0] == 3
+    assert config(here / "runs" / "classify" / "s")["trained"]["std"] == [0.229, 0.224, 0.225]
+    line = refused(capfd, "finetune", *flags[:2], "--net", "squeezenet1_0", *flags[4:], *frozen)
+    assert "squeezenet.pth" in line
+
+
+def test_compiled_run_has_the_same_values(here, monkeypatch):
+    monkeypatch.setattr("train.step.make_step", functools.partial(make_step, backend="aot_eager"))
+    torch._dynamo.reset()
+    assert call(*QUICK[:-1], "--name", "compiled") == 0
+    found, wanted = (parameters(here / "runs" / "classify" / name) for name in ("compiled", "whole"))
+    for (name, a), b in zip(tree.items(found), tree.leaves(wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--net", "resnet19"], "no net is named 'resnet19'; close to it: resnet1"),
+        (["--net", "resnet18"], "the images are 8 x 8; expected at least 32 a side"),
+        (["--data", "nowhere"], "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
+        (["--optimizer", "adam"], "--optimizer 'adam' is unknown; expected one of sgd, adamw, muon"),
+        (["--schedule", "linear"], "--schedule 'linear' is unknown; expected one of cosine, step, constant"),
+        (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+        (["--batch", "2000"], "--batch is 2000, but 'digits' has 1500 images to learn from"),
+        (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--epochs", "0"], "--epochs is 0.0; expected a positive number"),
+        (["--micro-batches", "3"], "--batch 64 does not divide into --micro-batches 3"),
+        (["--ema", "1"], "expected shares of 1"),
+        (["--freeze", "stemm*"], "the pattern 'stemm*' fits no leaf; there are"),
+        (["--weights", "nothing.pth"], "nothing.pth"),
+        (["--weights", "published", "--net", "resnet18", "--size", "32"], "want images of 3 channels, found 1"),
+        (["--weights", "runs/classify/whole", "--net", "cifar-resnet8"], "only the head may differ"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used"),
+        (["--name", "whole"], "exists already"),
+        (["--resume", "--name", "whole", "--batch", "50"], "it was started with"),
+        (["evaluate", "--run", "nowhere"], "nowhere"),
+        (["evaluate", "--run", "runs/classify/whole", "--data", "colours"], "the images have 3 classes"),
+        (["predict", "a.png", "--run", "runs/classify/whole"], "a.png does not exist"),
+    ],
+    ids=flag_id,
+)
+def test_refused_in_one_line(flags, message, here, capfd, monkeypatch):
+    def offline(*_, **__):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr("pooch.retrieve", offline)
+    assert message in refused(capfd, *flags)
+
+
+@pytest.mark.slow
+def test_no_flags(tmp_path):
+    """The run that the experiment's first lines promise, compiled."""
+    completed(tmp_path)
+    (run,) = (tmp_path / "runs" / "classify").iterdir()
+    assert result(run)["accuracy"] >= 0.98
