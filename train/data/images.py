@@ -11,13 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from core import random
 from train.data import DataError
-from train.data.image_files import listing
-from train.data.pictures import converted, opened
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +198,8 @@ def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | Non
 
     Raises DataError: no such folder, no sub-folder, no readable picture, different sizes.
     """
+    from train.data.image_files import listing
+
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}, expected 1 or 3")
     files = listing(directory)
@@ -226,6 +225,10 @@ def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | Non
 
 def read_image(path: str | os.PathLike, size: int | tuple[int, int] | None = None, channels: int = 3) -> Tensor:
     """One picture as (channels, height, width) float32 in [0, 1]; see `image_folder`. Raises DataError."""
+    from PIL import Image, ImageOps
+
+    from train.data.pictures import converted, opened
+
     with opened(path) as image:
         image = converted(image, channels)
         if size is not None:
