@@ -7,7 +7,7 @@ import torch
 
 from train.data import DataError, tokenizers
 from train.data.text import embedded_text
-from train.data.tokenizers import BytePairTokenizer, CharTokenizer
+from train.data.tokenizers import BOS, EOS, PAD, SPECIAL, UNK, BytePairTokenizer, CharTokenizer, SentenceTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,75 @@ def test_garbled_merges(tmp_path):
 def test_vocabulary_without_room_for_the_bytes():
     with pytest.raises(DataError, match="a vocabulary of 100 is too small: expected at least 257"):
         tokenizers.train_byte_pairs(["abc"], 100)
+
+
+SENTENCES = [f"Ein Satz über {i} Bäume, mit „Zeichen“." for i in range(50)] + ["A sentence's trees. It is here!"] * 20
+
+
+@pytest.fixture(scope="module", params=["byte pairs", "words"])
+def sentences(request) -> SentenceTokenizer:
+    return tokenizers.train_sentences(SENTENCES, 320, words=request.param == "words")
+
+
+def test_sentences_have_the_special_tokens_first(sentences):
+    assert [sentences.token_id(token) for token in SPECIAL] == [PAD, BOS, EOS, UNK] == [0, 1, 2, 3]
+    assert sentences.vocabulary_size <= 320
+    for text in SENTENCES:
+        ids = sentences.encode(text)
+        assert min(ids) > UNK and sentences.decode(ids) == text
+        assert sentences.decode([BOS, *ids, EOS, PAD, PAD]) == sentences.decode(torch.tensor(ids)) == text
+    assert sentences.encode_batch(SENTENCES) == [sentences.encode(text) for text in SENTENCES]
+    assert sentences.encode("") == [] and sentences.decode([]) == "" and sentences.encode_batch([]) == []
+
+
+def test_special_tokens_in_a_sentence_are_text(sentences, tmp_path):
+    sentences.save(tmp_path / "tokenizer.json")
+    for tokenizer in (sentences, tokenizers.load(tmp_path / "tokenizer.json")):
+        ids = tokenizer.encode("Ein <eos> Satz<pad>")
+        assert not {PAD, BOS, EOS} & set(ids)
+
+
+def test_first_word_as_any_other(sentences):
+    assert sentences.encode("Ein Satz über") == sentences.encode("Ein") + sentences.encode("Satz über")
+
+
+def test_unknown_words_are_shown():
+    words = tokenizers.train_sentences(SENTENCES, 100, words=True)
+    ids = words.encode("Ein Quark über Bäume, mit Quark")
+    assert ids.count(UNK) == 2 and words.decode(ids) == "Ein <unk> über Bäume, mit <unk>"
+    assert words.tokens([BOS, *ids[:4], EOS, PAD]) == ["<bos>", "Ein", "<unk>", "über", "Bäume", "<eos>", "<pad>"]
+    few = tokenizers.train_sentences(SENTENCES, 10, words=True)
+    assert few.vocabulary_size == 10 and UNK in few.encode(SENTENCES[0])
+
+
+def test_byte_pairs_of_sentences_encode_anything():
+    tokenizer = tokenizers.train_sentences(SENTENCES, 270)
+    for text in ("naïve 你好 🙂", "no such words", "<unk>", "two  spaces and a tab\t."):
+        ids = tokenizer.encode(text)
+        assert UNK not in ids and tokenizer.decode(ids) == text
+    with pytest.raises(DataError, match="character '.udc80' at position 1 is no Unicode text"):
+        tokenizer.encode_batch(["good", "a\udc80"])
+    with pytest.raises(DataError, match="token id 270 is outside the vocabulary of 270"):
+        tokenizer.decode([5, 270])
+
+
+def test_sentences_save_and_load(sentences, tmp_path):
+    sentences.save(tmp_path / "tokenizer.json")
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = tokenizers.load(place)
+        assert type(loaded) is SentenceTokenizer and loaded.fingerprint == sentences.fingerprint
+        assert loaded.encode_batch(SENTENCES) == sentences.encode_batch(SENTENCES)
+
+
+def test_the_same_sentences_give_the_same_tokenizer():
+    for words in (False, True):
+        made = [tokenizers.train_sentences(SENTENCES, 300, words=words).fingerprint for _ in range(3)]
+        assert len(set(made)) == 1
+
+
+def test_sentences_need_their_special_tokens(byte_pairs):
+    with pytest.raises(DataError, match=r"the tokenizer begins with .*<\|endoftext\|>.*, expected .*<pad>"):
+        SentenceTokenizer(byte_pairs.tokenizer)
+    for words, least in ((False, 260), (True, 5)):
+        with pytest.raises(DataError, match=f"a vocabulary of {least - 1} is too small: expected at least {least}"):
+            tokenizers.train_sentences(SENTENCES, least - 1, words=words)

@@ -1,4 +1,5 @@
-"""Tokenizers: characters, and byte-level byte pairs (GPT-2's kind). Both have the face `Tokenizer`."""
+"""Tokenizers with one face, `Tokenizer`: characters, byte-level byte pairs (GPT-2's kind), and those of sentences, byte
+pairs or words, for translation."""
 
 import functools
 import hashlib
@@ -16,6 +17,9 @@ from train.files import read_json, replacing, write_json
 
 FORMAT = "functree characters 1"
 END_OF_TEXT = "<|endoftext|>"
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+PAD, BOS, EOS, UNK = range(4)
+"""What fills a batch up, begins a translation, ends a sentence, and stands for a word that is not in the vocabulary."""
 
 
 class Tokenizer(Protocol):
@@ -128,6 +132,53 @@ class BytePairTokenizer:
             temporary.write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
+class SentenceTokenizer(BytePairTokenizer):
+    """Byte pairs or whole words of sentences, shared by two languages; ids 0 to 3 are `SPECIAL`.
+
+    What a sentence contains is text, even if it looks like a special token. A word begins with the white space before
+    it, and the first word is treated as if some stood before it: so it has the ids that it has elsewhere.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+
+    Raises DataError if ids 0 to 3 are other tokens.
+    """
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+        if not _is_for_sentences(tokenizer):
+            found = [tokenizer.id_to_token(i) for i in range(len(SPECIAL))]
+            raise DataError(f"the tokenizer begins with {found}, expected {list(SPECIAL)}")
+        tokenizer.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, by several threads. Raises DataError as `encode` does."""
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        except TypeError:
+            return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Without <pad>, <bos> and <eos>; unknown words are written as <unk>. Raises as `BytePairTokenizer.decode`."""
+        ids = _as_list(ids)
+        _check_ids(ids, self.vocabulary_size)
+        known = [[]]
+        for i in ids:
+            if i == UNK:
+                known.append([])
+            elif i > UNK:
+                known[-1].append(i)
+        return " <unk>".join(self.tokenizer.decode(part) for part in known).removeprefix(" ")
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each id as text, special tokens too: labels for the rows and columns of attention."""
+        return [SPECIAL[i] if i <= UNK else self.tokenizer.decode([i]).strip() for i in _as_list(ids)]
+
+
+def _is_for_sentences(tokenizer: Any) -> bool:
+    return all(tokenizer.token_to_id(token) == i for i, token in enumerate(SPECIAL))
+
+
 def train_byte_pairs(
     texts: Iterable[str], vocabulary_size: int, special: Sequence[str] = (END_OF_TEXT,), progress: bool = False
 ) -> BytePairTokenizer:
@@ -150,7 +201,38 @@ def train_byte_pairs(
     return BytePairTokenizer(tokenizer)
 
 
-def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer:
+def train_sentences(
+    sentences: Iterable[str], vocabulary_size: int, words: bool = False, progress: bool = False
+) -> SentenceTokenizer:
+    """Learn one vocabulary from the sentences of both languages (Sennrich et al. 2016, arXiv:1508.07909, joint BPE).
+
+    Ids are `SPECIAL`, then the 256 bytes and the byte pairs in order of frequency; or, with `words`, the most frequent
+    words and punctuation marks, the others being <unk>.
+
+    Args:
+        vocabulary_size: at most so many ids.
+
+    Raises DataError if the vocabulary has no room for bytes and special tokens.
+    """
+    import tokenizers
+
+    least = len(SPECIAL) + (1 if words else 256)
+    if vocabulary_size < least:
+        raise DataError(f"a vocabulary of {vocabulary_size} is too small: expected at least {least}")
+    options = {"vocab_size": vocabulary_size, "special_tokens": list(SPECIAL), "show_progress": progress}
+    if words:
+        model = tokenizers.models.WordLevel(unk_token=SPECIAL[UNK])
+        trainer = tokenizers.trainers.WordLevelTrainer(**options)
+    else:
+        model = tokenizers.models.BPE()
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **options)
+    tokenizer = _byte_level(model, add_prefix_space=True)
+    tokenizer.train_from_iterator(sentences, trainer)
+    return SentenceTokenizer(tokenizer)
+
+
+def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer | SentenceTokenizer:
     """Read what `save` wrote, or a folder with GPT-2's `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
     Raises DataError if there is nothing of the kind.
@@ -167,9 +249,10 @@ def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer:
     import tokenizers
 
     try:
-        return BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{path} is not a tokenizer: {error}") from None
+    return SentenceTokenizer(tokenizer) if _is_for_sentences(tokenizer) else BytePairTokenizer(tokenizer)
 
 
 def _load_folder(folder: Path) -> BytePairTokenizer:
@@ -189,11 +272,11 @@ def _load_folder(folder: Path) -> BytePairTokenizer:
     return BytePairTokenizer(tokenizer)
 
 
-def _byte_level(model: Any) -> Any:
+def _byte_level(model: Any, add_prefix_space: bool = False) -> Any:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer
 
