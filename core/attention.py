@@ -191,32 +191,21 @@ def self_attention(
 def cross_attention_spec(
     width: int, heads: int, *, bias: bool = True, init: initializers.Initializer | None = None
 ) -> dict:
-    """Parameters of attention from one sequence to another: `q`, `kv` and `proj`."""
+    """Parameters of attention from one sequence to another: `q`, `kv` and `proj`.
+
+    By default q, k and v start as the rows of one matrix do, as in `self_attention_spec` and
+    torch.nn.MultiheadAttention: Xavier's bound of sqrt(6 / (width + 3 width)).
+    """
     if width % heads:
         raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+    of_q = initializers.xavier_uniform(math.sqrt(2 / 4)) if init is None else init
+    of_kv = initializers.xavier_uniform(math.sqrt(3 / 4)) if init is None else init
     init = initializers.xavier_uniform() if init is None else init
     return {
-        "kv": linear_spec(width, 2 * width, bias=bias, init=init, axes=("heads", "embed")),
+        "kv": linear_spec(width, 2 * width, bias=bias, init=of_kv, axes=("heads", "embed")),
         "proj": linear_spec(width, width, bias=bias, init=init, axes=("embed", "heads")),
-        "q": linear_spec(width, width, bias=bias, init=init, axes=("heads", "embed")),
+        "q": linear_spec(width, width, bias=bias, init=of_q, axes=("heads", "embed")),
     }
-
-
-def cross_attention(
-    p: dict,
-    x: Tensor,
-    memory: Tensor,
-    heads: int,
-    *,
-    mask: Tensor | None = None,
-    drop: Callable[[Tensor], Tensor] | None = None,
-    method: str = "auto",
-) -> Tensor:
-    """Multi-head attention of x (batch, time, width) to memory (batch, memory time, width) -> shape of x."""
-    q = split_heads(linear(p["q"], x), heads)
-    k, v = (split_heads(part, heads) for part in linear(p["kv"], memory).chunk(2, dim=-1))
-    y = attention(q, k, v, mask=mask, drop=drop, method=method)
-    return linear(p["proj"], merge_heads(y))
 
 
 class Cache(NamedTuple):
@@ -224,6 +213,42 @@ class Cache(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+def cross_keys_values(p: dict, memory: Tensor, heads: int) -> Cache:
+    """The keys and values of memory (batch, memory time, width), to compute them once for many calls."""
+    return Cache(*(split_heads(part, heads) for part in linear(p["kv"], memory).chunk(2, dim=-1)))
+
+
+def cross_attention(
+    p: dict,
+    x: Tensor,
+    memory: Tensor | Cache,
+    heads: int,
+    *,
+    mask: Tensor | None = None,
+    drop: Callable[[Tensor], Tensor] | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """Multi-head attention of x (batch, time, width) to memory -> shape of x.
+
+    Args:
+        memory: (batch, memory time, width), or its `cross_keys_values`. It may have fewer rows than x: then as many
+            rows of x, one behind the other, share each (the beams of a sentence), and mask and drop have its batch.
+        mask, drop, method: as in `attention`.
+
+    Raises:
+        ValueError: rows of x that do not divide by those of memory.
+    """
+    k, v = memory if isinstance(memory, Cache) else cross_keys_values(p, memory, heads)
+    q = linear(p["q"], x)
+    if x.shape[0] != k.shape[0]:
+        if not k.shape[0] or x.shape[0] % k.shape[0]:
+            raise ValueError(f"attention: {x.shape[0]} rows do not divide by the {k.shape[0]} of memory")
+        # Those that share a memory are queries one after the other.
+        q = q.reshape(k.shape[0], -1, q.shape[-1])
+    y = attention(split_heads(q, heads), k, v, mask=mask, drop=drop, method=method)
+    return linear(p["proj"], merge_heads(y)).reshape(x.shape)
 
 
 def empty_cache(

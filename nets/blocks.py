@@ -1,11 +1,21 @@
-"""The transformer block: attention and a two-layer perceptron, each around a residual sum and a layer norm."""
+"""The transformer block: attention and a two-layer perceptron, each around a residual sum and a layer norm.
+
+The block of a decoder has attention to an encoder's output, the memory, between the two.
+"""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 from core import initializers
-from core.attention import Cache, cached_self_attention, self_attention, self_attention_spec
+from core.attention import (
+    Cache,
+    cached_self_attention,
+    cross_attention,
+    cross_attention_spec,
+    self_attention,
+    self_attention_spec,
+)
 from core.layers import activation, layer_norm, layer_norm_spec, linear, linear_spec
 
 
@@ -48,6 +58,13 @@ def block_spec(
     }
 
 
+def decoder_block_spec(width: int, heads: int, hidden: int) -> dict:
+    """Parameters of a `block` with memory: those of one without, `cross` and its norm."""
+    parts = block_spec(width, heads, hidden)
+    parts |= {"cross": cross_attention_spec(width, heads), "norm_cross": layer_norm_spec(width)}
+    return {name: parts[name] for name in sorted(parts)}
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -66,8 +83,11 @@ def block(
     norm_first: bool = True,
     causal: bool = False,
     mask: Tensor | None = None,
+    memory: Tensor | Cache | None = None,
+    memory_mask: Tensor | None = None,
     activation: str = "gelu_tanh",
     drops: tuple[Callable, Callable, Callable] | None = None,
+    cross_drops: tuple[Callable, Callable] | None = None,
     eps: float = 1e-5,
     method: str = "auto",
 ) -> Tensor:
@@ -78,20 +98,30 @@ def block(
     Args:
         x: (batch, time, width).
         mask: boolean, broadcastable to (batch, heads, time, time), True where attention may go.
+        memory: what a decoder's block looks at, as in `core.attention.cross_attention`; with memory_mask,
+            broadcastable to (batch, heads, time, memory time).
         drops: dropout for the attention weights and for the two residual branches, each a function of the values
             (`core.layers.dropout_sites`).
+        cross_drops: the same for the weights and the branch of the attention to the memory.
         method: as in `core.attention.attention`.
     """
     drop_weights, drop_attention, drop_feedforward = drops or (None, _same, _same)
+    drop_cross_weights, drop_cross = cross_drops or (None, _same)
 
     def attend(x: Tensor) -> Tensor:
         y = self_attention(p["attn"], x, heads, mask=mask, causal=causal, drop=drop_weights, method=method)
         return drop_attention(y)
 
+    def look(x: Tensor) -> Tensor:
+        y = cross_attention(p["cross"], x, memory, heads, mask=memory_mask, drop=drop_cross_weights, method=method)
+        return drop_cross(y)
+
     def feed(x: Tensor) -> Tensor:
         return drop_feedforward(feedforward(p["mlp"], x, activation))
 
     x = _residual(x, p["norm1"], attend, norm_first, eps)
+    if memory is not None:
+        x = _residual(x, p["norm_cross"], look, norm_first, eps)
     return _residual(x, p["norm2"], feed, norm_first, eps)
 
 
@@ -103,12 +133,17 @@ def cached_block(
     heads: int,
     *,
     norm_first: bool = True,
+    memory: Tensor | Cache | None = None,
+    memory_mask: Tensor | None = None,
     activation: str = "gelu_tanh",
     eps: float = 1e-5,
     method: str = "auto",
     donate: bool = False,
 ) -> tuple[Tensor, Cache]:
-    """The causal block on the next tokens alone, without dropout; see `cached_self_attention` for the arguments."""
+    """The causal block on the next tokens alone, without dropout.
+
+    See `cached_self_attention` for the arguments, and `block` for the memory.
+    """
     caches = []
 
     def attend(x: Tensor) -> Tensor:
@@ -116,6 +151,11 @@ def cached_block(
         caches.append(updated)
         return y
 
+    def look(x: Tensor) -> Tensor:
+        return cross_attention(p["cross"], x, memory, heads, mask=memory_mask, method=method)
+
     x = _residual(x, p["norm1"], attend, norm_first, eps)
+    if memory is not None:
+        x = _residual(x, p["norm_cross"], look, norm_first, eps)
     x = _residual(x, p["norm2"], lambda x: feedforward(p["mlp"], x, activation), norm_first, eps)
     return x, caches[0]

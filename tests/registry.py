@@ -45,6 +45,7 @@ from nets import (
     mobilenet_v3,
     resnet,
     squeezenet,
+    transformer,
     vgg,
     vit,
 )
@@ -339,3 +340,17 @@ published(
         "nanogpt-gpu": 10_745_088,
     },
 )
+
+# Token 0 is padding, here also between others.
+SENTENCES = {"source_vocabulary": 13, "target_vocabulary": 13, "heads": 2, "width": 8, "hidden": 12, "context": 9}
+PAIRS = both(tokens(13, 7), tokens(13, 5))
+net("transformer", transformer, transformer.Config(**SENTENCES, layers=2, dropout=0.0), PAIRS)
+SENTENCES |= {"layers": 1}
+net("transformer, dropout", transformer, transformer.Config(**SENTENCES, attention_dropout=0.2), PAIRS, draws=True)
+PRENORM = transformer.Config(**SENTENCES, dropout=0.2, norm_first=True, positions="halves", scale=False)
+net("transformer, norm first", transformer, PRENORM, PAIRS, draws=True)
+SENTENCES |= {"target_vocabulary": 11, "shared": False, "output_bias": True, "positions": "learned"}
+SEPARATE = transformer.Config(**SENTENCES, dropout=0.0, activation="silu", final_norms=True)
+net("transformer, separate embeddings", transformer, SEPARATE, both(tokens(13, 7), tokens(11, 5)))
+# The paper's table 3 has 65 and 213 million for a shared vocabulary of "about 37,000" tokens, which are counted here.
+published(transformer, {"base": 63_082_496, "big": 214_245_376})

@@ -1,5 +1,7 @@
 """Attention against torch's kernel, torch.nn.MultiheadAttention and jax; the cache against the whole sequence."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy
@@ -17,6 +19,7 @@ from core.attention import (
     causal_mask,
     cross_attention,
     cross_attention_spec,
+    cross_keys_values,
     empty_cache,
     merge_heads,
     padding_mask,
@@ -151,6 +154,31 @@ def test_equals_multihead_attention(cross, masking):
         torch.testing.assert_close(torch.cat([gradient[name][leaf] for name in names]), reference)
         torch.testing.assert_close(gradient["proj"][leaf], getattr(module.out_proj, leaf).grad)
     torch.testing.assert_close(x_gradient, x.grad)
+
+
+def test_keys_and_values_of_a_memory_are_enough():
+    params = spec.init(KEY, cross_attention_spec(12, 4), F64)
+    x, memory, mask = draw(4, 3, 5, 12), draw(5, 3, 7, 12), padding_mask(LENGTHS, 7)
+    kept = cross_keys_values(params, memory, 4)
+    assert kept.keys.shape == kept.values.shape == (3, 4, 7, 3)
+    found, wanted = (cross_attention(params, x, m, 4, mask=mask) for m in (kept, memory))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_rows_may_share_a_memory():
+    params = spec.init(KEY, cross_attention_spec(12, 4), F64)
+    x, memory, mask = draw(4, 6, 5, 12), draw(5, 3, 7, 12), padding_mask(LENGTHS, 7)
+    wanted = cross_attention(params, x, memory.repeat_interleave(2, 0), 4, mask=mask.repeat_interleave(2, 0))
+    torch.testing.assert_close(cross_attention(params, x, memory, 4, mask=mask), wanted)
+    with pytest.raises(ValueError, match="attention: 5 rows do not divide by the 3 of memory"):
+        cross_attention(params, x[:5], memory, 4)
+
+
+def test_cross_attention_starts_as_one_matrix_does():
+    params = spec.init(KEY, cross_attention_spec(64, 4))
+    bounds = {"kv": math.sqrt(6 / 256), "proj": math.sqrt(6 / 128), "q": math.sqrt(6 / 256)}
+    for name, bound in bounds.items():
+        assert 0.99 * bound < params[name]["weight"].abs().max() <= bound, name
 
 
 def jax_attention(q, k, v):
