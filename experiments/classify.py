@@ -9,6 +9,7 @@ Without a flag a small residual network (He et al. 2016, arXiv:1512.03385) learn
     python experiments/classify.py evaluate --run runs/classify/NAME
 
 It ends with the confusion matrix, the worst mistakes, the calibration and the first layer's filters as pictures.
+Expected: 99.3 % of the test digits right.
 """
 
 import dataclasses
@@ -17,17 +18,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor
 
-from core import random, spec, tree
+from core import random, tree
+from experiments.trained_classifiers import Trained, is_run, load, net_of, normalised, predictions, study
 from nets import classifiers, published
-from train import checkpoints, classification, command_line, optimizers, plots, recipes, runs
+from train import classification, command_line, optimizers, plots, recipes, runs
 from train.data import augment, image_sets
-from train.data.image_files import Decoder, Files
+from train.data.image_files import Decoder
 from train.data.images import Labelled
 from train.logs import read_curves
 from train.losses import accuracy, cross_entropy
@@ -172,65 +174,18 @@ class PredictArgs:
     """cpu, cuda, cuda:1, mps ..."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a run needs to know of its net and images to be used later."""
-
-    net: str
-    channels: int
-    size: int
-    resize: int
-    """Pixels that the shorter side of a picture is scaled to; the middle of it is what the net sees."""
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    choices: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What is other in the net's Config than in the preset: weights of another library may want another padding."""
-
-
-def net_of(trained: Trained) -> tuple[ModuleType, Any]:
-    sizes = {"channels": trained.channels, "classes": len(trained.classes), "size": trained.size}
-    net, cfg = classifiers.configured(trained.net, **sizes)
-    return net, dataclasses.replace(cfg, **trained.choices)
-
-
-def normalised(pixels: Tensor, trained: Trained, dtype: torch.dtype | None = None) -> Tensor:
-    """Bytes, or numbers in [0, 1], as the net wants them."""
-    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (trained.mean, trained.std))
-    return ((augment.unit(pixels) - mean) / std).to(dtype or torch.float32)
-
-
-def loss(params, batch, keys, net: ModuleType, cfg, trained: Trained, smoothing: float, dtype: torch.dtype | None):
+def loss(params, batch, keys, net: ModuleType, cfg, trained: Trained, smoothing: float, dtype: torch.dtype):
     """Cross-entropy; nets with auxiliary heads add theirs, weighted. Labels are numbers, or probabilities if mixed."""
     pixels, labels = batch
-    output = net.apply(params, normalised(pixels, trained, dtype), cfg, key=keys, train=True)
+    output = net.apply(params, normalised(pixels, trained).to(dtype), cfg, key=keys, train=True)
     heads = classifiers.weighted_logits(net, output)
     value = sum(weight * cross_entropy(logits, labels, label_smoothing=smoothing) for weight, logits in heads)
     numbers = labels.argmax(-1) if labels.is_floating_point() else labels
     return value, {"accuracy": accuracy(heads[0][1].detach(), numbers)}
 
 
-@torch.no_grad()
-def predictions(
-    values: tree.Tree, trained: Trained, test: Labelled | Files, decoder: Decoder | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log probabilities (images, classes) and labels (images,) of all images, on the CPU."""
-    net, cfg = net_of(trained)
-    device = tree.leaves(values)[0].device
-    found, labels = [], []
-    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder):
-        logits = net.apply(values, normalised(pixels.to(device), trained), cfg)
-        found.append(logits.float().log_softmax(-1).cpu())
-        labels.append(numbers)
-    return torch.cat(found), torch.cat(labels)
-
-
-def settings(args: Args, kind: str) -> Recipe:
-    """The recipe of a kind of images with the flags applied."""
-    recipe = RECIPES[kind]
-    if args.weights and is_run(args.weights):
-        own = runs.read_config(Path(args.weights), "trained", Trained)
-        recipe = dataclasses.replace(recipe, net=own.net, size=own.size)
+def settings(args: Args, recipe: Recipe) -> Recipe:
+    """The recipe with the flags applied."""
     said = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in said.items() if value is not None})
     command_line.choice("--optimizer", recipe.optimizer, recipes.OPTIMIZERS)
@@ -272,23 +227,6 @@ def optimizer_of(args: Args, recipe: Recipe, steps: int, heads: set[str]) -> opt
     return optimizers.ema(rule, args.ema, debias=True) if args.ema else rule
 
 
-def loaded(folder: Path) -> tuple[Trained, tree.Tree]:
-    """What a run has learned: its net, and the values (averaged, if it averages) and Stats of its last checkpoint."""
-    trained, args = runs.read_config(folder, "trained", Trained), runs.read_config(folder, "args", Args)
-    net, cfg = net_of(trained)
-    model, saved = net.spec(cfg), folder / "checkpoints"
-    params, measured = spec.split(model, spec.abstract(model))
-    if args.ema:
-        params = checkpoints.restore(saved, params, part="opt_state.average")
-        correction = checkpoints.restore(saved, torch.zeros(()), part="opt_state.correction")
-        params = tree.map(lambda leaf: leaf / correction, params)
-    else:
-        params = checkpoints.restore(saved, params, part="params")
-    return trained, tree.merge(
-        params, checkpoints.restore(saved, measured, part="stats") if tree.leaves(measured) else {}
-    )
-
-
 def beginning(args: Args, recipe: Recipe, data: image_sets.ImageSet) -> tuple[Trained, tree.Tree | None]:
     """The net with the constants that pixels are normalised with, and the values of `--weights` if there are any."""
     resize = recipe.size if data.in_memory else round(recipe.size * 256 / 224)  # as usual with ImageNet
@@ -300,8 +238,9 @@ def beginning(args: Args, recipe: Recipe, data: image_sets.ImageSet) -> tuple[Tr
         data.classes,
         published.IMAGENET["mean"],
         published.IMAGENET["std"],
+        averaged=args.ema > 0,
     )
-    own = loaded(Path(args.weights)) if args.weights and is_run(args.weights) else None
+    own = load(Path(args.weights)) if args.weights and is_run(args.weights) else None
     wanted = own[0].channels if own else 3
     if args.weights and wanted != data.channels:
         raise ValueError(f"--weights '{args.weights}' want images of {wanted} channels, found {data.channels}")
@@ -321,14 +260,23 @@ def beginning(args: Args, recipe: Recipe, data: image_sets.ImageSet) -> tuple[Tr
     return trained, None
 
 
-def is_run(weights: str) -> bool:
-    return (Path(weights) / "checkpoints").is_dir()
+def usual(args: Args, kind: str) -> Recipe:
+    """The recipe of a kind of images; with the weights of a run, for its net."""
+    recipe = RECIPES[kind]
+    if args.weights and is_run(args.weights):
+        own = runs.read_config(Path(args.weights), "trained", Trained)
+        recipe = dataclasses.replace(recipe, net=own.net, size=own.size)
+    return recipe
 
 
 def train(args: Args) -> None:
     origin, args = runs.begin(RUNS, args, free=("epochs", "eval_every", "save_every", "workers", "device", "compile"))
     device, data = command_line.device(args.device), image_sets.open_images(args.data)
-    recipe, count = settings(args, data.kind), len(data.train.labels)
+    if origin.record:
+        recipe = runs.read_config(origin.folder, "recipe", Recipe)
+    else:
+        recipe = usual(args, data.kind)
+    recipe, count = settings(args, recipe), len(data.train.labels)
     if recipe.batch > count:
         raise ValueError(f"--batch is {recipe.batch}, but '{args.data}' has {count} images to learn from")
     data = image_sets.resized(data, recipe.size)
@@ -351,9 +299,15 @@ def train(args: Args) -> None:
     identity = {"net": recipe.net, "model": cfg, "examples": {"train": count, "test": len(data.test.labels)}}
     state = runs.restore(origin, state, identity, steps)
     policy = DTYPES[args.dtype]
+    dtype = policy.compute or torch.float32
     step = make_step(
         functools.partial(
-            loss, net=net, cfg=cfg, trained=trained, smoothing=args.label_smoothing, dtype=policy.compute
+            loss,
+            net=net,
+            cfg=cfg,
+            trained=trained,
+            smoothing=args.label_smoothing,
+            dtype=dtype,
         ),
         optimizer,
         policy=policy,
@@ -370,7 +324,7 @@ def train(args: Args) -> None:
 
     config = {"args": args, **identity, "recipe": recipe, "trained": trained, "torch": torch.__version__}
     with Decoder(0 if data.in_memory else args.workers) as decoder, runs.opened(origin, config, total=steps) as run:
-        run.log.print(f"{recipe.net}: {tree.count(model):,} parameters, {count:,} images; run in {run.folder}")
+        run.log.print(f"{recipe.net}: {tree.count(state.params):,} parameters, {count:,} images; run in {run.folder}")
         if fresh:
             run.log.print(f"drawn anew, as the weights are for other classes: {', '.join(fresh)}")
         if args.compile and run.first < steps:
@@ -404,22 +358,11 @@ def train(args: Args) -> None:
             return
         figures = study(run.folder, values_of(state, args), trained, data.test, decoder)
         run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
-        result = {**figures, "steps": at, "seconds": seconds, "parameters": tree.count(model)}
+        result = {**figures, "steps": at, "seconds": seconds, "parameters": tree.count(state.params)}
         run.log.result({**result, "images_per_second": at * recipe.batch / seconds, "skipped": len(decoder.skipped)})
         lines = read_curves(run.folder, "train/accuracy", "test/accuracy")
         plots.curves(run.folder / "accuracy.png", lines, ylabel="share right", title=f"{recipe.net} on {args.data}")
     summarise(figures, decoder, f"after {at} steps in {seconds:.0f} s; files in {run.folder}/")
-
-
-def study(
-    folder: Path, values: tree.Tree, trained: Trained, test: Labelled | Files, decoder: Decoder
-) -> dict[str, float]:
-    """The figures of the test images; `report.txt` and pictures go to the folder."""
-
-    def pixels(chosen: Tensor) -> Tensor:
-        return image_sets.some(test, chosen, trained.size, trained.resize, decoder)
-
-    return classification.study(folder, values, *predictions(values, trained, test, decoder), trained.classes, pixels)
 
 
 def values_of(state, args: Args) -> tree.Tree:
@@ -436,7 +379,7 @@ def summarise(figures: dict[str, float], decoder: Decoder, rest: str) -> None:
 
 
 def evaluate(args: EvaluateArgs) -> None:
-    trained, values = loaded(args.run)
+    trained, values = load(args.run)
     data = image_sets.open_images(args.data or runs.read_config(args.run, "args", Args).data)
     if data.classes != trained.classes:
         found, wanted = ", ".join(data.classes[:9]), ", ".join(trained.classes[:9])
@@ -451,7 +394,7 @@ def evaluate(args: EvaluateArgs) -> None:
 
 
 def predict(args: PredictArgs) -> None:
-    trained, values = loaded(args.run)
+    trained, values = load(args.run)
     device = command_line.device(args.device)
     pixels = torch.stack(
         [image_sets.image(path, trained.size, trained.resize, trained.channels) for path in args.images]

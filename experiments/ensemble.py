@@ -195,9 +195,10 @@ def train(args: Args) -> None:
     if args.compile:
         step = compiled(step)
 
+    parameters = tree.count(states.params)
     config = {"args": args, **identity, "torch": torch.__version__}
     with runs.opened(origin, config, total=args.steps) as run:
-        run.log.print(f"{args.members} members of {tree.count(model):,} parameters each; run in {run.folder}")
+        run.log.print(f"{args.members} members of {parameters // args.members:,} parameters each; run in {run.folder}")
         if args.compile and run.first < args.steps:
             run.log.print("compiling the train step ...")
         at, steps = run.first, range(run.first, args.steps)
@@ -216,7 +217,7 @@ def train(args: Args) -> None:
         if runs.stopped(run, at):
             return
         figures = study(run.folder, tree.merge(states.params, states.stats), test, net)
-        run.log.result({**figures, "steps": at, "seconds": seconds, "parameters": args.members * tree.count(model)})
+        run.log.result({**figures, "steps": at, "seconds": seconds, "parameters": parameters})
     print(f"{SUMMARY.format(**figures)}\n{at} steps in {seconds:.0f} s; files in {run.folder}/")
 
 

@@ -137,7 +137,7 @@ def test_batch_norm(here, capsys):
     flags = ("--net", "cifar-resnet8", "--members", "2", "--steps", "6", "--batch", "20", "--no-compile")
     assert call(*flags, "--name", "resnet") == 0
     figures = result(here / "runs" / "ensemble" / "resnet")
-    assert figures["parameters"] == 2 * 75_489
+    assert figures["parameters"] == 2 * 75_002
     capsys.readouterr()
     assert call("evaluate", "--run", "runs/ensemble/resnet") == 0
     assert f"NLL {figures['ensemble_nll']:.4f}" in capsys.readouterr().out  # with the running statistics of each

@@ -1,0 +1,101 @@
+"""A classifier that `experiments/classify.py` has trained, to be used: for its own `evaluate` and `predict`, to begin a
+finetuning from, or for what it sees in images (`features` of its net)."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import spec, tree
+from nets import classifiers, published
+from train import checkpoints, classification, runs
+from train.data import augment, image_sets
+from train.data.image_files import Decoder, Files
+from train.data.images import Labelled
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run needs to know of its net and images to be used later; the entry "trained" of its configuration."""
+
+    net: str
+    channels: int
+    size: int
+    resize: int
+    """Pixels that the shorter side of a picture is scaled to; the middle of it is what the net sees."""
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    choices: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What is other in the net's Config than in the preset: weights of another library may want another padding."""
+    averaged: bool = False
+    """Whether the moving average of the parameters is what counts."""
+
+
+def net_of(trained: Trained) -> tuple[ModuleType, Any]:
+    """(module of nets, Config)."""
+    sizes = {"channels": trained.channels, "classes": len(trained.classes), "size": trained.size}
+    net, cfg = classifiers.configured(trained.net, **sizes)
+    return net, dataclasses.replace(cfg, **trained.choices)
+
+
+def is_run(folder: str | Path) -> bool:
+    return (Path(folder) / "checkpoints").is_dir()
+
+
+def load(folder: Path) -> tuple[Trained, tree.Tree]:
+    """What a run has learned: its net, and the values and Stats of its last checkpoint.
+
+    Raises ValueError: there is no checkpoint, or it is of another experiment, or damaged.
+    """
+    trained, saved = runs.read_config(folder, "trained", Trained), folder / "checkpoints"
+    net, cfg = net_of(trained)
+    model = net.spec(cfg)
+    params, measured = spec.split(model, spec.abstract(model))
+    if trained.averaged:
+        params = checkpoints.restore(saved, params, part="opt_state.average")
+        correction = checkpoints.restore(saved, torch.zeros(()), part="opt_state.correction")
+        params = tree.map(lambda leaf: leaf / correction, params)
+    else:
+        params = checkpoints.restore(saved, params, part="params")
+    if tree.leaves(measured):
+        measured = checkpoints.restore(saved, measured, part="stats")
+    return trained, tree.merge(params, measured)
+
+
+def normalised(pixels: Tensor, trained: Trained) -> Tensor:
+    """Bytes, or numbers in [0, 1], (batch, channels, size, size), as the net wants them."""
+    return published.preprocess(augment.unit(pixels), trained)
+
+
+@torch.no_grad()
+def predictions(
+    values: tree.Tree, trained: Trained, test: Labelled | Files, decoder: Decoder | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log probabilities (images, classes) and labels (images,) of all images, on the CPU.
+
+    decoder: for files.
+    """
+    net, cfg = net_of(trained)
+    device = tree.leaves(values)[0].device
+    found, labels = [], []
+    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder):
+        logits = net.apply(values, normalised(pixels.to(device), trained), cfg)
+        found.append(logits.float().log_softmax(-1).cpu())
+        labels.append(numbers)
+    return torch.cat(found), torch.cat(labels)
+
+
+def study(
+    folder: Path, values: tree.Tree, trained: Trained, test: Labelled | Files, decoder: Decoder
+) -> dict[str, float]:
+    """The figures of the test images; `report.txt` and pictures go to the folder."""
+
+    def pixels(chosen: Tensor) -> Tensor:
+        return image_sets.some(test, chosen, trained.size, trained.resize, decoder)
+
+    return classification.study(folder, values, *predictions(values, trained, test, decoder), trained.classes, pixels)
