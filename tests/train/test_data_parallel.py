@@ -331,7 +331,7 @@ def test_download_failures_are_one_line(published, tmp_path):
         parallel_sets.download("multi30k", tmp_path / "cache")
     (published / "train.de").write_bytes(b"an error page")
     with serve(published) as url:
-        with pytest.raises(DataError, match="is not the published file: its checksum differs from sha256"):
+        with pytest.raises(DataError, match="is not the published file: its SHA-256 sum differs"):
             parallel_sets.download("multi30k", tmp_path / "cache", base_url=url)
         (published / "train.de").unlink()
         with pytest.raises(DataError, match="cannot fetch .*404"):

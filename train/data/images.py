@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core import random
 from train.data import DataError
+from train.data.downloads import fetch, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -168,20 +169,10 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
     """
     if name not in DOWNLOADS:
         raise DataError(f"unknown data set {name!r}, expected one of {', '.join(sorted(DOWNLOADS))}")
-    import pooch
-
     address, files = DOWNLOADS[name]
-    folder = Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / name
-    address = f"{(base_url or address).rstrip('/')}/"
+    folder, address = folder_of(name, directory), (base_url or address).rstrip("/")
     for file, md5 in files.items():
-        unpack = pooch.Untar(extract_dir=".") if file.endswith(".tar.gz") else None
-        try:
-            pooch.retrieve(address + file, known_hash=f"md5:{md5}", fname=file, path=folder, processor=unpack)
-        except ValueError:
-            raise DataError(f"{address}{file} is not the published file: its MD5 sum differs from {md5}") from None
-        except Exception as error:  # whatever the network library raises
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"cannot fetch {address}{file}: {first}") from None
+        fetch(f"{address}/{file}", f"md5:{md5}", folder, None if file.endswith(".tar.gz") else ())
     return folder
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.data import DataError, dates
+from train.data.downloads import fetch, folder_of
 from train.data.parallel import Pair, PairFiles, Pairs, read, tsv
 
 log = logging.getLogger(__name__)
@@ -133,20 +134,10 @@ def download(name: str, directory: Path | None = None, base_url: str | None = No
 
     Raises DataError: no connection, wrong checksum.
     """
-    import pooch
-
-    folder = Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / name
+    folder = folder_of(name, directory)
     for address, checksum, members in DOWNLOADS[name]:
         file = address.rpartition("/")[2]
-        address = f"{base_url.rstrip('/')}/{file}" if base_url else address
-        unpack = pooch.Untar(members and list(members), extract_dir=".") if members != () else None
-        try:
-            pooch.retrieve(address, known_hash=checksum, fname=file, path=folder, processor=unpack)
-        except ValueError:
-            raise DataError(f"{address} is not the published file: its checksum differs from {checksum}") from None
-        except Exception as error:  # whatever the network library raises
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"cannot fetch {address}: {first}") from None
+        fetch(f"{base_url.rstrip('/')}/{file}" if base_url else address, checksum, folder, members)
     return folder
 
 
