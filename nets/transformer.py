@@ -89,7 +89,7 @@ class Config:
 PRESETS = {
     "base": Config(),
     "big": Config(heads=16, width=1024, hidden=4096, dropout=0.3),
-    "small": Config(10000, 10000, layers=3, heads=4, width=256, hidden=1024, dropout=0.2, context=256),
+    "small": Config(10000, 10000, layers=3, heads=8, width=256, hidden=512, context=256),
     "tiny": Config(256, 256, layers=2, heads=4, width=128, hidden=512, dropout=0.0, context=128),
 }
 

@@ -88,6 +88,14 @@ def read(pairs: Pairs) -> list[Pair]:
     return kept
 
 
+def sentences(path: Path) -> list[str]:
+    """The lines of one file (gzipped or not), a sentence each or empty, without the white space around them.
+
+    Raises DataError as `lines` does.
+    """
+    return [line.strip() for line in _decoded(path)]
+
+
 def report_empty(pairs: Pairs, count: int) -> None:
     """Log how many pairs were dropped because a side is empty."""
     if count:
