@@ -190,6 +190,18 @@ def test_in_memory(tmp_path, pictures):
 # Their images.
 
 
+def test_all_of_them_as_numbers(pictures):
+    digits = image_sets.read_all("digits", 16)
+    assert digits.train.images.shape[2:] == (16, 16) and 0 <= digits.train.images.min() < digits.train.images.max() <= 1
+    folder = image_sets.read_all(str(pictures), 12)
+    assert folder.in_memory and folder.train.images.dtype == torch.float32 and folder.train.images.max() <= 1
+    assert folder.train.images.shape[1:] == (3, 12, 12)
+    files = image_sets.open_images(str(pictures))
+    assert len(folder.train.labels) == len(files.train.labels) and len(folder.test.labels) == len(files.test.labels)
+    first = image_sets.image(files.train.paths[0], 12, 12)
+    torch.testing.assert_close(folder.train.images[0], first / 255)
+
+
 def test_resized(tmp_path, pictures):
     data = image_sets.open_images(str(write_mnist(tmp_path)))
     before = data.train.images.clone()

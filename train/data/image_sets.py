@@ -175,3 +175,28 @@ def in_memory(data: str) -> ImageSet:
     if not found.in_memory:
         raise DataError(f"'{data}' is a folder of pictures; expected digits, or the files of MNIST or CIFAR-10")
     return found
+
+
+def read_all(data: str, size: int | None = None) -> ImageSet:
+    """`open_images`, all of them in memory as numbers in [0, 1], for experiments that keep them there.
+
+    Args:
+        size: pixels a side. Pictures are scaled by their shorter side and their middle is taken, 64 pixels if None;
+            images that are in memory anyway stay as they are if None.
+
+    Raises DataError as `open_images`, or for a picture that cannot be read.
+    """
+    found = open_images(data)
+    if found.in_memory:
+        found = found if size is None else resized(found, size)
+        return found._replace(train=_unit(found.train), test=_unit(found.test))
+
+    def decoded(files: Files) -> Labelled:
+        images = torch.stack([image(path, size or 64, size or 64) for path in files.paths])
+        return _unit(Labelled(images, files.labels))
+
+    return found._replace(train=decoded(found.train), test=decoded(found.test))
+
+
+def _unit(part: Labelled) -> Labelled:
+    return part if part.images.is_floating_point() else part._replace(images=part.images / 255)

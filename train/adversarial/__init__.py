@@ -1,0 +1,1 @@
+"""Two players: what each of them minimises (`objectives`), and what keeps the critic smooth (`regularisers`)."""
