@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from core import spec, tree
 from nets import classifiers, published
 from train import checkpoints, classification, runs
-from train.data import augment, image_sets
+from train.data import augment, image_sets, order
 from train.data.image_files import Decoder, Files
 from train.data.images import Labelled
 
@@ -88,6 +89,22 @@ def predictions(
         found.append(logits.float().log_softmax(-1).cpu())
         labels.append(numbers)
     return torch.cat(found), torch.cat(labels)
+
+
+@torch.no_grad()
+def features(values: tree.Tree, trained: Trained, pixels: Tensor) -> Tensor:
+    """What the head of the net sees of images in [0, 1], (images, channels, height, width) -> (images, d), on the CPU.
+
+    They are scaled to the size that the net has learned from.
+    """
+    net, cfg = net_of(trained)
+    device, found = tree.leaves(values)[0].device, []
+    for part in order.evaluation_batches(len(pixels), image_sets.EVALUATED):
+        x, size = pixels[part].to(device), (trained.size, trained.size)
+        if tuple(x.shape[2:]) != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        found.append(net.features(values, normalised(x, trained), cfg).cpu())
+    return torch.cat(found)
 
 
 def study(

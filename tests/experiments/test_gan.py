@@ -1,0 +1,155 @@
+import functools
+import json
+import shutil
+
+import pytest
+import runs
+from runs import config, flag_id, is_png, metrics, result, same_bits
+
+from core import spec
+from nets import dcgan
+from train import checkpoints
+
+call, refused = (functools.partial(function, "gan") for function in (runs.call, runs.refused))
+QUICK = ("--steps", "2", "--batch", "8", "--save-every", "1", "--sample-every", "1", "--no-compile")
+SMALL = ("--width", "4", "--latent", "16", "--critic-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A finished run of WGAN-GP, runs/gan/whole; not to be changed."""
+    folder = tmp_path_factory.mktemp("gan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(*QUICK, *SMALL, "--name", "whole") == 0
+    return folder
+
+
+def averages(run):
+    """The averaged parameters of the generator."""
+    model = dcgan.generator_spec(dcgan.Config(**{**config(run)["net"], "heads": ()}))
+    params, _ = spec.split(model, spec.abstract(model))
+    return checkpoints.restore(run / "checkpoints", params, part="generator.opt_state.average")
+
+
+def test_folder_of_a_run(place):
+    run = place / "runs" / "gan" / "whole"
+    assert checkpoints.steps(run / "checkpoints") == [1, 2]
+    assert all(is_png(run / name) for name in ("samples.png", "interpolation.png", "loss.png"))
+    assert len(list((run / "frames").glob("*.png"))) == 2 and (run / "training.gif").read_bytes()[:3] == b"GIF"
+    figures = result(run)
+    assert figures["features"] == "pixels" and figures["frechet_distance"] > 0 and 0 <= figures["coverage"] <= 1
+    assert "critic/penalty" in metrics(run)[-1]
+
+
+def test_resumed_run_has_the_same_bits(here):
+    run = here / "runs" / "gan" / "whole"
+    whole, figures = averages(run), result(run)
+    shutil.rmtree(run / "checkpoints" / "2")
+    assert call("--resume") == 0
+    assert same_bits(averages(run), whole) and result(run)["frechet_distance"] == figures["frechet_distance"]
+
+
+def test_samples(here, capsys):
+    run = here / "runs" / "gan" / "whole"
+    assert call("sample", "--run", "runs/gan/whole", "--count", "9") == 0
+    first = (run / "sampled.png").read_bytes()
+    assert is_png(run / "sampled.png") and "9 samples" in capsys.readouterr().out
+    assert call("sample", "--run", "runs/gan/whole", "--count", "9", "--seed", "1") == 0
+    assert (run / "sampled.png").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("gan", "pictures"),
+    [
+        ("gan", ()),
+        ("cgan", ("classes",)),
+        ("dcgan", ()),
+        ("wgan", ()),
+        ("wgan-div", ()),
+        ("lsgan", ()),
+        ("ebgan", ()),
+        ("began", ()),
+        ("acgan", ("classes",)),
+        ("infogan", ("categories", "code_1", "code_2")),
+        ("sngan", ()),
+        ("sagan", ()),
+    ],
+)
+def test_each(gan, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*QUICK, "--gan", gan, "--latent", "16", "--critic-steps", "1", "--name", "one") == 0
+    run = tmp_path / "runs" / "gan" / "one"
+    assert is_png(run / "samples.png") and all(is_png(run / f"{name}.png") for name in pictures)
+    assert result(run)["frechet_distance"] > 0
+
+
+def test_mixture_of_several_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--data", "ring", "--seeds", "2", "--width", "16", "--gan", "sngan", "--regulariser", "r1")
+    assert call(*QUICK, *flags, "--pairing", "average", "--name", "one") == 0
+    run = tmp_path / "runs" / "gan" / "one"
+    figures = result(run)
+    assert 0 <= figures["modes"] <= 8 and 0 <= figures["good"] <= 1 and "modes_std" in figures
+    assert is_png(run / "samples.png")
+    assert call("sample", "--run", "runs/gan/one", "--count", "50") == 0 and is_png(run / "sampled.png")
+
+
+def test_class_of_a_conditional_generator(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert call(*QUICK, "--gan", "cgan", "--name", "one") == 0
+    assert call("sample", "--run", "runs/gan/one", "--label", "3", "--count", "4") == 0
+    assert is_png(tmp_path / "runs" / "gan" / "one" / "sampled.png")
+    assert "--label is 10; expected 0 to 9" in refused(capfd, "sample", "--run", "runs/gan/one", "--label", "10")
+
+
+def test_features_of_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--net", "lenet-digits", "--epochs", "1", "--batch", "100", "--no-compile")
+    assert runs.call("classify", *options, "--name", "judge") == 0
+    assert call(*QUICK, *SMALL, "--classifier", "runs/classify/judge", "--name", "one") == 0
+    assert result(tmp_path / "runs" / "gan" / "one")["features"] == "runs/classify/judge"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gan", "vae"], "--gan 'vae' is unknown; expected one of gan, cgan, dcgan"),
+        (["--objective", "hinged"], "objective 'hinged' is unknown; expected one of minimax"),
+        (["--data", "nowhere"], "'nowhere' does not exist"),
+        (
+            ["--data", "ring", "--gan", "cgan"],
+            "unconditional GANs with scores; 'cgan' has conditional",
+        ),
+        (["--batch", "5000"], "--batch is 5000, but there are 1500 images"),
+        (["--size", "7"], "images of 7 pixels a side cannot be halved"),
+        (["--seeds", "0"], "--seeds is 0; expected at least 1"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0; expected a positive number"),
+        (["--gan", "infogan", "--latent", "12"], "leave no room in 12 latent numbers"),
+        (["--classifier", "nowhere"], "nowhere"),
+        (["--resume", "--name", "whole", "--gan", "dcgan"], "it was started with wgan-gp"),
+        (["sample", "--run", "runs/gan/whole", "--label", "1"], "this generator is not conditional"),
+        (["sample", "--run", "nowhere"], "nowhere"),
+    ],
+    ids=flag_id,
+)
+def test_refused_in_one_line(flags, message, here, capfd):
+    quick = () if flags[0] in ("sample", "--resume") else QUICK
+    assert message in refused(capfd, *quick, *flags)
+
+
+def test_checkpoint_of_another_game(here, capfd):
+    """Both players are in the checkpoint, and what they play."""
+    path = here / "runs" / "gan" / "whole" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["args"]["gan"] = "wgan-div"
+    path.write_text(json.dumps(stored))
+    assert "its checkpoint has" in refused(capfd, "--resume", "--name", "whole")
+
+
+@pytest.mark.slow
+def test_no_flags(tmp_path):
+    """The run that the experiment's first lines promise, compiled."""
+    runs.completed("gan", tmp_path)
+    (run,) = (tmp_path / "runs" / "gan").iterdir()
+    assert result(run)["frechet_distance"] < 0.1
