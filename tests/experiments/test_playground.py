@@ -24,9 +24,12 @@ def test_pictures_and_figures(tmp_path, monkeypatch):
 
 def test_attention_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ("--steps", "2", "--vocabulary", "300", "--tokens", "300", "--no-compile", "--name", "trained")
-    assert call("translate", *options, "--eval-every", "1000") == 0
-    assert call("playground", *QUICK, "--run", "runs/translate/trained", "Der Bus") == 0
+    for part in ("train", "val", "test"):
+        for language, lines in (("de", "Der Bus\nAm Montag\n"), ("en", "the bus\non Monday\n")):
+            (tmp_path / f"{part}.{language}").write_text(lines, encoding="utf-8")
+    options = ("--data", ".", "--steps", "2", "--vocabulary", "300", "--tokens", "20", "--no-compile")
+    assert call("translate", *options, "--eval-every", "1000", "--name", "trained") == 0
+    assert call("playground", *QUICK, "--steps", "1", "--run", "runs/translate/trained", "Der Bus") == 0
     folder = tmp_path / "runs" / "playground" / "one"
     assert is_png(folder / "attention_maps.png") and is_png(folder / "attention_maps" / "cross.png")
     assert "translation" in result(folder)
