@@ -61,6 +61,8 @@ class Unretrieved(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         trace = record.exc_info[2] if record.exc_info else None
+        if record.exc_info and trace is None and "never retrieved" in record.getMessage():
+            return False  # it was raised by no Python code: tensorstore's own, under orbax
         while trace is not None:
             if "orbax" in Path(trace.tb_frame.f_code.co_filename).parts:
                 return False

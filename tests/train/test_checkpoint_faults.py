@@ -20,7 +20,7 @@ from checkpoint_cases import make_state, same, write
 
 from core import random
 from train import checkpoints
-from train.checkpoint_storage import LIMITS, reason
+from train.checkpoint_storage import LIMITS, Unretrieved, reason
 from train.checkpoints import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -227,3 +227,26 @@ def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
     assert any(not name.isdecimal() for name in os.listdir(tmp_path))  # it was killed in the middle of one
     with Checkpoints(tmp_path, resume=checkpoints.latest(tmp_path)):
         assert all(name.isdecimal() for name in os.listdir(tmp_path))  # the remains are swept away
+
+
+@pytest.mark.parametrize(("raised", "said"), [(False, 0), (True, 1)], ids=["native", "in Python"])
+def test_writes_that_fail_after_another_one_are_not_mentioned(raised, said, caplog):
+    """A future that failed in native code, as tensorstore's do, and one whose error Python code has raised."""
+    record = logging.getLogger("asyncio")
+    silent = Unretrieved()
+    record.addFilter(silent)
+    loop = asyncio.new_event_loop()
+    try:
+        future, error = loop.create_future(), ValueError("no space left")
+        if raised:
+            try:
+                raise error
+            except ValueError:
+                pass
+        future.set_exception(error)
+        del future
+        gc.collect()
+    finally:
+        loop.close()
+        record.removeFilter(silent)
+    assert len(caplog.records) == said
