@@ -1,4 +1,4 @@
-"""The laws that every net keeps, whatever it is for. The nets are in registry.py; a failure names the net and leaf."""
+"""The laws that every net keeps, whatever it is for. The nets are in registry; a failure names the net and leaf."""
 
 from fnmatch import fnmatch
 
