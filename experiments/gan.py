@@ -93,9 +93,16 @@ GANS = {
     # Chen et al. 2016, arXiv:1606.03657: it tells the codes, a bound on their mutual information with the image.
     "infogan": Gan("dcgan", Game("non-saturating", categories=10, codes=2)),
     # Miyato et al. 2018, arXiv:1802.05957: weights over their spectral norms make the critic 1-Lipschitz.
-    "sngan": Gan("dcgan", Game("hinge", spectral=True), norm="none", betas=(0.5, 0.999)),
+    "sngan": Gan("dcgan", Game("hinge", spectral=True), norm="none"),
     # Zhang et al. 2019, arXiv:1805.08318: self-attention, hinge loss, a faster critic instead of more of its steps.
-    "sagan": Gan("sagan", Game("hinge", spectral=True), rate=1e-4, critic_rate=4e-4, betas=(0.0, 0.9)),
+    "sagan": Gan(
+        "sagan",
+        Game("hinge", spectral=True, spectral_generator=True),
+        "attention-",
+        rate=1e-4,
+        critic_rate=4e-4,
+        betas=(0.0, 0.9),
+    ),
 }
 
 
@@ -208,6 +215,8 @@ def players(gan: Gan, args: Args, data: Data) -> Players:
     sizes |= {"shape": data.shape} if net is mlp_gan else {"size": size, "channels": channels}
     if size > 32 and size % 4 == 0 and net in (dcgan, autoencoder_critic):
         sizes["stages"] = (size // 4).bit_length() - 1
+    if net is sagan:
+        sizes["attention"] = size // 2
     heads = {"category": gan.game.categories, "classes": classes * gan.game.classify, "codes": gan.game.codes}
     sizes |= {"norm": gan.norm} if gan.norm else {}
     sizes |= {"classes": classes} if gan.conditional else {}
@@ -240,25 +249,24 @@ def train(args: Args) -> None:
     command_line.at_least_one(steps=args.steps, batch=args.batch, seeds=args.seeds, critic_steps=gan.critic_steps)
     command_line.at_least_one(sample_every=args.sample_every, save_every=args.save_every)
     device, data = command_line.device(args.device), read(args)
-    if data.train is not None and args.batch > len(data.train.labels):
-        raise ValueError(f"--batch is {args.batch}, but there are {len(data.train.labels)} images")
     if data.train is not None:
+        if args.batch > len(data.train.labels):
+            raise ValueError(f"--batch is {args.batch}, but there are {len(data.train.labels)} images")
         data = data._replace(train=tree.move(data.train, device), test=tree.move(data.test, device))
     who = players(gan, args, data)
     if args.classifier is not None and data.train is not None:
         distances(*2 * [(data.test.images[:8] + 1) / 2], args.classifier)  # fails now rather than at the end
 
     def generate(params, given, labels, key):
-        options = {"labels": labels} if who.conditional else {}
-        return who.net.generator(params, given.z, who.cfg, key=key, train=True, **options)
+        return who.net.generator(params, given.z, who.cfg, labels=labels, key=key, train=True)
 
     def outputs(params, x, labels, key):
-        options = {"labels": labels} if who.conditional else {}
-        return who.net.critic_outputs(params, x, who.cfg, key=key, train=True, **options)
+        return who.net.critic_outputs(params, x, who.cfg, labels=labels, key=key, train=True)
 
     def begin(key: Tensor) -> State:
         state = create(key, *specs, *both)
-        return state._replace(memory=games.memory(who.game, random.fold_in(key, 2), state.critic.params))
+        params = state.critic.params, state.generator.params
+        return state._replace(memory=games.memory(who.game, random.fold_in(key, 2), *params))
 
     specs = who.net.critic_spec(who.cfg), who.net.generator_spec(who.cfg)
     critic_optimizer = optimizer_of(gan, gan.critic_rate or gan.rate)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import spec, tree
+from core import tree
 from nets import classifiers, published
-from train import checkpoints, classification, runs
+from train import classification, runs
 from train.data import augment, image_sets, order
 from train.data.image_files import Decoder, Files
 from train.data.images import Labelled
@@ -53,19 +53,9 @@ def load(folder: Path) -> tuple[Trained, tree.Tree]:
 
     Raises ValueError: there is no checkpoint, or it is of another experiment, or damaged.
     """
-    trained, saved = runs.read_config(folder, "trained", Trained), folder / "checkpoints"
+    trained = runs.read_config(folder, "trained", Trained)
     net, cfg = net_of(trained)
-    model = net.spec(cfg)
-    params, measured = spec.split(model, spec.abstract(model))
-    if trained.averaged:
-        params = checkpoints.restore(saved, params, part="opt_state.average")
-        correction = checkpoints.restore(saved, torch.zeros(()), part="opt_state.correction")
-        params = tree.map(lambda leaf: leaf / correction, params)
-    else:
-        params = checkpoints.restore(saved, params, part="params")
-    if tree.leaves(measured):
-        measured = checkpoints.restore(saved, measured, part="stats")
-    return trained, tree.merge(params, measured)
+    return trained, runs.learned(folder, net.spec(cfg), averaged=trained.averaged)
 
 
 def normalised(pixels: Tensor, trained: Trained) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from core import random, spec, stats, tree
+from core.spectral import spectral_norm, spectral_vectors
 from experiments import trained_classifiers
-from train import checkpoints, fidelity, optimizers, plots, plots_gan
+from train import fidelity, optimizers, plots, plots_gan, runs
 from train.adversarial import game as games
 from train.adversarial.game import Game
 from train.data import mixtures, order
@@ -41,24 +42,21 @@ class Players(NamedTuple):
 
 
 @torch.no_grad()
-def generated(values: tree.Tree, who: Players, z: Tensor, labels: Tensor | None) -> Tensor:
-    options = {"labels": labels} if who.conditional else {}
-    return torch.cat(
-        [
-            who.net.generator(values, z[part], who.cfg, **{name: x[part] for name, x in options.items()})
-            for part in order.evaluation_batches(len(z), 256)
-        ]
-    )
+def generated(values: tree.Tree, who: Players, z: Tensor, labels: Tensor) -> Tensor:
+    parts = order.evaluation_batches(len(z), 256)
+    return torch.cat([who.net.generator(values, z[part], who.cfg, labels=labels[part]) for part in parts])
 
 
 def calibrated(params: tree.Tree, measured: tree.Tree, who: Players, classes: int) -> tree.Tree:
-    """The generator with running statistics that were measured anew with these parameters, such as averaged ones: over
-    50 batches, after which 0.9^50 = 0.5 % is left of the old ones."""
+    """The generator as it is used: weights over their spectral norms, if that is how it was trained, and running
+    statistics that were measured anew with these parameters, such as averaged ones: over 50 batches, after which
+    0.9^50 = 0.5 % is left of the old ones."""
     key = random.key(0, tree.leaves(params)[0].device)
+    if who.game.spectral_generator:
+        params, _ = spectral_norm(params, spectral_vectors(key, params, steps=50))
 
     def total(measured: tree.Tree, z: Tensor, labels: Tensor) -> Tensor:
-        options = {"labels": labels} if who.conditional else {}
-        return who.net.generator(tree.merge(params, measured), z, who.cfg, train=True, **options).sum()
+        return who.net.generator(tree.merge(params, measured), z, who.cfg, labels=labels, train=True).sum()
 
     for i in range(50 if tree.leaves(measured) else 0):
         z, labels = noise(who, random.fold_in(key, i), 100, classes)
@@ -76,20 +74,9 @@ def load(folder: Path, who: Players, classes: int, seeds: int = 1) -> tree.Tree:
 
     Raises ValueError: there is no checkpoint, or it is of other nets, or damaged.
     """
-    saved, model = folder / "checkpoints", who.net.generator_spec(who.cfg)
-    params, measured = spec.split(model, spec.abstract(model))
-    parts = []
-    for like, part in (
-        (params, "opt_state.average"),
-        (torch.zeros((), device="meta"), "opt_state.correction"),
-        (measured, "stats"),
-    ):
-        if seeds > 1:
-            like = tree.map(lambda leaf: leaf.expand(seeds, *leaf.shape), like)
-        found = checkpoints.restore(saved, like, part=f"generator.{part}") if tree.leaves(like) else like
-        parts.append(tree.map(lambda leaf: leaf[0], found) if seeds > 1 else found)
-    average, correction, measured = parts
-    return calibrated(tree.map(lambda leaf: leaf / correction, average), measured, who, classes)
+    model = who.net.generator_spec(who.cfg)
+    params, measured = spec.split(model, runs.learned(folder, model, "generator", members=seeds))
+    return calibrated(params, measured, who, classes)
 
 
 def noise(who: Players, key: Tensor, count: int, classes: int) -> tuple[Tensor, Tensor]:

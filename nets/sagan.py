@@ -101,19 +101,21 @@ class Config:
         return self._sizes_down.index(self.attention) if self.attention else None
 
 
-SMALL = {"size": 8, "channels": 1, "latent": 64, "generator_widths": (64, 64), "critic_widths": (32, 32, 32)}
+SMALL = {"size": 8, "channels": 1, "latent": 64, "critic_widths": (32, 32, 32), "halvings": 1}
 MNIST = {"size": 28, "channels": 1, "generator_widths": (64, 64, 64), "critic_widths": (64, 64, 64)}
 
 PRESETS = {
-    "digits": Config(**SMALL, halvings=1),
-    "digits-attention": Config(**SMALL | {"generator_widths": (64, 64, 64)}, halvings=1, attention=4),
+    "digits": Config(**SMALL, generator_widths=(64, 64)),
     "mnist": Config(**MNIST),
+    "attention-digits": Config(**SMALL, generator_widths=(64, 64, 64), attention=4),
+    "attention-mnist": Config(**MNIST, attention=14),
+    "attention-small": Config(generator_widths=(128, 128, 128, 128), critic_widths=(64, 64, 64, 64), attention=16),
     # Miyato et al., table 4: CIFAR-10.
     "cifar": Config(),
     # Gulrajani et al., appendix: the same blocks of 128 channels, the last maps averaged.
     "wgan-gp-cifar": Config(generator_widths=(128, 128, 128, 128), pool="mean"),
     # Zhang et al.: attention at 32 pixels, here of images of 64.
-    "sagan-64": Config(
+    "attention-64": Config(
         64,
         generator_widths=(512, 512, 256, 128, 64),
         critic_widths=(64, 128, 256, 512, 512),

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core import spec, tree
 from core.tree import Tree
 from train import checkpoints
 from train.checkpoints import Checkpoints, Record
@@ -185,6 +186,34 @@ def read_config(folder: Path, name: str, kind: type) -> Any:
     """
     config = checkpoints.read_config(folder / "checkpoints")
     return from_json(kind, config, name, f"the configuration of '{folder}'")
+
+
+def learned(folder: Path, model: Tree, part: str = "", *, averaged: bool = True, members: int = 1) -> Tree:
+    """What the newest checkpoint of a run has for a model: its parameters and Stats, on the CPU.
+
+    Args:
+        model: as specified, of Param and Stat.
+        part: the dotted path of its `train.step.TrainState` in the state of the run; "" if it is the state.
+        averaged: the moving average of the parameters, by `optimizers.ema` with debias, instead of the parameters.
+        members: if more than 1, the state is stacked, of so many that were trained at once; the first is taken.
+
+    Raises CheckpointError: there is no checkpoint, or it is of another model, or damaged.
+    """
+
+    def read(like: Tree, name: str) -> Tree:
+        name = f"{part}.{name}" if part else name
+        if members == 1:
+            return checkpoints.restore(folder / "checkpoints", like, part=name)
+        stacked = tree.map(lambda leaf: leaf.expand(members, *leaf.shape), like)
+        return tree.map(lambda leaf: leaf[0], checkpoints.restore(folder / "checkpoints", stacked, part=name))
+
+    params, measured = spec.split(model, spec.abstract(model))
+    if averaged:
+        correction = read(torch.zeros((), device="meta"), "opt_state.correction")
+        params = tree.map(lambda leaf: leaf / correction, read(params, "opt_state.average"))
+    else:
+        params = read(params, "params")
+    return tree.merge(params, read(measured, "stats") if tree.leaves(measured) else measured)
 
 
 def resume(root: Path, args: Any, free: tuple[str, ...]) -> tuple[Path, Any]:

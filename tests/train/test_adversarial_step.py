@@ -40,7 +40,7 @@ WGAN_GP = Game("wasserstein", regulariser="gradient-penalty")
 def parts(game=WGAN_GP, seed=0, **options):
     both = optimizers.adam(1e-2, 0.5, 0.9), optimizers.adam(5e-3, 0.5, 0.9)
     state = create(random.key(seed), SPECS["critic"], SPECS["generator"], *both)
-    state = state._replace(memory=games.memory(game, random.key(9), state.critic.params))
+    state = state._replace(memory=games.memory(game, random.key(9), state.critic.params, state.generator.params))
     return state, make_step(*games.losses(game, LATENT, generate, outputs), *both, compile=False, **options)
 
 

@@ -31,7 +31,7 @@ class Game:
         pairing: none, average or paired, as in `objectives.relativistic`.
         regulariser: "none" or a name of `regularisers.REGULARISERS`, added to the critic's loss.
         weight: of the regulariser; its paper's if None.
-        spectral: divide the critic's weights by their spectral norms.
+        spectral, spectral_generator: divide the critic's, the generator's weights by their spectral norms.
         pulling_away: weight of EBGAN's term in the generator's loss.
         margin: EBGAN's.
         diversity: BEGAN's gamma.
@@ -45,6 +45,7 @@ class Game:
     regulariser: str = "none"
     weight: float | None = None
     spectral: bool = False
+    spectral_generator: bool = False
     pulling_away: float = 0.0
     margin: float = 1.0
     diversity: float = 0.5
@@ -94,10 +95,11 @@ def latents(game: Game, key: Tensor, count: int, width: int) -> Latents:
     return Latents(torch.cat(parts, 1), category, codes)
 
 
-def memory(game: Game, key: Tensor, critic: Tree) -> Tree:
-    """What the losses of this game carry from step to step, at the beginning; `critic` are its parameters."""
+def memory(game: Game, key: Tensor, critic: Tree, generator: Tree) -> Tree:
+    """What the losses of this game carry from step to step, at the beginning; the trees are the players' parameters."""
     parts = {"k": torch.zeros((), device=key.device)} if game.objective == "equilibrium" else {}
-    return parts | ({"vectors": spectral_vectors(key, critic)} if game.spectral else {})
+    parts |= {"vectors": spectral_vectors(key, critic)} if game.spectral else {}
+    return parts | ({"generator_vectors": spectral_vectors(key, generator)} if game.spectral_generator else {})
 
 
 def losses(
@@ -145,7 +147,8 @@ def losses(
         real, labels = batch
         keys = random.sites(key, 5).unbind(0)
         given = latents(game, keys[0], len(real), latent)
-        fake = generate(other, given, labels, keys[1])
+        generator = spectral_norm(other, memory["generator_vectors"], steps=0)[0] if game.spectral_generator else other
+        fake = generate(generator, given, labels, keys[1])
         if game.spectral:
             own, vectors = spectral_norm(own, memory["vectors"])
             memory = {**memory, "vectors": vectors}
@@ -171,6 +174,9 @@ def losses(
         real, labels = batch
         keys = random.sites(key, 4).unbind(0)
         given = latents(game, keys[0], len(real), latent)
+        if game.spectral_generator:
+            own, vectors = spectral_norm(own, memory["generator_vectors"])
+            memory = {**memory, "generator_vectors": vectors}
         fake = generate(own, given, labels, keys[1])
         critic = spectral_norm(other, memory["vectors"], steps=0)[0] if game.spectral else other
         said, goal = outputs(critic, fake, labels, keys[2]), objective(memory)
