@@ -1,10 +1,38 @@
 """Nets that make images: generators and critics, autoencoders, denoisers."""
 
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
 from core.tree import Tree
-from nets import autoencoder_critic, cyclegan, dcgan, mlp_gan, pix2pix, sagan, stylegan
-from registry.face import Net, both, images, labels, player, published, register, two_players, vectors
+from nets import (
+    autoencoder,
+    autoencoder_critic,
+    cyclegan,
+    dcgan,
+    mlp_gan,
+    pix2pix,
+    pixelcnn,
+    sagan,
+    stylegan,
+    unet,
+    vqvae,
+)
+from registry.face import (
+    Batch,
+    Net,
+    both,
+    images,
+    labels,
+    net,
+    player,
+    published,
+    register,
+    tokens,
+    two_players,
+    vectors,
+)
 
 MLP_GAN = {"shape": (1, 2, 3), "latent": 4, "generator_widths": (5, 6), "critic_widths": (6, 5)}
 player("mlp_gan generator", mlp_gan, "generator", mlp_gan.Config(**MLP_GAN), vectors(4))
@@ -83,3 +111,60 @@ player("sagan critic", sagan, "critic_outputs", ATTENTIVE, both(images(2, 8), la
 LAYERED = sagan.Config(**SAGAN, norm="layer", pool="mean")
 player("sagan critic, layer", sagan, "critic_outputs", LAYERED, images(2, 8))
 published(sagan, {}, two_players(sagan))
+
+UNET = {"channels": 2, "widths": (8, 12), "blocks": 1, "groups": 4, "zero": False}
+
+
+def denoiser(name: str, cfg: unet.Config, **options) -> None:
+    """The batch is images, times and, if there are classes, labels, the last of which stands for none."""
+
+    def apply(params: Tree, x: Tree, key: Tensor | None, train: bool) -> Tensor:
+        noisy, time, *classes = x
+        return unet.apply(params, noisy, time, cfg, labels=classes[0] if classes else None, key=key, train=train)
+
+    parts = [images(2, 4, 6), labels(1000), *([labels(cfg.classes + 1)] if cfg.classes else [])]
+    register(Net(name, unet.spec(cfg), apply, both(*parts), **options))
+
+
+denoiser("unet", unet.Config(**UNET, padding="tensorflow"))
+denoiser("unet, classes, dropout", unet.Config(**UNET, attention=(0,), classes=3, dropout=0.3), draws=True)
+denoiser("unet, scale and shift", unet.Config(**UNET, head_width=4, learned_variance=True, scale_shift=True))
+# google/ddpm-cifar10-32, in the names of diffusers.
+published(unet, {"cifar": 35_746_307})
+
+
+def conditional(name: str, module: ModuleType, cfg: Any, batch: Batch) -> None:
+    """A net with the usual face and `labels`; the batch is (x, labels)."""
+
+    def apply(params: Tree, x: Tree, key: Tensor | None, train: bool) -> Tree:
+        return module.apply(params, x[0], cfg, labels=x[1], key=key, train=train)
+
+    register(Net(name, module.spec(cfg), apply, both(batch, labels(cfg.classes))))
+
+
+VAE = {"shape": (2, 4, 8), "latent": 3, "widths": (5,), "width": 2}
+net("autoencoder", autoencoder, autoencoder.Config(**VAE), images(2, 4, 8), draws=True)
+VARIANCE = autoencoder.Config(**VAE, kind="convolutional", output="mean", learned_variance=True)
+net("autoencoder, convolutional, variance", autoencoder, VARIANCE, images(2, 4, 8), draws=True)
+VAE |= {"classes": 3, "gaussian": False}
+conditional("autoencoder, classes", autoencoder, autoencoder.Config(**VAE), images(2, 4, 8))
+CONDITIONAL = autoencoder.Config(**VAE, kind="convolutional")
+conditional("autoencoder, convolutional, classes", autoencoder, CONDITIONAL, images(2, 4, 8))
+# 784, 400 and 20 numbers there and back, the 20 twice.
+published(autoencoder, {"mnist": 785 * 400 + 2 * 401 * 20 + 21 * 400 + 401 * 784})
+
+VQVAE = {"channels": 2, "width": 4, "blocks": 1, "inside": 3, "codes": 5, "code": 3}
+net("vqvae", vqvae, vqvae.Config(**VQVAE), images(2, 4))
+net("vqvae, codebook by loss", vqvae, vqvae.Config(**VQVAE, codebook="loss"), images(2, 4))
+published(vqvae, {})
+
+PIXELCNN = {"shape": (3, 3), "categories": 5, "width": 3, "layers": 2, "first_kernel": 3, "hidden": 4}
+
+
+def codes(key: Tensor, n: int) -> Tensor:
+    return tokens(5, 9)(key, n).reshape(n, 3, 3)
+
+
+net("pixelcnn", pixelcnn, pixelcnn.Config(**PIXELCNN), codes)
+conditional("pixelcnn, classes", pixelcnn, pixelcnn.Config(**PIXELCNN, classes=3), codes)
+published(pixelcnn, {})
