@@ -85,9 +85,16 @@ GANS = {
     # Mao et al. 2017, arXiv:1611.04076: squares instead of logarithms.
     "lsgan": Gan("dcgan", Game("least-squares")),
     # Zhao et al. 2017, arXiv:1609.03126: the critic's score is an auto-encoder's error; codes repel each other.
-    "ebgan": Gan("autoencoder", Game("energy", pulling_away=0.1), "ebgan-"),
-    # Berthelot et al. 2017, arXiv:1703.10717: k holds the energies of generated and real images at a ratio.
-    "began": Gan("autoencoder", Game("equilibrium"), "began-", rate=1e-4),
+    "ebgan": Gan("autoencoder", Game("energy", pulling_away=0.1, margin=0.5), "ebgan-", rate=5e-4),
+    # Berthelot et al. 2017, arXiv:1703.10717: k holds the energies of generated and real images at a ratio. Its rate of
+    # 0.001 is for 100,000 steps. k leaves 0 only if the generator is faster than the critic it follows.
+    "began": Gan(
+        "autoencoder",
+        Game("equilibrium", diversity=0.9, balance_rate=0.5),
+        "began-",
+        rate=1e-3,
+        critic_rate=2e-4,
+    ),
     # Odena et al. 2017, arXiv:1610.09585: the critic is not told the class but tells it.
     "acgan": Gan("dcgan", Game("non-saturating", classify=True), conditional=True),
     # Chen et al. 2016, arXiv:1606.03657: it tells the codes, a bound on their mutual information with the image.

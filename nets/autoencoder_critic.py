@@ -25,7 +25,7 @@ from nets.labels import check_latent
 class Config:
     """Images of size x size pixels.
 
-    style: "ebgan" or "began".
+    style: the layers of "ebgan" or "began", as above.
     latent: numbers of z. BEGAN takes as many as the code has.
     code: numbers of Enc(x).
     width: channels at the full size (BEGAN's n; they grow by n a stage) or at half of it (EBGAN; they double).
@@ -62,10 +62,11 @@ class Config:
 
 
 PRESETS = {
-    "ebgan-digits": Config(),
-    "ebgan-mnist": Config(size=28, latent=100, width=64),
+    # On small images all that EBGAN generates soon looks alike if its critic has batch norm.
+    "ebgan-digits": Config("began", code=10, width=16, stages=1),
+    "ebgan-mnist": Config("began", 28, latent=100, width=32),
     "ebgan-small": Config(size=32, channels=3, latent=100, code=64, width=64, stages=3),
-    "began-digits": Config("began", latent=32, width=16, stages=1, eta=1),
+    "began-digits": Config("began", latent=32, code=16, width=16, stages=1, eta=1),
     "began-mnist": Config("began", 28, latent=64, code=64, eta=1),
     "began-small": Config("began", 32, 3, latent=64, code=64, width=64, eta=1),
     # Section 4.1: 128 filters and a code of 64 numbers for 128 x 128 pixels, 8 x 8 at the least.

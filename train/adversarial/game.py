@@ -34,7 +34,7 @@ class Game:
         spectral, spectral_generator: divide the critic's, the generator's weights by their spectral norms.
         pulling_away: weight of EBGAN's term in the generator's loss.
         margin: EBGAN's.
-        diversity: BEGAN's gamma.
+        diversity, balance_rate: BEGAN's gamma and lambda_k.
         classify: both players minimise the cross-entropy of the classes that the critic tells too (ACGAN).
         categories, codes: how many values a categorical code has that the generator gets and the critic is to tell, and
             how many continuous ones there are (InfoGAN); 0 for none.
@@ -49,6 +49,7 @@ class Game:
     pulling_away: float = 0.0
     margin: float = 1.0
     diversity: float = 0.5
+    balance_rate: float = 1e-3
     classify: bool = False
     categories: int = 0
     codes: int = 0
@@ -165,7 +166,8 @@ def losses(
             )
         metrics = {"real": scores[0].mean().detach(), "fake": scores[1].mean().detach()}
         if game.objective == "equilibrium":
-            k, metrics["convergence"] = objectives.next_equilibrium(memory["k"], *scores, diversity=game.diversity)
+            control = {"diversity": game.diversity, "rate": game.balance_rate}
+            k, metrics["convergence"] = objectives.next_equilibrium(memory["k"], *scores, **control)
             memory = {**memory, "k": k}
         value, metrics = total(terms, metrics)
         return value, (metrics, memory)
