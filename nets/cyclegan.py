@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.layers import conv, conv_spec, conv_transpose, instance_norm
+from nets.dcgan import WEIGHT
 from nets.image_blocks import check_images
-from nets.patch_critic import WEIGHT, patch_critic, patch_critic_spec
+from nets.patch_critic import patch_critic, patch_critic_spec
 
 
 @dataclass(frozen=True)

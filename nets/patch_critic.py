@@ -8,13 +8,9 @@ of the image, so that the objective is about texture and is the same everywhere.
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import initializers
 from core.layers import batch_norm, batch_norm_spec, conv, conv_spec, instance_norm
+from nets.dcgan import SCALE, WEIGHT
 from nets.image_blocks import check_images
-
-WEIGHT = initializers.normal(0.02)
-SCALE = initializers.normal(0.02, 1.0)
-"""How convolutions and the scales of norms start (Isola et al. 2017, section 6.2)."""
 
 NORMS = ("batch", "instance", "none")
 

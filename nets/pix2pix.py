@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.layers import conv, conv_spec, conv_transpose, dropout
+from nets.dcgan import WEIGHT
 from nets.image_blocks import check_images, dropout_keys
-from nets.patch_critic import WEIGHT, check_norm, norm, norm_spec, patch_critic, patch_critic_spec
+from nets.patch_critic import check_norm, norm, norm_spec, patch_critic, patch_critic_spec
 
 
 @dataclass(frozen=True)

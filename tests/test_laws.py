@@ -249,7 +249,11 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(net):
     assert per_example.verify(*reported(net), examples=2) <= 1e-10
 
 
-@pytest.mark.parametrize("name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
+# Variants of a net, "name, variant", share its layers: compiled reports are looked at of the first of each.
+PLAIN = [n for n in NETS if "," not in n]
+
+
+@pytest.mark.parametrize("name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN])
 def test_per_example_reports_compile(name):
     torch._dynamo.reset()
 
@@ -287,7 +291,10 @@ def check_compiled(net: Net, backend):
         assert_trees_close(net, found, wanted, "compiled", rtol=1e-4, atol=noise)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NETS])
+SLOW = [n for n in NETS if n in LONG or n not in PLAIN]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETS])
 def test_compile_is_one_graph(name):
     net = NETS[name]
     counter = CompileCounterWithBackend("aot_eager")

@@ -44,7 +44,7 @@ published(mlp_gan, {}, two_players(mlp_gan))
 DCGAN = {"size": 8, "channels": 2, "latent": 4, "width": 3}
 player("dcgan generator", dcgan, "generator", dcgan.Config(**DCGAN, classes=3), both(vectors(4), labels(3)))
 player("dcgan generator, kernel 5", dcgan, "generator", dcgan.Config(**DCGAN, kernel=5), vectors(4))
-player("dcgan critic, batch", dcgan, "critic_outputs", dcgan.Config(**DCGAN, dropout=0.3), images(2, 8), draws=True)
+player("dcgan critic", dcgan, "critic_outputs", dcgan.Config(**DCGAN, dropout=0.3), images(2, 8), draws=True)
 DCGAN |= {"classes": 3}
 CLASSIFIED = dcgan.Config(**DCGAN, norm="instance", heads=(("codes", 2), ("classes", 3)))
 player("dcgan critic, instance, heads", dcgan, "critic_outputs", CLASSIFIED, images(2, 8))
