@@ -60,17 +60,19 @@ def test_resumed_run_has_the_same_bits(here):
     assert same_bits(learned(run), whole) and result(run)["frechet_distance"] == figures["frechet_distance"]
 
 
-def test_watched_gradients(tmp_path, monkeypatch):
-    """The same run, and its log has the norms by the time."""
+def test_watched_gradients(tmp_path, monkeypatch, capfd):
+    """The same run, and its log has the norms by the time. A net without classes takes no guidance."""
     monkeypatch.chdir(tmp_path)
     flags = ("--weight", "hybrid", "--variance", "learned", "--schedule", "linear", "--timesteps", "30")
-    flags = (*flags, "--sampler", "ddpm")
+    flags = (*flags, "--sampler", "ddpm", "--steps", "1")
     assert call(*QUICK, *flags, "--name", "plain") == 0
     assert call(*QUICK, *flags, "--watch-gradients", "--name", "seen") == 0
     plain, seen = (tmp_path / "runs" / "diffusion" / name for name in ("plain", "seen"))
     found = metrics(seen)[-1]
     assert found["train/loss"] == pytest.approx(metrics(plain)[-1]["train/loss"], rel=1e-5)
     assert any(name.startswith("gradients/time/") for name in found) and is_png(seen / "gradients_by_time.png")
+    for flags in (("--guidance", "2"), ("--label", "1")):
+        assert "was trained without --classes" in refused(capfd, "sample", "--run", "runs/diffusion/plain", *flags)
 
 
 @pytest.mark.parametrize(
@@ -140,17 +142,17 @@ def test_evaluation(here):
 
 def test_gradients_by_time(here):
     """The means of groups against gradients of one example at a time."""
-    assert call("gradients", *RUN, "--count", "4", "--rounds", "5") == 0
+    assert call("gradients", *RUN, "--count", "10", "--rounds", "2") == 0
     run = here / "runs" / "diffusion" / "whole"
     found = json.loads((run / "result" / "gradients.json").read_text())
     assert is_png(run / "gradients_of_times.png") and len(found["time"]) == 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["diffusion.py"])
         opened = runs.MAIN.opened(run.relative_to(here), "cpu")
-    first = next(trained_diffusion.probe(opened.who, opened.data, random.key(0), 5, 4))
+    first = next(trained_diffusion.probe(opened.who, opened.data, random.key(0), 2, 10))
     one = tree.map(lambda x: x[:1], first)
     gradient = torch.func.grad(lambda p: opened.losses(p, one[:4], one[4]).sum())(opened.params)
-    assert first[2].tolist() == [0, 5, 10, 15] and found["norm"][0] == pytest.approx(
+    assert first[2].tolist() == list(range(0, 20, 2)) and found["norm"][0] == pytest.approx(
         float(tree.norm(gradient)), rel=1e-4
     )
 
@@ -200,13 +202,6 @@ def wrong_mask(here):
 def test_refused_in_one_line(flags, message, here, wrong_mask, capfd):
     quick = () if flags[0] in ("sample", "inpaint", "interpolate", "evaluate", "gradients", "--resume") else QUICK
     assert message in refused(capfd, *quick, *flags)
-
-
-def test_guidance_without_classes(here, capfd):
-    assert call(*QUICK, "--name", "plain") == 0
-    run = ("--run", "runs/diffusion/plain", "--no-compile")
-    for flags in (("--guidance", "2"), ("--label", "1")):
-        assert "was trained without --classes" in refused(capfd, "sample", *run, *flags)
 
 
 def test_checkpoint_of_another_net(here, capfd):

@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -153,3 +154,14 @@ def test_no_flags(tmp_path):
     runs.completed("gan", tmp_path)
     (run,) = (tmp_path / "runs" / "gan").iterdir()
     assert result(run)["frechet_distance"] < 0.1
+
+
+def test_page_points_at_the_lines():
+    """The table of GANS.md names the line of each entry of `GANS`."""
+    folder = runs.ROOT / "experiments"
+    lines = (folder / "gan.py").read_text(encoding="utf-8").splitlines()
+    page = (folder / "GANS.md").read_text(encoding="utf-8")
+    named = re.findall(r"\[gan\.py:(\d+)\]\(gan\.py#L(\d+)\).*gallery/gans/([a-z-]+)\.png", page)
+    assert len(named) == 13
+    for shown, number, gan in named:
+        assert shown == number and lines[int(number) - 1].startswith(f'    "{gan}": Gan('), (gan, number)

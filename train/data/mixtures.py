@@ -41,14 +41,14 @@ def grid(side: int = 5, spacing: float = 2.0, deviation: float = 0.05) -> Mixtur
 MIXTURES = {"ring": ring, "grid": grid}
 
 
-def standardised(mixture: Mixture) -> Mixture:
-    """The mixture moved and scaled so that a coordinate has mean 0 and variance 1, on average over the two.
+def standardised(mixture: Mixture, spread: float = 1.0) -> Mixture:
+    """The mixture moved and scaled so that a coordinate has mean 0 and deviation `spread`, on average over the two.
 
-    It divides the default ring by 1.414 and the default grid by 2.828, as the WGAN-GP paper's program does.
+    With 1 it divides the default ring by 1.414 and the default grid by 2.828, as the WGAN-GP paper's program does.
     """
     centred = mixture.centres - mixture.centres.mean(0)
     scale = math.sqrt(float(centred.double().square().mean()) + mixture.deviation**2)
-    return Mixture(centred / scale, mixture.deviation / scale)
+    return Mixture(spread * centred / scale, spread * mixture.deviation / scale)
 
 
 def sample(mixture: Mixture, key: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from nets import stylegan
 from train import checkpoints
 
 call, refused = (functools.partial(function, "stylegan") for function in (runs.call, runs.refused))
-QUICK = ("--steps", "4", "--batch", "4", "--phase", "4", "--size", "16", "--no-compile")
+QUICK = ("--steps", "4", "--batch", "4", "--phase", "4", "--size", "16", "--first", "1", "--no-compile")
 STEPS = ("--save-every", "2", "--sample-every", "2")
 
 
