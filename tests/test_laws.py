@@ -251,9 +251,12 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(net):
 
 # Variants of a net, "name, variant", share its layers: compiled reports are looked at of the first of each.
 PLAIN = [n for n in NETS if "," not in n]
+LONG = ("googlenet", "inception")  # to trace, two minutes each: they have the most layers
 
 
-@pytest.mark.parametrize("name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN])
+@pytest.mark.parametrize(
+    "name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN if n not in LONG]
+)
 def test_per_example_reports_compile(name):
     torch._dynamo.reset()
 
@@ -267,9 +270,6 @@ def test_per_example_reports_compile(name):
 
 
 # compile
-
-
-LONG = ("googlenet", "inception")  # to trace: they have the most layers
 
 
 def gradients(net: Net):
