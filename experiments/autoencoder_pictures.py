@@ -8,7 +8,7 @@ from torch import Tensor
 from core import random, tree
 from experiments.trained_autoencoders import Trained, corrupted, decoded, encoded, in_turn, integers, sampled
 from nets import vqvae
-from train import plots, plots_autoencoder, plots_gan
+from train import plots, plots_gan
 from train.data.images import Labelled
 from train.logs import read_curves
 
@@ -107,8 +107,8 @@ def draw_codes(path: Path, codes: Tensor, labels: Tensor, classes: tuple[str, ..
     near = TSNE(2, perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0, n_jobs=1).fit_transform(x)
     with plots.panels(path, 1, 2, 5.2, 4.8) as (left, right):
         name = "The two numbers of a code" if x.shape[1] == 2 else f"PCA of the {x.shape[1]} numbers of a code"
-        plots_autoencoder.scatter(left, flat, labels, classes, name)
-        plots_autoencoder.scatter(right, near, labels, classes, "t-SNE of the codes")
+        plots.scatter(left, flat, labels, classes, name)
+        plots.scatter(right, near, labels, classes, "t-SNE of the codes")
 
 
 def draw_curves(folder: Path, who: Trained) -> None:

@@ -1,5 +1,6 @@
 """What diffusion.py does with a run: its commands but for training."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +108,10 @@ class GradientsArgs(RunArgs):
     """Of how many test images."""
 
 
-def labels_of(run: Opened, count: int) -> Tensor | None:
+def labels_of(who: Diffusion, count: int, device: torch.device) -> Tensor | None:
     """Every class in turn; None for a net without classes."""
-    classes = run.who.cfg.classes
-    return torch.arange(count, device=run.device) % classes if classes else None
+    classes = who.cfg.classes
+    return torch.arange(count, device=device) % classes if classes else None
 
 
 def anything(run: Opened, count: int) -> Tensor | None:
@@ -132,17 +133,8 @@ def measured(
     """(figures, images): distances between as many samples as images, at most args.count, which are of features of
     args.classifier, or of the pixels. With a folder, pictures go there."""
     real = torch.cat([data.test.images, data.train.images])[: args.count]
-    count, device = len(real), key.device
-    labels = torch.arange(count, device=device) % who.cfg.classes if who.cfg.classes else None
-    film = trained.Film(sampler) if folder is not None else None
-    with trained.progress(len(sampler.table) * trained.batches(count), f"{count} samples") as advance:
-
-        def callback(i: int, x: Tensor, image: Tensor) -> None:
-            advance()
-            if film is not None:
-                film(i, x, image)
-
-        fake = trained.generate(params, sampler, step, key, data.shape, labels, count, callback)
+    film, labels = trained.Film(sampler), labels_of(who, len(real), key.device)
+    fake = trained.generate(params, sampler, step, key, data.shape, labels, len(real), film)
     if folder is not None:
         film.draw(folder)
         plots.image_grid(folder / "samples.png", trained.unit(fake[:64]), 8, scale=0.6)
@@ -162,16 +154,10 @@ def sample(run: Opened, args: SampleArgs) -> None:
         raise ValueError(f"--guidance is {guidance}; expected a number of at least 0")
     sampler = trained.make_sampler(who, args.sampler, args.steps, eta=args.eta, spacing=args.spacing)
     step = trained.make_step(who, sampler, guidance, compile=args.compile)
-    labels, film = labels_of(run, args.count), trained.Film(sampler)
+    labels, film = labels_of(who, args.count, run.device), trained.Film(sampler)
     labels = labels if args.label is None else torch.full_like(labels, args.label)
     key = random.key(args.seed, run.device)
-    with trained.progress(len(sampler.table) * trained.batches(args.count), args.sampler) as advance:
-
-        def callback(i: int, x: Tensor, image: Tensor) -> None:
-            advance()
-            film(i, x, image)
-
-        found = trained.generate(run.params, sampler, step, key, run.data.shape, labels, args.count, callback)
+    found = trained.generate(run.params, sampler, step, key, run.data.shape, labels, args.count, film)
     folder = run.folder / "sampled"
     film.draw(folder)
     plots.image_grid(folder / "samples.png", trained.unit(found), scale=0.6)
@@ -267,12 +253,12 @@ def bits_of(run: Opened, args: EvaluateArgs, key: Tensor) -> dict[str, float]:
     choices = {"predicts": who.predicts, "levels": levels}
     for_bound, for_flow = random.split(key).unbind(0)
     with trained.progress(who.steps, "the bound") as advance:
-        model = lambda x, time: net(run.params, labels, x, time)  # noqa: E731
+        model = functools.partial(net, run.params, labels)
         options = {**choices, "variance": who.variance, "callback": advance}
         bound = variational_bound(model, who.schedule, images, for_bound, **options).total
     with trained.progress(args.flow_steps, "the flow") as advance:
         options = {**choices, "steps": args.flow_steps, "callback": advance}
-        step = lambda _, *rest: flow(run.params, labels, *rest)  # noqa: E731
+        step = trained.bound(flow, run.params, labels)
         flowed = flow_bits(None, who.schedule, images, for_flow, step=step, **options)
     found = {"bound": bound, "flow": flowed}
     errors = {f"{name}_error": float(b.std() / len(b) ** 0.5) for name, b in found.items()} if len(images) > 1 else {}

@@ -124,31 +124,31 @@ def generate(
     shape: tuple[int, ...],
     labels: Tensor | None,
     count: int,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    film: "Film | None" = None,
 ) -> Tensor:
-    """(count, *shape) on the CPU, in batches of one size; image i is a function of key and i.
-
-    Args:
-        labels: (count,), or None.
-        callback: as for `train.diffusion.samplers.sample`, for each batch.
+    """(count, *shape) on the CPU, in batches of one size, with a bar on the terminal; image i is a function of key and
+    i. labels: (count,), or None. film: sees each step.
     """
     for_start, for_steps = (random.sites(k, count) for k in random.sites(key, 2))
     size, found = batch_size(count), []
-    for start in range(0, count, size):
-        rows = torch.arange(start, start + size, device=key.device) % count  # the last batch is filled up
-        x = random.normal(for_start[rows], shape)
-        given = bound(step, params, None if labels is None else labels[rows])
-        found.append(samplers.sample(sampler, None, x, for_steps[rows], step=given, callback=callback).cpu())
+    with progress(len(sampler.table) * -(-count // size), f"{count} samples") as advance:
+
+        def callback(i: int, x: Tensor, image: Tensor) -> None:
+            advance()
+            if film is not None:
+                film(i, x, image)
+
+        for start in range(0, count, size):
+            rows = torch.arange(start, start + size, device=key.device) % count  # the last batch is filled up
+            x = random.normal(for_start[rows], shape)
+            given = bound(step, params, None if labels is None else labels[rows])
+            found.append(samplers.sample(sampler, None, x, for_steps[rows], step=given, callback=callback).cpu())
     return torch.cat(found)[:count]
 
 
 def batch_size(count: int) -> int:
     """Of as few batches of one size as hold so many images."""
     return -(-count // -(-count // BATCH))
-
-
-def batches(count: int) -> int:
-    return -(-count // batch_size(count))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from runs import config, flag_id, is_png, metrics, result, same_bits
 
 from nets import autoencoder, pixelcnn, vqvae
-from train import checkpoints, plots_autoencoder
+from train import checkpoints, plots
 from train import runs as train_runs
 from train.data import images
 
@@ -228,7 +228,7 @@ def test_autoencoder_has_nothing_to_sample_from(tmp_path, monkeypatch, capfd, wi
 def test_scatter(tmp_path):
     points, labels = torch.randn(12, 2), torch.arange(12) % 3
     for classes in (tuple("abc"), ("cat", "dog", "bird")):
-        plots_autoencoder.scatter(tmp_path / "points.png", points, labels, classes)
+        plots.scatter(tmp_path / "points.png", points, labels, classes)
         assert is_png(tmp_path / "points.png")
     for given, message in (
         ((points[:, :1], labels, "abc"), r"shape \(12, 1\), expected \(count, 2\)"),
@@ -236,7 +236,7 @@ def test_scatter(tmp_path):
         ((points, labels, "ab"), "labels go from 0 to 2, but there are 2 classes"),
     ):
         with pytest.raises(ValueError, match=message):
-            plots_autoencoder.scatter(tmp_path / "points.png", *given)
+            plots.scatter(tmp_path / "points.png", *given)
 
 
 @pytest.mark.slow
