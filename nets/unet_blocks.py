@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from core import initializers, random
 from core.attention import self_attention, self_attention_spec
-from core.layers import conv, conv_spec, dropout_sites, group_norm, group_norm_spec, linear, linear_spec
+from core.layers import conv, conv_spec, conv_transpose, dropout_sites, group_norm, group_norm_spec, linear, linear_spec
 
 XAVIER = initializers.xavier_uniform()
 """Glorot's uniform, from which the code of Ho et al. 2020 draws all weights."""
@@ -142,5 +142,14 @@ def downsample(p: dict, x: Tensor, padding: str) -> Tensor:
 
 
 def upsample(p: dict, x: Tensor) -> Tensor:
-    """The nearest neighbour at twice the size, then a 3x3 convolution."""
-    return conv(p, F.interpolate(x, scale_factor=2.0), padding=1)
+    """The nearest neighbour at twice the size, then a 3x3 convolution: x (batch, d_in, h, w) -> (batch, d_out, 2h, 2w).
+
+    Of the nine pixels that a new pixel looks at, some are copies of the same old one: along each axis an even place
+    sees the old pixels i - 1, i, i and an odd one i, i, i + 1. So the weights of copies are added, and what is left is
+    a transposed convolution of stride 2 with 4 weights an axis: 4/9 of the multiplications, the same numbers.
+    """
+    weight = p["weight"].transpose(0, 1)
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)
+        weight = torch.stack([last, middle + last, first + middle, first], axis)
+    return conv_transpose({**p, "weight": weight}, x, stride=2, padding=1)
