@@ -84,8 +84,8 @@ def _options(backend: str, args: tuple) -> dict | None:
     # usual order, so in a train step the copies cost more than the layout gains (tests/benchmarks/classifiers.py).
     # A value of more than 30 operations that is used twice it writes to a buffer; below that it copies the operations
     # into both users, which in the rounds of a Threefry doubles and doubles again. From 16 on, the step of a small
-    # Transformer with dropout compiles in 91 s, not 190, and runs no slower; from 8 on in 89 s, but the step of a U-Net,
-    # with its norms, would take 4 percent longer.
+    # Transformer with dropout compiles in 91 s, not 190, and runs no slower; from 8 on in 89 s, but then the step of a
+    # U-Net, with its norms, takes 4 percent longer.
     on_cpu = all(leaf.device.type == "cpu" for leaf in tree.leaves(args) if isinstance(leaf, Tensor))
     return {"layout_optimization": False, "realize_opcount_threshold": 16} if backend == "inductor" and on_cpu else None
 
