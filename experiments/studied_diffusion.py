@@ -249,7 +249,7 @@ def bits_of(run: Opened, args: EvaluateArgs, key: Tensor) -> dict[str, float]:
     def flow(params, labels, row, x, signs):
         return flow_step(who.predicts)(trained.model_of(who, params, labels), row, x, signs)
 
-    net, flow = (compiled(f) if args.compile else f for f in (net, flow))
+    net, flow = (compiled(f, channels_last=True) if args.compile else f for f in (net, flow))
     choices = {"predicts": who.predicts, "levels": levels}
     for_bound, for_flow = random.split(key).unbind(0)
     with trained.progress(who.steps, "the bound") as advance:

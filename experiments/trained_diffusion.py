@@ -107,7 +107,7 @@ def make_step(who: Diffusion, sampler: Sampler, guidance: float = 1.0, *, compil
     def step(params, labels, row, x, memory, noise):
         return sampler.step(model_of(who, params, labels, guidance), row, x, memory, noise)
 
-    return compiled(step) if compile else step
+    return compiled(step, channels_last=True) if compile else step
 
 
 def bound(step: Step, params: tree.Tree, labels: Tensor | None) -> Callable:

@@ -61,14 +61,19 @@ def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
     return random.sites(random.fold_in(key, step), examples)
 
 
-def compiled(f: Callable, backend: str = "inductor") -> Callable:
-    """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words."""
+def compiled(f: Callable, backend: str = "inductor", *, channels_last: bool = False) -> Callable:
+    """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words.
+
+    channels_last: on a CPU, let inductor choose how images lie in memory. For an `f` without gradients: a small U-Net
+        is 5 to 20 percent faster by it (tests/benchmarks/diffusion_sampling.py).
+    """
     graph = None
 
     def run(*args):
         nonlocal graph
         if graph is None:
-            graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend, options=_options(backend, args))
+            options = _options(backend, args, channels_last)
+            graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend, options=options)
         try:
             return graph(*args)
         except torch._dynamo.exc.TorchDynamoException:
@@ -79,15 +84,19 @@ def compiled(f: Callable, backend: str = "inductor") -> Callable:
     return run
 
 
-def _options(backend: str, args: tuple) -> dict | None:
+def _options(backend: str, args: tuple, channels_last: bool) -> dict | None:
+    if backend != "inductor" or not all(
+        leaf.device.type == "cpu" for leaf in tree.leaves(args) if isinstance(leaf, Tensor)
+    ):
+        return None
     # On a CPU, inductor lays images out with their channels last. Parameters and their gradients come and go in the
-    # usual order, so in a train step the copies cost more than the layout gains (tests/benchmarks/classifiers.py).
+    # usual order, so in a train step the copies cost more than the layout gains (tests/benchmarks/classifiers.py);
+    # and torch 2.13 loses gradients in that layout, of diffusers' U-Net at least (tests/benchmarks/diffusion_unet.py).
     # A value of more than 30 operations that is used twice it writes to a buffer; below that it copies the operations
     # into both users, which in the rounds of a Threefry doubles and doubles again. From 16 on, the step of a small
     # Transformer with dropout compiles in 91 s, not 190, and runs no slower; from 8 on in 89 s, but then the step of a
     # U-Net, with its norms, takes 4 percent longer.
-    on_cpu = all(leaf.device.type == "cpu" for leaf in tree.leaves(args) if isinstance(leaf, Tensor))
-    return {"layout_optimization": False, "realize_opcount_threshold": 16} if backend == "inductor" and on_cpu else None
+    return {"layout_optimization": channels_last, "realize_opcount_threshold": 16}
 
 
 def _slice(batch: Tree, start: int, size: int) -> Tree:

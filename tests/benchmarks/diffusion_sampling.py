@@ -27,7 +27,7 @@ def functree_loop(cfg, params, steps):
     def one(params, row, x, memory, noise):
         return sampler.step(lambda x, time: unet.apply(params, x, time, cfg), row, x, memory, noise)
 
-    step = compiled(one)
+    step = compiled(one, channels_last=True)
 
     @torch.no_grad()
     def run(x):
