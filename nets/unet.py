@@ -114,7 +114,7 @@ class Config:
 
 PRESETS = {
     "digits": Config(1, (32, 48), blocks=1, attention=(), groups=8),
-    "mnist": Config(1, (32, 64, 64), attention=(2,), groups=8),
+    "mnist": Config(1, (16, 48, 96), blocks=1, attention=(2,), groups=8),
     "small": Config(3, (64, 128, 128)),
     "cifar": Config(dropout=0.1, padding="tensorflow"),
 }
