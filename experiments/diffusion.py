@@ -298,7 +298,8 @@ def opened(folder: Path, device: str) -> studied.Opened:
     """What a run has learned, with the data that it was trained on."""
     args, where = runs.read_config(folder, "args", Args), command_line.device(device)
     data = trained.read(args.data, args.size)
-    who = settings(args, data)
+    # The net as it was made, whatever the presets are by now.
+    who = settings(args, data)._replace(cfg=runs.read_config(folder, "net", unet.Config))
     params = tree.move(runs.learned(folder, unet.spec(who.cfg), "train"), where)
     data = data._replace(train=tree.move(data.train, where), test=tree.move(data.test, where))
     who = who._replace(schedule=tree.move(who.schedule, where))
