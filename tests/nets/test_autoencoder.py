@@ -123,15 +123,25 @@ def test_presets(preset):
     assert out["output"].shape == x.shape and tuple(out["mean"].shape) == (3, cfg.latent)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "convolutional"])
-def test_at_first_outputs_are_of_the_size_of_the_input(kind):
+def test_convolutions_first_outputs_are_of_the_size_of_the_input():
     """Neither all alike nor sure of themselves, through any of the layers."""
-    cfg = autoencoder.Config((1, 16, 16), 8, kind, (64, 64), width=16, stages=3, output="mean")
+    cfg = autoencoder.Config((1, 16, 16), 8, "convolutional", width=16, stages=3, output="mean")
     params = spec.init(random.key(0), autoencoder.spec(cfg))
     x, z = random.normal(random.key(1), (8, 1, 16, 16)), random.normal(random.key(2), (8, 8))
     q = autoencoder.encode(params, x, cfg)
     for values in (*q, autoencoder.decode(params, z, cfg)):
         assert 0.3 < values.std() < 2.5
+
+
+def test_perceptrons_start_as_modules_of_torch():
+    """Weights and biases alike are spread as those of torch.nn.Linear: as wide, and nowhere wider."""
+    params = spec.init(random.key(0), autoencoder.spec(autoencoder.PRESETS["mnist"]))
+    encoder, decoder = params["encoder"], params["decoder"]
+    for ours in (*encoder["layers"], encoder["code"], *decoder["layers"], decoder["output"]):
+        theirs = nn.Linear(*ours["weight"].shape[::-1])
+        for name, values in ours.items():
+            assert values.std() == pytest.approx(float(getattr(theirs, name).detach().std()), rel=0.25)
+            assert values.abs().max() <= ours["weight"].shape[1] ** -0.5
 
 
 @pytest.mark.parametrize(
