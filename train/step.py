@@ -64,8 +64,8 @@ def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
 def compiled(f: Callable, backend: str = "inductor", *, channels_last: bool = False) -> Callable:
     """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words.
 
-    channels_last: on a CPU, let inductor choose how images lie in memory. For an `f` without gradients: a small U-Net
-        is 5 to 20 percent faster by it (tests/benchmarks/diffusion_sampling.py).
+    channels_last: on a CPU, let inductor choose how images lie in memory. For an `f` without gradients: small U-Nets
+        are 7 to 15 percent faster by it (tests/benchmarks/diffusion_sampling.py).
     """
     graph = None
 
@@ -94,8 +94,8 @@ def _options(backend: str, args: tuple, channels_last: bool) -> dict | None:
     # and torch 2.13 loses gradients in that layout, of diffusers' U-Net at least (tests/benchmarks/diffusion_unet.py).
     # A value of more than 30 operations that is used twice it writes to a buffer; below that it copies the operations
     # into both users, which in the rounds of a Threefry doubles and doubles again. From 16 on, the step of a small
-    # Transformer with dropout compiles in 91 s, not 190, and runs no slower; from 8 on in 89 s, but then the step of a
-    # U-Net, with its norms, takes 4 percent longer.
+    # Transformer with dropout compiles in 91 s, not 190; from 8 on in 89 s, but in a profile of a U-Net's step the
+    # generated kernels (a tenth of it) then take a quarter longer.
     return {"layout_optimization": channels_last, "realize_opcount_threshold": 16}
 
 
