@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core import random, tree
-from core.per_example import planning
+from core.per_example import plan as planning
 from core.per_example.exact import alone
 from core.spec import name_hash
 from core.tree import Tree

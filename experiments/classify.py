@@ -25,14 +25,19 @@ import tyro
 from torch import Tensor
 
 from core import random, tree
-from experiments.trained_classifiers import Trained, is_run, load, net_of, normalised, predictions, study
-from nets import classifiers, published
-from train import classification, command_line, optimizers, plots, recipes, runs
-from train.data import augment, image_sets
-from train.data.image_files import Decoder
-from train.data.images import Labelled
-from train.logs import read_curves
+from experiments.parts.classifier import Trained, is_run, load, net_of, normalised, predictions, study
+from nets.classifiers import by_name, torchvision_weights
+from train import optimizers, plots
+from train.data.images import augment
+from train.data.images import sets as image_sets
+from train.data.images.arrays import Labelled
+from train.data.images.files import Decoder
 from train.losses import accuracy, cross_entropy
+from train.metrics import classification
+from train.optimizers import recipes
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import Policy, create, make_step, start
 
 RUNS = Path("runs/classify")
@@ -178,7 +183,7 @@ def loss(params, batch, keys, net: ModuleType, cfg, trained: Trained, smoothing:
     """Cross-entropy; nets with auxiliary heads add theirs, weighted. Labels are numbers, or probabilities if mixed."""
     pixels, labels = batch
     output = net.apply(params, normalised(pixels, trained).to(dtype), cfg, key=keys, train=True)
-    heads = classifiers.weighted_logits(net, output)
+    heads = by_name.weighted_logits(net, output)
     value = sum(weight * cross_entropy(logits, labels, label_smoothing=smoothing) for weight, logits in heads)
     numbers = labels.argmax(-1) if labels.is_floating_point() else labels
     return value, {"accuracy": accuracy(heads[0][1].detach(), numbers)}
@@ -236,8 +241,8 @@ def beginning(args: Args, recipe: Recipe, data: image_sets.ImageSet) -> tuple[Tr
         recipe.size,
         resize,
         data.classes,
-        published.IMAGENET["mean"],
-        published.IMAGENET["std"],
+        torchvision_weights.IMAGENET["mean"],
+        torchvision_weights.IMAGENET["std"],
         averaged=args.ema > 0,
     )
     own = load(Path(args.weights)) if args.weights and is_run(args.weights) else None
@@ -249,9 +254,9 @@ def beginning(args: Args, recipe: Recipe, data: image_sets.ImageSet) -> tuple[Tr
         return dataclasses.replace(trained, mean=own.mean, std=own.std, choices=own.choices), values
     if args.weights:
         source = None if args.weights == "published" else args.weights
-        values, cfg, facts = published.from_pretrained(recipe.net, source, size=recipe.size)
+        values, cfg, facts = torchvision_weights.from_pretrained(recipe.net, source, size=recipe.size)
         net, wanted = net_of(trained)
-        cfg = vars(classifiers.fitted(net, cfg, channels=data.channels, classes=len(data.classes), size=recipe.size))
+        cfg = vars(by_name.fitted(net, cfg, channels=data.channels, classes=len(data.classes), size=recipe.size))
         choices = {name: value for name, value in vars(wanted).items() if cfg[name] != value}
         return dataclasses.replace(trained, mean=facts.mean, std=facts.std, choices=choices), values
     if data.in_memory:
@@ -289,10 +294,10 @@ def train(args: Args) -> None:
     recipes.check_patterns(model, (*args.freeze, *args.no_decay))
     per_epoch = count // recipe.batch
     steps = max(1, round(recipe.epochs * per_epoch))
-    optimizer = optimizer_of(args, recipe, steps, classifiers.head_names(model))
+    optimizer = optimizer_of(args, recipe, steps, by_name.head_names(model))
     fresh: list[str] = []
     if values is not None:
-        values, fresh = classifiers.adopt(model, values, random.fold_in(key, 0), f"--weights '{args.weights}'")
+        values, fresh = by_name.adopt(model, values, random.fold_in(key, 0), f"--weights '{args.weights}'")
         state = start(random.fold_in(key, 1), tree.move(values, device), model, optimizer)
     else:
         state = create(key, model, optimizer)

@@ -1,8 +1,9 @@
 """Convolution in pictures: on a photograph, as a matrix, by im2col, in the frequency domain, and how fast each way is.
 
-`nets.convolution` writes two-dimensional convolution out four ways in plain tensor operations; here they are drawn, and
-timed beside torch's own (im2col: Chellapilla et al. 2006; FFT: Mathieu et al. 2014, arXiv:1312.5851; the transposed:
-Dumoulin and Visin 2016, arXiv:1603.07285). The image is a photograph in scikit-learn, by danielbuechele (CC BY 2.0):
+`nets.explained.convolution` writes two-dimensional convolution out four ways in plain tensor operations; here they are
+drawn, and timed beside torch's own (im2col: Chellapilla et al. 2006; FFT: Mathieu et al. 2014, arXiv:1312.5851; the
+transposed: Dumoulin and Visin 2016, arXiv:1603.07285). The image is a photograph in scikit-learn, by danielbuechele
+(CC BY 2.0):
 
     python experiments/convolution.py                                    about 20 seconds on 2 CPU cores
     python experiments/convolution.py --image FILE --size 512            your own image
@@ -24,10 +25,12 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from core import random
-from nets.convolution import WAYS, by_definition, by_fft, im2col, matrix, transposed
-from train import command_line, plots, runs
-from train.data import images
-from train.logs import RunLog
+from nets.explained.convolution import WAYS, by_definition, by_fft, im2col, matrix, transposed
+from train import plots
+from train.data.images import arrays
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import RunLog
 
 RUNS = Path("runs/convolution")
 OWN, KEPT = "torch", "matrix, kept"  # torch's convolution; the product alone with a matrix that was made before
@@ -217,7 +220,7 @@ def main(args: Args) -> None:
     device, began, found = command_line.device(args.device), time.perf_counter(), []
     # What sklearn.datasets would find, without the two seconds that it takes to import it.
     sample = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images" / "china.jpg"
-    image = images.read_image(args.image or sample, args.size)[None]
+    image = arrays.read_image(args.image or sample, args.size)[None]
     middle = sorted(args.sides)[len(args.sides) // 2]
     settings = sorted({*((middle, kernel) for kernel in args.kernels), *((side, 5) for side in args.sides)})
     folder, key = runs.new_folder(RUNS, args.name), random.key(args.seed, device)

@@ -20,14 +20,19 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from core import random, tree
-from nets import cyclegan
-from train import command_line, image_buffer, optimizers, plots, plots_gan, runs
-from train.adversarial import objectives
+from nets.generative import cyclegan
+from train import optimizers, plots
+from train.adversarial import objectives, replay_buffer
 from train.adversarial.step import create, make_step
-from train.data import DataError, image_pairs, images
-from train.data.image_pairs import signed
-from train.logs import read_curves
+from train.data import DataError
+from train.data.images import arrays
+from train.data.images import pairs as image_pairs
+from train.data.images.pairs import signed
 from train.losses import l1 as mean_absolute_error
+from train.plots import gan as gan_plots
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 
 RUNS = Path("runs/cyclegan")
 SHOWN = 8
@@ -38,7 +43,7 @@ class Args:
     data: str = "digits"
     """"digits" (embedded: two colours of scikit-learn's digits), or FIRST,SECOND: two folders of pictures."""
     preset: str = "small"
-    """Sizes of nets.cyclegan: paper (for 256 pixels), paper-128 or small (for 64 and less)."""
+    """Sizes of nets.generative.cyclegan: paper (for 256 pixels), paper-128 or small (for 64 and less)."""
     size: int = 32
     """Pixels a side that are cut out of pictures of 9/8 of it; a multiple of 4."""
     objective: str = "least-squares"
@@ -106,7 +111,7 @@ def recoloured(grey: Tensor) -> Tensor:
 def read(args: Args) -> Kinds:
     larger = args.size * 9 // 8
     if args.data == "digits":
-        train, test = images.digits()
+        train, test = arrays.digits()
 
         def scaled(x: Tensor, size: int) -> Tensor:
             return interpolate(x, (size, size), mode="bilinear", align_corners=False)
@@ -147,7 +152,7 @@ def losses(cfg: cyclegan.Config, objective: objectives.Objective, cycle: float, 
         total, kept = 0.0, {}
         fakes = {"x": made(other["back"], y), "y": made(other["there"], x)}
         for number, (kind, real) in enumerate((("x", x), ("y", y))):
-            kept[kind], fake = image_buffer.buffer(memory[kind], fakes[kind], random.fold_in(key, number))
+            kept[kind], fake = replay_buffer.buffer(memory[kind], fakes[kind], random.fold_in(key, number))
             total = total + objective.critic(scores(own[kind], real), scores(own[kind], fake))
         return total / 2, ({}, kept)
 
@@ -208,7 +213,7 @@ def train(args: Args) -> None:
     optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
     both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
     shape = (channels, args.size, args.size)
-    memory = {kind: image_buffer.create(shape, args.capacity, device=device) for kind in "xy"}
+    memory = {kind: replay_buffer.create(shape, args.capacity, device=device) for kind in "xy"}
     specs = {"x": critics, "y": critics}, {"back": generators, "there": generators}
     state = create(random.key(args.seed, device), *specs, *both, memory)
     order_keys = random.split(random.fold_in(random.key(args.seed), 2))  # `create` has 0 and 1
@@ -250,7 +255,7 @@ def train(args: Args) -> None:
         figures, table = studied(optimizers.averaged(state.generator.opt_state), cfg, data)
         run.log.result({**figures, "steps": at, "seconds": seconds})
     draw(run.folder / "translations.png", table, "Pictures that it has not learned from")
-    plots_gan.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
+    gan_plots.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
     lines = read_curves(run.folder, "test/cycle_x", "test/cycle_y")
     plots.curves(run.folder / "cycle.png", lines, ylabel="mean absolute error", title="There and back, in [-1, 1]")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -259,7 +264,7 @@ def train(args: Args) -> None:
 
 def draw(path: Path, table: Tensor, title: str) -> None:
     rows = ["first kind", "as the second", "and back", "second kind", "as the first", "and back"]
-    plots_gan.image_table(path, table, rows, title=title, scale=1.0)
+    gan_plots.image_table(path, table, rows, title=title, scale=1.0)
 
 
 def translate(args: TranslateArgs) -> None:
@@ -272,7 +277,7 @@ def translate(args: TranslateArgs) -> None:
     folder.mkdir(exist_ok=True)
     for path, source in zip(args.images, sources, strict=True):
         found = (translated(values, cfg, signed(source)) + 1) / 2
-        plots_gan.save(folder / f"{path.stem}.png", plots_gan.tile(found, 1, gap=0))
+        gan_plots.save(folder / f"{path.stem}.png", gan_plots.tile(found, 1, gap=0))
         print(folder / f"{path.stem}.png")
 
 

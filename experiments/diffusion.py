@@ -21,18 +21,22 @@ from typing import NamedTuple
 import torch
 
 from core import random, tree
-from experiments import studied_diffusion as studied
-from experiments import trained_diffusion as trained
-from experiments.trained_diffusion import Data, Diffusion
-from experiments.trained_gans import distances
-from nets import unet
-from train import command_line, optimizers, plots, runs, schedules, watching
-from train.data import order
+from experiments import diffusion_study as studied
+from experiments.parts import diffusion as trained
+from experiments.parts.diffusion import Data, Diffusion
+from experiments.parts.generator import distances
+from nets.generative import unet
+from train import optimizers, plots
+from train.data import batching
 from train.diffusion import importance
 from train.diffusion import schedules as noising
 from train.diffusion.losses import WEIGHTS, diffusion_loss
 from train.diffusion.process import PREDICTIONS, VARIANCES
-from train.logs import read_curves
+from train.gradients import watch as watching
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import TrainState, compiled, create, make_step
 
 RUNS = Path("runs/diffusion")
@@ -189,7 +193,7 @@ def losses_of(who: Diffusion, args: Args, levels: int):
 def batch_at(data: Data, key, step: int, size: int, history, who: Diffusion, draw):
     """(images, labels, time, weights): a function of key, step and history."""
     for_rows, for_time = random.split(key).unbind(0)
-    rows, for_time = order.epoch_batch(for_rows, step, len(data.train.labels), size), random.fold_in(for_time, step)
+    rows, for_time = batching.epoch_batch(for_rows, step, len(data.train.labels), size), random.fold_in(for_time, step)
     if history:
         time, weights = draw(history, for_time, size)
     else:

@@ -25,11 +25,16 @@ import torch
 from torch import Tensor
 
 from core import random, spec, tree
-from nets import classifiers, mlp
-from train import checkpoints, command_line, optimizers, plots, runs, schedules
-from train.data import image_sets, images, order
+from nets.classifiers import by_name, mlp
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import arrays
+from train.data.images import sets as image_sets
 from train.losses import accuracy, cross_entropy, nll
-from train.metrics import expected_calibration_error, reliability_bins
+from train.metrics.calibration import expected_calibration_error, reliability_bins
+from train.optimizers import schedules
+from train.run import checkpoints, command_line
+from train.run import run as runs
 from train.step import compiled, create, make_step
 
 RUNS = Path("runs/ensemble")
@@ -78,22 +83,22 @@ class EvaluateArgs:
     """Folder of a run, such as runs/ensemble/NAME."""
 
 
-def read(args: Args) -> tuple[images.Labelled, images.Labelled, Net]:
+def read(args: Args) -> tuple[arrays.Labelled, arrays.Labelled, Net]:
     """(train, test, the net that fits them)."""
     if args.data == "digits":
-        (train, test), classes = images.digits(TEST_DIGITS), 10
+        (train, test), classes = arrays.digits(TEST_DIGITS), 10
     else:
         _, train, test, names = image_sets.in_memory(args.data)
         classes = len(names)
     _, channels, _, size = train.images.shape
     if args.net == "mlp":
         return train, test, Net(mlp, mlp.Config((train.images[0].numel(), *args.widths, classes)))
-    return train, test, Net(*classifiers.configured(args.net, channels=channels, classes=classes, size=size))
+    return train, test, Net(*by_name.configured(args.net, channels=channels, classes=classes, size=size))
 
 
-def batches(data: images.Labelled, keys: Tensor, steps: range, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: arrays.Labelled, keys: Tensor, steps: range, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (members, size, ...), labels (members, size)) of each step: member i meets the examples in the order of
-    its own `train.data.order.epoch_batch(keys[i], step, ...)`."""
+    its own `train.data.batching.epoch_batch(keys[i], step, ...)`."""
     count = len(data.labels)
     for step in steps:
         epoch, place = divmod(step, count // size)
@@ -105,7 +110,7 @@ def batches(data: images.Labelled, keys: Tensor, steps: range, size: int) -> Ite
 
 def loss(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, net: Net) -> Tensor:
     pixels, labels = batch
-    heads = classifiers.weighted_logits(net.module, net.module.apply(params, pixels, net.cfg, key=keys, train=True))
+    heads = by_name.weighted_logits(net.module, net.module.apply(params, pixels, net.cfg, key=keys, train=True))
     return sum(weight * cross_entropy(logits, labels) for weight, logits in heads)
 
 
@@ -113,7 +118,7 @@ def loss(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, net: Net
 def log_probabilities(values: tree.Tree, pixels: Tensor, net: Net) -> Tensor:
     """(members, examples, classes)."""
     members = torch.vmap(functools.partial(net.module.apply, cfg=net.cfg), in_dims=(0, None))
-    parts = [members(values, pixels[part]) for part in order.evaluation_batches(len(pixels), 1000)]
+    parts = [members(values, pixels[part]) for part in batching.evaluation_batches(len(pixels), 1000)]
     return torch.cat(parts, 1).log_softmax(-1)
 
 
@@ -131,7 +136,7 @@ def by_size(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(rows, 1).unbind(0)
 
 
-def study(folder: Path, values: tree.Tree, test: images.Labelled, net: Net) -> dict[str, float]:
+def study(folder: Path, values: tree.Tree, test: arrays.Labelled, net: Net) -> dict[str, float]:
     """The figures of the ensemble on the test examples; draws them into `ensemble.png`."""
     log_probs = log_probabilities(values, test.images, net)
     members, labels = len(log_probs), test.labels

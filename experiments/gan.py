@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core import random, tree
 from core.spectral import spectral_norm
-from experiments.trained_gans import (
+from experiments.parts.generator import (
     Data,
     Players,
     averaged,
@@ -35,14 +35,20 @@ from experiments.trained_gans import (
     load,
     noise,
 )
-from nets import autoencoder_critic, dcgan, mlp_gan, sagan
-from train import command_line, optimizers, plots, plots_gan, runs, schedules
+from nets.generative import autoencoder_critic, dcgan, mlp_gan, sagan
+from train import optimizers, plots
 from train.adversarial import game as games
 from train.adversarial.game import Game
 from train.adversarial.regularisers import clip
 from train.adversarial.step import State, create, make_step
-from train.data import image_sets, mixtures, order
-from train.logs import read_curves
+from train.data import batching
+from train.data.images import sets as image_sets
+from train.data.points import mixtures
+from train.optimizers import schedules
+from train.plots import gan as gan_plots
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import compiled
 
 RUNS = Path("runs/gan")
@@ -261,7 +267,7 @@ def batch_at(data: Data, key: Tensor, step: int, parts: int, size: int) -> tuple
         points, modes = mixtures.sample(data.mixture, random.fold_in(key, step), parts * size)
         return points.reshape(parts, size, 2), modes.reshape(parts, size)
     count = len(data.train.labels)
-    rows = torch.stack([order.epoch_batch(key, step * parts + i, count, size) for i in range(parts)])
+    rows = torch.stack([batching.epoch_batch(key, step * parts + i, count, size) for i in range(parts)])
     return data.train.images[rows], data.train.labels[rows]
 
 
@@ -378,7 +384,7 @@ def train(args: Args) -> None:
         draw_study(run.folder, generators[0], who, data, look_key)
     frames = sorted((run.folder / "frames").glob("*.png"))
     shutil.copy(frames[-1], run.folder / "samples.png")
-    plots_gan.animation(run.folder / "training.gif", frames)
+    gan_plots.animation(run.folder / "training.gif", frames)
     lines = read_curves(run.folder, "critic/loss", "generator/loss")
     plots.curves(run.folder / "loss.png", lines, ylabel="loss", title=f"{args.gan}: both players")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -401,7 +407,7 @@ def sample(args: SampleArgs) -> None:
         plots.image_grid(path, (found + 1) / 2, scale=0.6)
     else:
         real, _ = mixtures.sample(data.mixture, random.key(args.seed), args.count)
-        plots_gan.points(path, real, found)
+        gan_plots.points(path, real, found)
     print(f"{args.count} samples in {path}")
 
 

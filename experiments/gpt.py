@@ -20,11 +20,16 @@ from typing import Any
 import torch
 
 from core import random, tree
-from nets import gpt2, pretrained
-from train import checkpoints, command_line, optimizers, plots, runs, schedules, watching
-from train.data import text, token_files, tokenizers
-from train.logs import read_curves
+from nets import weights as pretrained
+from nets.language import gpt2
+from train import optimizers, plots
+from train.data.text import text, token_files, tokenizers
+from train.gradients import watch as watching
 from train.losses import cross_entropy
+from train.optimizers import schedules
+from train.run import checkpoints, command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import Policy, create, make_step, start
 
 RUNS = Path("runs/gpt")
@@ -32,7 +37,7 @@ RUNS = Path("runs/gpt")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset of `nets.gpt2` is trained: AdamW, linear warm-up, cosine to a tenth of the peak."""
+    """How a preset of `nets.language.gpt2` is trained: AdamW, linear warm-up, cosine to a tenth of the peak."""
 
     steps: int
     batch: int

@@ -26,10 +26,17 @@ from torch import Tensor
 from core import random, tree
 from core.per_example import Reports, reports
 from core.scores import cosine_matrix, layer_snr, noise
-from nets import gpt2, mlp
-from train import command_line, optimizers, plots, runs, schedules, watching
-from train.data import images, order, text, token_files
+from nets.classifiers import mlp
+from nets.language import gpt2
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import arrays
+from train.data.text import text, token_files
+from train.gradients import watch as watching
 from train.losses import cross_entropy
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
 from train.step import create, make_step
 
 RUNS = Path("runs/gradients")
@@ -79,7 +86,7 @@ class Task(NamedTuple):
 
 
 def image_task(args: Args) -> Task:
-    learn, _ = images.digits() if args.data is None else images.mnist(args.data)
+    learn, _ = arrays.digits() if args.data is None else arrays.mnist(args.data)
     pixels, labels = learn.images[: args.examples], learn.labels[: args.examples]
     net = mlp.Config((pixels[0].numel(), 128, 128, int(learn.labels.max()) + 1))
 
@@ -217,7 +224,7 @@ def train(args: Args) -> None:
         run.log.print(f"{tree.count(task.spec):,} parameters, {count} examples; run in {run.folder}")
         at = run.first
         for at in range(run.first + 1, args.steps + 1):
-            chosen = order.epoch_batch(order_key, at - 1, count, args.batch)
+            chosen = batching.epoch_batch(order_key, at - 1, count, args.batch)
             inputs, targets = (part[chosen] for part in task.data)
             state, metrics = step(state, tree.move((inputs, targets), device))
             scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
@@ -235,7 +242,7 @@ def train(args: Args) -> None:
         seconds = runs.seconds(run)
         if runs.stopped(run, at):
             return
-        batch = order.epoch_batch(order_key, 0, count, args.batch)
+        batch = batching.epoch_batch(order_key, 0, count, args.batch)
         figures = study(run.folder, task, state.params, seen, batch)
         run.log.result({**figures, "steps": at, "seconds": seconds})
     easy, hard = figures["norm_easiest"], figures["norm_hardest"]

@@ -25,10 +25,13 @@ from torch import Tensor
 
 from core import random, scores, tree
 from core.curvature import ggn_vp, probe, top_eigenpairs
-from nets import mlp
-from train import checkpoints, command_line, optimizers, plots, runs
-from train.data import images, order
+from nets.classifiers import mlp
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import arrays
 from train.losses import accuracy, cross_entropy
+from train.run import checkpoints, command_line
+from train.run import run as runs
 from train.step import create, make_step
 
 RUNS = Path("runs/mislabelled")
@@ -85,9 +88,9 @@ def flip(labels: Tensor, classes: int, count: int, key: Tensor) -> tuple[Tensor,
     return torch.where(wrong, (labels + shift) % classes, labels), wrong
 
 
-def in_parts(score: Callable, data: images.Labelled) -> Tensor:
+def in_parts(score: Callable, data: arrays.Labelled) -> Tensor:
     """`score(part)` of all parts of the data, (N,)."""
-    parts = order.evaluation_batches(len(data.labels), PART)
+    parts = batching.evaluation_batches(len(data.labels), PART)
     return torch.cat([score(tree.map(lambda x, part=part: x[part], data)) for part in parts])
 
 
@@ -105,13 +108,13 @@ def average_precision(suspicion: Tensor, wrong: Tensor) -> float:
     return float((recall.diff(prepend=recall.new_zeros(1)) * precision).sum())
 
 
-def suspicions(snapshots: list[tree.Tree], data: images.Labelled, cfg: mlp.Config, args: Args, key: Tensor, say):
+def suspicions(snapshots: list[tree.Tree], data: arrays.Labelled, cfg: mlp.Config, args: Args, key: Tensor, say):
     """({score: (N,)}, the same of each snapshot for some); the higher, the more likely wrong."""
 
     def logits(p: tree.Tree, x: Tensor) -> Tensor:
         return mlp.apply(p, x, cfg)
 
-    def loss(p: tree.Tree, batch: images.Labelled) -> Tensor:
+    def loss(p: tree.Tree, batch: arrays.Labelled) -> Tensor:
         return cross_entropy(logits(p, batch.images), batch.labels, reduction="none")
 
     def at(p: tree.Tree) -> dict[str, Tensor]:
@@ -170,9 +173,9 @@ def draw(folder: Path, found: dict, history: list[dict], steps: list[int], data,
     plots.image_grid(folder / "suspects.png", data.images[first], 10, titles, heading, scale=0.9)
 
 
-def read(args: Args) -> tuple[images.Labelled, images.Labelled, mlp.Config]:
+def read(args: Args) -> tuple[arrays.Labelled, arrays.Labelled, mlp.Config]:
     """(train, test, the net that fits them)."""
-    train, test = images.digits() if args.data == "digits" else images.mnist(args.data)
+    train, test = arrays.digits() if args.data == "digits" else arrays.mnist(args.data)
     if args.examples is not None and not 0 < args.examples <= len(train.labels):
         raise ValueError(f"--examples is {args.examples}; '{args.data}' has {len(train.labels)} to learn from")
     train = tree.map(lambda x: x[: args.examples], train)
@@ -214,7 +217,7 @@ def train(args: Args) -> None:
         snapshot(0).parent.mkdir(exist_ok=True)
         at = run.first
         for at in range(run.first + 1, args.steps + 1):
-            chosen = order.epoch_batch(random.fold_in(key, 3), at - 1, total, args.batch)
+            chosen = batching.epoch_batch(random.fold_in(key, 3), at - 1, total, args.batch)
             state, metrics = step(state, (data.images[chosen], labels[chosen]))
             runs.check_finite(run, at, metrics)
             last = at == args.steps or run.stop.requested

@@ -29,10 +29,13 @@ from torch import Tensor
 from core import initializers, random, tree
 from core.per_example import Reports
 from core.scores import noise
-from nets import gpt2
-from train import command_line, optimizers, plots, runs, schedules
-from train.data import text, token_files
+from nets.language import gpt2
+from train import optimizers, plots
+from train.data.text import text, token_files
 from train.losses import cross_entropy
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
 from train.step import create, make_step
 
 RUNS = Path("runs/noise_scale")

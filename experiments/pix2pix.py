@@ -21,14 +21,18 @@ import tyro
 from torch import Tensor
 
 from core import random, tree
-from nets import pix2pix
-from train import command_line, optimizers, plots, plots_gan, runs
+from nets.generative import pix2pix
+from train import optimizers, plots
 from train.adversarial import objectives
 from train.adversarial.step import create, make_step
-from train.data import DataError, image_pairs
-from train.data.image_pairs import Pairs, signed
-from train.logs import read_curves
+from train.data import DataError
+from train.data.images import pairs as image_pairs
+from train.data.images.pairs import Pairs, signed
 from train.losses import l1 as mean_absolute_error
+from train.plots import gan as gan_plots
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 
 RUNS = Path("runs/pix2pix")
 SHOWN = 8
@@ -41,7 +45,7 @@ class Args:
     source: str = "left"
     """Which half of a file is the source: left or right."""
     preset: str = "small"
-    """Sizes of nets.pix2pix: paper, instance (both for 256 pixels) or small (for 64)."""
+    """Sizes of nets.generative.pix2pix: paper, instance (both for 256 pixels) or small (for 64)."""
     size: int = 64
     """Pixels a side that are cut out of pictures of 9/8 of it; a multiple of 2^depth."""
     objective: str = "non-saturating"
@@ -167,7 +171,7 @@ def draw(path: Path, test: Pairs, found: Tensor, title: str) -> None:
     shown = torch.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().long()
     rows = [signed(test.sources[shown]), found[shown], signed(test.targets[shown])]
     table = torch.stack([coloured(x) for x in rows])
-    plots_gan.image_table(path, table, ["source", "translation", "target"], title=title, scale=1.1)
+    gan_plots.image_table(path, table, ["source", "translation", "target"], title=title, scale=1.1)
 
 
 def train(args: Args) -> None:
@@ -221,7 +225,7 @@ def train(args: Args) -> None:
         figures |= {} if nothing is None else {"l1_source": float(mean_absolute_error(nothing, signed(test.targets)))}
         run.log.result({**figures, "steps": at, "seconds": seconds})
     draw(run.folder / "translations.png", test, found, "Pictures that it has not learned from")
-    plots_gan.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
+    gan_plots.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
     lines = read_curves(run.folder, "generator/l1", "test/l1")
     plots.curves(run.folder / "l1.png", lines, ylabel="mean absolute error", title="Numbers in [-1, 1]")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -236,8 +240,8 @@ def translate(args: TranslateArgs) -> None:
     folder = args.run / "translated"
     folder.mkdir(exist_ok=True)
     for path, source in zip(args.images, sources, strict=True):
-        found = plots_gan.tile(coloured(translated(values, cfg, source)), 1, gap=0)
-        plots_gan.save(folder / f"{path.stem}.png", found)
+        found = gan_plots.tile(coloured(translated(values, cfg, source)), 1, gap=0)
+        gan_plots.save(folder / f"{path.stem}.png", found)
         print(folder / f"{path.stem}.png")
 
 

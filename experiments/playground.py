@@ -28,12 +28,17 @@ from torch import Tensor
 
 from core import random
 from core.attention import attention, causal_mask
-from experiments.trained_translators import Decoder, draw_attention, load, maps, translations
-from nets import transformer
-from train import command_line, optimizers, plots, runs, schedules, translation
-from train.data import buckets, corpus, tokenizers
-from train.data.tokenizers import BOS, EOS, PAD
-from train.logs import RunLog
+from experiments.parts.translator import Decoder, draw_attention, load, maps, translations
+from nets.language import transformer
+from train import optimizers, plots
+from train.data.text import tokenizers
+from train.data.text.tokenizers import BOS, EOS, PAD
+from train.data.translation import buckets, corpus
+from train.metrics import translation
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import RunLog
 from train.step import create, make_step
 
 RUNS = Path("runs/playground")

@@ -27,11 +27,15 @@ from torch import Tensor
 
 from core import per_example, random, tree
 from core.layers import conv, conv_spec, linear, linear_spec, max_pool
-from train import command_line, optimizers, plots, private, runs
-from train.data import images, order
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import arrays
 from train.files import read_json, write_json
-from train.logs import read_metrics
+from train.gradients import private
 from train.losses import cross_entropy
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_metrics
 from train.step import create, make_step
 
 RUNS = Path("runs/private")
@@ -48,7 +52,7 @@ class Args:
     max_norm: float = 1.0
     """To what length the gradient of an example is clipped."""
     clipping: str = "flat"
-    """flat, automatic or per_layer: see train.private.clipped_sum."""
+    """flat, automatic or per_layer: see train.gradients.private.clipped_sum."""
     batch: int = 300
     """Expected number of examples in a batch, each of which has the same chance to be in it."""
     steps: int = 150
@@ -128,7 +132,7 @@ def losses(params: tree.Tree, batch: tuple[Tensor, Tensor], cfg: Config) -> Tens
 @torch.no_grad()
 def predicted(params: tree.Tree, pixels: Tensor, cfg: Config) -> Tensor:
     """(examples,) classes."""
-    parts = order.evaluation_batches(len(pixels), 1000)
+    parts = batching.evaluation_batches(len(pixels), 1000)
     return torch.cat([apply(params, pixels[part], cfg).argmax(-1) for part in parts])
 
 
@@ -153,7 +157,7 @@ def make_any_step(args: Args, cfg: Config, optimizer: optimizers.Optimizer):
     return lambda state, batch, mask: plain(state, (*batch, mask))
 
 
-def draw(folder: Path, args: Args, norms: dict[str, list[float]], test: images.Labelled, guesses: Tensor) -> None:
+def draw(folder: Path, args: Args, norms: dict[str, list[float]], test: arrays.Labelled, guesses: Tensor) -> None:
     """curves.png, gradient_norms.png and mistakes.png."""
     points = [record for record in read_metrics(folder) if "test/accuracy" in record]
     accuracies = [100 * record["test/accuracy"] for record in points]
@@ -189,7 +193,7 @@ def train(args: Args) -> None:
     command_line.positive(**{name: getattr(args, name) for name in numbers})
     command_line.choice("--clipping", args.clipping, private.CLIPPING)
     device = command_line.device(args.device)
-    learn, test = images.digits(297) if args.data == "digits" else images.mnist(args.data)
+    learn, test = arrays.digits(297) if args.data == "digits" else arrays.mnist(args.data)
     count = len(learn.labels)
     if args.batch > count:
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {count} examples to learn from")

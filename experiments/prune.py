@@ -26,12 +26,16 @@ import torch
 from torch import Tensor
 
 from core import random, scores, tree
-from nets import mlp
-from train import command_line, optimizers, plots, runs, schedules
-from train.data import images, order
+from nets.classifiers import mlp
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import arrays
+from train.gradients.stream import stream
 from train.losses import cross_entropy
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
 from train.step import create, make_step
-from train.streaming import stream
 
 RUNS = Path("runs/prune")
 TEST_DIGITS = 797  # of 1797
@@ -84,14 +88,14 @@ class Member(NamedTuple):
     size: int
 
 
-def read(args: Args) -> tuple[images.Labelled, images.Labelled, mlp.Config]:
+def read(args: Args) -> tuple[arrays.Labelled, arrays.Labelled, mlp.Config]:
     """(train, test, the net that fits them)."""
-    train, test = images.digits(TEST_DIGITS) if args.data == "digits" else images.mnist(args.data)
+    train, test = arrays.digits(TEST_DIGITS) if args.data == "digits" else arrays.mnist(args.data)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
     return train, test, mlp.Config((train.images[0].numel(), *args.widths, classes))
 
 
-def losses(params: tree.Tree, batch: images.Labelled, cfg: mlp.Config) -> Tensor:
+def losses(params: tree.Tree, batch: arrays.Labelled, cfg: mlp.Config) -> Tensor:
     """(N,)."""
     return cross_entropy(mlp.apply(params, batch.images, cfg), batch.labels, reduction="none")
 
@@ -102,13 +106,13 @@ def created(keys: Tensor, cfg: mlp.Config, optimizer: optimizers.Optimizer) -> t
     return tree.map(torch.Tensor.contiguous, states)  # vmap repeats what they share, such as the step
 
 
-def draw(data: images.Labelled, orders: Tensor, rows: Tensor, sizes: Tensor, keys: Tensor, n: int) -> images.Labelled:
+def draw(data: arrays.Labelled, orders: Tensor, rows: Tensor, sizes: Tensor, keys: Tensor, n: int) -> arrays.Labelled:
     """A batch (nets, n, ...): net i draws, with keys[i], from the first sizes[i] entries of orders[rows[i]]."""
     chosen = orders[rows[:, None], random.randint(keys, (n,), 0, sizes[:, None], torch.int64)]
-    return images.Labelled(data.images[chosen], data.labels[chosen])
+    return arrays.Labelled(data.images[chosen], data.labels[chosen])
 
 
-def score(args: Args, data: images.Labelled, cfg: mlp.Config, step, optimizer: optimizers.Optimizer) -> Tensor:
+def score(args: Args, data: arrays.Labelled, cfg: mlp.Config, step, optimizer: optimizers.Optimizer) -> Tensor:
     """(SCORES, examples): each score, averaged over the scorers, who learn from all examples for `early` steps."""
     keys = random.split(random.fold_in(random.key(args.seed, data.labels.device), 2), args.scorers)
     states, count = created(keys, cfg, optimizer), len(data.labels)
@@ -116,7 +120,7 @@ def score(args: Args, data: images.Labelled, cfg: mlp.Config, step, optimizer: o
     rows = torch.zeros(args.scorers, dtype=torch.int64, device=keys.device)
 
     def scored(params: tree.Tree, name: str) -> dict[str, np.ndarray]:
-        def function(batch: images.Labelled) -> dict[str, Tensor]:
+        def function(batch: arrays.Labelled) -> dict[str, Tensor]:
             with torch.no_grad():
                 logits = torch.vmap(functools.partial(mlp.apply, cfg=cfg), in_dims=(0, None))(params, batch.images)
             found = scores.grand(functools.partial(losses, cfg=cfg), params, batch, ensemble=True)
@@ -149,10 +153,10 @@ def plan(args: Args, found: Tensor, key: Tensor) -> tuple[Tensor, list[Member]]:
 
 
 @torch.no_grad()
-def accuracies(params: tree.Tree, test: images.Labelled, cfg: mlp.Config) -> Tensor:
+def accuracies(params: tree.Tree, test: arrays.Labelled, cfg: mlp.Config) -> Tensor:
     """(nets,)."""
     apply = torch.vmap(functools.partial(mlp.apply, cfg=cfg), in_dims=(0, None))
-    parts = [apply(params, test.images[part]).argmax(-1) for part in order.evaluation_batches(len(test.labels), 500)]
+    parts = [apply(params, test.images[part]).argmax(-1) for part in batching.evaluation_batches(len(test.labels), 500)]
     return (torch.cat(parts, 1) == test.labels).to(torch.float64).mean(1).cpu()
 
 
@@ -171,7 +175,7 @@ def study(args: Args, members: list[Member], right: Tensor, found: Tensor) -> di
     return {"accuracy": by, "gain_over_random": gains, "scores": SCORES, "rank_correlation": correlation}
 
 
-def draw_pictures(args: Args, folder: Path, figures: dict, found: Tensor, data: images.Labelled) -> None:
+def draw_pictures(args: Args, folder: Path, figures: dict, found: Tensor, data: arrays.Labelled) -> None:
     with plots.panels(folder / "prune.png", 1, 2, width=5.0) as panels:
         for axes, end in zip(panels, ENDS, strict=True):
             names = {"random": "random", **{f"{name}, {end}": name for name in SCORES}}

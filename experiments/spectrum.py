@@ -26,12 +26,14 @@ from torch.nn.functional import avg_pool2d
 from core import curvature, random, tree
 from core.curvature import Density, probe, smoothed
 from core.transforms import hvp
-from nets import mlp
-from train import command_line, optimizers, plots, runs
-from train.data import images
+from nets.classifiers import mlp
+from train import optimizers, plots
+from train.data.images import arrays
 from train.files import read_json, write_json
-from train.logs import read_curves
 from train.losses import accuracy, cross_entropy
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import create, make_step
 
 RUNS = Path("runs/spectrum")
@@ -73,7 +75,7 @@ class Args:
     """cpu, cuda, cuda:1, mps ..."""
 
 
-def products(params: tree.Tree, data: images.Labelled, cfg: mlp.Config) -> dict[str, Callable]:
+def products(params: tree.Tree, data: arrays.Labelled, cfg: mlp.Config) -> dict[str, Callable]:
     """{matrix: its product with a tree like the parameters}."""
 
     def outputs(p: tree.Tree) -> Tensor:
@@ -88,7 +90,7 @@ def products(params: tree.Tree, data: images.Labelled, cfg: mlp.Config) -> dict[
     }
 
 
-def spectrum(params: tree.Tree, data: images.Labelled, cfg: mlp.Config, key: Tensor, args: Args) -> dict:
+def spectrum(params: tree.Tree, data: arrays.Labelled, cfg: mlp.Config, key: Tensor, args: Args) -> dict:
     """Per matrix what Lanczos and Hutchinson say of it, and with `--exact` its eigenvalues in descending order."""
     found = {}
     for (name, product), matrix_key in zip(products(params, data, cfg).items(), random.split(key, 2), strict=True):
@@ -181,7 +183,7 @@ def train(args: Args) -> None:
     if min(args.spectra, default=0) < 0:
         raise ValueError(f"--spectra is {min(args.spectra)}; expected steps of at least 0")
     device = command_line.device(args.device)
-    pooled = [data._replace(images=avg_pool2d(data.images, args.pool)) for data in images.digits(TEST_DIGITS)]
+    pooled = [data._replace(images=avg_pool2d(data.images, args.pool)) for data in arrays.digits(TEST_DIGITS)]
     learn, test = tree.move(pooled, device)
     cfg = mlp.Config(((8 // args.pool) ** 2, *args.widths, 10), activation="tanh")
     model, optimizer, key = mlp.spec(cfg), optimizers.sgd(args.learning_rate), random.key(args.seed, device)

@@ -19,14 +19,18 @@ import torch
 from torch import Tensor
 
 from core import random, tree
-from experiments.trained_gans import distances
-from nets import stylegan
-from train import checkpoints, command_line, optimizers, plots, plots_gan, runs
+from experiments.parts.generator import distances
+from nets.generative import stylegan
+from train import optimizers, plots
 from train.adversarial import objectives
 from train.adversarial.regularisers import r1
 from train.adversarial.step import create, make_step
-from train.data import image_sets, order
-from train.logs import read_curves
+from train.data import batching
+from train.data.images import sets as image_sets
+from train.plots import gan as gan_plots
+from train.run import checkpoints, command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 
 RUNS = Path("runs/stylegan")
 SHOWN = 64
@@ -37,7 +41,7 @@ class Args:
     data: str = "digits"
     """"digits", "mnist", "cifar10" ... (downloaded once), or a folder of their files or of pictures."""
     preset: str = "small"
-    """Sizes of nets.stylegan: paper (1024 pixels), photographs-128, photographs-64, small (32)."""
+    """Sizes of nets.generative.stylegan: paper (1024 pixels), photographs-128, photographs-64, small (32)."""
     size: int | None = 8
     """Pixels a side at the highest level, a power of 2; None is the preset's."""
     first: int = 0
@@ -180,7 +184,7 @@ def train(args: Args) -> None:
                 pixels = 4 * 2**level
                 run.log.print(f"step {at}: {pixels} x {pixels} pixels" + ", compiling ..." * args.compile)
                 before = level
-            rows = order.epoch_batch(order_key, at - 1, len(images), args.batch)
+            rows = batching.epoch_batch(order_key, at - 1, len(images), args.batch)
             batch = tree.move((images[rows], torch.tensor(alpha)), device)
             state, metrics = step_of(level)(state, tree.map(lambda x: x[None], batch))
             runs.check_finite(run, at, metrics)
@@ -206,7 +210,7 @@ def train(args: Args) -> None:
         run.log.result({**figures, "level": level, "steps": at, "seconds": seconds})
     plots.image_grid(run.folder / "samples.png", generated(values, cfg, latents, level, alpha), 8, scale=0.6)
     mix(run.folder / "mixed.png", values, cfg, level, random.fold_in(look_key, 2))
-    plots_gan.animation(run.folder / "training.gif", sorted(frames.glob("*.png")))
+    gan_plots.animation(run.folder / "training.gif", sorted(frames.glob("*.png")))
     lines = read_curves(run.folder, "critic/loss", "generator/loss")
     plots.curves(run.folder / "loss.png", lines, ylabel="loss", title="StyleGAN: both players")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -223,7 +227,7 @@ def mix(path: Path, values: tree.Tree, cfg: stylegan.Config, level: int, key: Te
     found = stylegan.synthesis(values, styles, noise, cfg, level=level)
     table = ((found + 1) / 2).clamp(0, 1).reshape(count, count, *found.shape[1:])
     rows, columns = [f"coarse {i + 1}" for i in range(count)], [f"fine {i + 1}" for i in range(count)]
-    plots_gan.image_table(path, table, rows, columns, "Mixed styles")
+    gan_plots.image_table(path, table, rows, columns, "Mixed styles")
 
 
 @torch.no_grad()

@@ -22,13 +22,20 @@ import torch
 import tyro
 
 from core import random, tree
-from experiments.trained_translators import DECODED, Decoder, Translator, draw_attention, load, translations
-from nets import transformer
-from train import command_line, optimizers, plots, runs, schedules, translation
-from train.data import buckets, corpus, parallel, parallel_sets, tokenizers
-from train.data.tokenizers import PAD
-from train.logs import read_curves
+from experiments.parts.translator import DECODED, Decoder, Translator, draw_attention, load, translations
+from nets.language import transformer
+from train import optimizers, plots
+from train.data.text import tokenizers
+from train.data.text.tokenizers import PAD
+from train.data.translation import buckets, corpus
+from train.data.translation import files as pair_files
+from train.data.translation import sets as pair_sets
 from train.losses import cross_entropy
+from train.metrics import translation
+from train.optimizers import schedules
+from train.run import command_line
+from train.run import run as runs
+from train.run.logs import read_curves
 from train.step import create, make_step
 
 RUNS = Path("runs/translate")
@@ -36,7 +43,7 @@ RUNS = Path("runs/translate")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset of `nets.transformer` is trained: Adam with the paper's betas, Noam's schedule."""
+    """How a preset of `nets.language.transformer` is trained: Adam with the paper's betas, Noam's schedule."""
 
     steps: int
     tokens: int
@@ -169,7 +176,7 @@ def train(args: Args) -> None:
     origin, args = runs.begin(RUNS, args, free=("steps", "average", "eval_every", "save_every", "device", "compile"))
     cfg, recipe = settings(args)
     device, began = command_line.device(args.device), time.perf_counter()
-    data = parallel_sets.open_pairs(args.data, args.source, args.target)
+    data = pair_sets.open_pairs(args.data, args.source, args.target)
     if origin.folder:
         tokenizer = tokenizers.load(origin.folder / "tokenizer.json")
     else:
@@ -255,7 +262,7 @@ def translate(args: TranslateArgs) -> None:
     if args.sentences:
         parts = [list(args.sentences)]
     elif args.file:
-        parts = [parallel.sentences(args.file)]
+        parts = [pair_files.sentences(args.file)]
     else:
         parts = ([line.rstrip("\n")] for line in sys.stdin)  # each as it comes
     for number, sentences in enumerate(parts):
@@ -271,7 +278,7 @@ def evaluate(args: EvaluateArgs) -> None:
     args.check()
     trained = runs.read_config(args.run, "args", Args)
     translator = load(args.run, args.device, trained.average)
-    data = parallel_sets.open_pairs(trained.data, trained.source, trained.target)
+    data = pair_sets.open_pairs(trained.data, trained.source, trained.target)
     name = args.test or next(iter(data.tests), "")
     if name not in data.tests:
         raise ValueError(

@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from core import random, tree
-from experiments.autoencoder_pictures import draw, draw_curves, draw_reconstructions, draw_walks
-from experiments.trained_autoencoders import (
+from experiments.parts.autoencoder import (
     Trained,
     encoded,
     figures_of,
@@ -36,10 +35,15 @@ from experiments.trained_autoencoders import (
     revived,
     sampled,
 )
-from nets import autoencoder, pixelcnn, vqvae
-from train import checkpoints, command_line, optimizers, plots, runs, watching
-from train.data import image_sets, order
-from train.data.image_sets import ImageSet
+from experiments.parts.autoencoder_pictures import draw, draw_curves, draw_reconstructions, draw_walks
+from nets.generative import autoencoder, pixelcnn, vqvae
+from train import optimizers, plots
+from train.data import batching
+from train.data.images import sets as image_sets
+from train.data.images.sets import ImageSet
+from train.gradients import watch as watching
+from train.run import checkpoints, command_line
+from train.run import run as runs
 from train.step import TrainState, create, make_step
 
 RUNS = Path("runs/vae")
@@ -285,7 +289,7 @@ def train(args: Args) -> None:
         for at in range(run.first + 1, total + 1):
             part = "model" if at <= args.steps else "prior"
             if part == "model":
-                rows = order.epoch_batch(keys["order"], at - 1, len(images.labels), args.batch)
+                rows = batching.epoch_batch(keys["order"], at - 1, len(images.labels), args.batch)
                 batch = images.images[rows], images.labels[rows]
                 if who.quantised and (at == 1 or (at <= args.steps // 2 and at % own["revive_every"] == 0)):
                     revive_key = random.fold_in(keys["revive"], at)
@@ -298,7 +302,7 @@ def train(args: Args) -> None:
                     run.log.print("the prior learns the codes ...")
                     values = now(state)
                     codes = integers(values, who, encoded(values, who, *images))
-                rows = order.epoch_batch(keys["prior_order"], at - 1 - args.steps, len(codes), args.batch)
+                rows = batching.epoch_batch(keys["prior_order"], at - 1 - args.steps, len(codes), args.batch)
                 state["prior"], metrics = prior_step(state["prior"], (codes[rows], images.labels[rows]))
             runs.check_finite(run, at, metrics)
             last = at == total or run.stop.requested

@@ -4,11 +4,11 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from registry import NETS, PUBLISHED, Net
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, grad_and_value, vmap
 
 from core import per_example, random, spec, stats, tree
+from tests.registry import NETS, PUBLISHED, Net
 
 every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 

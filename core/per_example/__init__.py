@@ -9,7 +9,7 @@ reference: vmap(grad).
 
 from core.per_example.errors import PerExampleError
 from core.per_example.exact import each, verify
-from core.per_example.planning import Plan
+from core.per_example.plan import Plan
 from core.per_example.reports import Reports, combine, plan, reports, total_norm
 from core.per_example.weighted import Weighted, clip_factor, clipped, weighted
 

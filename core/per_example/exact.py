@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from core import tree
-from core.per_example import planning
+from core.per_example import plan as planning
 from core.per_example.errors import PerExampleError
-from core.per_example.planning import check_losses, check_params
+from core.per_example.plan import check_losses, check_params
 from core.per_example.reports import reports
 from core.tree import Tree
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.per_example.formed import bytes_at_once, formed, wide
+from core.per_example.blocked import bytes_at_once, formed, wide
 
 
 class Outer(NamedTuple):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from core import tree
-from core.per_example import planning
+from core.per_example import plan as planning
+from core.per_example.backward_rules import FORMS, once
 from core.per_example.errors import PerExampleError
 from core.per_example.forms import Form, reduce
-from core.per_example.operations import FORMS, once
-from core.per_example.planning import Plan, check_losses, check_params, watch
-from core.per_example.session import LeafPlan, Session, Use
+from core.per_example.plan import Plan, check_losses, check_params, watch
+from core.per_example.trace import LeafPlan, Session, Use
 from core.tree import Tree
 
 

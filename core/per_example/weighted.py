@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from core import tree
-from core.per_example import planning
+from core.per_example import plan as planning
+from core.per_example.backward_rules import once
 from core.per_example.errors import PerExampleError
 from core.per_example.forms import reduce, weighted_sum
-from core.per_example.operations import once
-from core.per_example.planning import Plan
+from core.per_example.plan import Plan
 from core.per_example.reports import forms_of, plan_of, pull_back, quantities_of_leaf, total_norm
 from core.tree import Tree
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core.per_example import reports
-from core.scores.classes import check_labels, check_logits, membership
+from core.scores.checks import check_labels, check_logits, membership
 from core.transforms import grad
 from core.tree import Tree
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core import random, tree
 from core.per_example import plan, reports
-from core.scores.classes import check_logits
+from core.scores.checks import check_logits
 from core.tree import Tree
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core import tree
 from core.per_example import Reports
-from core.per_example.formed import wide
+from core.per_example.blocked import wide
 from core.tree import Tree
 
 

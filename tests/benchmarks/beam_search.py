@@ -21,8 +21,8 @@ from transformers import MarianConfig, MarianMTModel
 from transformers.utils import logging
 
 from core import random, tree
-from nets import marian, transformer
-from nets.beam_search import beam_search
+from nets.language import marian, transformer
+from nets.language.beam_search import beam_search
 
 END, BEAMS, LONGEST = 1, 5, 64
 

@@ -22,8 +22,8 @@ import torch
 from timing import interleaved, report
 
 from core import random, tree
-from nets import classifiers
-from nets.pretrained import fill
+from nets.classifiers import by_name
+from nets.weights import fill
 from train import optimizers
 from train.losses import cross_entropy
 from train.step import Policy, make_step, start
@@ -55,7 +55,7 @@ def torchvision_net(name: str, size: int) -> torch.nn.Module:
 
 
 def our_net(name: str, size: int):
-    net, cfg = classifiers.configured(name, channels=3, classes=CLASSES, size=size)
+    net, cfg = by_name.configured(name, channels=3, classes=CLASSES, size=size)
     off = {
         field.name: 0.0 for field in dataclasses.fields(cfg) if "dropout" in field.name or "stochastic" in field.name
     }

@@ -15,8 +15,8 @@ from diffusion_unet import SIZES, STEPS, diffusers_net
 from timing import interleaved, report
 
 from core import random, tree
-from nets import unet
-from nets.pretrained import fill
+from nets.generative import unet
+from nets.weights import fill
 from train.diffusion import samplers, schedules
 from train.step import compiled
 

@@ -16,8 +16,8 @@ import torch
 from timing import interleaved, report
 
 from core import random, tree
-from nets import unet
-from nets.pretrained import fill
+from nets.generative import unet
+from nets.weights import fill
 from train import optimizers
 from train.step import Policy, make_step, start
 

@@ -15,7 +15,7 @@ import torch
 from timing import interleaved, report
 
 from core import random, tree
-from nets import classifiers
+from nets.classifiers import by_name
 from train import optimizers
 from train.losses import cross_entropy
 from train.step import compiled, create, make_step
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keys = random.split(random.key(0), args.members)
     optimizer = optimizers.adamw(1e-3)
-    net, cfg = classifiers.configured(args.net, channels=args.channels, classes=CLASSES, size=args.size)
+    net, cfg = by_name.configured(args.net, channels=args.channels, classes=CLASSES, size=args.size)
     objective = functools.partial(loss, net=net, cfg=cfg)
     pixels = random.uniform(random.key(1), (args.members, args.batch, args.channels, args.size, args.size))
     labels = random.randint(random.key(2), (args.members, args.batch), 0, CLASSES).long()

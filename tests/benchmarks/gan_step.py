@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core import random, tree
-from nets import dcgan
+from nets.generative import dcgan
 from train import optimizers
 from train.adversarial import objectives
 from train.adversarial.regularisers import gradient_penalty

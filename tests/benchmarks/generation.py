@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from core import random
-from nets import gpt2
+from nets.language import gpt2
 
 PROMPT, NEW = 16, 128
 

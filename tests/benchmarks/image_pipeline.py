@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core import random
-from train.data import augment
-from train.data.image_files import Decoder, Files, listing
+from train.data.images import augment
+from train.data.images.files import Decoder, Files, listing
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

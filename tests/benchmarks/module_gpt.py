@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import tree
-from nets import gpt2
+from nets.language import gpt2
 
 
 class Block(nn.Module):

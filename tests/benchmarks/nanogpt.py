@@ -21,9 +21,9 @@ import torch
 from timing import interleaved, report
 
 from core import random
-from nets import gpt2
+from nets.language import gpt2
 from train import optimizers
-from train.data import text, tokenizers
+from train.data.text import text, tokenizers
 from train.losses import cross_entropy
 from train.step import create, make_step
 

@@ -23,7 +23,7 @@ from timing import interleaved, report
 from torch import Tensor, nn
 
 from core import per_example, random, spec, tree
-from nets import gpt2
+from nets.language import gpt2
 from train.losses import cross_entropy
 
 CFG = gpt2.Config(vocabulary=65, context=128, layers=4, heads=8, width=256, dropout=0.0, bias=True)

@@ -20,7 +20,7 @@ from memory import peak, require_prompt_free
 from torch import Tensor, nn
 
 from core import per_example, random, spec
-from nets import mlp
+from nets.classifiers import mlp
 from train.losses import cross_entropy
 
 CFG, BATCH, TARGET = mlp.Config((5120, 2560, 1280)), 32, 1.05

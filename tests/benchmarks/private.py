@@ -21,8 +21,9 @@ from torch import nn
 
 from core import random, tree
 from experiments.private import Config, apply, losses, spec
-from train import optimizers, private
-from train.data import images
+from train import optimizers
+from train.data.images import arrays
+from train.gradients import private
 from train.step import create
 
 CFG, MAX_NORM, DELTA, LEARNING_RATE = Config(), 1.0, 1e-5, 0.5
@@ -100,7 +101,7 @@ def main() -> None:
         parser.error("--data or FUNCTREE_DATA must name the folder of MNIST")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     torch.set_num_threads(args.threads)
-    learn, test = images.mnist(args.data)
+    learn, test = arrays.mnist(args.data)
     count, noise = len(learn.labels), args.noise_multiplier
     optimizer = optimizers.sgd(LEARNING_RATE)
     beginning = create(random.key(0), spec(CFG), optimizer)

@@ -18,7 +18,7 @@ from module_gpt import Module
 from timing import interleaved, report
 
 from core import random, spec, tree
-from nets import gpt2
+from nets.language import gpt2
 from train import optimizers
 from train.losses import cross_entropy
 from train.step import make_step, start

@@ -18,8 +18,9 @@ from timing import interleaved, report
 from torch import nn
 
 from core import random, spec, tree
-from nets import transformer
-from train import optimizers, translation
+from nets.language import transformer
+from train import optimizers
+from train.metrics import translation
 from train.step import make_step, start
 
 LENGTH, SMOOTHING, RATE, BETAS, EPS = 25, 0.1, 1e-4, (0.9, 0.98), 1e-9

@@ -24,9 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from core import random, tree
-from nets import autoencoder
-from train import optimizers, variational
-from train.data import images, order
+from nets.generative import autoencoder
+from train import optimizers
+from train.data import batching
+from train.data.images import arrays
+from train.losses import variational
 from train.step import create, make_step
 
 BATCH, RATE = 128, 1e-3
@@ -122,7 +124,7 @@ class Ours:
         start = before = time.perf_counter()
         first = []
         for _ in range(len(self.data) // BATCH):
-            rows = order.epoch_batch(self.order_key, self.done, len(self.data), BATCH)
+            rows = batching.epoch_batch(self.order_key, self.done, len(self.data), BATCH)
             self.state, metrics = self.step(self.state, self.data[rows])
             metrics["loss"].item()
             self.done += 1
@@ -135,7 +137,7 @@ class Ours:
     @torch.no_grad()
     def test_loss(self) -> float:
         keys, total = random.sites(random.fold_in(self.key, 3), len(self.test)), 0.0
-        for part in order.evaluation_batches(len(self.test), 500):
+        for part in batching.evaluation_batches(len(self.test), 500):
             total += float(negative_elbo(self.state.params, self.test[part], keys[part]).sum())
         return total / len(self.test)
 
@@ -150,7 +152,7 @@ def main() -> None:
 
     folder = Path(os.environ.get("FUNCTREE_DATA", "")) / "mnist"
     train, test = (
-        part.images.float() / (1 if part.images.is_floating_point() else 255) for part in images.mnist(folder)
+        part.images.float() / (1 if part.images.is_floating_point() else 255) for part in arrays.mnist(folder)
     )
     train = train[: args.images]
     pictures = TensorDataset(train) if args.tensors else Pictures((train[:, 0] * 255).round().byte())

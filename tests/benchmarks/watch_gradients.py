@@ -14,8 +14,9 @@ import torch
 from timing import interleaved, report
 
 from core import random, spec, tree
-from nets import gpt2
-from train import optimizers, watching
+from nets.language import gpt2
+from train import optimizers
+from train.gradients import watch as watching
 from train.losses import cross_entropy
 from train.step import Policy, make_step, start
 

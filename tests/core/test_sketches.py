@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core import per_example, random, spec, tree
 from core.sketches import gradient_sketches, hashes, sketch
-from nets import mlp
+from nets.classifiers import mlp
 
 CFG = mlp.Config((6, 5, 3))
 PARAMS = tree.cast(spec.init(random.key(0), mlp.spec(CFG)), torch.float64)

@@ -3,11 +3,11 @@
 import functools
 from pathlib import Path
 
-import runs
-
 from core import random
-from nets import gpt2
-from train import checkpoints, optimizers
+from nets.language import gpt2
+from tests.experiments import runs
+from train import optimizers
+from train.run import checkpoints
 from train.step import TrainState, create
 
 call, start, refused, completed = (

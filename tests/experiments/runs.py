@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from core import tree
-from train import checkpoints
+from train.run import checkpoints
 
 MAIN = types.ModuleType("__main__")
 ROOT = Path(__file__).parents[2]

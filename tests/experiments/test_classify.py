@@ -3,15 +3,15 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 import torch
 from PIL import Image
-from runs import config, contents, flag_id, is_png, metrics, result, same_bits
 
 from core import random, spec, tree
-from nets import classifiers, squeezenet
-from train import checkpoints
-from train.data import images
+from nets.classifiers import by_name, squeezenet
+from tests.experiments import runs
+from tests.experiments.runs import config, contents, flag_id, is_png, metrics, result, same_bits
+from train.data.images import arrays
+from train.run import checkpoints
 from train.step import make_step
 
 call, refused, completed = (
@@ -45,7 +45,7 @@ def pictures(folder, each=6):
 
 
 def parameters(run, net="lenet-digits", channels=1, classes=10, size=8, step=None):
-    module, cfg = classifiers.configured(net, channels=channels, classes=classes, size=size)
+    module, cfg = by_name.configured(net, channels=channels, classes=classes, size=size)
     params, _ = spec.split(module.spec(cfg), spec.abstract(module.spec(cfg)))
     return checkpoints.restore(run / "checkpoints", params, step, part="params")
 
@@ -69,16 +69,16 @@ def test_evaluation_repeats_the_figures(here, capsys):
     assert call("evaluate", "--run", run) == 0
     out = capsys.readouterr().out
     assert f"{figures['accuracy']:.2%} of the test images right" in out and f"NLL {figures['nll']:.4f}" in out
-    _, test = images.digits()
-    module, cfg = classifiers.configured("lenet-digits", channels=1, classes=10, size=8)
-    learn, _ = images.digits()
+    _, test = arrays.digits()
+    module, cfg = by_name.configured("lenet-digits", channels=1, classes=10, size=8)
+    learn, _ = arrays.digits()
     pixels = (test.images - learn.images.mean()) / learn.images.std()
     right = (module.apply(parameters(run), pixels, cfg).argmax(-1) == test.labels).float().mean()
     assert float(right) == pytest.approx(figures["accuracy"])
 
 
 def test_prediction(here, capfd):
-    _, test = images.digits()
+    _, test = arrays.digits()
     for i in range(2):
         Image.fromarray((test.images[i, 0].numpy() * 255).astype(np.uint8)).save(f"{i}.png")
     before = contents(here / "runs")
@@ -139,7 +139,7 @@ def test_all_options_together(here):
 
 def test_finetuning_of_an_own_run(here, capsys):
     """The digits' net learns other classes: pixels of one channel, five classes."""
-    learn, test = images.digits()
+    learn, test = arrays.digits()
     for part, data in (("train", learn), ("t10k", test)):
         few = data.labels < 5
         write_idx(here / "five" / f"{part}-images-idx3-ubyte", (data.images[few, 0] * 255).to(torch.uint8).numpy())

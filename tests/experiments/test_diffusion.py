@@ -3,15 +3,15 @@ import json
 import shutil
 
 import pytest
-import runs
 import torch
-from runs import is_png, metrics, result, same_bits
 
 from core import random, spec, tree
-from experiments import trained_diffusion
-from nets import unet
-from train import checkpoints
+from experiments.parts import diffusion
+from nets.generative import unet
+from tests.experiments import runs
+from tests.experiments.runs import is_png, metrics, result, same_bits
 from train.diffusion import schedules
+from train.run import checkpoints
 
 call, refused = (functools.partial(function, "diffusion") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "2", "--batch", "4", "--save-every", "1", "--timesteps", "20", "--sampler-steps", "2")
@@ -96,16 +96,16 @@ def test_samples_are_functions_of_key_and_number(monkeypatch):
     """Whatever the batches are, and with all steps through one function."""
     cfg = unet.Config(1, (8, 8), blocks=1, attention=(), groups=4, classes=3, zero=False)
     params = spec.init(random.key(0), unet.spec(cfg))
-    who = trained_diffusion.Diffusion(cfg, schedules.make("cosine", 20), "noise", "small")
-    sampler = trained_diffusion.make_sampler(who, "ddim", 4, eta=1.0)
-    step = trained_diffusion.make_step(who, sampler, 2.0, compile=False)
+    who = diffusion.Diffusion(cfg, schedules.make("cosine", 20), "noise", "small")
+    sampler = diffusion.make_sampler(who, "ddim", 4, eta=1.0)
+    step = diffusion.make_step(who, sampler, 2.0, compile=False)
 
     def drawn(count, labels):
-        return trained_diffusion.generate(params, sampler, step, random.key(1), (1, 4, 4), labels, count)
+        return diffusion.generate(params, sampler, step, random.key(1), (1, 4, 4), labels, count)
 
     labels = torch.arange(5) % 3
     whole = drawn(5, labels)
-    monkeypatch.setattr(trained_diffusion, "BATCH", 2)
+    monkeypatch.setattr(diffusion, "BATCH", 2)
     torch.testing.assert_close(drawn(5, labels), whole, atol=1e-5, rtol=1e-5)
     assert (drawn(5, labels * 0) - whole).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [False, True, True, False, True]
 
@@ -125,11 +125,11 @@ def test_inpainting(here):
 def test_masks(tmp_path):
     from PIL import Image
 
-    half = trained_diffusion.mask_of("half", (1, 6, 8))
+    half = diffusion.mask_of("half", (1, 6, 8))
     Image.fromarray(half.numpy()).save(tmp_path / "half.png")
     assert half.sum() == 24 and half[:, 0].all()
-    assert torch.equal(trained_diffusion.mask_of(str(tmp_path / "half.png"), (1, 6, 8)), half)
-    assert (~trained_diffusion.mask_of("box", (1, 6, 8))).sum() == 16
+    assert torch.equal(diffusion.mask_of(str(tmp_path / "half.png"), (1, 6, 8)), half)
+    assert (~diffusion.mask_of("box", (1, 6, 8))).sum() == 16
 
 
 def test_evaluation(here):
@@ -149,7 +149,7 @@ def test_gradients_by_time(here):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["diffusion.py"])
         opened = runs.MAIN.opened(run.relative_to(here), "cpu")
-    first = next(trained_diffusion.probe(opened.who, opened.data, random.key(0), 2, 10))
+    first = next(diffusion.probe(opened.who, opened.data, random.key(0), 2, 10))
     one = tree.map(lambda x: x[:1], first)
     gradient = torch.func.grad(lambda p: opened.losses(p, one[:4], one[4]).sum())(opened.params)
     assert first[2].tolist() == list(range(0, 20, 2)) and found["norm"][0] == pytest.approx(

@@ -6,15 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import sklearn.metrics
 import torch
-from runs import config, contents, finish, flag_id, is_png, metrics, one_error, result, same_bits, wait_for_step
 
 from core import random, spec, tree
-from nets import mlp
-from train import checkpoints, optimizers
-from train.data import images, order
+from nets.classifiers import mlp
+from tests.experiments import runs
+from tests.experiments.runs import (
+    config,
+    contents,
+    finish,
+    flag_id,
+    is_png,
+    metrics,
+    one_error,
+    result,
+    same_bits,
+    wait_for_step,
+)
+from train import optimizers
+from train.data import batching
+from train.data.images import arrays
+from train.run import checkpoints
 from train.step import TrainState, compiled, create
 
 call, start, refused, completed = (
@@ -73,7 +86,7 @@ def test_folder_of_a_run(place):
 
 def test_figures_are_those_of_scikit_learn(place):
     run = place / "runs" / "ensemble" / "whole"
-    _, test = images.digits(1297)
+    _, test = arrays.digits(1297)
     labels, figures = test.labels.numpy(), result(run)
     with torch.no_grad():
         logits = [module(test.images.flatten(1)).double() for module in modules(state_of(run).params)]
@@ -103,13 +116,13 @@ def test_figures_are_those_of_scikit_learn(place):
 
 def test_each_member_trains_as_it_would_alone(place):
     """The same initial values and order of the data, with torch's modules and optimizer."""
-    train, _ = images.digits(1297)
+    train, _ = arrays.digits(1297)
     for i, module in enumerate(modules(initial().params)):
         order_key = random.fold_in(random.split(random.key(0), 3)[i], 2)
         adamw = torch.optim.AdamW(module.parameters(), lr=3e-3)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 24)
         for step in range(24):
-            chosen = order.epoch_batch(order_key, step, 500, 50)
+            chosen = batching.epoch_batch(order_key, step, 500, 50)
             loss = torch.nn.functional.cross_entropy(module(train.images[chosen].flatten(1)), train.labels[chosen])
             adamw.zero_grad()
             loss.backward()

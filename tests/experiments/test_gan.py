@@ -4,12 +4,12 @@ import re
 import shutil
 
 import pytest
-import runs
-from runs import config, flag_id, is_png, metrics, result, same_bits
 
 from core import spec
-from nets import dcgan
-from train import checkpoints
+from nets.generative import dcgan
+from tests.experiments import runs
+from tests.experiments.runs import config, flag_id, is_png, metrics, result, same_bits
+from train.run import checkpoints
 
 call, refused = (functools.partial(function, "gan") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "2", "--batch", "8", "--save-every", "1", "--sample-every", "1", "--no-compile")

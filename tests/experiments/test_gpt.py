@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 import torch
-from gpt_runs import QUICK, TEXT, call, completed, start, state_of
-from runs import ENVIRONMENT, config, finish, is_png, metrics, result, same_bits, wait_for_step
 
-from nets import gpt2
-from train import checkpoints
-from train.data import tokenizers
+from nets.language import gpt2
+from tests.experiments.gpt_runs import QUICK, TEXT, call, completed, start, state_of
+from tests.experiments.runs import ENVIRONMENT, config, finish, is_png, metrics, result, same_bits, wait_for_step
+from train.data.text import tokenizers
+from train.run import checkpoints
 
 STEPS = ("--steps", "24", "--save-every", "6", "--eval-every", "4")
 

@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 import torch
-from gpt_runs import QUICK, TEXT, call, refused, start, state_of
-from runs import finish, finite, flag_id, one_error
 
-from train import checkpoints
+from tests.experiments.gpt_runs import QUICK, TEXT, call, refused, start, state_of
+from tests.experiments.runs import finish, finite, flag_id, one_error
+from train.run import checkpoints
 
 
 @pytest.fixture(scope="module")

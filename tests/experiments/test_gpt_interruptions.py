@@ -10,10 +10,20 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from gpt_runs import QUICK, TEXT, call, completed, start, state_of
-from runs import ENVIRONMENT, contents, finish, finite, metrics, one_error, same_bits, script, wait_for_step
 
-from train import checkpoints
+from tests.experiments.gpt_runs import QUICK, TEXT, call, completed, start, state_of
+from tests.experiments.runs import (
+    ENVIRONMENT,
+    contents,
+    finish,
+    finite,
+    metrics,
+    one_error,
+    same_bits,
+    script,
+    wait_for_step,
+)
+from train.run import checkpoints
 
 LONG = (*QUICK, "--steps", "60", "--dropout", "0.1", "--eval-every", "20")
 

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from gpt_runs import QUICK, TEXT, call, state_of
-from runs import is_png, metrics, result
 
 from core import tree
-from nets import gpt2
+from nets.language import gpt2
+from tests.experiments.gpt_runs import QUICK, TEXT, call, state_of
+from tests.experiments.runs import is_png, metrics, result
 
 FLAGS = (*QUICK, "--steps", "12", "--save-every", "6")
 

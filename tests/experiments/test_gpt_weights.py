@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from gpt_runs import QUICK, TEXT, call, state_of
-from runs import contents, one_error, result
 from safetensors.torch import load_file, save_file
 
-from train import checkpoints
-from train.data import tokenizers
+from tests.experiments.gpt_runs import QUICK, TEXT, call, state_of
+from tests.experiments.runs import contents, one_error, result
+from train.data.text import tokenizers
+from train.run import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,18 @@ import functools
 import shutil
 
 import pytest
-import runs
 import torch
-from runs import config, flag_id, is_png, metrics, result, same_bits
 
 from core import random, tree
 from core.per_example import each
-from nets import mlp
-from train import checkpoints, optimizers
-from train.data import images, order
+from nets.classifiers import mlp
+from tests.experiments import runs
+from tests.experiments.runs import config, flag_id, is_png, metrics, result, same_bits
+from train import optimizers
+from train.data import batching
+from train.data.images import arrays
 from train.losses import cross_entropy
+from train.run import checkpoints
 from train.step import create
 
 call, refused, completed = (
@@ -54,10 +56,10 @@ def test_record_is_of_every_example(place):
     """The first row against the gradients of the first batch, one by one."""
     _, seen = held(place / "runs" / "gradients" / "whole")
     assert seen["times"].tolist() == [4] * 60 and seen["counts"].sum(1).tolist() == [20] * 12
-    learn, _ = images.digits()
+    learn, _ = arrays.digits()
     net = mlp.Config((64, 128, 128, 10))
     params = create(random.key(0), mlp.spec(net), optimizers.adamw(0.0)).params
-    chosen = order.epoch_batch(random.fold_in(random.key(0), 2), 0, 60, 20)
+    chosen = batching.epoch_batch(random.fold_in(random.key(0), 2), 0, 60, 20)
 
     def losses(p, batch):
         return cross_entropy(mlp.apply(p, batch[0], net), batch[1], reduction="none")

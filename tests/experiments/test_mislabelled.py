@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import sklearn.metrics
 import torch
-from runs import config, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
 
-from train import checkpoints
-from train.data import images
+from tests.experiments import runs
+from tests.experiments.runs import config, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
+from train.data.images import arrays
+from train.run import checkpoints
 
 call, start, refused, completed = (
     functools.partial(function, "mislabelled") for function in (runs.call, runs.start, runs.refused, runs.completed)
@@ -65,7 +65,7 @@ def test_folder_of_a_run(place):
 
 
 def test_labels_that_are_flipped(place):
-    scored, (clean, _) = found(place / "runs" / "mislabelled" / "whole"), images.digits()
+    scored, (clean, _) = found(place / "runs" / "mislabelled" / "whole"), arrays.digits()
     wrong, given, true = scored["wrong"], scored["label"], clean.labels[:200]
     assert wrong.sum() == 20 and torch.equal(given != true, wrong) and 0 <= given.min() and given.max() <= 9
     assert len(set((given - true)[wrong].remainder(10).tolist())) > 4  # not always the next class
@@ -87,7 +87,7 @@ def test_figures_are_those_of_scikit_learn(place):
 def test_scores_are_those_of_plain_autograd(place):
     """One example after the other, with torch's modules."""
     run = place / "runs" / "mislabelled" / "whole"
-    scored, nets, (clean, _) = found(run), modules(run), images.digits()
+    scored, nets, (clean, _) = found(run), modules(run), arrays.digits()
     for i in (0, 7, 113):
         x, y = clean.images[i].flatten()[None], scored["label"][i : i + 1]
         losses, norms = [], []
@@ -110,7 +110,7 @@ def test_scores_are_those_of_plain_autograd(place):
 def test_influence_is_the_dense_one(place):
     """gᵀ Q (Λ + damping)⁻¹ Qᵀ g with the five largest eigenpairs of the Gauss-Newton matrix, from dense Jacobians."""
     run = place / "runs" / "mislabelled" / "whole"
-    scored, net, (clean, _) = found(run), modules(run)[-1].double(), images.digits()
+    scored, net, (clean, _) = found(run), modules(run)[-1].double(), arrays.digits()
     x, y = clean.images[:200].flatten(1).double(), scored["label"]
     params = dict(net.named_parameters())
     jacobians = torch.func.jacrev(lambda p: torch.func.functional_call(net, p, (x,)))(params)

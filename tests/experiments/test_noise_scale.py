@@ -3,14 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 import torch
-from runs import flag_id, is_png, metrics, result
 
 from core import random, spec, tree
 from core.per_example import each
-from nets import gpt2
-from train.data import text, token_files
+from nets.language import gpt2
+from tests.experiments import runs
+from tests.experiments.runs import flag_id, is_png, metrics, result
+from train.data.text import text, token_files
 from train.losses import cross_entropy
 
 call, refused, completed = (

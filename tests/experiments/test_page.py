@@ -4,7 +4,8 @@ import re
 import shutil
 
 import pytest
-from runs import ROOT, execute, result
+
+from tests.experiments.runs import ROOT, execute, result
 
 
 @pytest.fixture

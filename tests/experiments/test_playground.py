@@ -1,7 +1,8 @@
 import functools
 
 import pytest
-from runs import call, flag_id, is_png, refused, result
+
+from tests.experiments.runs import call, flag_id, is_png, refused, result
 
 QUICK = ("--steps", "300", "--lengths", "16", "32", "--rounds", "1", "--name", "one")
 PICTURES = ("positions", "masks", "smoothed_targets", "learning_rate", "attention_maps", "cost")

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
-from runs import config, contents, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
 
 from core import random, tree
-from nets import mlp
-from train import checkpoints, optimizers
-from train.data import images
+from nets.classifiers import mlp
+from tests.experiments import runs
+from tests.experiments.runs import config, contents, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
+from train import optimizers
+from train.data.images import arrays
+from train.run import checkpoints
 from train.step import TrainState, create
 
 call, start, refused, completed = (
@@ -71,7 +72,7 @@ def test_folder_of_a_run(place):
 
 def test_accuracies_and_gains_are_those_of_modules(place):
     run = place / "runs" / "prune" / "whole"
-    _, test = images.digits(797)
+    _, test = arrays.digits(797)
     right = []
     for params in tree.unstack(state_of(run).params):
         right.append(float((module(params)(test.images).argmax(1) == test.labels).double().mean()))
@@ -87,7 +88,7 @@ def test_accuracies_and_gains_are_those_of_modules(place):
 
 def test_score_at_initialisation_is_the_norm_of_plain_gradients(place):
     scores = np.load(place / "runs" / "prune" / "whole" / "scores.npy")
-    learn, _ = images.digits(797)
+    learn, _ = arrays.digits(797)
     assert scores.shape == (3, 1000)
     keys = random.split(random.fold_in(random.key(0), 2), 3)
     optimizer = optimizers.adamw(lambda count: 0.0)
@@ -106,7 +107,7 @@ def test_each_net_draws_from_what_is_kept_alone():
     args = SCRIPT["Args"](seeds=2, kept=(0.5, 0.1))
     found = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
     orders, members = SCRIPT["plan"](args, found, random.key(0))
-    data = images.Labelled(torch.arange(40.0)[:, None], torch.arange(40))
+    data = arrays.Labelled(torch.arange(40.0)[:, None], torch.arange(40))
     rows, sizes = (torch.tensor([getattr(m, name) for m in members]) for name in ("order", "size"))
     keys = random.split(random.key(1), len(members))
     drawn = SCRIPT["draw"](data, orders, rows, sizes, keys, 2000)

@@ -5,14 +5,15 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import config, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
 
 from core import random, spec, tree
-from nets import mlp
-from train import checkpoints, optimizers
-from train.data import images
+from nets.classifiers import mlp
+from tests.experiments import runs
+from tests.experiments.runs import config, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
+from train import optimizers
+from train.data.images import arrays
+from train.run import checkpoints
 from train.step import TrainState, create
 
 call, start, refused, completed = (
@@ -58,7 +59,7 @@ def test_folder_of_a_run(place):
 
 def test_exact_eigenvalues_are_those_of_torch(place):
     run = place / "runs" / "spectrum" / "whole"
-    learn, _ = images.digits(1297)
+    learn, _ = arrays.digits(1297)
     pixels = torch.nn.functional.avg_pool2d(learn.images, 4).flatten(1).double()
     params = tree.cast(state_of(run).params, torch.float64)
     names, shapes = tree.names(params), [x.shape for x in tree.leaves(params)]

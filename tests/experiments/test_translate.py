@@ -2,14 +2,15 @@ import functools
 import shutil
 
 import pytest
-import runs
 import torch
-from runs import config, flag_id, is_png, metrics, result, same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nets import transformer
-from train import checkpoints
-from train.data import dates, tokenizers
+from nets.language import transformer
+from tests.experiments import runs
+from tests.experiments.runs import config, flag_id, is_png, metrics, result, same_bits
+from train.data.text import tokenizers
+from train.data.translation import dates
+from train.run import checkpoints
 from train.step import make_step
 
 call, refused, completed = (

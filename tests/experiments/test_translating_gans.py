@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
-from runs import config, flag_id, is_png, result, same_bits
 
 from core import spec
-from nets import cyclegan, pix2pix
-from train import checkpoints
+from nets.generative import cyclegan, pix2pix
+from tests.experiments import runs
+from tests.experiments.runs import config, flag_id, is_png, result, same_bits
+from train.run import checkpoints
 
 QUICK = ("--steps", "2", "--batch", "2", "--save-every", "1", "--sample-every", "1", "--no-compile")
 NETS = {"cyclegan": cyclegan, "pix2pix": pix2pix}

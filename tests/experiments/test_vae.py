@@ -4,14 +4,15 @@ import shutil
 import signal
 
 import pytest
-import runs
 import torch
-from runs import config, flag_id, is_png, metrics, result, same_bits
 
-from nets import autoencoder, pixelcnn, vqvae
-from train import checkpoints, plots
-from train import runs as train_runs
-from train.data import images
+from nets.generative import autoencoder, pixelcnn, vqvae
+from tests.experiments import runs
+from tests.experiments.runs import config, flag_id, is_png, metrics, result, same_bits
+from train import plots
+from train.data.images import arrays
+from train.run import checkpoints
+from train.run import run as train_runs
 
 call, refused, start = (functools.partial(function, "vae") for function in (runs.call, runs.refused, runs.start))
 QUICK = ("--steps", "4", "--batch", "50", "--save-every", "2", "--test-every", "2", "--no-compile")
@@ -22,7 +23,7 @@ CODEBOOK = ("--model", "vq-vae", "--width", "8", "--codes", "8", "--steps", "3",
 @pytest.fixture(scope="module", autouse=True)
 def quick_pictures():
     """t-SNE of fewer codes, and a prior of fewer channels."""
-    from experiments import autoencoder_pictures
+    from experiments.parts import autoencoder_pictures
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder_pictures, "EMBEDDED", 40)
@@ -33,7 +34,7 @@ def quick_pictures():
 @pytest.fixture
 def without_codes(monkeypatch):
     """PCA and t-SNE are drawn by `place` already."""
-    monkeypatch.setattr("experiments.autoencoder_pictures.draw_codes", lambda *_: None)
+    monkeypatch.setattr("experiments.parts.autoencoder_pictures.draw_codes", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +72,12 @@ def test_folder_of_a_run(place):
 def test_figures_against_distributions(place):
     """The bound's parts by torch.distributions on the same draws, and log p(x) over a fine grid of the plane."""
     from core import random
-    from experiments.trained_autoencoders import Trained, figures_of
+    from experiments.parts.autoencoder import Trained, figures_of
 
     run = place / "runs" / "vae" / "whole"
     (values,) = learned(run)
     cfg = train_runs.read_config(run, "net", autoencoder.Config)
-    test = images.digits()[1]
+    test = arrays.digits()[1]
     part = test._replace(images=test.images[:20], labels=test.labels[:20])
     key = random.key(3)
     figures = figures_of({"model": values}, Trained(cfg, tuple("0123456789")), part, key, 2000)

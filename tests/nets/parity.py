@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core import random, spec, stats, tree
-from nets.pretrained import fill
+from nets.weights import fill
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

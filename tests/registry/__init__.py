@@ -11,7 +11,7 @@ must have. The batch is made by one of the makers below, or any function `(key, 
 with `both`. A net goes into the file that says what it is for.
 """
 
-from registry import classifiers, generative, language
-from registry.face import NETS, PUBLISHED, Net
+from tests.registry import classifiers, generative, language
+from tests.registry.face import NETS, PUBLISHED, Net
 
 __all__ = ["NETS", "PUBLISHED", "Net", "classifiers", "generative", "language"]

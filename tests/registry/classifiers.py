@@ -14,7 +14,7 @@ from core.layers import (
     prelu_spec,
 )
 from core.tree import Tree
-from nets import (
+from nets.classifiers import (
     alexnet,
     convnext,
     densenet,
@@ -30,7 +30,7 @@ from nets import (
     vgg,
     vit,
 )
-from registry.face import Net, images, net, published, register, vectors
+from tests.registry.face import Net, images, net, published, register, vectors
 
 # A net of this file: until a larger one does, it shows that the laws hold for Stats, taps and outputs that are trees.
 
@@ -65,7 +65,7 @@ net("resnet, padding", resnet, resnet.Config((1, 1), shortcut="padding", **RESNE
 published(
     resnet,
     {
-        # As torchvision's (tests/nets/test_resnet.py).
+        # As torchvision's (tests/nets/classifiers/test_resnet.py).
         "resnet18": 11_689_512,
         "resnet34": 21_797_672,
         "resnet50": 25_557_032,
@@ -85,7 +85,7 @@ net("convnext, no depth", convnext, convnext.Config(**CONVNEXT, stochastic_depth
 published(
     convnext,
     {
-        # As torchvision's (tests/nets/test_convnext.py).
+        # As torchvision's (tests/nets/classifiers/test_convnext.py).
         "convnext_tiny": 28_589_128,
         "convnext_small": 50_223_688,
         "convnext_base": 88_591_464,
@@ -101,7 +101,7 @@ net("vit, dropout", vit, vit.Config(**VIT, **RATES), images(3, 8), draws=True)
 published(
     vit,
     {
-        # As torchvision's, and timm's for the small ones (tests/nets/test_vit.py).
+        # As torchvision's, and timm's for the small ones (tests/nets/classifiers/test_vit.py).
         "vit_ti_16": 5_717_416,
         "vit_s_16": 22_050_664,
         "vit_b_16": 86_567_656,
@@ -190,7 +190,7 @@ net("densenet, dropout", densenet, densenet.Config((1, 2), dropout=0.3, **DENSEN
 published(
     densenet,
     {
-        # As torchvision's (tests/nets/test_densenet.py).
+        # As torchvision's (tests/nets/classifiers/test_densenet.py).
         "densenet121": 7_978_856,
         "densenet161": 28_681_000,
         "densenet169": 14_149_480,

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from core.tree import Tree
-from nets import (
+from nets.generative import (
     autoencoder,
     autoencoder_critic,
     cyclegan,
@@ -19,7 +19,7 @@ from nets import (
     unet,
     vqvae,
 )
-from registry.face import (
+from tests.registry.face import (
     Batch,
     Net,
     both,
@@ -67,7 +67,7 @@ def pix2pix_critic(params: Tree, x: Tree, key: Tensor | None, train: bool) -> Tr
 
 
 register(Net("pix2pix critic", pix2pix.critic_spec(BATCH), pix2pix_critic, both(images(1, 8), images(2, 8))))
-# The generator and critic of the authors' code (tests/nets/test_pix2pix.py).
+# The generator and critic of the authors' code (tests/nets/generative/test_pix2pix.py).
 published(pix2pix, {"paper": 54_413_955 + 2_768_705}, two_players(pix2pix))
 
 CYCLEGAN = {"channels": 2, "width": 2, "critic_width": 2, "critic_layers": 2, "blocks": 1}

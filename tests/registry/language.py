@@ -1,7 +1,7 @@
 """Nets that read and write tokens."""
 
-from nets import gpt2, transformer
-from registry.face import both, net, published, tokens
+from nets.language import gpt2, transformer
+from tests.registry.face import both, net, published, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
 net("gpt2", gpt2, gpt2.Config(**GPT, dropout=0.2), tokens(31, 10), draws=True)
@@ -10,7 +10,7 @@ net("gpt", gpt2, gpt2.Config(**GPT, dropout=0.1, norm_first=False), tokens(31, 1
 published(
     gpt2,
     {
-        # Radford et al. 2018 and 2019, as in the published weights (tests/nets/test_gpt2.py).
+        # Radford et al. 2018 and 2019, as in the published weights (tests/nets/language/test_gpt2.py).
         "gpt": 116_534_784,
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,

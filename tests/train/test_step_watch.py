@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_step import apply, batches, initial, run
 from torch.nn import functional as F
 
 from core import tree
 from core.per_example import PerExampleError, each
 from core.scores import noise
+from tests.train.test_step import apply, batches, initial, run
 from train import optimizers
 from train.step import Policy, make_step, step_keys
 

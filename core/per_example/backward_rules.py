@@ -1,0 +1,221 @@
+"""From an operation's input and the cotangent of its output to the form of its parameter's gradients.
+
+Each entry of `FORMS` takes (settings, saved input, cotangent), all with the batch leading, and returns a form of
+`core.per_example.forms`. Settings are plain numbers, because they travel through `torch.compiler.allow_in_graph`.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.per_example.blocked import wide
+from core.per_example.errors import FIRST_ORDER, PerExampleError
+from core.per_example.forms import Dense, Form, Outer, Rows, reduce
+
+
+class Sizes(NamedTuple):
+    """Of one use, for one example: T rows, groups, and p times d entries a group."""
+
+    rows: int
+    groups: int
+    p: int
+    d: int
+
+
+def _linear(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    """y = x W^T; with `swapped`, y = x W."""
+    (swapped,) = settings
+    count = x.shape[0]
+    inputs, outputs = (t.reshape(count, 1, prod(t.shape[1:-1]), t.shape[-1]) for t in (x, cotangent))
+    return Outer(inputs, outputs) if swapped else Outer(outputs, inputs)
+
+
+def windows(x: Tensor, kernel: tuple, stride: tuple, dilation: tuple) -> Tensor:
+    """Every window of a kernel over x (N, channels, *space): a view (N, channels, *places, *kernel)."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
+def _columns(x: Tensor, kernel: tuple, stride: tuple, dilation: tuple, groups: int, places: tuple) -> Tensor:
+    """im2col: (N, groups, T, channels / groups * prod(kernel)), of the first `places` along each axis."""
+    view = windows(x, kernel, stride, dilation)
+    for axis, length in enumerate(places):
+        view = view.narrow(2 + axis, 0, length)
+    count, channels = view.shape[:2]
+    view = view.reshape(count, groups, channels // groups, prod(places), prod(kernel))
+    return view.transpose(2, 3).reshape(count, groups, prod(places), -1)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(N, channels, *space) -> (N, groups, T, channels / groups)."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).transpose(2, 3)
+
+
+def _both_sides(padding: tuple) -> list[int]:
+    # F.pad counts from the last axis.
+    return [n for p in reversed(padding) for n in (p, p)]
+
+
+def _conv(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    kernel, stride, padding, dilation, groups = settings
+    x = F.pad(x, _both_sides(padding)) if any(padding) else x
+    columns = _columns(x, kernel, stride, dilation, groups, tuple(cotangent.shape[2:]))
+    return Outer(_by_group(cotangent, groups), columns)
+
+
+def _conv_transpose(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    """The convolution of the cotangent gives x's cotangent, so input and output change their places."""
+    kernel, stride, padding, dilation, groups = settings
+    cotangent = F.pad(cotangent, _both_sides(padding)) if any(padding) else cotangent
+    columns = _columns(cotangent, kernel, stride, dilation, groups, tuple(x.shape[2:]))
+    return Outer(_by_group(x, groups), columns)
+
+
+def _embedding(settings: tuple, ids: Tensor, cotangent: Tensor) -> Form:
+    (padding_id,) = settings
+    count = ids.shape[0]
+    ids, values = ids.reshape(count, -1), cotangent.reshape(count, -1, cotangent.shape[-1])
+    if padding_id is not None:
+        values = torch.where((ids == padding_id)[:, :, None], 0, values)
+    return Rows(ids, values)
+
+
+def _dense(settings: tuple, saved: None, cotangent: Tensor) -> Form:
+    return Dense(cotangent)
+
+
+def _affine(normalised: Tensor, cotangent: Tensor, kept: range) -> Form:
+    """The weight of y = weight * normalised: all axes but the batch and `kept` are summed over."""
+    product = wide(normalised) * wide(cotangent)
+    summed = [axis for axis in range(1, product.ndim) if axis not in kept]
+    return Dense(product.sum(summed) if summed else product)
+
+
+def _layer_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    # Normalised again, so that the backward pass keeps no more than x.
+    shape, eps = settings
+    return _affine(F.layer_norm(x, shape, eps=eps), cotangent, range(x.ndim - len(shape), x.ndim))
+
+
+def _rms_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    shape, eps = settings
+    return _affine(F.rms_norm(x, shape, eps=eps), cotangent, range(x.ndim - len(shape), x.ndim))
+
+
+def _group_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
+    groups, eps = settings
+    return _affine(F.group_norm(x, groups, eps=eps), cotangent, range(1, 2))
+
+
+ELEMENTWISE = frozenset({"dense", "group_norm", "layer_norm", "rms_norm"})
+"""Operations whose form is Dense, and no larger than their parameter."""
+
+FORMS: dict[str, Callable[[tuple, Tensor | None, Tensor], Form]] = {
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "dense": _dense,
+    "embedding": _embedding,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+}
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity whose backward raises: a report, and the gradient that comes with it, is differentiated once only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise PerExampleError(FIRST_ORDER)
+
+    jvp = backward
+
+
+class _Once(torch.autograd.Function):
+    """`x` as it is, which cannot be differentiated by the parameters."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *params: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = jvp = _FirstOrder.backward
+
+
+@torch.compiler.allow_in_graph
+def once(x: Tensor, *params: Tensor) -> Tensor:
+    """`x`, for a pull-back that may not be differentiated again: where a report brings a parameter's gradient, the
+    operation's own graph does not know the parameter, and a second derivative would lack it silently."""
+    return _Once.apply(x, *params)
+
+
+class _Report(torch.autograd.Function):
+    """The output of an operation as it is; its backward reduces the parameter's gradients and hands what is wanted to
+    the sinks, as their cotangents (`core.tap` says why). With a weight, it hands the gradient of the sum to that too.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec: tuple, y: Tensor, weight: Tensor | None, saved: Tensor | None, direction, *sinks) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.spec, _, ctx.weight_dtype = inputs[0], None, None if inputs[2] is None else inputs[2].dtype
+        ctx.sink_dtypes = [sink.dtype for sink in inputs[5:]]
+        ctx.save_for_backward(inputs[3], inputs[4])
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        operation, settings, shape, want, method, budget = ctx.spec
+        saved, direction = ctx.saved_tensors
+        passed = _FirstOrder.apply(cotangent)
+        if want == ("keep",):
+            return None, passed, None, None, None, passed
+        form = FORMS[operation](settings, saved, cotangent)
+        found = reduce([form], shape, want, method, direction, budget)
+        total = found.pop("sum", None)
+        if total is not None:
+            total = _FirstOrder.apply(total.to(ctx.weight_dtype))
+        reports = [_FirstOrder.apply(x.to(t)) for x, t in zip(found.values(), ctx.sink_dtypes, strict=True)]
+        return None, passed, total, None, None, *reports
+
+    jvp = _FirstOrder.backward
+
+
+# As in core.tap: behind allow_in_graph, so that Dynamo neither refuses the Function nor drops its backward.
+@torch.compiler.allow_in_graph
+def report(spec: tuple, y: Tensor, weight, saved, direction, *sinks) -> Tensor:
+    """`y` itself.
+
+    Args:
+        spec: (operation, settings, the parameter's shape, want, method, budget); the last three as in `forms.reduce`,
+            or want ("keep",) to hand the cotangent itself to the only sink.
+        weight: the parameter, if "sum" is wanted; y must not depend on it otherwise.
+        saved: the operation's input.
+        direction: of the parameter's shape, if "dot" is wanted.
+        sinks: one for each of `want` but "sum", of the shape of what is reported.
+    """
+    return _Report.apply(spec, y, weight, saved, direction, *sinks)

@@ -1,0 +1,1 @@
+"""Parts of trained models that several experiments share."""

@@ -1,0 +1,1 @@
+"""Blocks that several nets are made of."""

@@ -1,0 +1,209 @@
+"""What image networks share: a convolution with its norm and activation, squeeze-and-excitation, patches."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from core import initializers, random
+from core.initializers import Initializer
+from core.layers import (
+    activation,
+    batch_norm,
+    batch_norm_spec,
+    conv,
+    conv_spec,
+    global_average_pool,
+)
+from core.tree import Tree
+from nets.weights import Rename, fill
+
+HE = initializers.kaiming_normal(mode="fan_out", nonlinearity="relu")
+"""He et al. 2015, eq. 14: as torchvision draws the convolutions of its ResNets and their successors."""
+
+Sizes = int | tuple[int, ...]
+
+
+def conv_norm_spec(
+    d_in: int, d_out: int, kernel: Sizes, *, groups: int = 1, init: Initializer = HE, scale: Initializer | None = None
+) -> Tree:
+    """A convolution without bias, which batch norm would take out again, and batch norm.
+
+    Args:
+        scale: how the norm's weight starts, by default at 1.
+    """
+    options = {} if scale is None else {"init": scale}
+    return {
+        "conv": conv_spec(d_in, d_out, kernel, groups=groups, bias=False, init=init),
+        "norm": batch_norm_spec(d_out, **options),
+    }
+
+
+def conv_norm(
+    p: Tree,
+    x: Tensor,
+    act: str | None = "relu",
+    *,
+    train: bool,
+    stride: Sizes = 1,
+    padding: Sizes | str = "symmetric",
+    groups: int = 1,
+    dilation: int = 1,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> Tensor:
+    """act(norm(conv(x))). x: (batch, d_in, height, width).
+
+    Args:
+        act: a name of `core.layers.ACTIVATIONS`, None for none.
+        padding: "symmetric" is half the kernel: with stride 1 and an odd kernel the size stays. "tensorflow" gives
+            ceil(size / stride) pixels; where it has an odd number of rows or columns to add, the right and the bottom
+            get one more.
+        eps, momentum: of batch norm.
+    """
+    kernel = p["conv"]["weight"].shape[2:]
+    if padding == "tensorflow" and stride != 1:
+        x, padding = F.pad(x, _tensorflow_padding(x, kernel, stride)), 0
+    elif isinstance(padding, str):
+        padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+    y = conv(p["conv"], x, stride=stride, padding=padding, groups=groups, dilation=dilation)
+    y = batch_norm(p["norm"], y, train=train, eps=eps, momentum=momentum)
+    return y if act is None else activation(act)(y)
+
+
+def _tensorflow_padding(x: Tensor, kernel: tuple[int, int], stride: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom)."""
+    rows, columns = (max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(x.shape[2:], kernel, strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
+def norm_names(ours: str, theirs: str) -> dict[str, Rename]:
+    """Batch norm's part of a rename table, from torch.nn.BatchNorm2d's names."""
+    names = {
+        "bias": "bias",
+        "count": "num_batches_tracked",
+        "mean": "running_mean",
+        "var": "running_var",
+        "weight": "weight",
+    }
+    return {f"{ours}.{a}": Rename(f"{theirs}.{b}") for a, b in names.items()}
+
+
+def conv_norm_names(ours: str, conv: str, norm: str) -> dict[str, Rename]:
+    """The part of a rename table for a `conv_norm`."""
+    return {f"{ours}.conv.weight": Rename(f"{conv}.weight"), **norm_names(f"{ours}.norm", norm)}
+
+
+def affine_names(ours: str, theirs: str) -> dict[str, Rename]:
+    """The part of a rename table for a weight and a bias."""
+    return {f"{ours}.{name}": Rename(f"{theirs}.{name}") for name in ("bias", "weight")}
+
+
+def fill_published(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], source: str) -> Tree:
+    """`nets.weights.fill`, but batch norm's counts may be missing: they then start at 0.
+
+    Torch counts batches since version 0.4.1; many published files are older.
+    """
+    absent = [name for name, rename in table.items() if name.endswith(".count") and rename.theirs not in state]
+    return fill(spec, state, {name: rename for name, rename in table.items() if name not in absent}, source)
+
+
+def whose_names(state: dict[str, Tensor], prefix: str) -> str:
+    """Which library wrote a file: "transformers" if names in it begin with the prefix, else "torchvision"."""
+    return "transformers" if any(name.startswith(prefix) for name in state) else "torchvision"
+
+
+def squeeze_excite_spec(channels: int, squeezed: int) -> Tree:
+    """Two 1x1 convolutions, to `squeezed` channels and back."""
+    return {"reduce": conv_spec(channels, squeezed, 1, init=HE), "restore": conv_spec(squeezed, channels, 1, init=HE)}
+
+
+def squeeze_excite(p: Tree, x: Tensor, act: str = "relu", gate: str = "sigmoid") -> Tensor:
+    """x times a gate for each channel, from the means of all channels. Hu et al. 2018, arXiv:1709.01507, section 3.
+
+    x: (batch, channels, height, width).
+    """
+    means = global_average_pool(x)[..., None, None]
+    return x * activation(gate)(conv(p["restore"], activation(act)(conv(p["reduce"], means))))
+
+
+def inverted_residual_spec(d_in: int, inside: int, d_out: int, kernel: int = 3, *, squeezed: int = 0) -> Tree:
+    """`expand` unless inside is d_in, `depthwise`, `squeeze` to that many channels unless 0, and `project`."""
+    parts = {"depthwise": conv_norm_spec(inside, inside, kernel, groups=inside)}
+    if inside != d_in:
+        parts["expand"] = conv_norm_spec(d_in, inside, 1)
+    parts["project"] = conv_norm_spec(inside, d_out, 1)
+    if squeezed:
+        parts["squeeze"] = squeeze_excite_spec(inside, squeezed)
+    return parts
+
+
+def inverted_residual(
+    p: Tree,
+    x: Tensor,
+    act: str,
+    *,
+    train: bool,
+    stride: int = 1,
+    padding: str = "symmetric",
+    gate: str = "hard_sigmoid",
+    **norm: float,
+) -> Tensor:
+    """Many channels inside, few outside, and none of the activation on the few. Sandler et al. 2018, arXiv:1801.04381.
+
+    x: (batch, d_in, height, width); it is added to the result where the stride is 1 and the channels stay.
+
+    Args:
+        padding: of the depthwise convolution, as in `conv_norm`.
+        gate: of squeeze-and-excitation.
+        norm: eps and momentum, as in `conv_norm`.
+    """
+    y = conv_norm(p["expand"], x, act, train=train, **norm) if "expand" in p else x
+    y = conv_norm(p["depthwise"], y, act, train=train, stride=stride, padding=padding, groups=y.shape[1], **norm)
+    if "squeeze" in p:
+        y = squeeze_excite(p["squeeze"], y, gate=gate)
+    y = conv_norm(p["project"], y, None, train=train, **norm)
+    return x + y if stride == 1 and x.shape[1] == y.shape[1] else y
+
+
+def divisible(channels: float, by: int = 8) -> int:
+    """The nearest multiple of `by`, at least one, and at least 0.9 of the channels: the widths of scaled MobileNets."""
+    nearest = max(by, int(channels + by / 2) // by * by)
+    return nearest if nearest >= 0.9 * channels else nearest + by
+
+
+def fan_uniform(fan_in: int) -> dict[str, Initializer]:
+    """Options of a spec: weight and bias uniform within 1 / sqrt(fan_in), as torch.nn draws them by default."""
+    init = initializers.uniform(-(fan_in**-0.5), fan_in**-0.5)
+    return {"bias_init": init, "init": init}
+
+
+def dropout_keys(name: str, rate: float, key: Tensor | None, sites: int, train: bool) -> list[Tensor | None]:
+    """A key for each site of dropout; Nones where nothing is drawn. Raises ValueError if a key is needed and missing.
+
+    key: (2,), or one an example (batch, 2).
+    """
+    if not train or rate == 0:
+        return [None] * sites
+    if key is None:
+        raise ValueError(f"{name}: training with dropout {rate} draws random numbers; pass key=")
+    return list(random.sites(key, sites).unbind(0))
+
+
+def patch_embedding_spec(channels: int, width: int, patch: int, *, init: Initializer) -> Tree:
+    """The matrix that a patch of patch * patch pixels is mapped with, as a convolution's weight, and a bias."""
+    return conv_spec(channels, width, patch, init=init)
+
+
+def patch_embedding(p: Tree, x: Tensor) -> Tensor:
+    """Cut the images into patches that do not overlap and map each to a vector. Dosovitskiy et al. 2021, section 3.1.
+
+    x: (batch, channels, height, width) -> (batch, width, height // patch, width // patch); what is over is cut off.
+    """
+    return conv(p, x, stride=tuple(p["weight"].shape[2:]))
+
+
+def check_images(name: str, x: Tensor, channels: int, least: int) -> None:
+    """Raise ValueError unless x is (batch, channels, height, width) of at least `least` pixels a side."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name}: expected images (batch, {channels}, height, width), found {tuple(x.shape)}")
+    if min(x.shape[2:]) < least:
+        raise ValueError(f"{name}: the images are {x.shape[2]} x {x.shape[3]}; expected at least {least} a side")

@@ -1,0 +1,1 @@
+"""Short, plain versions for learners, each tested equal to the full one."""

@@ -1,0 +1,349 @@
+"""The U-Net of diffusion models: from a noisy image and the time to the noise in it (or what else it is trained for).
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), appendix B: residual blocks with group
+norm at every level, which all see the time; attention between the places of the coarser maps; what each block on the
+way down gave is also the input of one on the way up. Of its successors:
+
+- `learned_variance`: Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv:2102.09672);
+- `scale_shift`, `head_width`, and the class's embedding, a summand of the time's: Dhariwal & Nichol 2021, "Diffusion
+  Models Beat GANs on Image Synthesis" (arXiv:2105.05233);
+- a label for "no class": Ho & Salimans 2022, "Classifier-Free Diffusion Guidance" (arXiv:2207.12598).
+
+The numbers are those of `UNet2DModel` of diffusers, whose files `from_pretrained` reads.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core import initializers, tree
+from core.layers import conv, conv_spec, embedding, embedding_spec, group_norm, group_norm_spec
+from nets.blocks.conditioning import check_labels
+from nets.blocks.conv_norm import check_images
+from nets.blocks.unet_blocks import (
+    XAVIER,
+    attention,
+    attention_spec,
+    downsample,
+    level_drops,
+    residual,
+    residual_spec,
+    time_embedding,
+    time_spec,
+    time_vector,
+    upsample,
+)
+from nets.weights import Rename, WeightsError, fill, locate, read, read_config
+
+
+@dataclass(frozen=True)
+class Config:
+    channels: int = 3
+    """Of the images."""
+    widths: tuple[int, ...] = (128, 256, 256, 256)
+    """Channels at each level, from fine to coarse; every level has half the height and width of the one before."""
+    blocks: int = 2
+    """Residual blocks a level on the way down; on the way up there is one more."""
+    attention: tuple[int, ...] = (1,)
+    """The levels (0 is the finest) whose residual blocks are each followed by attention; the middle always has it."""
+    head_width: int = 0
+    """Channels of a head of attention; 0 is one head of all channels."""
+    classes: int = 0
+    """If any, the labels are 0 to classes - 1, and `classes` stands for no class."""
+    learned_variance: bool = False
+    """Give twice the channels, the second half for the variance."""
+    scale_shift: bool = False
+    """Let the time scale and shift after the second norm of a residual block, not be a summand before it."""
+    dropout: float = 0.0
+    """In front of the last convolution of each residual block."""
+    groups: int = 32
+    """Of the norms."""
+    eps: float = 1e-6
+    """Of the norms."""
+    padding: str = "symmetric"
+    """Of the convolutions with stride 2: symmetric, or as the code of Ho et al. has it, tensorflow: on the right and at
+    the bottom only."""
+    frequency_shift: int = 1
+    """`shift` of `nets.blocks.unet_blocks.time_embedding`: 1 as Ho et al., 0 as Dhariwal & Nichol have it."""
+    cosine_first: bool = False
+    """In the time's embedding; Dhariwal & Nichol's order."""
+    zero: bool = True
+    """Start the last convolution of the net, of every residual block and of every attention at 0, as Ho et al. do: the
+    blocks start as the identity (or the shortcut), the net's output at 0."""
+    method: str = "auto"
+    """As in `core.attention.attention`."""
+
+    def __post_init__(self):
+        for name in ("channels", "blocks", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"unet: {name} is {getattr(self, name)}; expected at least 1")
+        if not self.widths or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(
+                f"unet: widths {self.widths}; expected multiples of the {self.groups} groups, at least one"
+            )
+        least = 2 * self.frequency_shift + 2
+        if self.widths[0] % 2 or self.widths[0] < least:
+            raise ValueError(f"unet: the time's embedding takes an even first width >= {least}, found {self.widths[0]}")
+        levels = len(self.widths)
+        if not set(self.attention) <= set(range(levels)):
+            raise ValueError(f"unet: attention at levels {self.attention}; expected some of 0 to {levels - 1}")
+        for level in (*self.attention, levels - 1):
+            if self.head_width < 0 or self.head_width and self.widths[level] % self.head_width:
+                raise ValueError(f"unet: heads of {self.head_width} channels do not divide {self.widths[level]}")
+        if self.classes < 0:
+            raise ValueError(f"unet: classes is {self.classes}; expected at least 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"unet: dropout {self.dropout} is outside [0, 1)")
+        if self.padding not in ("symmetric", "tensorflow"):
+            raise ValueError(f"unet: padding '{self.padding}' is unknown; expected symmetric or tensorflow")
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the net gives."""
+        return 2 * self.channels if self.learned_variance else self.channels
+
+    def heads(self, level: int) -> int:
+        """Of the attention at a level."""
+        return self.widths[level] // self.head_width if self.head_width else 1
+
+
+PRESETS = {
+    "digits": Config(1, (32, 48), blocks=1, attention=(), groups=8),
+    "mnist": Config(1, (16, 48, 96), blocks=1, attention=(2,), groups=8),
+    "small": Config(3, (64, 128, 128)),
+    "cifar": Config(dropout=0.1, padding="tensorflow"),
+}
+"""digits for 8 x 8 pixels, mnist for 28 x 28, small and cifar (the paper's) for 32 x 32."""
+
+
+def spec(cfg: Config) -> dict:
+    """`input`, `down.i` from fine to coarse, `middle`, `up.i` from coarse to fine, `norm`, `output`; `time`, `classes`.
+
+    A level has `residuals`, `attentions` if any, and `sample`, the convolution that leads to the next level.
+    """
+    widths, d_time, last = cfg.widths, 4 * cfg.widths[0], len(cfg.widths) - 1
+
+    def one(d_in: int, d_out: int) -> dict:
+        return residual_spec(d_in, d_out, d_time, scale_shift=cfg.scale_shift, zero=cfg.zero)
+
+    def attend(i: int) -> dict:
+        return attention_spec(widths[i], cfg.heads(i), zero=cfg.zero)
+
+    def level(i: int, inputs: list[int], further: bool) -> dict:
+        parts = {"attentions": [attend(i)] * len(inputs)} if i in cfg.attention else {}
+        parts["residuals"] = [one(d_in, widths[i]) for d_in in inputs]
+        return parts | ({"sample": conv_spec(widths[i], widths[i], 3, init=XAVIER)} if further else {})
+
+    # The channels of what each residual block on the way up gets: those so far, and those that come across.
+    x, across, down, up = widths[0], [widths[0]], [], []
+    for i, width in enumerate(widths):
+        down.append(level(i, [x] + [width] * (cfg.blocks - 1), i < last))
+        across += [width] * (cfg.blocks + (i < last))
+        x = width
+    for i in reversed(range(len(widths))):
+        inputs = [below + across.pop() for below in [x] + [widths[i]] * cfg.blocks]
+        up.append(level(i, inputs, i > 0))
+        x = widths[i]
+    inner = one(widths[last], widths[last])
+    parts = {
+        "down": down,
+        "input": conv_spec(cfg.channels, widths[0], 3, init=XAVIER),
+        "middle": {"attention": attend(last), "first": inner, "second": inner},
+        "norm": group_norm_spec(widths[0]),
+        "output": conv_spec(widths[0], cfg.outputs, 3, init=initializers.zeros if cfg.zero else XAVIER),
+        "time": time_spec(widths[0], d_time),
+        "up": up,
+    }
+    return ({"classes": embedding_spec(cfg.classes + 1, d_time)} if cfg.classes else {}) | parts
+
+
+def apply(
+    params: dict,
+    x: Tensor,
+    time: Tensor,
+    cfg: Config,
+    *,
+    labels: Tensor | None = None,
+    key: Tensor | None = None,
+    train: bool = False,
+) -> Tensor:
+    """What is predicted of each image: (batch, cfg.outputs, height, width).
+
+    Args:
+        x: (batch, channels, height, width), sides divisible by 2**(levels - 1).
+        time: (batch,), integers or floats, in steps of the schedule. bfloat16 holds integers up to 256 only: leave
+            integers integers.
+        labels: integers (batch,) in [0, classes], the last for no class; needed if there are classes. Their range is
+            not checked, as that would wait for the device.
+        key: (2,), or one an example (batch, 2); needed in training with dropout.
+
+    Raises:
+        ValueError: images of other channels or sizes that do not divide, one time an image missing, labels missing,
+            misshapen, or given without classes, no key where one is needed.
+    """
+    times = 2 ** (len(cfg.widths) - 1)
+    check_images("unet", x, cfg.channels, 1)
+    if any(side % times for side in x.shape[2:]):
+        raise ValueError(f"unet: the images are {x.shape[2]} x {x.shape[3]}; expected sides divisible by {times}")
+    if tuple(time.shape) != (len(x),):
+        raise ValueError(f"unet: expected a time an image, ({len(x)},), found {tuple(time.shape)}")
+    if labels is not None and not cfg.classes:
+        raise ValueError("unet: labels were given, but the net has no classes")
+    if cfg.classes:
+        check_labels("unet", labels, len(x))
+    if train and cfg.dropout and key is None:
+        raise ValueError(f"unet: training with dropout {cfg.dropout} draws random numbers; pass key=")
+    drops = level_drops(key, x, cfg.widths, 2 * cfg.blocks + 1, cfg.dropout if train else 0.0)
+    options = {"groups": cfg.groups, "eps": cfg.eps}
+
+    waves = time_embedding(time, cfg.widths[0], shift=cfg.frequency_shift, cosine_first=cfg.cosine_first)
+    e = time_vector(params["time"], waves.to(x.dtype))
+    e = F.silu(e + embedding(params["classes"], labels) if cfg.classes else e)
+
+    def one(p: dict, x: Tensor, drop: Callable | None) -> Tensor:
+        return residual(p, x, e, drop=drop, scale_shift=cfg.scale_shift, **options)
+
+    def attend(p: dict, x: Tensor, level: int) -> Tensor:
+        return attention(p, x, cfg.heads(level), method=cfg.method, **options)
+
+    y = conv(params["input"], x, padding=1)
+    across = [y]
+    for i, p in enumerate(params["down"]):
+        for j, block in enumerate(p["residuals"]):
+            y = one(block, y, drops[i][j])
+            y = attend(p["attentions"][j], y, i) if "attentions" in p else y
+            across.append(y)
+        if "sample" in p:
+            y = downsample(p["sample"], y, cfg.padding)
+            across.append(y)
+
+    y = one(params["middle"]["first"], y, drops[-1][-2])
+    y = attend(params["middle"]["attention"], y, -1)
+    y = one(params["middle"]["second"], y, drops[-1][-1])
+
+    for i, p in zip(reversed(range(len(cfg.widths))), params["up"], strict=True):
+        for j, block in enumerate(p["residuals"]):
+            y = one(block, torch.cat([y, across.pop()], 1), drops[i][cfg.blocks + j])
+            y = attend(p["attentions"][j], y, i) if "attentions" in p else y
+        y = upsample(p["sample"], y) if "sample" in p else y
+
+    return conv(params["output"], F.silu(group_norm(params["norm"], y, **options)), padding=1)
+
+
+# Files of diffusers.
+
+NAMES = (
+    (r"attentions?\.(\d+)\.norm", r"attentions.\1.group_norm"),
+    (r"attentions?\.(\d+)\.proj", r"attentions.\1.to_out.0"),
+    (r"^(down|up)\.(\d+)\.residuals", r"\1_blocks.\2.resnets"),
+    (r"^(down|up)\.(\d+)\.attentions", r"\1_blocks.\2.attentions"),
+    (r"^(down|up)\.(\d+)\.sample", r"\1_blocks.\2.\1samplers.0.conv"),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"(resnets\.\d+)\.time\.", r"\1.time_emb_proj."),
+    (r"^time\.first", "time_embedding.linear_1"),
+    (r"^time\.second", "time_embedding.linear_2"),
+    (r"^classes", "class_embedding"),
+    (r"^input", "conv_in"),
+    (r"^norm", "conv_norm_out"),
+    (r"^output", "conv_out"),
+)
+"""What to replace in our names, one after the other, to get those of diffusers."""
+
+MIDDLE = {"attention": "attentions.0", "first": "resnets.0", "second": "resnets.1"}
+
+
+def rename_table(cfg: Config) -> dict[str, Rename]:
+    """Our names -> those of a diffusers UNet2DModel."""
+    table = {}
+    for ours in tree.names(spec(cfg)):
+        theirs = re.sub(r"^middle\.(\w+)", lambda found: f"mid_block.{MIDDLE[found[1]]}", ours)
+        for pattern, replacement in NAMES:
+            theirs = re.sub(pattern, replacement, theirs)
+        several = tuple(theirs.replace(".qkv.", f".to_{x}.") for x in "qkv")
+        table[ours] = Rename(several if ".qkv." in theirs else theirs)
+    return table
+
+
+EXPECTED = {
+    "act_fn": "silu",
+    "add_attention": True,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_type": "conv",
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+}
+"""What diffusers can have otherwise; these are also its defaults."""
+
+
+def config_of(found: dict[str, Any], what: str = "U-Net") -> Config:
+    """The Config of a diffusers UNet2DModel's config.json.
+
+    Its number of classes is taken to count "no class".
+
+    Raises:
+        WeightsError: naming the first entry that this net has no form of.
+    """
+
+    def refuse(name: str, wanted: object) -> None:
+        raise WeightsError(f"{what}: {name} is {found.get(name)!r}; expected {wanted!r}")
+
+    for name, wanted in EXPECTED.items():
+        if found.get(name, wanted) != wanted:
+            refuse(name, wanted)
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(found.get(name), (list, tuple)):
+            refuse(name, [])
+    scale_shift = found.get("resnet_time_scale_shift", "default") == "scale_shift"
+    groups, kinds = found.get("norm_num_groups", 32), tuple(found["down_block_types"])
+    if found.get("attn_norm_num_groups") not in (groups, None if not scale_shift else groups):
+        refuse("attn_norm_num_groups", groups)
+    if not set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"}:
+        refuse("down_block_types", ("DownBlock2D", "AttnDownBlock2D"))
+    mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
+    if tuple(found["up_block_types"]) != mirrored:
+        refuse("up_block_types", mirrored)
+    channels, outputs = found.get("in_channels", 3), found.get("out_channels", 3)
+    if outputs not in (channels, 2 * channels):
+        refuse("out_channels", channels)
+    return Config(
+        channels,
+        tuple(found["block_out_channels"]),
+        found.get("layers_per_block", 2),
+        tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")),
+        found.get("attention_head_dim", 8) or 0,
+        max((found.get("num_class_embeds") or 0) - 1, 0),
+        outputs != channels,
+        scale_shift,
+        found.get("dropout", 0.0),
+        groups,
+        found.get("norm_eps", 1e-5),
+        "symmetric" if found.get("downsample_padding", 1) else "tensorflow",
+        found.get("freq_shift", 0),
+        found.get("flip_sin_to_cos", True),
+    )
+
+
+OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names of attention's matrices in the first files of diffusers, such as google/ddpm-cifar10-32."""
+
+
+def from_pretrained(source: str) -> tuple[dict, Config]:
+    """Parameters and Config of a diffusers UNet2DModel: a local folder (a pipeline's `unet` folder) or a repository.
+
+    Raises:
+        WeightsError: nothing there, a net of another form, or tensors that do not fit, by name.
+    """
+    cfg = config_of(read_config(source), source)
+    state = read(str(locate(source, ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))))
+    for old, new in OLDER.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    return fill(spec(cfg), state, rename_table(cfg), source), cfg

@@ -1,0 +1,307 @@
+"""VQ-VAE: an autoencoder of images whose code is a map of integers, the rows of a codebook.
+
+van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning", arXiv:1711.00937. Each place of
+the encoder's maps takes the nearest of K vectors (eq. 1 and 2); the decoder sees that vector, and its gradient goes
+straight through to the encoder's:
+
+    k = argmin_j |z - e_j|^2,        decoder's input = z + stop(e_k - z)
+
+The codebook is learned by gradient descent (its loss and the commitment are in `train.losses.variational`) or as moving
+averages of the vectors that chose each row (appendix A.1). The averages are Stats, as batch norm's statistics are: in
+training `apply` reports their increments by taps, and `core.stats.update` or the train step applies them. An image of
+integers can be learned in turn by `nets.generative.pixelcnn`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core import initializers, random
+from core.layers import conv, conv_spec, conv_transpose, embedding
+from core.spec import Param, Stat
+from core.tap import tap
+from nets.blocks.conv_norm import check_images
+
+HE = initializers.kaiming_normal()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Images of any size that can be halved `stages` times; a code has a place for each 2**stages pixels a side.
+
+    width: channels of the maps.
+    blocks, inside: how many residual blocks the encoder and the decoder have, and the channels inside of each.
+    codes, code: rows of the codebook (the paper's K) and numbers of a row (D).
+    codebook: "ema", moving averages, or "loss", a parameter.
+    decay, smoothing: of the averages. Sizes are smoothed as if each code had been chosen `smoothing` times more.
+    """
+
+    channels: int = 1
+    width: int = 32
+    stages: int = 1
+    blocks: int = 2
+    inside: int = 32
+    codes: int = 64
+    code: int = 16
+    codebook: str = "ema"
+    decay: float = 0.99
+    smoothing: float = 1e-5
+
+    def __post_init__(self):
+        if self.codebook not in ("ema", "loss"):
+            raise ValueError(f"vqvae: codebook '{self.codebook}'; expected ema or loss")
+        if self.stages < 1 or self.codes < 2:
+            raise ValueError(f"vqvae: {self.stages} stages and {self.codes} codes; expected at least 1 and 2")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"vqvae: decay {self.decay} is outside [0, 1)")
+
+
+PRESETS = {
+    "digits": Config(),
+    "mnist": Config(width=64, stages=2, codes=128, code=32),
+    "small": Config(3, 128, 2, codes=512, code=64),
+    # Section 4.1: 256 hidden units throughout, 512 codes.
+    "paper": Config(3, 256, 2, inside=256, codes=512, code=64),
+}
+
+
+class Quantised(NamedTuple):
+    """codes (...) integers; nearest (..., code), rows of the codebook; vectors: the same numbers, but their gradient
+    is z's and not the codebook's."""
+
+    codes: Tensor
+    nearest: Tensor
+    vectors: Tensor
+
+
+def spec(cfg: Config) -> dict:
+    """`codebook`, `decoder` and `encoder`."""
+    rows = initializers.uniform(-1 / cfg.codes, 1 / cfg.codes)
+    if cfg.codebook == "loss":
+        codebook = {"weight": Param((cfg.codes, cfg.code), rows, ("vocabulary", "width"))}
+    else:
+        # As if each row had been chosen once.
+        codebook = {
+            "count": Stat((), initializers.zeros),
+            "size": Stat((cfg.codes,), initializers.ones),
+            "sum": Stat((cfg.codes, cfg.code), rows),
+        }
+    channels = (cfg.channels, *(cfg.width,) * cfg.stages)
+    pairs = list(zip(channels[:-1], channels[1:], strict=True))
+    return {
+        "codebook": codebook,
+        "decoder": {
+            "blocks": [_block_spec(cfg) for _ in range(cfg.blocks)],
+            "input": conv_spec(cfg.code, cfg.width, 3),
+            "layers": [_up_spec(d_in, d_out) for d_out, d_in in reversed(pairs)],
+        },
+        "encoder": {
+            "blocks": [_block_spec(cfg) for _ in range(cfg.blocks)],
+            "layers": [conv_spec(d_in, d_out, 4, init=HE) for d_in, d_out in pairs],
+            "output": conv_spec(cfg.width, cfg.code, 1),
+        },
+    }
+
+
+def encode(params: dict, x: Tensor, cfg: Config) -> Tensor:
+    """A vector for each place, not yet quantised: (batch, channels, height, width) -> (batch, height', width', code).
+
+    Raises ValueError if the images have other channels or cannot be halved `stages` times.
+    """
+    check_images("vqvae encoder", x, cfg.channels, 1)
+    if any(side % 2**cfg.stages for side in x.shape[2:]):
+        size = f"images of {x.shape[2]} x {x.shape[3]} pixels"
+        raise ValueError(f"vqvae encoder: {size} cannot be halved {cfg.stages} times")
+    p = params["encoder"]
+    for layer in p["layers"]:
+        x = F.relu(conv(layer, x, stride=2, padding=1))
+    for block in p["blocks"]:
+        x = _block(block, x)
+    return conv(p["output"], F.relu(x)).movedim(1, -1)
+
+
+def decode(params: dict, codes: Tensor, cfg: Config) -> Tensor:
+    """Images from integers: (batch, height', width') -> (batch, channels, height, width), not bounded.
+
+    Raises ValueError unless the codes are integers of three axes.
+    """
+    if codes.ndim != 3 or codes.is_floating_point():
+        found = f"{codes.dtype} {tuple(codes.shape)}"
+        raise ValueError(f"vqvae decoder: expected codes (batch, height, width), integers, found {found}")
+    p = params["decoder"]
+    rows = embedding({"weight": codebook(params["codebook"], cfg.smoothing)}, codes)
+    return _decoded(p, rows.to(p["input"]["weight"].dtype))
+
+
+def apply(
+    params: dict,
+    x: Tensor,
+    cfg: Config,
+    *,
+    labels: Tensor | None = None,
+    key: Tensor | None = None,
+    train: bool = False,
+) -> dict[str, Tensor]:
+    """There and back.
+
+    Gives `codes` (batch, height', width'), `encodings` (batch, height', width', code), what the encoder said,
+    `nearest`, of the same shape, rows of the codebook, and `output` (batch, channels, height, width). The loss of a
+    codebook that is a parameter is a function of `nearest`, the commitment one of `encodings`.
+
+    Args:
+        x: (batch, channels, height, width).
+        labels, key: without effect here.
+        train: report to the moving averages, if there are any, by taps on the output.
+
+    Raises:
+        ValueError: images of other channels or a size that cannot be halved.
+    """
+    p, z = params["codebook"], encode(params, x, cfg)
+    found = quantise(codebook(p, cfg.smoothing), z)
+    output = _decoded(params["decoder"], found.vectors)
+    if train and "sum" in p:
+        new = update(p, z, found.codes, cfg.decay)
+        output = tap(output, p["sum"], new["sum"] - p["sum"])
+        output = tap(output, p["size"], new["size"] - p["size"])
+        # From a batched value, so that each of a vmapped batch counts.
+        output = tap(output, p["count"], torch.ones_like(new["size"].sum()))
+    return {"codes": found.codes, "encodings": z, "nearest": found.nearest, "output": output}
+
+
+def codebook(p: dict, smoothing: float = 1e-5) -> Tensor:
+    """The rows e_i (codes, code): a parameter, or the averages m_i / N_i (appendix A.1), as constants.
+
+    N_i are the smoothed sizes (N_i + s) / (N + s K) N, with N the sum of all: a code that is never chosen does not
+    divide by 0.
+
+    p: `params["codebook"]`.
+    """
+    if "weight" in p:
+        return p["weight"]
+    size, total = p["size"].detach(), p["size"].detach().sum()
+    smoothed = (size + smoothing) / (total + smoothing * len(size)) * total
+    return p["sum"].detach() / smoothed[:, None]
+
+
+def distances(codebook: Tensor, z: Tensor) -> Tensor:
+    """|z - e_j|^2 to each row: (codes, code) and (..., code) -> (..., codes)."""
+    return z.square().sum(-1, keepdim=True) + _relative_distances(codebook, z)
+
+
+def quantise(codebook: Tensor, z: Tensor) -> Quantised:
+    """The nearest row of the codebook for each vector. van den Oord et al. 2017, eq. 1 and 2.
+
+    The gradient of `vectors` is handed to z as it is (section 3.2), that of `nearest` goes to the rows.
+
+    Args:
+        codebook: (codes, code).
+        z: (..., code).
+
+    Raises:
+        ValueError: the vectors have other numbers than the rows.
+    """
+    if z.ndim < 1 or z.shape[-1] != codebook.shape[-1]:
+        found = f"vectors {tuple(z.shape)} and rows {tuple(codebook.shape)}"
+        raise ValueError(f"quantise: expected vectors (..., {codebook.shape[-1]}), found {found}")
+    codes = _relative_distances(codebook.detach(), z.detach()).argmin(-1)
+    nearest = embedding({"weight": codebook}, codes).to(z.dtype)
+    return Quantised(codes, nearest, z + (nearest - z).detach())
+
+
+def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
+    """The moving averages after a batch. Appendix A.1, with n_i vectors z that chose row i:
+
+    N_i <- decay N_i + (1 - decay) n_i,        m_i <- decay m_i + (1 - decay) sum of these z
+
+    A pure function of the state {"count", "size", "sum"}; the result carries no derivative.
+
+    Args:
+        p: `params["codebook"]` of an "ema" codebook.
+        z: (..., code).
+        codes: (...) integers.
+    """
+    z, codes = z.detach().flatten(0, -2), codes.flatten()
+    # As a matrix: sums in no fixed order (index_add) would make a GPU's run differ from itself.
+    chosen = (torch.arange(len(p["size"]), device=z.device)[:, None] == codes).to(p["sum"].dtype)
+    size, total = p["size"].detach(), p["sum"].detach()
+    return {
+        "count": p["count"].detach() + 1,
+        "size": decay * size + (1 - decay) * chosen.sum(1),
+        "sum": decay * total + (1 - decay) * (chosen @ z.to(total.dtype)),
+    }
+
+
+def revive(p: dict, z: Tensor, key: Tensor, threshold: float = 1.0, size: Tensor | None = None) -> dict:
+    """The codebook with every row that is chosen too seldom replaced by one of the vectors z, drawn at random.
+
+    Dhariwal et al. 2020, "Jukebox", arXiv:2005.00341, section 3.1 (random restarts). A new row starts as if
+    chosen once.
+    With an infinite threshold all rows are replaced: a start from data.
+
+    Args:
+        p: `params["codebook"]`.
+        z: (..., code), the encoder's vectors of a batch.
+        key: (2,).
+        threshold: rows of a smaller size are replaced. Sizes count vectors a batch; an even use is vectors / codes.
+        size: (codes,), how often each row was chosen; needed where the codebook is a parameter, which has no averages.
+
+    Raises:
+        ValueError: a codebook without averages and no sizes.
+    """
+    if size is None and "size" not in p:
+        raise ValueError("revive: this codebook keeps no averages of its use; pass size=, (codes,)")
+    dead = (p["size"] if size is None else size) < threshold
+    z = z.detach().flatten(0, -2)
+    drawn = z[random.randint(key, dead.shape, 0, len(z)).long()]
+    if "weight" in p:
+        return {"weight": torch.where(dead[:, None], drawn.to(p["weight"].dtype), p["weight"])}
+    return {
+        "count": p["count"],
+        "size": torch.where(dead, torch.ones_like(p["size"]), p["size"]),
+        "sum": torch.where(dead[:, None], drawn.to(p["sum"].dtype), p["sum"]),
+    }
+
+
+def usage(codes: Tensor, cfg: Config) -> Tensor:
+    """How often each row was chosen: integers of any shape -> (codes,), counts as float32."""
+    codes = codes.flatten().long()
+    return codes.new_zeros(cfg.codes).index_add(0, codes, torch.ones_like(codes)).to(torch.float32)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of the use of the codebook: 1 to codes, as many as would be in even use. counts: (codes,)."""
+    p = counts / counts.sum()
+    return torch.exp(torch.special.entr(p).sum())
+
+
+def _relative_distances(codebook: Tensor, z: Tensor) -> Tensor:
+    """|e_j|^2 - 2 z . e_j: without |z|^2, the same for all rows, which would take digits from their differences."""
+    wide = torch.promote_types(torch.promote_types(codebook.dtype, z.dtype), torch.float32)
+    codebook, z = codebook.to(wide), z.to(wide)
+    return codebook.square().sum(-1) - 2 * (z @ codebook.mT)
+
+
+def _decoded(p: dict, vectors: Tensor) -> Tensor:
+    x = conv(p["input"], vectors.movedim(-1, 1), padding=1)
+    for block in p["blocks"]:
+        x = _block(block, x)
+    for layer in p["layers"]:
+        x = conv_transpose(layer, F.relu(x), stride=2, padding=1)
+    return x
+
+
+def _block_spec(cfg: Config) -> dict:
+    return {"conv1": conv_spec(cfg.width, cfg.inside, 3, init=HE), "conv2": conv_spec(cfg.inside, cfg.width, 1)}
+
+
+def _block(p: dict, x: Tensor) -> Tensor:
+    """x + conv 1x1 (relu (conv 3x3 (relu x))), section 4.1."""
+    return x + conv(p["conv2"], F.relu(conv(p["conv1"], F.relu(x), padding=1)))
+
+
+def _up_spec(d_in: int, d_out: int) -> dict:
+    # With stride 2 a pixel is reached by 2 x 2 of the 4 x 4 weights.
+    return conv_spec(d_in, d_out, 4, transposed=True, init=initializers.normal((2 / (4 * d_in)) ** 0.5))

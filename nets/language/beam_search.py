@@ -1,0 +1,213 @@
+"""Beam search: of all texts so far, only the most probable few go on at each place.
+
+A text y of n tokens, its end among them, scores
+
+    log p(y) / n**alpha                     length_penalty alpha, as transformers and fairseq have it
+    log p(y) / ((5 + n) / 6)**alpha         Wu et al. 2016, "Google's Neural Machine Translation System", eq. 14
+
+Each place: of all continuations of a sentence's beams, take the best 2 * beams. Those among the first half that end are
+finished; they leave their place, and the best that have not ended are the beams of the next place. The best finished
+texts are kept, as many as there are beams. A sentence is done when no beam may overtake them, and leaves the batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.tree import Tree
+from nets.language.decoding import (
+    Decoded,
+    Step,
+    call,
+    check_scores,
+    check_start,
+    remaining,
+    starting_places,
+    take,
+    with_room,
+    without_end,
+)
+
+_BLOCK = 64  # tokens of the vocabulary that stand or fall by their maximum at first
+
+
+class Beams(NamedTuple):
+    """The beams of each sentence and its best finished texts, both best first.
+
+    tokens: (sentences, beams, t) so far.
+    scores: (sentences, beams) log-probability; -inf for none.
+    best_tokens: (sentences, beams, t), padding behind the end.
+    best_lengths, best_scores: (sentences, beams); 0 and -inf for none.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    best_tokens: Tensor
+    best_lengths: Tensor
+    best_scores: Tensor
+
+
+def beam_search(
+    step: Step,
+    cache: Tree,
+    first: Tensor,
+    *,
+    beams: int,
+    end: int | None,
+    max_length: int,
+    min_length: int = 0,
+    n_best: int = 1,
+    length_penalty: float = 1.0,
+    normalization: str = "length",
+    early_stopping: bool | str = False,
+    padding: int = 0,
+    position: int | Tensor = 0,
+    shared: Tree = None,
+    places_axis: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+) -> Decoded:
+    """The n best texts of each example, best first, among those that a beam search meets.
+
+    Args:
+        step: (cache, tokens (rows,), position) -> (logits (rows, vocabulary), cache), perhaps compiled. `first` is read
+            with one row a sentence; later, row r is beam r % beams of sentence r // beams, and the cache's rows are
+            reordered as the beams are.
+        cache, first: one row an example, as in `nets.language.decoding.sample`.
+        min_length: no end before so many tokens; the other tokens keep their probabilities.
+        length_penalty: alpha above; longer texts gain as it grows, 0 compares log-probabilities.
+        normalization: "length" or "gnmt", the two divisors above.
+        early_stopping: when a sentence is done, all its beams having finished once. True: then. False: when the best
+            beam, if it ended as long as it is, would not be among the finished. "never": when no beam may come among
+            the n best at any length up to `max_length`, which is exact. As in transformers.
+        end, max_length, padding, position, places_axis, batch_sizes: as in `nets.language.decoding.sample`. A text that
+            reaches `max_length` is finished without an end.
+        shared: what all beams of a sentence share, such as an encoder's output: a tree of tensors with one row a
+            sentence, not a beam. The step's fourth argument; not reordered, but finished sentences leave it.
+
+    Returns:
+        Decoded with tokens (batch, n_best, time). Where fewer texts exist, length 0 and score -inf.
+
+    Raises:
+        ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
+    """
+    check_start(cache, shared, first, end, max_length, min_length)
+    if beams < 1 or not 1 <= n_best <= beams:
+        raise ValueError(f"beam_search: expected 1 <= n_best <= beams, found {n_best} and {beams}")
+    if normalization not in ("length", "gnmt"):
+        raise ValueError(f"beam_search: normalization '{normalization}' is unknown; expected length or gnmt")
+    if not isinstance(early_stopping, bool) and early_stopping != "never":
+        raise ValueError(f"beam_search: early_stopping is {early_stopping!r}; expected True, False or 'never'")
+
+    def divisor(length: int) -> float:
+        return (length if normalization == "length" else (5 + length) / 6) ** length_penalty
+
+    position, farthest, chunk = starting_places(position, first, cache, places_axis)
+    batch, device = first.shape[0], first.device
+    examples = torch.arange(batch, device=device)
+    spread = examples.repeat_interleave(beams)
+    tokens, done = first.long(), torch.zeros(batch, dtype=torch.bool, device=device)
+    state, found = None, []
+    for t in range(max_length if batch else 0):
+        cache = with_room(cache, places_axis, farthest + t + 1, chunk)
+        logits, cache = call(step, cache, tokens, position + t, shared)
+        state = _start(batch, beams, logits) if state is None else state
+        values, ids = _best(logits, min(2 * beams, logits.shape[1]), end if t < min_length else None)
+        values, ids = take((values, ids), spread) if t == 0 else (values, ids)
+        state, parents = _advance(state, values, ids, done, end, t + 1 == max_length, divisor(t + 1), padding)
+
+        # A beam's score only falls; over its length it may rise, at most as far as the longest text there may be.
+        longest = max_length if early_stopping == "never" and length_penalty > 0.0 else t + 1
+        least = state.best_scores[:, n_best - 1 if early_stopping == "never" else beams - 1]
+        done = done | ~(state.scores[:, 0] / divisor(longest) > least)
+        if early_stopping is True:
+            done = done | (least > -torch.inf)
+
+        keep = remaining(done, batch_sizes)
+        sentences = torch.arange(len(done), device=device) if keep is None else keep
+        if keep is not None:
+            leaves = torch.ones_like(done).index_fill(0, keep, False).nonzero()[:, 0]
+            found.append((examples[leaves], take(state, leaves)))
+            if not len(keep):
+                break
+            state, shared, examples, done, parents = take((state, shared, examples, done, parents), keep)
+        rows = sentences[:, None].expand_as(parents) if t == 0 else sentences[:, None] * beams + parents
+        order = rows.flatten()
+        cache = take(cache, order)
+        position = position[order] if position.ndim else position
+        tokens = state.tokens[:, :, -1].flatten().contiguous()  # a compiled step would not know the strides
+    return _collect(found, first, n_best, padding)
+
+
+def _start(sentences: int, beams: int, like: Tensor) -> Beams:
+    """All beams of a sentence are the same text at first, so only one of them counts."""
+    none = like.new_full((sentences, beams), -torch.inf)
+    tokens = torch.zeros(sentences, beams, 0, dtype=torch.int64, device=like.device)
+    scores = none.index_fill(1, torch.tensor([0], device=like.device), 0.0)
+    return Beams(tokens, scores, tokens, torch.zeros_like(none, dtype=torch.int64), none)
+
+
+def _advance(
+    state: Beams, values: Tensor, ids: Tensor, done: Tensor, end: int | None, final: bool, divisor: float, padding: int
+) -> tuple[Beams, Tensor]:
+    """One place on, by the best continuations of each row, log-probabilities and ids (rows, k).
+
+    Returns:
+        The new beams, and which of its sentence's beams each of them goes on from, (sentences, beams).
+    """
+    sentences, beams, t = state.tokens.shape
+    totals = state.scores.reshape(-1, 1) + values
+    totals, places = totals.reshape(sentences, -1).topk(2 * beams, dim=1)
+    parents = places // values.shape[1]
+    ids = ids.reshape(sentences, -1).gather(1, places)
+    tokens = torch.cat([_texts(state.tokens, parents), ids[:, :, None]], dim=2)
+    ends = torch.full_like(ids, final, dtype=torch.bool) if final or end is None else ids == end
+
+    finished = torch.where(ends[:, :beams] & ~done[:, None], totals[:, :beams] / divisor, -torch.inf)
+    best_scores, order = torch.cat([state.best_scores, finished], dim=1).topk(beams, dim=1)
+    lengths = torch.where(finished > -torch.inf, t + 1, 0)
+    best_lengths = torch.cat([state.best_lengths, lengths], dim=1).gather(1, order)
+    before = torch.cat([state.best_tokens, state.best_tokens.new_full((sentences, beams, 1), padding)], dim=2)
+    best_tokens = _texts(torch.cat([before, tokens[:, :beams]], dim=1), order)
+
+    scores, order = torch.where(ends, -torch.inf, totals).topk(beams, dim=1)
+    state = Beams(_texts(tokens, order), scores, best_tokens, best_lengths, best_scores)
+    return state, parents.gather(1, order)
+
+
+def _texts(tokens: Tensor, order: Tensor) -> Tensor:
+    """The texts (sentences, any, t) in this order (sentences, n) of each sentence."""
+    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def _best(logits: Tensor, k: int, forbidden: int | None) -> tuple[Tensor, Tensor]:
+    """The k best log-probabilities of each row and their ids, (rows, k)."""
+    logs = without_end(torch.log_softmax(logits, dim=-1), forbidden)
+    rows, vocabulary = logs.shape
+    whole = vocabulary // _BLOCK * _BLOCK
+    if logs.device.type != "cpu" or whole // _BLOCK <= 2 * k:
+        return logs.topk(k, dim=1)
+    # On a CPU topk is slow and a maximum fast: the k best are in the k blocks with the largest maxima, or the rest.
+    blocks = logs[:, :whole].unflatten(1, (-1, _BLOCK))
+    chosen = blocks.amax(-1).topk(k, dim=1, sorted=False).indices
+    some = torch.cat([blocks[torch.arange(rows)[:, None], chosen].flatten(1), logs[:, whole:]], dim=1)
+    values, places = some.topk(k, dim=1)
+    in_block = chosen.gather(1, (places // _BLOCK).clamp(max=k - 1)) * _BLOCK + places % _BLOCK
+    return values, torch.where(places < k * _BLOCK, in_block, places + (whole - k * _BLOCK))
+
+
+def _collect(found: list[tuple[Tensor, Beams]], first: Tensor, n_best: int, padding: int) -> Decoded:
+    time = max((int(state.best_lengths[:, :n_best].max()) for _, state in found), default=0)
+    batch = first.shape[0]
+    tokens = torch.full((batch, n_best, time), padding, dtype=torch.int64, device=first.device)
+    lengths = torch.zeros(batch, n_best, dtype=torch.int64, device=first.device)
+    scores = found[0][1].scores.new_zeros(batch, n_best) if found else torch.zeros(0, n_best, device=first.device)
+    for examples, state in found:
+        check_scores(state.scores)
+        check_scores(state.best_scores)
+        some = min(time, state.best_tokens.shape[2])
+        tokens[examples, :, :some] = state.best_tokens[:, :n_best, :some]
+        lengths[examples] = state.best_lengths[:, :n_best]
+        scores[examples] = state.best_scores[:, :n_best]
+    return Decoded(torch.where((lengths > 0)[:, :, None], tokens, padding), lengths, scores)

@@ -1,0 +1,275 @@
+"""From scores to tokens: pure functions that any decoder can use.
+
+Every net that writes one token at a time is here a pure function
+
+    step(cache, tokens, position) -> (logits, cache)
+
+of the last token of each row (rows,), the place it stands at (a number, or one a row) and a cache, a tree of tensors
+with a leading axis of rows: keys and values, the state of a recurrent net, or all tokens so far. The logits
+(rows, vocabulary) are the scores of the next token. `greedy` and `sample` are here, beams in
+`nets.language.beam_search`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import random, tree
+from core.tree import Tree
+
+Step = Callable[..., tuple[Tensor, Tree]]
+
+
+class Decoded(NamedTuple):
+    """What was written; `beam_search` has one more axis, (batch, n best, ...).
+
+    tokens: (batch, time) int64, the end token with them, padding behind it; time is that of the longest.
+    lengths: (batch,) how many of them are no padding.
+    scores: (batch,) log-probability of the tokens under the net; after `beam_search`, over the length penalty.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Scores with every token that may not be drawn at -inf.
+
+    Args:
+        logits: (..., vocabulary).
+        temperature: the scores are divided by it; above 0.
+        top_k: only the k best tokens stay (Fan et al. 2018).
+        top_p: of these, only the smallest set of best tokens whose probability reaches p (Holtzman et al. 2020).
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature {temperature} is not above 0; the limit of 0 is greedy decoding")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} is not at least 1")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p {top_p} is outside (0, 1]")
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = torch.where(logits < least, -torch.inf, logits)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = torch.softmax(ordered, dim=-1)
+        # A token stays if the tokens before it have not yet reached p; so the best one always does.
+        ordered = torch.where(probabilities.cumsum(-1) - probabilities < top_p, ordered, -torch.inf)
+        logits = ordered.gather(-1, order.argsort(dim=-1))
+    return logits
+
+
+def choose(
+    logits: Tensor,
+    key: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """The next token of each example: the best one at temperature 0, otherwise drawn from the filtered scores.
+
+    Args:
+        logits: (batch, vocabulary).
+        key: (2,); example i draws from `fold_in(key, i)`, so that it gets the same token in a batch of any size. Or one
+            key an example, (batch, 2).
+
+    Returns:
+        (batch,) int64.
+
+    Raises:
+        ValueError: no key, or keys of another shape, at a temperature above 0; an option outside its range.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    if key is None:
+        raise ValueError("drawing a token at a temperature above 0 needs key=")
+    if key.ndim > 2 or (key.ndim == 2 and key.shape[0] != logits.shape[0]):
+        raise ValueError(f"expected a key (2,) or ({logits.shape[0]}, 2), found {tuple(key.shape)}")
+    keys = random.sites(key, logits.shape[0]) if key.ndim == 1 else key
+    # argmax(logits + Gumbel noise) is a draw from softmax(logits).
+    noise = random.gumbel(keys, (logits.shape[-1],), torch.float32)
+    return (filter_logits(logits.float(), temperature, top_k, top_p) + noise).argmax(-1)
+
+
+def greedy(step: Step, cache: Tree, first: Tensor, **options) -> Decoded:
+    """The best token at each place. Arguments and errors as in `sample`, without a key and its filters."""
+    return _write(step, cache, first, lambda logits, t, examples: logits.argmax(-1), **options)
+
+
+def sample(
+    step: Step,
+    cache: Tree,
+    first: Tensor,
+    key: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    **options,
+) -> Decoded:
+    """Tokens drawn one after the other, until each example has written `end` or `max_length` tokens.
+
+    Finished examples leave the batch. An example gets the same tokens in a batch of any size.
+
+    Args:
+        step: (cache, tokens (rows,), position) -> (logits (rows, vocabulary), cache), perhaps compiled.
+        cache: tree of tensors (batch, ...), as the step expects them before `first` is read.
+        first: (batch,) integers, the token each example goes on from: a start token, or the last one of its prompt.
+        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key an example, (batch, 2):
+            `fold_in(key[i], t)`.
+        temperature, top_k, top_p: as in `choose`.
+        end: the token that ends a text; None for none.
+        max_length: at most so many new tokens, the end counted.
+        min_length: no end before so many tokens.
+        padding: what stands behind the end; 0.
+        position: the place of `first`, a number or (batch,); 0. The step gets it plus t.
+        shared: a tree of tensors (batch, ...) that the step reads and does not change, such as the keys and values of
+            an encoder's output: its fourth argument.
+        places_axis: the axis of places of every leaf of the cache. When they are full, as many zeros again as the
+            cache had at first are added; so it starts short and its attention is never much longer than the text.
+        batch_sizes: the batch shrinks to one of these sizes only, so that a step compiled for fixed shapes meets few.
+
+    Raises:
+        ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
+    """
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def pick(logits: Tensor, t: int, examples: Tensor) -> Tensor:
+        if temperature == 0.0 or key is None:  # which `choose` complains about
+            return choose(logits, None, **filters)
+        keys = random.fold_in(random.fold_in(key, t), examples) if key.ndim == 1 else random.fold_in(key[examples], t)
+        return choose(logits, keys, **filters)
+
+    if key is not None and tuple(key.shape) not in ((2,), (first.shape[0], 2)):
+        raise ValueError(f"sample: expected a key (2,) or ({first.shape[0]}, 2), found {tuple(key.shape)}")
+    return _write(step, cache, first, pick, **options)
+
+
+def _write(
+    step: Step,
+    cache: Tree,
+    first: Tensor,
+    pick: Callable,
+    *,
+    end: int | None,
+    max_length: int,
+    min_length: int = 0,
+    padding: int = 0,
+    position: int | Tensor = 0,
+    shared: Tree = None,
+    places_axis: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+) -> Decoded:
+    check_start(cache, shared, first, end, max_length, min_length)
+    batch, device = first.shape[0], first.device
+    position, farthest, chunk = starting_places(position, first, cache, places_axis)
+    token, examples = first.long(), torch.arange(batch, device=device)
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    columns, lengths, scores = [], torch.zeros_like(examples), None
+    for t in range(max_length if batch else 0):
+        cache = with_room(cache, places_axis, farthest + t + 1, chunk)
+        logits, cache = call(step, cache, token, position + t, shared)
+        allowed = without_end(logits, end if t < min_length else None)
+        token = torch.where(done, padding, pick(allowed, t, examples))
+        chances = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        if scores is None:
+            scores = chances.new_zeros(batch)
+        scores = scores.index_add(0, examples, torch.where(done, 0.0, chances))
+        lengths = lengths.index_add(0, examples, (~done).long())
+        columns.append(token.new_full((batch,), padding).index_copy(0, examples, token))
+        done = done | (token == end) if end is not None else done
+        keep = remaining(done, batch_sizes)
+        if keep is not None:
+            if not len(keep):
+                break
+            cache, shared, token, done, examples = take((cache, shared, token, done, examples), keep)
+            position = position[keep] if position.ndim else position
+    if not columns:
+        return Decoded(first.new_zeros(batch, 0).long(), lengths, torch.zeros(batch, device=device))
+    check_scores(scores)
+    return Decoded(torch.stack(columns, dim=1), lengths, scores)
+
+
+def check_start(cache: Tree, shared: Tree, first: Tensor, end: int | None, max_length: int, min_length: int) -> None:
+    """Raise ValueError, in one line, for what cannot be the start of decoding."""
+    if first.ndim != 1 or first.is_floating_point() or first.dtype == torch.bool:
+        raise ValueError(f"decoding: expected first tokens (batch,) integers, found {tuple(first.shape)} {first.dtype}")
+    if max_length < 1 or not 0 <= min_length < max_length:
+        raise ValueError(f"decoding: expected 0 <= min_length < max_length, found {min_length} and {max_length}")
+    if end is not None and end < 0:
+        raise ValueError(f"decoding: the end token is {end}; expected an id, or None")
+    for part, leaves in (("cache", tree.items(cache)), ("shared", tree.items(shared))):
+        for name, leaf in leaves:
+            if leaf.ndim < 1 or leaf.shape[0] != first.shape[0]:
+                found = f"'{name}' of {part} is {tuple(leaf.shape)}"
+                raise ValueError(f"decoding: {found}; expected {first.shape[0]} rows, one an example")
+
+
+def check_scores(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        raise ValueError("decoding: the step gave logits with NaN, or with -inf for every token")
+
+
+def starting_places(position: int | Tensor, first: Tensor, cache: Tree, axis: int | None) -> tuple[Tensor, int, int]:
+    """The position as a tensor, () or (batch,), the largest as a number, and how many places the cache has."""
+    position = torch.as_tensor(position, dtype=torch.int64, device=first.device)
+    if position.ndim and position.shape != first.shape:
+        raise ValueError(f"decoding: expected a position, or {len(first)}, found {tuple(position.shape)}")
+    if axis is None or not first.shape[0]:
+        return position, 0, 0
+    sizes = {leaf.shape[axis] if 0 < axis < leaf.ndim else 0 for leaf in tree.leaves(cache)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"decoding: axis {axis} is not the places of every leaf of the cache; it is {sorted(sizes)} long"
+        )
+    return position, int(position.max()), sizes.pop()
+
+
+def with_room(cache: Tree, axis: int | None, places: int, chunk: int) -> Tree:
+    """The cache with at least so many places along the axis; zeros are added in chunks."""
+    if axis is None:
+        return cache
+    missing = places - tree.leaves(cache)[0].shape[axis]
+    if missing <= 0:
+        return cache
+    added = -(-missing // chunk) * chunk
+    return tree.map(lambda leaf: F.pad(leaf, [0, 0] * (leaf.ndim - 1 - axis) + [0, added]), cache)
+
+
+def call(step: Step, cache: Tree, tokens: Tensor, position: Tensor, shared: Tree) -> tuple[Tensor, Tree]:
+    """The step's logits, in at least single precision, and its cache."""
+    logits, cache = step(cache, tokens, position) if shared is None else step(cache, tokens, position, shared)
+    if logits.ndim != 2 or logits.shape[0] != tokens.shape[0] or logits.shape[1] < 2:
+        raise ValueError(f"decoding: expected logits ({len(tokens)}, vocabulary), found {tuple(logits.shape)}")
+    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), cache
+
+
+def without_end(scores: Tensor, end: int | None) -> Tensor:
+    """Scores (rows, vocabulary) with that of the end token at -inf; unchanged for None."""
+    return scores if end is None else scores.index_fill(-1, torch.tensor([end], device=scores.device), -torch.inf)
+
+
+def remaining(done: Tensor, batch_sizes: Sequence[int] | None) -> Tensor | None:
+    """The places of a batch that go on, and finished ones that fill it to a size that is allowed; None for all."""
+    flags = done.tolist()
+    going = [i for i, stops in enumerate(flags) if not stops]
+    if going and batch_sizes is not None:
+        size = min((n for n in batch_sizes if n >= len(going)), default=len(flags))
+        going = sorted(going + [i for i, stops in enumerate(flags) if stops][: size - len(going)])
+    return None if len(going) == len(flags) else torch.tensor(going, dtype=torch.int64, device=done.device)
+
+
+def take(rows: Tree, order: Tensor) -> Tree:
+    """These rows of every leaf, along the leading axis."""
+    return tree.map(lambda leaf: leaf.index_select(0, order), rows)

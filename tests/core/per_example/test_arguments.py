@@ -1,0 +1,85 @@
+"""Wrong arguments of the functions on per-example gradients: one line that says what was expected."""
+
+import pytest
+import torch
+
+from core import per_example, tree
+from core.layers import linear
+from core.per_example import PerExampleError
+from tests.core.per_example.models import Draw, N, value
+
+DRAW = Draw("arguments")
+X = DRAW(N, 4)
+
+
+def plain(p, batch):
+    return value(linear({"weight": p["weight"]}, batch["x"]))
+
+
+P, B = {"weight": DRAW(3, 4)}, {"x": X}
+
+
+@pytest.mark.parametrize(
+    ("params", "batch", "options", "message"),
+    [
+        (P, {"x": X, "y": X[:3]}, {}, r"agree in their leading axis, N > 0: 'x' \(4, 4\), 'y' \(3, 4\)"),
+        (P, {"x": X[:0]}, {}, r"N > 0: 'x' \(0, 4\)"),
+        (P, {"x": X, "y": 3}, {}, "must be tensors .* 'y' int"),
+        (P, {"x": X, "y": torch.tensor(1.0)}, {}, r"'y' \(\)"),
+        (P, {}, {}, "leaves of a batch must be tensors"),
+        ({"ids": torch.arange(3), **P}, B, {}, "parameter 'ids' is torch.int64; expected a floating-point tensor"),
+        ({"rate": 0.1, **P}, B, {}, "parameter 'rate' is float; expected a floating-point tensor"),
+        (P, B, {"want": ("norm", "hessian")}, "want has 'hessian'; expected some of norm, dot, gram, square"),
+        (P, B, {"want": ("dot",)}, "needs a direction like the parameters"),
+        (P, B, {"direction": P}, 'a direction is only used if want has "dot"'),
+        (P, B, {"want": ("dot",), "direction": {}}, "the direction lacks 'weight'"),
+        (P, B, {"want": ("dot",), "direction": {"x": X, **P}}, "the direction has no parameter for 'x'"),
+        (
+            P,
+            B,
+            {"want": ("dot",), "direction": {"weight": X.T[:, :2]}},
+            r"'weight' has shape \(4, 2\), expected \(3, 4\)",
+        ),
+        (P, B, {"want": ("dot",), "direction": {"weight": 1.0}}, r"'weight' has shape \(\), expected \(3, 4\)"),
+    ],
+)
+def test_arguments(params, batch, options, message):
+    with pytest.raises(PerExampleError, match=message):
+        per_example.reports(plain, params, batch, **options)
+
+
+def test_plan_of_something_else():
+    made = per_example.plan(plain, P, B)
+    wider = {"x": torch.cat([X, X], 1)}
+    for params, batch, want in (
+        ({"weight": DRAW(2, 4)}, B, ("norm",)),
+        (P, wider, ("norm",)),
+        (P, {"z": X}, ("norm",)),
+        (tree.cast(P, torch.float32), tree.cast(B, torch.float32), ("norm",)),
+        (P, B, ("gram",)),
+    ):
+        with pytest.raises(PerExampleError, match="the plan was made for"):
+            per_example.reports(plain, params, batch, want, plan=made)
+    others = {
+        "use 2 of 'weight'": lambda p, b: plain(p, b) + plain(p, {"x": b["x"].cos()}),
+        "it has 1 uses of 'weight', the loss 0": lambda p, b: b["x"].sum(1),
+        "the plan is of another loss": lambda p, b: value(b["x"] * p["weight"][0]),
+        "plan is of another loss:": lambda p, b: value(b["x"] @ p["weight"].T),
+    }
+    for message, other in others.items():
+        with pytest.raises(PerExampleError, match="the plan is of another loss") as caught:
+            per_example.reports(other, P, B, plan=made)
+        assert "weight" in str(caught.value), message
+
+
+def test_weighted_arguments():
+    for options, message in (
+        ({"max_norm": 0.0}, "max_norm is 0.0; expected a positive number"),
+        ({"max_norm": float("nan")}, "expected a positive number"),
+        ({"max_norm": 1.0, "method": "ghost"}, "method 'ghost' is unknown; expected one of auto, kept, twice"),
+    ):
+        with pytest.raises(PerExampleError, match=message):
+            per_example.clipped(plain, P, B, **options)
+    for weights in (lambda norm: norm["weight"][:3], lambda norm: 1.0, lambda norm: norm["weight"][:, None]):
+        with pytest.raises(PerExampleError, match="the weights must be one for each of the 4 examples"):
+            per_example.weighted(plain, P, B, weights)

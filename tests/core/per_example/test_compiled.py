@@ -1,0 +1,151 @@
+"""The same reports compiled, under vmap over an ensemble, and with a plan made for another N."""
+
+import pytest
+import torch
+from torch.func import vmap
+
+from core import per_example, tree
+from tests.core.per_example.models import BUILDS, N, make
+from tests.core.per_example.test_reports import assert_reports, direction_of, every_model, quiet, run, tolerance_of
+
+QUICK = ("class_token", "embedding, padding", "linear 3-D", "tied, ghost, with bias")
+# A model or two for each rule, and for what has none.
+SWEEP = (
+    *(
+        "linear 4-D",
+        "x @ W",
+        "W @ x",
+        "einsum",
+        "bmm",
+        "linear_used_twice",
+        "tied_autoencoder",
+        "zero_gradient_for_some",
+    ),
+    "zero_gradient_for_some",
+    *("weight_in_a_rule_and_without", "conv1d, dilated", "conv2d, stride leaves pixels", "conv2d, depthwise", "conv3d"),
+    *("conv2d, same, even kernel", "conv2d, circular", "conv_transpose2d, groups, dilated", "conv_of_different_groups"),
+    *(
+        "cnn",
+        "embedding",
+        "embedding twice",
+        "W[negative ids]",
+        "one hot",
+        "tied",
+        "positions",
+        "layer_norm",
+        "rms_norm",
+    ),
+    "rms_norm",
+    *("group_norm", "instance_norm", "batch_norm, eval", "F.batch_norm, eval", "layer scale", "bias of an image"),
+    *("softmax over a parameter", "rows by index", "concatenated", "a kernel out of a parameter", "weight_norm"),
+    *("class_token_by_repeat", "mixture", "hypernetwork", "keys_of_dropout", "half_inside", "odd_tree", "gru", "lstm"),
+    *("attention", "learned_queries", "vision_transformer", "gpt2_with_dropout"),
+)
+STACKED = (
+    *QUICK,
+    *(
+        "F.batch_norm, eval",
+        "attention",
+        "batch_norm, eval",
+        "cnn",
+        "conv_of_different_groups",
+        "einsum",
+        "half_inside",
+    ),
+    *("conv_transpose2d, groups, dilated", "hypernetwork", "lstm", "odd_tree", "positions", "weight_norm"),
+)
+
+
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def reported(model):
+    def f(params, batch, direction):
+        return per_example.reports(model.loss, params, batch, ("norm", "dot", "gram", "square"), direction=direction)
+
+    return f
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SWEEP)])
+@quiet
+def test_compiled(name):
+    model = make(name)
+    found = compiled(reported(model))(model.params, model.batch, direction_of(model.params))
+    assert_reports(model, found, tolerance=tolerance_of(model))
+
+
+@pytest.mark.parametrize("time", [3, 4])
+def test_compiled_matmul_in_either_order(time):
+    """Dynamo writes W @ x as matmul(x, W): what the shapes do not tell apart is refused."""
+    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
+    batch = torch.randn(5, 4, time, dtype=torch.float64)
+
+    def loss(params, batch):
+        return (params["w"] @ batch).square().sum((1, 2))
+
+    def other_loss(params, batch):
+        return (batch.mT @ params["w"]).square().sum((1, 2))
+
+    for f in (loss, other_loss):
+        norm = compiled(lambda p, x, f=f: per_example.reports(f, p, x).total_norm)
+        if time == 4:
+            with pytest.raises(Exception, match=r"'w' \(4, 4\) is multiplied by @, where both orders fit"):
+                norm(params, batch)
+        else:
+            torch.testing.assert_close(norm(params, batch), per_example.reports(f, params, batch).total_norm)
+
+
+def test_compiled_matmul_of_a_square_matrix():
+    """The order is settled while planning, whatever N is."""
+    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
+
+    def loss(params, batch):
+        return (batch @ params["w"]).square().sum(1)
+
+    for count in (3, 4):
+        batch = torch.randn(count, 4, dtype=torch.float64)
+        found = compiled(lambda p, x: per_example.reports(loss, p, x).total_norm)(params, batch)
+        torch.testing.assert_close(found, per_example.reports(loss, params, batch).total_norm)
+
+
+def ensemble(model):
+    """Two members and their directions, stacked."""
+    members = [model.params, tree.map(lambda p: 0.9 * p + 0.1, model.params)]
+    return members, tree.stack(members), tree.stack([direction_of(p) for p in members])
+
+
+@pytest.mark.parametrize("name", [n if n in STACKED else pytest.param(n, marks=pytest.mark.slow) for n in BUILDS])
+@quiet
+def test_vmap_over_members(name):
+    model = make(name)
+    members, stacked, directions = ensemble(model)
+    found = vmap(reported(model), (0, None, 0))(stacked, model.batch, directions)
+    for i, member in enumerate(members):
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        assert_reports(model, alone, params=member, tolerance=tolerance_of(model))
+
+
+@pytest.mark.parametrize(
+    "name", ["class_token", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cnn", "lstm", "tied"))]
+)
+def test_compiled_vmap_over_members(name):
+    model = make(name)
+    members, stacked, directions = ensemble(model)
+    found = compiled(vmap(reported(model), (0, None, 0)))(stacked, model.batch, directions)
+    for i, member in enumerate(members):
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        assert_reports(model, alone, params=member)
+
+
+@every_model
+@quiet
+def test_a_plan_of_another_n(name):
+    """Made for all examples, used on two of them and on one."""
+    model = make(name)
+    made = per_example.plan(model.loss, model.params, model.batch, ("norm", "dot", "gram", "square"))
+    assert all(leaf in str(made) for leaf in tree.names(model.params))
+    for chosen in ([2, 0], [1], [*range(N), 0, 1, 2]):
+        batch = tree.map(lambda x, c=chosen: x[c], model.batch)
+        assert_reports(model, run(model, batch=batch, plan=made), batch=batch, tolerance=tolerance_of(model))

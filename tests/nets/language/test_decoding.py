@@ -1,0 +1,268 @@
+"""From scores to tokens: the filters against transformers' logits processors, the draws against jax."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from torch.func import vmap
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from core import random, tree
+from core.spec import init
+from nets.language import gpt2
+from nets.language.decoding import choose, filter_logits, greedy, sample
+
+FILTERS = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 1000},
+    {"top_p": 0.01},
+    {"top_p": 0.6},
+    {"top_p": 1.0},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.3, "top_k": 5, "top_p": 0.5},
+]
+
+
+def scores(batch=6, vocabulary=50, seed=0):
+    return 2 * random.normal(random.key(seed), (batch, vocabulary))
+
+
+def expected(logits, temperature=1.0, top_k=None, top_p=None):
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers(None, logits)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_filter_equals_transformers(options):
+    logits = scores()
+    found = filter_logits(logits, **options)
+    torch.testing.assert_close(found, expected(logits, **options), rtol=0, atol=0)
+    assert (found.max(-1).values > -torch.inf).all()
+    # Any leading axes, and vmapped.
+    torch.testing.assert_close(filter_logits(logits.reshape(2, 3, -1), **options), found.reshape(2, 3, -1))
+    torch.testing.assert_close(vmap(lambda x: filter_logits(x, **options))(logits), found)
+
+
+def test_filter_keeps_ties_at_the_kth_place_and_the_best_token():
+    logits = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, False, True]]
+    assert filter_logits(torch.tensor([[0.0, 9.0]]), top_p=1e-9).isfinite().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0 is not above 0"),
+        ({"temperature": -1.0}, "temperature -1.0 is not above 0"),
+        ({"top_k": 0}, "top_k 0 is not at least 1"),
+        ({"top_p": 0.0}, "top_p 0.0 is outside"),
+        ({"top_p": 1.5}, "top_p 1.5 is outside"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        filter_logits(scores(), **options)
+    if options.get("temperature") != 0.0:
+        with pytest.raises(ValueError, match=message):
+            choose(scores(), random.key(0), **options)
+
+
+def test_temperature_zero_takes_the_best_and_needs_no_key():
+    assert torch.equal(choose(scores(), temperature=0.0), scores().argmax(-1))
+    # It is the limit of small temperatures.
+    assert torch.equal(choose(scores(), random.key(0), temperature=1e-4), scores().argmax(-1))
+
+
+@pytest.mark.parametrize("key", [None, random.split(random.key(0), 3), random.split(random.key(0), 6)[None]])
+def test_key_is_checked(key):
+    with pytest.raises(ValueError, match="key"):
+        choose(scores(6), key)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_draws_equal_jax(options):
+    logits, key = scores(200), random.key(3)
+    words = random.fold_in(key, torch.arange(200)).numpy().view(np.uint32)
+    keys = jax.random.wrap_key_data(jax.numpy.asarray(words), impl="threefry2x32")
+    filtered = jax.numpy.asarray(expected(logits, **options).numpy())
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered)
+    assert choose(logits, key, **options).tolist() == drawn.tolist()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8, "temperature": 0.9}], ids=str
+)
+def test_tokens_come_as_often_as_they_should(options):
+    n = 20_000
+    logits = scores(1, 6)
+    drawn = choose(logits.expand(n, -1), random.key(1), **options)
+    p = torch.softmax(expected(logits, **options)[0], -1)
+    error = drawn.bincount(minlength=6) / n - p
+    assert (error.abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_example_gets_the_same_token_in_any_batch():
+    logits, key = scores(8), random.key(5)
+    together = choose(logits, key)
+    assert len(set(together.tolist())) > 4
+    for n in range(1, 8):
+        assert torch.equal(choose(logits[:n], key), together[:n])
+    # With a key an example, in any order too.
+    keys = random.fold_in(key, torch.arange(8))
+    assert torch.equal(choose(logits, keys), together)
+    assert torch.equal(choose(logits[[5, 2]], keys[[5, 2]]), together[[5, 2]])
+
+
+# Whole texts.
+
+END = 1
+
+
+def toy(batch=1, vocabulary=5, seed=0):
+    """(step, cache, table): the next token depends on the last one and, by a table of its own, on the example."""
+    table = 1.5 * random.normal(random.key(seed), (batch, vocabulary, vocabulary), torch.float64)
+    return lambda table, tokens, position: (table[torch.arange(len(tokens)), tokens], table), table, table
+
+
+def probability(table, text, first):
+    logs = torch.log_softmax(table, -1)
+    return float(logs[[first, *text[:-1]], list(text)].sum())
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample"])
+def test_texts_scores_and_padding(method):
+    step, cache, table = toy(7)
+    first, options = torch.arange(7) % 5, {"end": END, "max_length": 9, "padding": 4}
+    if method == "greedy":
+        found = greedy(step, cache, first, **options)
+    else:
+        found = sample(step, cache, first, random.key(0), temperature=0.8, top_k=3, **options)
+    assert found.tokens.shape == (7, int(found.lengths.max())) and len(set(found.lengths.tolist())) > 2
+    for i, (tokens, n) in enumerate(zip(found.tokens.tolist(), found.lengths.tolist(), strict=True)):
+        text = tokens[:n]
+        assert END not in text[:-1] and (text[-1] == END or n == 9) and set(tokens[n:]) <= {4}
+        # The score is that of the net, not of what the filters left.
+        assert float(found.scores[i]) == pytest.approx(probability(table[i], text, int(first[i])), rel=1e-12)
+        if method == "greedy":
+            path = [int(first[i]), *text]
+            assert all(int(table[i, a].argmax()) == b for a, b in zip(path, path[1:], strict=False))
+
+
+def test_sampled_texts_come_as_often_as_they_should():
+    n = 20_000
+    step, _, table = toy(vocabulary=3)
+    first = torch.zeros(n, dtype=torch.int64)
+    found = sample(step, table.expand(n, -1, -1), first, random.key(2), end=END, max_length=3)
+    texts, counts = found.tokens.unique(dim=0, return_counts=True)
+    total = 0.0
+    for text, count in zip(texts.tolist(), counts.tolist(), strict=True):
+        text = text[: text.index(END) + 1] if END in text else text
+        p = float(np.exp(probability(table[0], text, 0)))
+        assert abs(count / n - p) <= 4 * (p * (1 - p) / n) ** 0.5
+        total += p
+    assert total == pytest.approx(1.0) and len(texts) == 1 + 2 + 4 * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"min_length": 4}, {"batch_sizes": (3, 5)}], ids=str)
+def test_text_is_the_same_in_any_batch(options):
+    step, cache, _ = toy(8)
+    first, key = torch.arange(8) % 5, random.key(1)
+    options = {"end": END, "max_length": 12} | options
+    together = sample(step, cache, first, key, **options)
+    assert int(together.lengths.min()) > options.get("min_length", 0)
+    for n in range(1, 8):
+        found = sample(step, cache[:n], first[:n], key, **options)
+        assert torch.equal(found.tokens, together.tokens[:n, : found.tokens.shape[1]])
+        assert torch.equal(found.scores, together.scores[:n])
+    # With a key an example, in any order too.
+    keys = random.split(key, 8)
+    together = sample(step, cache, first, keys, **options)
+    found = sample(step, cache[[6, 2]], first[[6, 2]], keys[[6, 2]], **options)
+    assert torch.equal(found.scores, together.scores[[6, 2]])
+
+
+def test_finished_examples_leave_the_batch():
+    step, cache, _ = toy(8)
+    rows = []
+
+    def counting(*args):
+        rows.append(len(args[1]))
+        return step(*args)
+
+    lengths = greedy(counting, cache, torch.arange(8) % 5, end=END, max_length=12).lengths
+    assert rows == [int((lengths > t).sum()) for t in range(len(rows))]
+    full = list(rows)
+    rows.clear()
+    greedy(counting, cache, torch.arange(8) % 5, end=END, max_length=12, batch_sizes=(4, 8))
+    assert rows == [4 if n <= 4 else 8 for n in full]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 9}], ids=str)
+@pytest.mark.parametrize("places", [4, 16])
+def test_gpt_writes_what_its_generate_does(places, options):
+    cfg = gpt2.Config(vocabulary=30, context=32, layers=2, heads=2, width=16, dropout=0.0)
+    params = tree.map(lambda p: 4 * p, init(random.key(0), gpt2.spec(cfg)))
+    prompt, lengths = random.randint(random.key(1), (3, 5), 0, 30).long(), torch.tensor([5, 3, 4])
+    # Prompts of any lengths: what lies behind them is overwritten before it is looked at.
+    caches = gpt2.empty_caches(params, cfg, 3, max(places, 4))
+    caches = gpt2.decode(params, prompt[:, :4], caches, torch.zeros(3, dtype=torch.int64), cfg)[1]
+
+    def step(caches, tokens, position):
+        logits, caches = gpt2.decode(params, tokens[:, None], caches, position, cfg)
+        return logits[:, 0], caches
+
+    first = prompt[torch.arange(3), lengths - 1]
+    found = sample(
+        step, caches, first, random.key(2), end=None, max_length=8, position=lengths - 1, places_axis=2, **options
+    )
+    expected = gpt2.generate(params, prompt, cfg, 8, lengths=lengths, key=random.key(2), **options)
+    assert torch.equal(found.tokens, expected)
+
+
+def test_recurrent_net_whose_cache_is_its_state():
+    width, keys = 8, random.split(random.key(0), 4)
+    inner, outer, table = (random.normal(k, (width, width), torch.float64) for k in keys[:3])
+    state = random.normal(keys[3], (5, width), torch.float64)
+
+    def step(state, tokens, position, shared):
+        state = torch.tanh(state @ inner + table[tokens] + shared)
+        return 2 * state @ outer, state
+
+    shared = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None].expand(5, width)
+    found = greedy(step, state, torch.zeros(5, dtype=torch.int64), end=END, max_length=20, shared=shared)
+    for i in range(5):
+        h, token, text = state[i : i + 1], 0, []
+        while len(text) < 20 and token != END:
+            logits, h = step(h, torch.tensor([token]), None, shared[i : i + 1])
+            token = int(logits.argmax())
+            text.append(token)
+        assert found.tokens[i, : found.lengths[i]].tolist() == text
+    assert len(set(found.lengths.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": None}, "drawing a token at a temperature above 0 needs key="),
+        ({"key": random.split(random.key(0), 3)}, r"expected a key \(2,\) or \(2, 2\), found \(3, 2\)"),
+        ({"top_p": 2.0}, "top_p 2.0 is outside"),
+        ({"max_length": 0}, "min_length < max_length, found 0 and 0"),
+        ({"cache": torch.zeros(3, 5, 5)}, r"of cache is \(3, 5, 5\); expected 2 rows"),
+        ({"cache": torch.full((2, 5, 5), torch.nan)}, "logits with NaN"),
+        ({"places_axis": 3}, "axis 3 is not the places of every leaf"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_errors_of_whole_texts(options, message):
+    step, cache, _ = toy(2)
+    arguments = {"step": step, "cache": cache, "first": torch.zeros(2, dtype=torch.int64), "key": random.key(0)}
+    with pytest.raises(ValueError, match=message) as error:
+        sample(**(arguments | {"end": END, "max_length": 8} | options))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from core import random
+from train.metrics import translation
+
+
+def example():
+    logits = random.normal(random.key(0), (2, 4, 7))
+    return logits, torch.tensor([[3, 1, 6, 0], [2, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_divergence_is_that_of_torch(smoothing):
+    """Of smoothed targets written out."""
+    logits, labels = example()
+    value = translation.smoothed_divergence(logits, labels, smoothing, padding=0)
+    q = (1 - smoothing) * F.one_hot(labels, 7) + smoothing / 7
+    divergence = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)[labels != 0].mean()
+    torch.testing.assert_close(value, divergence)
+    right = q.clamp(min=1e-9).log()
+    perfect = translation.smoothed_divergence(right, labels, smoothing, padding=0)
+    torch.testing.assert_close(perfect, torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
+def test_token_accuracy_counts_no_padding():
+    logits, labels = example()
+    wanted = (logits.argmax(-1) == labels)[labels != 0].float().mean()
+    torch.testing.assert_close(translation.token_accuracy(logits, labels, padding=0), wanted)
+    assert translation.token_accuracy(F.one_hot(labels, 7).float(), labels, padding=0) == 1.0
+    assert translation.token_accuracy(logits, torch.zeros_like(labels), padding=0) == 0.0
+
+
+def test_scores():
+    references = ["the cat sat on the mat .", "a dog barks in the old yard ."]
+    same = translation.scores(references, references)
+    assert same["bleu"] == pytest.approx(100) and same["chrf"] == pytest.approx(100) and same["exact_match"] == 1.0
+    other = translation.scores(["the cat sat on a mat .", references[1]], references)
+    assert 50 < other["bleu"] < 100 and 50 < other["chrf"] < 100 and other["exact_match"] == 0.5
+    assert other["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="as many translations as references, found 1 and 2"):
+        translation.scores(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="found 0 and 0"):
+        translation.scores([], [])

@@ -1,0 +1,250 @@
+"""Class folders of image files (the layout of ImageNet): what there is, and batches decoded by worker processes.
+
+train = listing("photographs/train")
+test = listing("photographs/val", train.classes)
+with Decoder(workers=4) as decoder:
+    for images, labels in decoder.train_batches(train, key, range(first, steps), 256, 224):
+        ...
+    for images, labels in decoder.evaluation_batches(test, 256, 224, resize=256):
+        ...
+decoder.skipped  # files that could not be read
+"""
+
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core import random
+from train.data import DataError
+from train.data.batching import epoch_batch, evaluation_batches
+from train.data.images import augment
+from train.data.images.picture import Cut, decode, is_picture
+from train.data.images.workers import Pool, Task
+
+log = logging.getLogger(__name__)
+
+BLOCK = 16
+"""Steps whose rectangles are drawn in one call, which is faster."""
+
+
+class Files(NamedTuple):
+    """Pictures that are not read yet: labels (count,) int64; `classes[label]` is the name of the sub-folder."""
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def listing(directory: str | os.PathLike, classes: Sequence[str] | None = None) -> Files:
+    """The pictures of a folder with one sub-folder a class; classes and files in sorted order.
+
+    Files whose suffix is no picture's, and all that is hidden, are ignored.
+
+    Args:
+        classes: those of the training split, which keep their labels here; one of them may be missing.
+
+    Raises DataError: no such folder, no sub-folder, one that is none of `classes`, no picture.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise DataError(f"{directory} {problem}, expected a folder with one sub-folder a class")
+    try:
+        found = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"{directory} has no sub-folders, expected one a class")
+        classes = tuple(found if classes is None else classes)
+        unknown = [name for name in found if name not in set(classes)]
+        if unknown:
+            raise DataError(f"{directory / unknown[0]} is none of the {len(classes)} classes of the training split")
+        files = [_pictures(directory / name) for name in found]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
+    if not any(files):
+        raise DataError(f"no picture in the sub-folders of {directory}")
+    counts = torch.tensor([len(paths) for paths in files])
+    labels = torch.tensor([classes.index(name) for name in found]).repeat_interleave(counts)
+    return Files(tuple(itertools.chain.from_iterable(files)), labels, classes)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in names if is_picture(name)]
+    return [Path(path) for path in sorted(found)]
+
+
+class Request(NamedTuple):
+    """A batch to come: the examples, and for each the draws for `pictures.decode`."""
+
+    indices: list[int]
+    draws: Sequence[np.ndarray | None]
+
+
+class Decoder:
+    """Reads files in worker processes, a few batches ahead. To be closed, or used in a `with` statement.
+
+    Which batches come, and their pixels, do not depend on the number of workers. A file that cannot be read is logged
+    once and skipped: in training the next one of the listing that can be read takes its place, with its own label; in
+    evaluation it is left out. Several iterations may go on at once, such as an evaluation during training. Needs a
+    system with `fork` and `exec`: Linux or macOS.
+
+    Args:
+        workers: how many processes; 0 decodes in this one.
+        ahead: how many batches are decoded ahead of the one that is asked for.
+        reduce: in training, decode a JPEG at a half, a fourth or an eighth of its size where that is still twice as
+            large as needed: much faster with large photographs, and a pixel differs by less than 1/255 on average.
+    """
+
+    def __init__(self, workers: int = 2, ahead: int = 2, reduce: bool = True):
+        if workers < 0 or ahead < 0:
+            raise DataError(f"a decoder has {workers} workers that are {ahead} batches ahead, expected 0 or more")
+        self._ahead, self._reduce = ahead if workers else 0, reduce
+        self._bad: dict[Path, str] = {}
+        self._pool = Pool(workers)
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    @property
+    def skipped(self) -> tuple[tuple[Path, str], ...]:
+        """(file, reason) of every file that could not be read, in the order in which they were met."""
+        return tuple(self._bad.items())
+
+    def train_batches(
+        self,
+        files: Files,
+        key: Tensor,
+        steps: range,
+        batch: int,
+        size: int,
+        channels: int = 3,
+        scale: tuple[float, float] | None = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random resized crops, a function of key and step: images (batch, channels, size, size) uint8, labels
+        (batch,) int64, one pair a step.
+
+        With `order, site = random.sites(key, 2)`, the examples of a step are `epoch_batch(order, step, ...)`, and their
+        rectangles the `augment.boxes` for the keys `random.sites(random.fold_in(site, step), batch)`.
+
+        Args:
+            key: (2,).
+            scale, ratio: of the rectangles' area and width / height, see `augment.boxes`. With the scale None there are
+                none: the picture is scaled to cover the square, and its middle cut out.
+
+        Raises DataError: nothing can be read, too few files, a worker died.
+        """
+        cut = _cut(size, channels, None if scale else size, ratio=ratio if scale else None, reduce=self._reduce)
+        return self._batches(files, _requests(len(files.paths), key, steps, batch, scale, ratio), cut, training=True)
+
+    def evaluation_batches(
+        self, files: Files, batch: int, size: int, channels: int = 3, resize: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """All pictures once, in order, in the form of `train_batches`: scaled so that the shorter side has `resize`
+        pixels (`size` if None), the middle cut out. Batches with unreadable files, and the last, are shorter.
+
+        Raises DataError: nothing can be read, a worker died.
+        """
+        parts = (range(s.start, s.stop) for s in evaluation_batches(len(files.paths), batch))
+        requests = (Request(list(indices), [None] * len(indices)) for indices in parts)
+        return self._batches(files, requests, _cut(size, channels, resize or size), training=False)
+
+    def _batches(
+        self, files: Files, requests: Iterable[Request], cut: Cut, training: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        requests, waiting, some = iter(requests), deque(), False
+        try:
+            while True:
+                for request in itertools.islice(requests, 1 + self._ahead - len(waiting)):
+                    waiting.append(self._start(files, request, cut, training))
+                if not waiting:
+                    break
+                images, labels = self._finish(files, *waiting.popleft(), training)
+                if len(labels):
+                    some = True
+                    yield images, labels
+        finally:
+            for _, task in waiting:
+                self._pool.drop(task)
+        if not some:
+            self._readable(files, 0)
+
+    def _start(self, files: Files, request: Request, cut: Cut, training: bool) -> tuple[Request, Task]:
+        """Have a batch decoded, but for the files that are known to be bad."""
+        indices, draws = request
+        if training:
+            indices = [self._readable(files, index) for index in indices]
+        paths = [files.paths[index] for index in indices]
+        rows = [(row, str(path), draws[row]) for row, path in enumerate(paths) if path not in self._bad]
+        return Request(indices, draws), self._pool.start(cut, rows, len(indices))
+
+    def _finish(self, files: Files, request: Request, task: Task, training: bool) -> tuple[Tensor, Tensor]:
+        indices, draws = request
+        pixels, wrong = self._pool.finish(task)
+        for row, reason in wrong:
+            self._skip(files.paths[indices[row]], reason)
+            if training:
+                indices[row], pixels[row] = self._other(files, indices[row], task.cut, draws[row])
+        if not training:
+            rows = [row for row, index in enumerate(indices) if files.paths[index] not in self._bad]
+            if len(rows) < len(indices):
+                indices, pixels = [indices[row] for row in rows], pixels[rows]
+        return torch.from_numpy(pixels), files.labels[indices]
+
+    def _skip(self, path: Path, reason: str) -> None:
+        if path not in self._bad:
+            log.warning("skipped: %s", reason)
+            self._bad[path] = reason
+
+    def _readable(self, files: Files, index: int) -> int:
+        """The first example from `index` on that is not known to be bad."""
+        count = len(files.paths)
+        for other in range(index, index + count):
+            if files.paths[other % count] not in self._bad:
+                return other % count
+        raise DataError(f"none of the {count} pictures can be read; {self._bad[files.paths[0]]}")
+
+    def _other(self, files: Files, index: int, cut: Cut, draws: np.ndarray | None) -> tuple[int, np.ndarray]:
+        while True:
+            index = self._readable(files, index)
+            try:
+                return index, decode(files.paths[index], cut, draws)
+            except DataError as error:
+                self._skip(files.paths[index], str(error))
+
+
+def _cut(size: int, channels: int, resize: int | None, **options) -> Cut:
+    if channels not in (1, 3):
+        raise DataError(f"channels is {channels}, expected 1 or 3")
+    if size < 1 or (resize is not None and resize < size):
+        raise DataError(f"cannot cut {size} pixels out of pictures scaled to {resize}")
+    return Cut(size, channels, resize, **options)
+
+
+def _requests(
+    count: int, key: Tensor, steps: range, batch: int, scale: tuple[float, float] | None, ratio: tuple[float, float]
+) -> Iterator[Request]:
+    order, site = random.sites(key.cpu(), 2)
+    for block in (steps[first : first + BLOCK] for first in range(0, len(steps), BLOCK)):
+        if scale:
+            keys = random.sites(random.fold_in(site, torch.tensor(block)), batch).transpose(0, 1)
+            several = torch.cat(augment.rectangle_draws(keys, scale, ratio), -1).numpy()
+        for place, step in enumerate(block):
+            yield Request(epoch_batch(order, step, count, batch).tolist(), several[place] if scale else [None] * batch)

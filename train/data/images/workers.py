@@ -1,0 +1,221 @@
+"""Pictures decoded by other processes, a batch at a time.
+
+This is what `train.data.images.files.Decoder` is built on, and what a worker process runs: it does without torch, so
+that a worker begins at once and is small.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection as connections
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from train.data import DataError
+from train.data.images.picture import Cut, decode
+
+Row = tuple[int, str, np.ndarray | None]
+"""The place in the batch, the file, and the draws for `decode`."""
+
+
+@dataclass
+class Task:
+    """A batch under way: where in the file of pixels it begins, how many workers have yet to answer, which rows could
+    not be read and why, and whether it is still wanted."""
+
+    cut: Cut
+    rows: list[Row]
+    count: int
+    start: int = 0
+    missing: int = 0
+    wrong: list[tuple[int, str]] = field(default_factory=list)
+    wanted: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.count * self.cut.size * self.cut.size * self.cut.channels
+
+
+class Pool:
+    """`workers` processes that decode; with 0 this process does it.
+
+    Tasks and answers go through a socket for each worker. Pixels lie in a file without a name that all have open, in
+    memory: nothing is left of it when a process is killed, and it may be larger than the /dev/shm of a container.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._processes: list[subprocess.Popen] = []
+        self._sockets: list[Connection] = []
+        self._memory = _nameless() if workers else -1
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self._tasks: dict[int, Task] = {}
+        self._number = 0
+        self.close = weakref.finalize(self, _stop, self._processes, self._sockets, self._memory)
+        for _ in range(workers):
+            self._connect()
+
+    def _connect(self) -> None:
+        # A new interpreter with nothing but Pillow and numpy: a fork of this process is not safe once torch has
+        # threads, and `multiprocessing` would import the running script, and torch with it, into each worker. A session
+        # of its own spares it the terminal's Ctrl-C; it ends when this process closes the socket, or ends itself.
+        ours, theirs = connections.Pipe()
+        call = f"from train.data.images.workers import work; work({theirs.fileno()}, {self._memory})"
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}"],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._memory),
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        self._processes.append(process)
+        self._sockets.append(ours)
+
+    def start(self, cut: Cut, rows: list[Row], count: int) -> Task:
+        """Have these rows of a batch of `count` pictures decoded."""
+        if not self.close.alive:
+            raise DataError("the decoder is closed")
+        task = Task(cut, rows, count)
+        if not self.workers:
+            return task
+        if free := self._free.get(task.size):
+            task.start = free.pop()
+        else:
+            task.start, self._end = self._end, self._end + task.size
+        self._number += 1
+        self._tasks[self._number] = task
+        parts = [(socket, rows[k :: self.workers]) for k, socket in enumerate(self._sockets) if rows[k:]]
+        task.missing = len(parts)
+        for socket, part in parts:
+            try:
+                socket.send((self._number, cut, part, task.start))
+            except OSError:
+                self._died(socket)
+        return task
+
+    def finish(self, task: Task) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """Wait for the pixels (count, channels, size, size) uint8, and the rows that could not be read, with reasons.
+
+        Raises DataError: a worker died.
+        """
+        cut = task.cut
+        pixels = np.empty((task.count, cut.channels, cut.size, cut.size), np.uint8)
+        if not self.workers:
+            return pixels, _decode(cut, task.rows, pixels.__setitem__)
+        while task.missing:
+            self._receive()
+        left, start = memoryview(pixels).cast("B"), task.start
+        while left and (count := os.preadv(self._memory, [left], start)):
+            left, start = left[count:], start + count
+        self.drop(task)
+        return pixels, sorted(task.wrong)
+
+    def drop(self, task: Task) -> None:
+        """Its pixels are not, or no longer, wanted."""
+        task.wanted = False
+        if not task.missing:
+            self._free.setdefault(task.size, []).append(task.start)
+
+    def _receive(self) -> None:
+        """Wait for answers."""
+        for socket in connections.wait(self._sockets):
+            try:
+                number, wrong, failure = socket.recv()
+            except (EOFError, OSError):
+                self._died(socket)
+            if failure:
+                self.close()
+                raise DataError(f"a decoding worker failed: {failure}")
+            task = self._tasks[number]
+            task.wrong += wrong
+            task.missing -= 1
+            if not task.missing:
+                del self._tasks[number]
+                if not task.wanted:
+                    self.drop(task)
+
+    def _died(self, socket: Connection) -> None:
+        number = self._sockets.index(socket)
+        self.close()
+        code = self._processes[number].returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise DataError(f"decoding worker {number + 1} of {self.workers} {how}") from None
+
+
+def _nameless() -> int:
+    """The descriptor of an empty file that has no name, in memory where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("pictures")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _stop(processes: list[subprocess.Popen], sockets: list[Connection], memory: int) -> None:
+    """A worker ends when its socket is closed; one that cannot, because it waits for a disk, is killed."""
+    for socket in sockets:
+        socket.close()
+    for process in processes:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if memory >= 0:
+        os.close(memory)
+
+
+def _decode(cut: Cut, rows: Sequence[Row], write: Callable[[int, np.ndarray], None]) -> list[tuple[int, str]]:
+    wrong = []
+    for row, path, draws in rows:
+        try:
+            pixels = decode(path, cut, draws)
+        except DataError as error:
+            wrong.append((row, str(error)))
+        else:
+            write(row, pixels)
+    return wrong
+
+
+def work(socket: int, memory: int) -> None:
+    """What a worker does: answer tasks (number, cut, rows, start) by (number, [(row, what is wrong), ...], failure).
+
+    The batch begins at `start` of the file `memory`. `failure` is what kept the worker from its work and is no
+    picture's fault, usually None.
+    """
+    connection, tasks = Connection(socket), queue.SimpleQueue()
+    threading.Thread(target=_take, args=(connection, tasks), daemon=True).start()
+    while True:
+        number, cut, rows, start = tasks.get()
+
+        def write(row: int, pixels: np.ndarray, start: int = start) -> None:
+            if os.pwrite(memory, pixels, start + row * pixels.nbytes) < pixels.nbytes:
+                raise OSError("no room for the pixels")
+
+        wrong, failure = [], None
+        try:
+            wrong = _decode(cut, rows, write)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        try:
+            connection.send((number, wrong, failure))
+        except OSError:
+            return
+
+
+def _take(connection: Connection, tasks: queue.SimpleQueue) -> None:
+    """Take tasks as they come, so that the sender never waits; end with the sender, whatever became of it."""
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)

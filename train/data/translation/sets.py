@@ -1,0 +1,240 @@
+"""The sentence pairs that the `--data` of an experiment names: one place, whatever files they come from."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from train.data import DataError
+from train.data.downloads import fetch, folder_of
+from train.data.translation import dates
+from train.data.translation.files import Pair, PairFiles, Pairs, read, tsv
+
+log = logging.getLogger(__name__)
+
+VALIDATIONS = ("val", "valid", "validation", "dev")
+"""What the validation part of a folder may be called; the first that is there is it."""
+HELD = 100
+"""Where there is no validation part, every hundredth pair is held back for it."""
+
+
+class ParallelSet(NamedTuple):
+    """Pairs to learn from, to choose by and to test on (by name, perhaps none); `languages` is (source, target)."""
+
+    name: str
+    languages: Pair
+    train: Pairs
+    validation: list[Pair]
+    tests: dict[str, list[Pair]]
+
+
+class Download(NamedTuple):
+    """A file, the checksum that was published for it, and what of it is unpacked (all if None, nothing if empty)."""
+
+    address: str
+    checksum: str
+    members: tuple[str, ...] | None = ()
+
+
+_MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
+_WMT = "https://www.statmt.org"
+DOWNLOADS = {
+    # The SHA-256 of the files at this commit.
+    "multi30k": [
+        Download(f"{_MULTI30K}/{file}.gz", f"sha256:{checksum}")
+        for file, checksum in {
+            "train.de": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+            "train.en": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+            "val.de": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+            "val.en": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+            "test_2016_flickr.de": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+            "test_2016_flickr.en": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+            "test_2017_flickr.de": "a2c89666db00c495cd8513b9d708d5a3acc205d7de312ef2bf5fb7ebc1540aee",
+            "test_2017_flickr.en": "76a444ee25172e72695cddb13ae4a3bda59430617be88e0bb46b60504f054074",
+        }.items()
+    ],
+    # The MD5 with which sacrebleu checks this archive.
+    "iwslt17": [
+        Download(
+            "https://raw.githubusercontent.com/hlt-mt/WIT3/master/archive/2017-01-trnted/texts/de/en/de-en.tgz",
+            "md5:ca2b94d694150d4d6c5dc64c200fa589",
+            None,
+        )
+    ],
+    # The MD5 with which sockeye checks the archives for training and validation, sacrebleu the one for testing.
+    "wmt14": [
+        Download(
+            f"{_WMT}/wmt13/training-parallel-europarl-v7.tgz",
+            "md5:c52404583294a1b609e56d45b2ed06f5",
+            ("training/europarl-v7.de-en.de", "training/europarl-v7.de-en.en"),
+        ),
+        Download(
+            f"{_WMT}/wmt13/training-parallel-commoncrawl.tgz",
+            "md5:7e0acbe86b0d7816300e14650f5b2bd4",
+            ("commoncrawl.de-en.de", "commoncrawl.de-en.en"),
+        ),
+        Download(
+            f"{_WMT}/wmt14/training-parallel-nc-v9.tgz",
+            "md5:92e42b68f9d3c2ae9722e6d1c2623e21",
+            ("training/news-commentary-v9.de-en.de", "training/news-commentary-v9.de-en.en"),
+        ),
+        Download(f"{_WMT}/wmt14/dev.tgz", "md5:88ba3fc60b2278d59277122e1c7dd6e7", None),
+        Download(f"{_WMT}/wmt14/test-full.tgz", "md5:a8cd784e006feb32ac6f3d9ec7eb389a", None),
+    ],
+}
+UNCHECKED = {"iwslt14": "https://wit3.fbk.eu/archive/2014-01/texts/de/en/de-en.tgz"}
+"""Sets for whose files nobody has published a checksum, and where they are; they are read from a folder."""
+NAMES = ("dates", *DOWNLOADS, *UNCHECKED)
+
+
+def open_pairs(data: str, source: str = "de", target: str = "en") -> ParallelSet:
+    """The pairs that `data` names.
+
+    - "dates": the embedded sentences (`dates.pairs`), German and English.
+    - "multi30k", "iwslt17", "wmt14": downloaded once, checked, kept in the user's cache; German and English.
+    - a folder with `train.de` and `train.en` (any two languages, gzipped or not) or `train.tsv`; the same with `val`,
+      `valid`, `validation` or `dev` for validation, and with any names that begin with `test`; or a folder with the
+      original files of IWSLT-14, IWSLT-17 or WMT-14.
+    - FILE.tsv, or SOURCE,TARGET: one file or two; or PREFIX, where PREFIX.de and PREFIX.en are.
+
+    A TSV has the source in its first column and the target in its second, unless its first line names the languages.
+    Without a validation part every hundredth pair is for validation.
+
+    Raises:
+        DataError: nothing of this is there, or not in these languages; an empty part; what `parallel.lines` raises.
+    """
+    path = Path(data)
+    if source == target:
+        raise DataError(f"source and target are both {source}; expected two languages")
+    if not path.exists():
+        if data == "dates":
+            return _embedded(source, target)
+        if data in DOWNLOADS:
+            return _open_folder(download(data), data, source, target)
+        if data in UNCHECKED:
+            address = UNCHECKED[data]
+            raise DataError(f"{data} has no published checksum to download by: unpack {address} and name the folder")
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name, source, target)
+    if path.is_file():
+        return _held_back(path.name, tsv(path, source, target), (source, target))
+    if "," in data:
+        first, second = (Path(part.strip()) for part in data.split(",", 1))
+        return _held_back(first.name, PairFiles((first,), (second,)), (source, target))
+    if path.parent.is_dir() and path.name in _parts(path.parent):
+        return _held_back(path.name, _files(path, source, target), (source, target))
+    raise DataError(f"'{data}' does not exist; expected a folder, a TSV, SOURCE,TARGET or one of {', '.join(NAMES)}")
+
+
+def download(name: str, directory: Path | None = None, base_url: str | None = None) -> Path:
+    """Fetch a known set and return its folder; files that are there already and whole are not fetched again.
+
+    Args:
+        name: a key of `DOWNLOADS`.
+        directory: where to keep it, a folder in the user's cache if None.
+        base_url: another place that serves files of the same names (their checksums are compared).
+
+    Raises DataError: no connection, wrong checksum.
+    """
+    folder = folder_of(name, directory)
+    for address, checksum, members in DOWNLOADS[name]:
+        file = address.rpartition("/")[2]
+        fetch(f"{base_url.rstrip('/')}/{file}" if base_url else address, checksum, folder, members)
+    return folder
+
+
+def _embedded(source: str, target: str) -> ParallelSet:
+    if {source, target} != {"de", "en"}:
+        raise DataError(f"dates: no pair of languages {source}-{target}; there are de, en")
+    order = 1 if source == "de" else -1
+    train, validation, test = ([pair[::order] for pair in part] for part in dates.pairs())
+    return ParallelSet("dates", (source, target), train, validation, {"test": test})
+
+
+def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelSet:
+    tagged = [*folder.glob("train.tags.*"), *folder.glob("*/train.tags.*")]
+    if tagged:
+        return _open_iwslt(tagged[0].parent, name, source, target)
+    if (folder / "training" / "europarl-v7.de-en.de").exists():
+        return _open_wmt14(folder, name, source, target)
+    parts = _parts(folder)
+    if "train" not in parts:
+        raise DataError(f"no train.{source} and train.{target}, nor train.tsv, in {folder}")
+    train = _files(folder / "train", source, target)
+    tests = {}
+    for part in sorted(part for part in parts if part.startswith("test")):
+        if parts[part].keys() >= {source, target} or "tsv" in parts[part]:
+            tests[part] = read(_files(folder / part, source, target))
+        else:
+            log.warning("%s: there is only %s; this test set is left out", folder / part, ", ".join(parts[part]))
+    validations = [part for part in VALIDATIONS if part in parts]
+    if not validations:
+        return _held_back(name, train, (source, target))._replace(tests=tests)
+    validation = read(_files(folder / validations[0], source, target))
+    return ParallelSet(name, (source, target), train, validation, tests)
+
+
+def _open_iwslt(folder: Path, name: str, source: str, target: str) -> ParallelSet:
+    """IWSLT-17 with dev2010 for validation and tst2010 to tst2015 as one test set; IWSLT-14 as is usual since Ranzato
+    et al. 2015 (arXiv:1511.06732): every 23rd training sentence for validation, all dev and tst sets as one to test."""
+    training = sorted(folder.glob("train.tags.*"))
+    pair = training[0].name.split(".")[2]
+    found = {path.name.rpartition(".")[2] for path in training}
+    if not found >= {source, target}:
+        raise DataError(f"{folder}: no pair of languages {source}-{target}; there are {', '.join(sorted(found))}")
+
+    def files(parts: list[str]) -> PairFiles:
+        sides = (tuple(folder / part.format(language) for part in parts) for language in (source, target))
+        return PairFiles(*sides)
+
+    names = sorted(path.name for path in folder.glob(f"IWSLT*.{pair}.{source}.xml"))
+    names = [name.removesuffix(f".{source}.xml") + ".{}.xml" for name in names]
+    train = files([f"train.tags.{pair}.{{}}"])
+    validations = [name for name in names if name.startswith("IWSLT17.TED.dev2010.")]
+    tests = [name for name in names if name not in validations]
+    tested = {"test": read(files(tests))} if tests else {}
+    if not validations:
+        return _held_back(name, train, (source, target), every=23)._replace(tests=tested)
+    return ParallelSet(name, (source, target), train, read(files(validations)), tested)
+
+
+def _open_wmt14(folder: Path, name: str, source: str, target: str) -> ParallelSet:
+    """Trained on Europarl, Common Crawl and News Commentary, validated on newstest2013, tested on newstest2014."""
+    if {source, target} != {"de", "en"}:
+        raise DataError(f"{folder}: no pair of languages {source}-{target}; there are de, en")
+    names = ("training/europarl-v7.de-en", "commoncrawl.de-en", "training/news-commentary-v9.de-en")
+    sides = (tuple(folder / f"{name}.{language}" for name in names) for language in (source, target))
+
+    def test(prefix: str) -> list[Pair]:
+        return read(PairFiles((folder / f"{prefix}-src.{source}.sgm",), (folder / f"{prefix}-ref.{target}.sgm",)))
+
+    tests = {"newstest2014": test("test-full/newstest2014-deen")}
+    return ParallelSet(name, (source, target), PairFiles(*sides), test("dev/newstest2013"), tests)
+
+
+def _held_back(name: str, files: PairFiles, languages: Pair, every: int = HELD) -> ParallelSet:
+    options = {"columns": files.columns, "header": files.header, "every": every}
+    train, held = (PairFiles(files.sources, files.targets, held=held, **options) for held in (False, True))
+    validation = list(held)
+    if not validation:
+        raise DataError(f"{files.name}: too few sentences to hold one in {every} back for validation")
+    return ParallelSet(name, languages, train, validation, {})
+
+
+def _parts(folder: Path) -> dict[str, dict[str, Path]]:
+    """The files of a folder by what comes before the last dot and what after it, `.gz` aside."""
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem, _, end = path.name.removesuffix(".gz").rpartition(".")
+        if stem and path.is_file():
+            found.setdefault(stem, {})[end] = path
+    return found
+
+
+def _files(prefix: Path, source: str, target: str) -> PairFiles:
+    """The files of one part. Raises DataError, naming what is there, if a language is not."""
+    found = _parts(prefix.parent)[prefix.name]
+    if source in found and target in found:
+        return PairFiles((found[source],), (found[target],))
+    if "tsv" in found:
+        return tsv(found["tsv"], source, target)
+    raise DataError(f"{prefix}: no pair of languages {source}-{target}; there are {', '.join(sorted(found))}")

@@ -1,0 +1,1 @@
+"""Training that uses the gradient of each example: watched, private, streamed from disk."""

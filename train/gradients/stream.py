@@ -1,0 +1,314 @@
+"""One pass over a whole data set, for what a function says of each example, in memory that does not grow.
+
+    def scores(batch):  # compiled or not; every batch has the same shape
+        found = reports(loss, params, batch)
+        return {"loss": found.losses, "norm": found.total_norm}
+
+    wanted = {"norm": {"moments": moments(), "hardest": top(16)}}
+    found = stream(scores, data, 500, wanted, keep=("norm",), folder=folder)
+    found.results["norm"]["hardest"].indices  # (16,)
+    found.kept["norm"]  # (examples,), from the file norm.npy
+
+With a folder the pass can be stopped, or killed, and resumed: it ends with the same bits.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from core import tree
+from core.accumulators import Accumulator
+from core.tree import Tree
+from train.data.batching import evaluation_batches
+from train.files import naming, plain, replacing
+from train.run.command_line import Stop
+from train.run.run import check_same
+
+STATE = "stream.safetensors"
+SAMPLED = 256  # examples whose bytes tell one data set from another
+
+
+class Streamed(NamedTuple):
+    """results[quantity][label] is what that accumulator found; kept[quantity] an array (examples, ...), read from its
+    file where there is a folder."""
+
+    results: dict[str, dict[str, Any]]
+    kept: dict[str, np.ndarray]
+
+
+def stream(
+    function: Callable[[Tree], Mapping[str, Tree]],
+    data: Tree,
+    batch: int,
+    accumulators: Mapping[str, Mapping[str, Accumulator]] | None = None,
+    *,
+    keep: Sequence[str] = (),
+    folder: str | os.PathLike | None = None,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    every: float = 30.0,
+    title: str = "stream",
+    quiet: bool = False,
+) -> Streamed:
+    """Run `function` over all examples in order, and accumulate or keep what it gives.
+
+    Args:
+        function: `function(batch) -> {quantity: values}`, values with leading axis N (for `moments`, a tree of such).
+            What it says of an example must not depend on the others: the last batch is filled up with copies of the
+            last example, whose values are dropped.
+        data: a tree of tensors with leading axis `examples`.
+        batch: N.
+        accumulators: {quantity: {label: accumulator}}, from `core.accumulators`; they run on the CPU.
+        keep: quantities (one tensor each) of which every example's values are kept.
+        folder: where the state is saved, and what is kept is written, memory-mapped, as `<quantity>.npy`; a file has
+            this name when it is whole. None has all in memory, and cannot resume.
+        resume: continue the pass in `folder`, if there is one; a finished one is only read.
+        identity: plain data that a pass must have in common with the one it continues, such as a checkpoint's step.
+        every: seconds between two saved states.
+        title: what the progress is called.
+        quiet: no progress.
+
+    Raises:
+        ValueError: no examples, a quantity the function does not give or gives in another shape; the folder has a pass
+            and `resume` is False; the pass to continue was of other data, another function (it gives other values for
+            the first batch), or other settings: it is named.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; with a folder the state has been saved.
+    """
+    accumulators = {name: dict(by) for name, by in (accumulators or {}).items()}
+    wanted, count = sorted({*accumulators, *keep}), _examples(data)
+    first = _values(function, data, slice(0, min(batch, count)), batch, wanted)
+    states = {name: {label: a.init(first[name]) for label, a in by.items()} for name, by in accumulators.items()}
+    done, path = 0, None if folder is None else Path(folder)
+    if path is not None:
+        settings = plain(
+            {
+                "examples": count,
+                "batch": batch,
+                "data": _fingerprint(data, count),
+                "accumulators": {
+                    name: {label: a.settings for label, a in by.items()} for name, by in accumulators.items()
+                },
+                "keep": sorted(keep),
+                "identity": dict(identity or {}),
+            }
+        )
+        if (path / STATE).exists():
+            if not resume:
+                raise ValueError(f"'{path}' has a pass already; continue it with resume, or choose another folder")
+            done, states = _read(path / STATE, settings, states, first)
+    rows = {name: _rows(path, name, count, _array(name, first), done) for name in keep}
+    saved = time.monotonic()
+    with _interruptible(path is not None and done < count) as stop, _Progress(title, done, count, quiet) as progress:
+        for part in evaluation_batches(count, batch):
+            if part.stop <= done:
+                continue
+            values = _values(function, data, part, batch, wanted) if part.start else first
+            indices = torch.arange(part.start, part.stop)
+            states = {
+                name: {label: a.update(states[name][label], values[name], indices) for label, a in by.items()}
+                for name, by in accumulators.items()
+            }
+            for name, array in rows.items():
+                array[part] = _array(name, values)
+            done = part.stop
+            progress.show(done)
+            requested = stop.requested and done < count
+            if path is not None and (done == count or requested or time.monotonic() - saved >= every):
+                for array in rows.values():
+                    array.flush()
+                _save(path / STATE, settings, states, first, done)
+                saved = time.monotonic()
+            if requested:
+                raise KeyboardInterrupt(f"stopped after {done} of {count} examples; '{path}' can be resumed")
+    if path is not None:
+        rows = {name: _whole(path, name) for name in keep}
+    results = {
+        name: {label: a.result(states[name][label]) for label, a in by.items()} for name, by in accumulators.items()
+    }
+    return Streamed(results, rows)
+
+
+def _examples(data: Tree) -> int:
+    sizes = {x.shape[0] if x.ndim else None for x in tree.leaves(data)}
+    if len(sizes) != 1 or sizes <= {None, 0}:
+        shapes = ", ".join(f"'{name}' {tuple(x.shape)}" for name, x in tree.items(data)) or "nothing"
+        raise ValueError(f"the leaves of the data must agree in their leading axis, the examples: {shapes}")
+    return sizes.pop()
+
+
+def _values(function: Callable, data: Tree, part: slice, batch: int, wanted: list[str]) -> dict[str, Tree]:
+    """What the function says of the examples of a part, on the CPU; a shorter part is filled up, so that the shapes
+    stay as they are."""
+    size = part.stop - part.start
+
+    def filled(x: Tensor) -> Tensor:
+        x = x[part]
+        return x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])
+
+    found = function(tree.map(filled, data))
+    values = {}
+    for name in wanted:
+        if name not in found:
+            raise ValueError(f"the function gives no '{name}'; it gives {', '.join(found) or 'nothing'}")
+        for leaf in tree.leaves(found[name]):
+            if leaf.ndim == 0 or leaf.shape[0] != batch:
+                raise ValueError(f"'{name}' has shape {tuple(leaf.shape)}, expected ({batch}, ...), a value an example")
+        values[name] = tree.map(lambda x: x[:size].detach().cpu(), found[name])
+    return values
+
+
+def _array(name: str, values: Mapping[str, Tree]) -> np.ndarray:
+    """The values as numpy holds them, which has no bfloat16."""
+    found = values[name]
+    if not isinstance(found, Tensor):
+        raise ValueError(f"'{name}' is a {type(found).__name__}; only single tensors can be kept")
+    return (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+
+
+def _partial(path: Path, name: str) -> Path:
+    return path / f"{name}.partial.npy"
+
+
+def _rows(path: Path | None, name: str, count: int, like: np.ndarray, done: int) -> np.ndarray:
+    """The array (count, ...) to be filled: in memory, or in a file, where the first `done` rows are there."""
+    shape = (count, *like.shape[1:])
+    if path is None:
+        return np.empty(shape, like.dtype)
+    whole, partial = path / f"{name}.npy", _partial(path, name)
+    if done == 0:
+        if whole.exists():
+            raise ValueError(f"'{whole}' exists already, and no state of a pass beside it")
+        path.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(partial, "w+", like.dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash at some later row
+            with naming(partial), open(partial, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        return array
+    found = partial if partial.exists() else whole
+    try:
+        array = np.load(found, mmap_mode="r+")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume: '{found}' is missing or damaged ({error})") from None
+    if array.shape != shape or array.dtype != like.dtype:
+        raise ValueError(f"cannot resume: '{found}' has {array.dtype} {array.shape}, expected {like.dtype} {shape}")
+    return array
+
+
+def _whole(path: Path, name: str) -> np.ndarray:
+    if _partial(path, name).exists():
+        os.replace(_partial(path, name), path / f"{name}.npy")
+    return np.load(path / f"{name}.npy", mmap_mode="r")
+
+
+def _fingerprint(data: Tree, count: int) -> dict[str, Any]:
+    """What tells one data set from another: names, shapes, dtypes, and the bytes of some examples of each leaf."""
+    places = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).round().long().unique()
+    leaves = {}
+    for name, x in tree.items(data):
+        rows = x[places.to(x.device)].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+        leaves[name] = {"dtype": x.dtype, "shape": tuple(x.shape), "digest": digest}
+    return leaves
+
+
+def _save(path: Path, settings: dict, states: dict, first: dict, done: int) -> None:
+    leaves = tree.map(lambda x: x.clone().contiguous(), tree.flatten({"states": states, "first": first}))
+    with replacing(path) as temporary:
+        metadata = {"settings": json.dumps(settings), "done": str(done)}
+        safetensors.torch.save_file(leaves, temporary, metadata=metadata)
+
+
+def _read(path: Path, settings: dict, states: dict, first: dict) -> tuple[int, dict]:
+    """(examples done, states) of a saved pass, checked to be of the same data, function and settings."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata, leaves = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored, done = json.loads(metadata["settings"]), int(metadata["done"])
+    except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot resume: '{path}' is no state of a pass ({error})") from None
+    check_same(f"cannot resume '{path}': it has", stored, settings)
+    check_same(f"cannot resume '{path}': now asked for", settings, stored)
+    found = tree.nest(leaves, {"states": states, "first": first})
+    for name, now in tree.items(first):
+        old, now = tree.get(found["first"], name).double(), now.double()
+        size = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
+        if old.shape != now.shape or not torch.allclose(old, now, rtol=1e-3, atol=1e-4 * size, equal_nan=True):
+            raise ValueError(
+                f"cannot resume '{path}': it is of another function, which gave other values of '{name}' for the first "
+                "batch"
+            )
+    return done, found["states"]
+
+
+@contextlib.contextmanager
+def _interruptible(wanted: bool):
+    """A Stop, where a signal can be caught and there is something to save; else one that nothing sets."""
+    if wanted and threading.current_thread() is threading.main_thread():
+        with Stop() as stop:
+            yield stop
+    else:
+        yield Stop()
+
+
+class _Progress:
+    """A progress bar with the rate and the time left; lines of it where stdout is no terminal."""
+
+    def __init__(self, title: str, done: int, count: int, quiet: bool, every: float = 15.0):
+        self._title, self._first, self._count, self._quiet, self._every = title, done, count, quiet, every
+        self._bar = self._console = None
+        self._began = self._shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        if self._quiet:
+            return
+        now = time.monotonic()
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console()
+        if self._console.is_terminal:
+            if self._bar is None:
+                self._bar = self._made()
+            self._bar.update(self._task, completed=done, text=f"{rate:,.0f} examples/s")
+        elif now - self._shown >= self._every or done == self._count:
+            self._shown, left = now, round((self._count - done) / rate)
+            line = f"{self._title} {done}/{self._count}  {rate:,.0f} examples/s"
+            ending = f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if done < self._count else ""
+            self._console.print(line + ending, markup=False, highlight=False)
+
+    def _made(self) -> Any:
+        from rich import progress
+
+        columns = (
+            progress.TextColumn(self._title, markup=False),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[text]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+        )
+        bar = progress.Progress(*columns, console=self._console)
+        bar.start()
+        self._task = bar.add_task("", total=self._count, completed=self._first, text="")
+        return bar
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,1 @@
+"""Metrics: numbers that judge a trained net."""

@@ -1,0 +1,156 @@
+"""How good generated examples are: distances between sets of features, and modes found of a known mixture.
+
+Features are (examples, width), of real and of generated examples by one and the same network; what the figures mean
+depends on that network, and on the numbers of examples: compare only figures of equal ones. All arithmetic is in
+float64.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _features(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    for name, x in (("real", real), ("fake", fake)):
+        if x.ndim != 2 or len(x) < least:
+            raise ValueError(f"the {name} features have shape {tuple(x.shape)}, expected ({least} or more, width)")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"the {name} features hold numbers that are not finite")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"the real features have width {real.shape[1]}, the fake ones {fake.shape[1]}")
+    return real.double(), fake.double()
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> Tensor:
+    """The squared 2-Wasserstein distance of the Gaussians with the features' means and covariances; 0-D.
+
+    |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)    (Heusel et al. 2017, arXiv:1706.08500, eq. 6; Dowson and
+                                                                 Landau 1982)
+
+    The FID is this on features of an Inception network. It is biased upwards, the more so the fewer examples.
+
+    Args:
+        real, fake: (examples, width), 2 examples or more each; the order of the two does not matter.
+
+    Raises:
+        ValueError: other shapes, widths that differ, or numbers that are not finite.
+    """
+    real, fake = _features(real, fake, 2)
+    means = [x.mean(0) for x in (real, fake)]
+    # S = R^T R, so the square roots of the eigenvalues of S_1 S_2 are the singular values of R_1 R_2^T: no root of a
+    # covariance, which is singular where there are fewer examples than features, is ever taken.
+    roots = [
+        torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
+        for x, mean in zip((real, fake), means, strict=True)
+    ]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    traces = sum(root.square().sum() for root in roots)
+    return ((means[0] - means[1]).square().sum() + traces - 2 * cross).clamp(min=0)
+
+
+def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """The distances of some rows of a after the others to all of b."""
+    centre = b.mean(0)  # keeps |a|^2 + |b|^2 - 2 a b, which cdist computes, from losing digits
+    for rows in (a - centre).split(1024):
+        yield torch.cdist(rows, b - centre)
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """The distance of each row to its k-th nearest neighbour; the row itself is the nearest and does not count."""
+    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
+
+
+class PrecisionRecall(NamedTuple):
+    precision: Tensor
+    recall: Tensor
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """The share of the points that lie in one ball at least."""
+    hits = [(d <= radii).any(1) for d in _distances(points, centres)]
+    return torch.cat(hits).double().mean()
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
+    """Which share of the generated lies among the real, and of the real among the generated; each 0-D in [0, 1].
+
+    A set's region is the union of balls around its examples that reach to their k-th nearest neighbours in it
+    (Kynkaanniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2).
+
+    Args:
+        real, fake: (examples, width), more than k examples each.
+
+    Raises:
+        ValueError: k below 1, and as in `frechet_distance`.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; expected at least 1")
+    real, fake = _features(real, fake, k + 1)
+    return PrecisionRecall(_inside(fake, real, _radii(real, k)), _inside(real, fake, _radii(fake, k)))
+
+
+class DensityCoverage(NamedTuple):
+    density: Tensor
+    coverage: Tensor
+
+
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
+    """As precision and recall, but with balls around the real examples only, so that outliers count less; each 0-D.
+
+    density   1 / (k M) sum_j sum_i [y_j in B(x_i)]    in how many balls a generated example lies, against those that
+                                                       are expected; 1 where the two sets agree, and may exceed it
+    coverage  1 / N sum_i [some y_j in B(x_i)]         the share of real examples that have a generated one near
+
+    (Naeem et al. 2020, arXiv:2002.09797, section 3). Arguments and errors as in `precision_recall`, but `fake` may
+    hold any number of examples.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; expected at least 1")
+    real, fake = _features(real, fake, 1)
+    if len(real) <= k:
+        raise ValueError(f"{len(real)} real examples have no {k}-th neighbours")
+    radii = _radii(real, k)
+    balls, covered = torch.zeros((), dtype=torch.float64, device=real.device), torch.zeros_like(radii, dtype=torch.bool)
+    for d in _distances(fake, real):
+        inside = d <= radii
+        balls, covered = balls + inside.sum(), covered | inside.any(0)
+    return DensityCoverage(balls / (k * len(fake)), covered.double().mean())
+
+
+class Modes(NamedTuple):
+    """covered: how many modes have a good sample, 0-D integer; good: the share of good samples, 0-D float64;
+    counts: good samples of each mode (modes,)."""
+
+    covered: Tensor
+    good: Tensor
+    counts: Tensor
+
+
+def modes(points: Tensor, centres: Tensor, deviation: float, *, within: float = 3.0) -> Modes:
+    """Which modes of a mixture of Gaussians were found; `train.data.points.mixtures` makes such mixtures.
+
+    A sample is good within 3 standard deviations of the centre next to it, and a mode is covered by one good sample
+    (VEEGAN, Srivastava et al. 2017, arXiv:1705.07761, and PacGAN after it). Of samples of the mixture
+    itself, in two dimensions, 1 - exp(-3^2 / 2) = 98.9 % are good. A sample that is not finite is not good.
+
+    Args:
+        points: (samples, dimensions).
+        centres: (modes, dimensions).
+        deviation: the standard deviation of each coordinate within a mode.
+        within: how many of them a good sample may be away.
+
+    Raises:
+        ValueError: other shapes, or a deviation that is not above 0.
+    """
+    if points.ndim != 2 or centres.ndim != 2 or points.shape[1] != centres.shape[1]:
+        found = f"points {tuple(points.shape)} and centres {tuple(centres.shape)}"
+        raise ValueError(f"expected points (samples, dimensions) and centres (modes, dimensions), got {found}")
+    if not deviation > 0 or not within > 0:
+        raise ValueError(f"deviation {deviation} and within {within} must be positive")
+    offsets = points.double().unsqueeze(1) - centres.double()
+    distances = torch.linalg.vector_norm(offsets, dim=2)
+    nearest = distances.argmin(1, keepdim=True) == torch.arange(len(centres), device=points.device)
+    counts = (nearest & (distances <= within * deviation)).sum(0)
+    return Modes((counts > 0).sum(), counts.double().sum() / len(points), counts)

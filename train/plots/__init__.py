@@ -1,0 +1,25 @@
+"""Plots: figures that any run may need; those of GANs, classifiers and gradients have modules of their own."""
+
+from train.plots.figures import (
+    COLOURS,
+    curves,
+    heat_map,
+    histogram,
+    image_grid,
+    matrix,
+    panels,
+    reliability,
+    scatter,
+)
+
+__all__ = [
+    "COLOURS",
+    "curves",
+    "heat_map",
+    "histogram",
+    "image_grid",
+    "matrix",
+    "panels",
+    "reliability",
+    "scatter",
+]

@@ -1,0 +1,1 @@
+"""Runs: folders, logs, checkpoints, resuming, command lines."""
