@@ -1,1 +1,1 @@
-"""What every network is made of: trees, keys, specs, layers, attention, taps, transforms."""
+"""The parts of every network: trees, keys, specs, layers, attention, taps, transforms."""

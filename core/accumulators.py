@@ -1,9 +1,9 @@
-"""Summaries of a stream of values in memory that does not grow: means, histograms, quantiles, the largest and smallest.
+"""Streaming summaries in constant memory: moments, histograms, quantiles, largest and smallest values, second moments.
 
     accumulator = moments()
-    state = accumulator.init(values)  # nothing seen yet; of `values` only structure and shapes count
-    state = accumulator.update(state, values, indices)  # a batch; indices (N,) are the examples' numbers in the data
-    accumulator.result(accumulator.merge(state, other))  # `other` has seen other examples
+    state = accumulator.init(values)  # empty; of `values` only structure and shapes count
+    state = accumulator.update(state, values, indices)  # a batch; indices (N,) of its examples in the data
+    accumulator.result(accumulator.merge(state, other))  # `other` is of other examples
 
 All functions are pure, and accumulate in float64 and int64. Counts (histograms, quantiles, top) do not depend on how
 the data are cut into batches; sums do in the last bits.
@@ -24,8 +24,8 @@ from core.tree import Tree
 class Accumulator(NamedTuple):
     """`init(values)`, `update(state, values, indices)`, `merge(state, state)`, `result(state)`.
 
-    States are trees of tensors; `settings` says in plain data what was asked for, so that a state in a file can be held
-    against it.
+    States are trees of tensors; `settings` is the accumulator's configuration in plain data, to compare with that of a
+    state in a file.
     """
 
     init: Callable[[Tree], Tree]
@@ -36,7 +36,7 @@ class Accumulator(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """How many values, their mean and their unbiased variance (NaN of less than two); trees as of one example."""
+    """The number of values, their mean and their unbiased variance (NaN of less than two); trees as of one example."""
 
     count: Tensor
     mean: Tree
@@ -44,7 +44,7 @@ class Moments(NamedTuple):
 
 
 class Deviations(NamedTuple):
-    """The state of `moments`: sums of squares are of what deviates from the mean, so that nothing cancels."""
+    """The state of `moments`: squares are sums of squared deviations from the mean, so that nothing cancels."""
 
     count: Tensor
     mean: Tree
@@ -87,7 +87,7 @@ def moments() -> Accumulator:
 
 
 class Histogram(NamedTuple):
-    """counts (bins,) between edges (bins + 1,), as numpy.histogram has them; and how many lay outside, or were NaN."""
+    """counts (bins,) between edges (bins + 1,), as numpy.histogram; and the numbers of values outside, or NaN."""
 
     edges: Tensor
     counts: Tensor
@@ -97,14 +97,14 @@ class Histogram(NamedTuple):
 
 
 def log_edges(low: float, high: float, bins: int) -> Tensor:
-    """(bins + 1,) edges from low > 0 to high, each the same multiple of the one before; for `histogram`."""
+    """(bins + 1,) edges from low > 0 to high, each the same multiple of the one before, for `histogram`."""
     if not 0.0 < low < high < math.inf or bins < 1:
-        raise ValueError(f"log_edges: expected 0 < low < high and a bin, got {low}, {high} and {bins} bins")
+        raise ValueError(f"log_edges: expected 0 < low < high and at least one bin, got {low}, {high} and {bins} bins")
     return torch.from_numpy(np.geomspace(low, high, bins + 1))
 
 
 def histogram(edges: Tensor | Sequence[float]) -> Accumulator:
-    """How many values (N,) lie in each bin [edge, next edge); the last bin has its upper edge too.
+    """The number of values (N,) in each bin [edge, next edge); the last bin includes its upper edge.
 
     Args:
         edges: (bins + 1,) in increasing order, such as torch.linspace(0, 1, 11) or `log_edges(1e-6, 1e3, 90)`.
@@ -137,8 +137,8 @@ def quantiles(levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95), accuracy:
     """Quantiles of values (N,) to a relative accuracy: DDSketch (Masson, Rim and Lee 2019, arXiv:1908.10693).
 
     Magnitudes from 2^-126 to 2^128, those of float32, are counted in bins (g^(i-1), g^i] with g = (1 + a) / (1 - a),
-    whose estimate 2 g^i / (g + 1) is off by at most the factor a = `accuracy`; what is smaller counts as 0. At 1 %
-    that is 17 612 counts, whatever the data.
+    whose estimate 2 g^i / (g + 1) is off by up to the factor a = `accuracy`; smaller values count as 0. At 1 % these
+    are 17 612 counts, whatever the data.
 
     The result is (levels,) float64: for each level q an estimate of the value of rank floor(q (n - 1)) from below; NaN
     if a value was NaN, or there was none.
@@ -182,17 +182,17 @@ def quantiles(levels: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95), accuracy:
 
 
 class Top(NamedTuple):
-    """values (k,) float64, the most extreme first, and the indices (k,) of their examples; of less than k, all."""
+    """values (k,) float64, the most extreme first, and the indices (k,) of their examples; fewer of fewer values."""
 
     values: Tensor
     indices: Tensor
 
 
-NOBODY = 2**63 - 1  # the index of a place that is not taken yet; it comes after all others
+NOBODY = 2**63 - 1  # the index of an empty entry; it comes after all others
 
 
 def top(k: int, largest: bool = True) -> Accumulator:
-    """The k largest (or smallest) of values (N,), and whose they are; of equal ones the first. NaN is left out."""
+    """The k largest (or smallest) of values (N,) and the indices of their examples; of ties the first, NaN ignored."""
     if k < 1:
         raise ValueError(f"top: k must be at least 1, got {k}")
     sign = 1.0 if largest else -1.0
@@ -214,14 +214,14 @@ def top(k: int, largest: bool = True) -> Accumulator:
         return merge(state, Top(signed, torch.where(missing, NOBODY, indices)))
 
     def result(state: Top) -> Top:
-        taken = state.indices != NOBODY
-        return Top(sign * state.values[taken], state.indices[taken])
+        present = state.indices != NOBODY
+        return Top(sign * state.values[present], state.indices[present])
 
     return Accumulator(init, update, merge, result, {"kind": "top", "k": k, "largest": largest})
 
 
 class Products(NamedTuple):
-    """How many vectors (size,), their sum, and sum_n v_n v_n^T (size, size)."""
+    """The number of vectors (size,), their sum, and sum_n v_n v_n^T (size, size)."""
 
     count: Tensor
     sum: Tensor
@@ -251,7 +251,7 @@ def products() -> Accumulator:
 def _check_vector(what: str, values: Tensor) -> None:
     if not isinstance(values, Tensor) or values.ndim != 1:
         shape = tuple(getattr(values, "shape", ())) or type(values).__name__
-        raise ValueError(f"{what}: expected one number an example, (N,), got {shape}")
+        raise ValueError(f"{what}: expected one number per example, (N,), got {shape}")
 
 
 def _count(counts: Tensor, slots: Tensor) -> Tensor:

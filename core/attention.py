@@ -2,9 +2,9 @@
 
     attention(Q, K, V) = softmax(Q Kᵀ / sqrt(d)) V        Vaswani et al. 2017, "Attention Is All You Need", eq. 1
 
-Tensors inside are (batch, heads, time, depth). Masks are boolean, True where a query may look at a key, and broadcast
-to (batch, heads, queries, keys). With fewer key-value heads than query heads, each is shared by a group of consecutive
-query heads (Ainslie et al. 2023, "GQA").
+Queries, keys and values are (batch, heads, time, depth). Masks are boolean, True where a query may look at a key, and
+broadcast to (batch, heads, queries, keys). With fewer key-value heads than query heads, each is shared by a group of
+consecutive query heads (Ainslie et al. 2023, "GQA").
 """
 
 import math
@@ -14,21 +14,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from core import initializers
+from core.compiling import assume_constant_result
 from core.layers import linear, linear_spec
+from core.layers.checks import check_arguments, check_tensor
 
 
 def causal_mask(queries: int, keys: int | None = None, device: torch.device | str | None = None) -> Tensor:
-    """(queries, keys): query i sees the keys up to its own place; with more keys than queries, the last ones align."""
+    """(queries, keys): query i sees keys up to its own position; with more keys than queries, the last ones align."""
     keys = queries if keys is None else keys
-    places = torch.arange(queries, device=device)[:, None] + (keys - queries)
-    return torch.arange(keys, device=device)[None, :] <= places
+    positions = torch.arange(queries, device=device)[:, None] + (keys - queries)  # (queries, 1)
+    return torch.arange(keys, device=device)[None, :] <= positions  # (queries, keys)
 
 
 def padding_mask(lengths: Tensor, keys: int) -> Tensor:
     """(batch, 1, 1, keys): every query sees the first `lengths[i]` keys of example i. Combine with `&`."""
-    return (torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None])[:, None, None, :]
+    visible = torch.arange(keys, device=lengths.device)[None, :] < lengths[:, None]  # (batch, keys)
+    return visible[:, None, None, :]  # (batch, 1, 1, keys)
 
 
 def attention(
@@ -50,27 +55,39 @@ def attention(
         mask: boolean, broadcastable to (batch, heads, queries, keys). A query that may see no key at all gets zeros.
         causal: query i sees the keys up to i (aligned at the end, as in `causal_mask`); combines with mask.
         drop: applied to the weights (batch, heads, queries, keys), such as one of `core.layers.dropout_sites`.
-        scale: factor on the scores, 1 / sqrt(depth) unless told otherwise.
+        scale: factor on the scores; by default 1 / sqrt(depth).
         method: "explicit" is matmul, softmax, matmul: differentiable to any order and in forward mode, vmaps.
-            "fused" is torch's kernel: less memory at long times, first derivatives only, and on the CPU no vmap.
-            "auto" is explicit on the CPU, fused elsewhere. With `drop` it is always the explicit form.
+            "fused" is torch's kernel: less memory at long times, and on the CPU no vmap. It has first derivatives in
+            reverse mode only, so in forward mode, and where a gradient is taken inside another one, the explicit form
+            takes its place. "auto" is explicit on the CPU, fused elsewhere. With `drop` it is always explicit.
 
     Returns:
         (batch, heads, queries, depth of v).
 
     Raises:
+        TypeError: q, k or v is not a tensor.
         ValueError: shapes that do not fit, a mask that is not boolean, an unknown method.
     """
     _check(q, k, v, mask)
     if method not in ("auto", "explicit", "fused"):
         raise ValueError(f"attention: method '{method}' is unknown; expected auto, explicit or fused")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if drop is None and (method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))):
+    fused = method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))
+    if fused and drop is None and not _beyond_first_derivatives():
         return _fused(q, k, v, mask, causal, scale)
     return _explicit(q, k, v, mask, causal, drop, scale)
 
 
+@assume_constant_result
+def _beyond_first_derivatives() -> bool:
+    """True in forward mode, and in a gradient inside a gradient (of torch.func)."""
+    transforms = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    return forward_ad._current_level >= 0 or transforms.count(TransformType.Grad) > 1
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    for what, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor("attention", x, what)
     shapes = tuple(tuple(x.shape) for x in (q, k, v))
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"attention: q, k and v must be (batch, heads, time, depth), found {shapes}")
@@ -88,7 +105,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    # torch aligns its causal mask at the start, so where lengths differ the mask is spelled out.
+    # torch aligns its causal mask at the start, so where lengths differ the mask is explicit.
     if causal and (mask is not None or q.shape[2] != k.shape[2]):
         triangle = causal_mask(q.shape[2], k.shape[2], q.device)
         mask, causal = (triangle if mask is None else mask & triangle), False
@@ -107,32 +124,33 @@ def _explicit(
 ) -> Tensor:
     batch, heads, queries, depth = q.shape
     shared, keys = k.shape[1], k.shape[2]
-    # The query heads of a group lie one after the other in time, so that no key or value is copied.
-    grouped = q.reshape(batch, shared, heads // shared * queries, depth)
-    scores = ((grouped * scale) @ k.transpose(-2, -1)).reshape(batch, heads, queries, keys)
+    # The query heads of a group are consecutive in time, so that no key or value is copied.
+    grouped = q.reshape(batch, shared, heads // shared * queries, depth)  # (batch, shared, group * queries, depth)
+    scores = (grouped * scale) @ k.transpose(-2, -1)  # Q Kᵀ / sqrt(d), (batch, shared, group * queries, keys)
+    scores = scores.reshape(batch, heads, queries, keys)  # (batch, heads, queries, keys)
     all_see = mask is None and queries <= keys  # at least one key each
     if causal:
-        triangle = causal_mask(queries, keys, q.device)
+        triangle = causal_mask(queries, keys, q.device)  # (queries, keys)
         mask = triangle if mask is None else mask & triangle
     if mask is not None:
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
     half = scores.dtype in (torch.float16, torch.bfloat16)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if half else None).to(v.dtype)
     weights = weights if drop is None else drop(weights)
-    out = weights.reshape(batch, shared, heads // shared * queries, keys) @ v
-    out = out.reshape(batch, heads, queries, v.shape[-1])
-    # A row of equal scores would give the mean of the values, those not to be seen too.
+    weights = weights.reshape(batch, shared, heads // shared * queries, keys)  # (batch, shared, group * queries, keys)
+    out = (weights @ v).reshape(batch, heads, queries, v.shape[-1])  # (batch, heads, queries, depth of v)
+    # A row of equal scores would give the mean of all values, masked ones included.
     return out if mask is None or all_see else torch.where(mask.any(-1, keepdim=True), out, 0)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(batch, time, heads * depth) -> (batch, heads, time, depth)."""
-    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)  # (batch, heads, time, depth)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(batch, heads, time, depth) -> (batch, time, heads * depth)."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)  # (batch, time, heads * depth)
 
 
 def self_attention_spec(
@@ -144,7 +162,7 @@ def self_attention_spec(
     init: initializers.Initializer | None = None,
     proj_init: initializers.Initializer | None = None,
 ) -> dict:
-    """Parameters of self-attention: `qkv` (queries, keys and values in one matrix) and `proj`."""
+    """Spec of self-attention: `qkv` (queries, keys and values in one matrix) and `proj`."""
     if width % heads:
         raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
@@ -159,6 +177,8 @@ def self_attention_spec(
 
 
 def _queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None) -> list[Tensor]:
+    """q (batch, heads, time, depth); k and v (batch, key-value heads, time, depth)."""
+    check_arguments("self_attention", p, x)
     shared = heads if kv_heads is None else kv_heads
     depth = x.shape[-1] // heads
     rows = p["qkv"]["weight"].shape[0]
@@ -167,7 +187,8 @@ def _queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None) -
             f"attention: x of shape {tuple(x.shape)}, {heads} heads and {shared} key-value heads do not fit a qkv "
             f"matrix of {rows} rows"
         )
-    parts = linear(p["qkv"], x).split([heads * depth, shared * depth, shared * depth], dim=-1)
+    qkv = linear(p["qkv"], x)  # (batch, time, (heads + 2 shared) * depth)
+    parts = qkv.split([heads * depth, shared * depth, shared * depth], dim=-1)
     return [split_heads(part, n) for part, n in zip(parts, (heads, shared, shared), strict=True)]
 
 
@@ -184,16 +205,16 @@ def self_attention(
 ) -> Tensor:
     """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
     q, k, v = _queries_keys_values(p, x, heads, kv_heads)
-    y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)
-    return linear(p["proj"], merge_heads(y))
+    y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)  # (batch, heads, time, depth)
+    return linear(p["proj"], merge_heads(y))  # (batch, time, width)
 
 
 def cross_attention_spec(
     width: int, heads: int, *, bias: bool = True, init: initializers.Initializer | None = None
 ) -> dict:
-    """Parameters of attention from one sequence to another: `q`, `kv` and `proj`.
+    """Spec of attention from one sequence to another: `q`, `kv` and `proj`.
 
-    By default q, k and v start as the rows of one matrix do, as in `self_attention_spec` and
+    By default q, k and v are initialised as the rows of one matrix, as in `self_attention_spec` and
     torch.nn.MultiheadAttention: Xavier's bound of sqrt(6 / (width + 3 width)).
     """
     if width % heads:
@@ -209,7 +230,7 @@ def cross_attention_spec(
 
 
 class Cache(NamedTuple):
-    """Keys and values of the places seen so far, (batch, key-value heads, places, depth); later places hold zeros."""
+    """Keys and values of the positions so far, (batch, key-value heads, positions, depth); later ones hold zeros."""
 
     keys: Tensor
     values: Tensor
@@ -217,7 +238,8 @@ class Cache(NamedTuple):
 
 def cross_keys_values(p: dict, memory: Tensor, heads: int) -> Cache:
     """The keys and values of memory (batch, memory time, width), to compute them once for many calls."""
-    return Cache(*(split_heads(part, heads) for part in linear(p["kv"], memory).chunk(2, dim=-1)))
+    kv = linear(p["kv"], memory)  # (batch, memory time, 2 width)
+    return Cache(*(split_heads(part, heads) for part in kv.chunk(2, dim=-1)))  # (batch, heads, memory time, depth)
 
 
 def cross_attention(
@@ -233,29 +255,30 @@ def cross_attention(
     """Multi-head attention of x (batch, time, width) to memory -> shape of x.
 
     Args:
-        memory: (batch, memory time, width), or its `cross_keys_values`. It may have fewer rows than x: then as many
-            rows of x, one behind the other, share each (the beams of a sentence), and mask and drop have its batch.
+        memory: (batch, memory time, width), or its `cross_keys_values`. It may have fewer rows than x: then equal
+            numbers of consecutive rows of x share each (the beams of a sentence), and mask and drop have its batch.
         mask, drop, method: as in `attention`.
 
     Raises:
-        ValueError: rows of x that do not divide by those of memory.
+        ValueError: the number of rows of x is not a multiple of that of memory.
     """
+    check_arguments("cross_attention", p, x)
     k, v = memory if isinstance(memory, Cache) else cross_keys_values(p, memory, heads)
-    q = linear(p["q"], x)
+    q = linear(p["q"], x)  # (batch, time, width)
     if x.shape[0] != k.shape[0]:
         if not k.shape[0] or x.shape[0] % k.shape[0]:
             raise ValueError(f"attention: {x.shape[0]} rows do not divide by the {k.shape[0]} of memory")
-        # Those that share a memory are queries one after the other.
-        q = q.reshape(k.shape[0], -1, q.shape[-1])
+        # The rows that share a memory become consecutive queries.
+        q = q.reshape(k.shape[0], -1, q.shape[-1])  # (memory batch, beams * time, width)
     y = attention(split_heads(q, heads), k, v, mask=mask, drop=drop, method=method)
-    return linear(p["proj"], merge_heads(y)).reshape(x.shape)
+    return linear(p["proj"], merge_heads(y)).reshape(x.shape)  # (batch, time, width)
 
 
 def empty_cache(
-    batch: int, heads: int, places: int, depth: int, dtype: torch.dtype = torch.float32, device=None
+    batch: int, heads: int, positions: int, depth: int, dtype: torch.dtype = torch.float32, device=None
 ) -> Cache:
-    """A cache with room for `places` tokens an example."""
-    shape = (batch, heads, places, depth)
+    """A cache with room for `positions` tokens per example."""
+    shape = (batch, heads, positions, depth)
     return Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 
@@ -274,8 +297,8 @@ def cached_self_attention(
 
     Args:
         x: (batch, time, width), the new tokens.
-        position: (batch,) integer, the place of each example's first new token. Examples may stand at different
-            places: what a shorter prompt left behind its end is overwritten before anything may look at it.
+        position: (batch,) integer, the position of each example's first new token. It may differ between examples:
+            keys left after the end of a shorter prompt are overwritten before any query may look at them.
             `position + time` must stay within the cache; its values are not checked, as that would wait for the device.
         method: as in `attention`.
         donate: the cache's own buffers may be overwritten; it must not be used again. Otherwise they are copied.
@@ -289,16 +312,16 @@ def cached_self_attention(
     q, k, v = _queries_keys_values(p, x, heads, kv_heads)
     room = cache.keys.shape
     if (*room[:2], *room[3:]) != (*k.shape[:2], *k.shape[3:]) or room[2] < k.shape[2] or cache.keys.dtype != k.dtype:
-        found = f"of shape {tuple(room)} and {cache.keys.dtype}"
-        raise ValueError(f"attention: a cache {found} does not take keys {tuple(k.shape)} and {k.dtype}")
-    places = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (batch, time)
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        kind = f"of shape {tuple(room)} and {cache.keys.dtype}"
+        raise ValueError(f"attention: a cache {kind} does not take keys {tuple(k.shape)} and {k.dtype}")
+    positions = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (batch, time)
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (batch, 1)
     updated = []
     for old, new in ((cache.keys, k), (cache.values, v)):
-        by_place = old.transpose(1, 2)  # (batch, places, heads, depth)
-        write = by_place.index_put_ if donate else by_place.index_put
-        updated.append(write((rows, places), new.transpose(1, 2)).transpose(1, 2))
+        by_position = old.transpose(1, 2)  # (batch, room, heads, depth)
+        write = by_position.index_put_ if donate else by_position.index_put
+        updated.append(write((rows, positions), new.transpose(1, 2)).transpose(1, 2))  # (batch, heads, room, depth)
     cache = Cache(*updated)
-    visible = torch.arange(cache.keys.shape[2], device=x.device) <= places[:, :, None]  # (batch, time, places)
-    y = attention(q, cache.keys, cache.values, mask=visible[:, None], method=method)
+    visible = torch.arange(cache.keys.shape[2], device=x.device) <= positions[:, :, None]  # (batch, time, room)
+    y = attention(q, cache.keys, cache.values, mask=visible[:, None], method=method)  # (batch, heads, time, depth)
     return linear(p["proj"], merge_heads(y)), cache

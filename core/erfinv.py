@@ -1,5 +1,6 @@
-"""The inverse error function as JAX and XLA compute it: Giles 2012, "Approximating the erfinv function", single
-precision. `torch.erfinv` differs from it by up to 86 units in the last place.
+"""Inverse error function as in JAX and XLA: Giles 2012, "Approximating the erfinv function", in single precision.
+
+`torch.erfinv` differs from it by up to 86 units in the last place.
 """
 
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# erfinv(x) / x with w = -log(1 - x^2): a polynomial in w - 2.5 where w < 5, in sqrt(w) - 3 elsewhere; highest power
+# erfinv(x) / x with w = -log(1 - x²): a polynomial in w - 2.5 where w < 5, in sqrt(w) - 3 elsewhere; highest power
 # first.
 _CENTRE = (
     2.81022636e-08,
@@ -34,17 +35,18 @@ _TAIL = (
 
 
 def erfinv(x: Tensor) -> Tensor:
-    """The inverse error function inside (-1, 1); half precision is computed in single."""
+    """Inverse error function on (-1, 1); half precision is computed in single precision."""
     if x.dtype == torch.float64:
         return torch.erfinv(x)
     dtype, x = x.dtype, x.float()
-    w = -torch.log1p(-x * x)
+    w = -torch.log1p(-x * x)  # -log(1 - x²)
     # The clamp keeps the gradient of the square root finite where the other branch is taken.
     tail = _polynomial(torch.sqrt(w.clamp(min=5.0)) - 3.0, _TAIL)
     return (torch.where(w < 5.0, _polynomial(w - 2.5, _CENTRE), tail) * x).to(dtype)
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Polynomial by Horner's rule, highest power first."""
     value = coefficients[0] * x + coefficients[1]
     for coefficient in coefficients[2:]:
         value = value * x + coefficient

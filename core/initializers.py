@@ -1,8 +1,8 @@
-"""Initialisers: how a parameter starts, as a function `(key, shape, dtype) -> tensor` of a key.
+"""Initialisers: functions `(key, shape, dtype) -> tensor`.
 
-`zeros` and `ones` are initialisers themselves; the others are made by a call, `xavier_uniform(gain=1.0)`, and compare
-equal when made with equal arguments, so that equal specs compare equal. All work under `torch.vmap` over keys.
-Values are drawn in float32 at least and then rounded to a narrower dtype.
+`zeros` and `ones` are initialisers themselves; the others are returned by a call, `xavier_uniform(gain=1.0)`, and
+compare equal for equal arguments, so that equal specs compare equal. All work under `torch.vmap` over keys. Values are
+drawn in float32 at least and then rounded to a narrower dtype.
 
 Fans are counted as torch does: a weight is (out, in, *kernel), fan_in = in * prod(kernel), fan_out = out *
 prod(kernel).
@@ -41,12 +41,12 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
 
 
 def normal(std: float = 1.0, mean: float = 0.0) -> Initializer:
-    """Normal with this standard deviation and mean."""
+    """Normal with standard deviation `std` and mean `mean`."""
     return Normal(std, mean)
 
 
 def truncated_normal(std: float = 1.0, lower: float = -2.0, upper: float = 2.0) -> Initializer:
-    """`std` times a standard normal that is kept within (lower, upper).
+    """`std` times a standard normal truncated to (lower, upper).
 
     The bounds are in units of `std`, as in JAX; those of `torch.nn.init.trunc_normal_` are absolute. The standard
     deviation of the result is therefore smaller than `std` (0.88 of it at the default bounds).
@@ -96,18 +96,18 @@ def lecun_normal() -> Initializer:
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
-    """`gain` times a random matrix with orthonormal rows or columns, whichever are fewer: W W^T = gain^2 I or W^T W.
+    """`gain` times a random matrix with orthonormal rows or columns, whichever are fewer: W Wᵀ or Wᵀ W = gain² I.
 
-    Dimensions behind the first are flattened into columns. Saxe et al. 2014, "Exact solutions to the nonlinear
+    Dimensions after the first are flattened into columns. Saxe et al. 2014, "Exact solutions to the nonlinear
     dynamics of learning in deep linear neural networks".
     """
     return Orthogonal(gain)
 
 
 def gain(nonlinearity: str, a: float = 0.01) -> float:
-    """The factor by which weights must grow to make up for what a nonlinearity takes from the variance.
+    """Gain of a nonlinearity: the factor on the weights that keeps the variance of the activations.
 
-    1 for "linear" and "sigmoid", 5/3 for "tanh", sqrt(2) for "relu", sqrt(2 / (1 + a^2)) for "leaky_relu" with
+    1 for "linear" and "sigmoid", 5/3 for "tanh", sqrt(2) for "relu", sqrt(2 / (1 + a²)) for "leaky_relu" with
     negative slope a, 3/4 for "selu".
     """
     gains = {
@@ -192,7 +192,7 @@ class VarianceScaling:
     def __call__(self, key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         fan_in, fan_out = fans(shape)
         fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[self.mode]
-        # A weight without inputs has no elements whose scale could matter.
+        # A weight without inputs has no elements, so any scale will do.
         std = self.gain / math.sqrt(max(fan, 1))
         if self.distribution == "normal":
             return (random.normal(key, shape, _wide(dtype)) * std).to(dtype)
@@ -210,14 +210,14 @@ class Orthogonal:
         if len(shape) < 2:
             raise ValueError(f"orthogonal needs a shape with at least 2 dimensions, got {tuple(shape)}")
         rows, columns = shape[0], math.prod(shape[1:])
-        tall = random.normal(key, (max(rows, columns), min(rows, columns)), _wide(dtype))
-        q, r = torch.linalg.qr(tall)
+        tall = random.normal(key, (max(rows, columns), min(rows, columns)), _wide(dtype))  # (long, short)
+        q, r = torch.linalg.qr(tall)  # (long, short), (short, short)
         # QR is unique up to these signs; fixing them makes q uniform over the orthogonal matrices.
         q = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-        matrix = q if rows >= columns else q.T
+        matrix = q if rows >= columns else q.T  # (rows, columns)
         return (matrix.reshape(tuple(shape)) * self.gain).to(dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which to draw: half-precision draws have 128 or 1024 different values only."""
+    """The dtype to draw in: half-precision draws have 128 or 1024 different values only."""
     return torch.promote_types(dtype, torch.float32)

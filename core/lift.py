@@ -1,15 +1,17 @@
-"""Any existing `nn.Module` as parameters, statistics and a pure function."""
+"""Conversion of an `nn.Module` to parameters, Stats and a pure function."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, is_tensor_like
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from core import tree
 from core.per_example import PerExampleError
+from core.per_example.leaves import Watched, call
 from core.tap import tap
 from core.tree import Tree
 
@@ -29,8 +31,8 @@ def lift(module: nn.Module) -> Lifted:
     that the module uses under several names (tied weights) is one leaf, under the first of them. Buffers that a state
     dict holds become `stats`: floating-point ones as they are, integer ones (torch's num_batches_tracked) as float64.
 
-    In training mode what the module adds to a buffer is tapped to its leaf, and 1 to the leaf `count`, as batch norm
-    of `core.layers` does: `increments = grad(loss, argnums=1)(params, stats)`, then `core.stats.update`.
+    In training mode the change of a buffer is tapped to its leaf, and 1 to the leaf `count`, as batch norm of
+    `core.layers` does: `increments = grad(loss, argnums=1)(params, stats)`, then `core.stats.update`.
     Every floating-point output carries the reports, so the loss may use any of them.
 
     Raises:
@@ -41,7 +43,7 @@ def lift(module: nn.Module) -> Lifted:
     for name, parameter in parameters.items():
         if nn.parameter.is_lazy(parameter):
             raise ValueError(f"lift: '{name}' has no shape yet; call the module once before lifting it")
-    # A buffer that no state dict holds (a causal mask, say) is a constant of the module, not a measured statistic.
+    # A buffer that no state dict holds (a causal mask, say) is a constant of the module, not a statistic.
     constants = {
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in module.named_modules()
@@ -61,18 +63,25 @@ def lift(module: nn.Module) -> Lifted:
         values["count"] = torch.zeros((), device=next(iter(buffers.values())).device)
     params, stats = tree.partition(tree.nest(values), lambda name, _: name in parameters)
     drawing = [name or type(layer).__name__ for name, layer in module.named_modules() if _draws(layer)]
-    mixing = [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer)]
+    attending = any(
+        isinstance(layer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for layer in module.modules()
+    )
+    mixing = {
+        train: [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer, train)]
+        for train in (False, True)
+    }
 
     def apply(values: Tree, *args, train: bool = False, **kwargs):
-        # Not tensors, but what stands for them inside of core.per_example: it maps the whole call over the examples.
-        watched = [leaf for leaf in tree.leaves(values) if not isinstance(leaf, Tensor) and is_tensor_like(leaf)]
-        if watched and train and mixing:
+        # Inside a loss of core.per_example, which maps the whole call over the examples.
+        watched = any(isinstance(leaf, Watched) for leaf in tree.leaves(values))
+        if watched and mixing[train]:
+            mode, advice = ("in training mode", "use train=False") if train else ("in eval mode too", "use group norm")
             raise PerExampleError(
-                f"lift: layer '{mixing[0]}' in training mode mixes the examples of a batch, so no example has a "
-                "gradient of its own; use train=False"
+                f"lift: layer '{mixing[train][0]}' {mode} mixes the examples of a batch, so no example has a gradient "
+                f"of its own; {advice}"
             )
         if watched:
-            return handle_torch_function(apply, watched, values, *args, train=train, **kwargs)
+            return call(apply, (values, *args), {"train": train, **kwargs})
         if train and drawing:
             raise ValueError(
                 f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
@@ -84,10 +93,16 @@ def lift(module: nn.Module) -> Lifted:
         fresh = {name: sinks[name].detach().to(dtype, copy=True) for name, dtype in dtypes.items()}
         fixed = {name: b.clone() for name, b in module.named_buffers() if name in constants}
         modes = [(layer, layer.training) for layer in module.modules()]
+        fast = torch.backends.mha.get_fastpath_enabled()
         try:
             module.train(train)
-            out = torch.func.functional_call(module, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
+            if attending:  # the fused kernels for inference have no derivative
+                torch.backends.mha._is_fastpath_enabled = False  # its setter is not compiled
+            with _attention_kernel():
+                out = torch.func.functional_call(module, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
         finally:
+            if attending:
+                torch.backends.mha._is_fastpath_enabled = fast
             for layer, mode in modes:
                 layer.training = mode
         if not (train and dtypes):
@@ -109,16 +124,25 @@ def lift(module: nn.Module) -> Lifted:
     return Lifted(params, stats, apply)
 
 
+def _attention_kernel() -> AbstractContextManager:
+    """The math form of scaled dot-product attention under vmap: the fused one of the CPU has no batching rule there."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    vmapped = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    return sdpa_kernel(SDPBackend.MATH) if vmapped else nullcontext()
+
+
 def _draws(layer: nn.Module) -> bool:
-    """Whether a layer has a dropout rate above 0, or one of the few other sources of randomness."""
+    """A dropout rate above 0, or one of the few other sources of randomness."""
     if isinstance(layer, (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
         return getattr(layer, "p", 1.0) > 0.0
     # Layers that call F.dropout themselves keep the rate as a number: dropout, attention_dropout, drop_prob ...
     return any("drop" in name and isinstance(rate, float) and rate > 0.0 for name, rate in vars(layer).items())
 
 
-def _mixes(layer: nn.Module) -> bool:
-    """Whether a layer measures statistics over the batch in training mode."""
+def _mixes(layer: nn.Module, train: bool) -> bool:
+    """Normalisation by statistics of the batch, or an update of running statistics."""
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
-        return layer.track_running_stats
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        return train and layer.track_running_stats
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and (train or layer.running_mean is None)

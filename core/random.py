@@ -1,8 +1,8 @@
 """Random numbers as pure functions of a key: the bits that `jax.random` gives for the same key.
 
 The generator is Threefry-2x32 (`core.threefry`), a keyed hash of a counter in plain tensor operations. So it works
-under vmap, grad and compile and on every device, and element i of a draw depends on the key and on i alone. Nothing
-here reads or moves torch's own generator.
+under vmap, grad and compile and on every device, and element i of a draw depends on the key and on i alone. torch's own
+generator is neither read nor advanced.
 
 The integers, and uniform numbers in [0, 1), are JAX's to the bit. Where arithmetic follows (another range, a logarithm)
 they agree to its rounding, which JAX itself leaves to the compiler.
@@ -31,7 +31,7 @@ _MANTISSA = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.floa
 
 
 def key(seed: int, device: torch.device | str | None = None) -> Tensor:
-    """The key (2,) of a seed.
+    """Key (2,) of a seed.
 
     As in JAX without 64-bit mode, the low 32 bits of the seed count: seeds that are equal modulo 2**32 give one key.
 
@@ -47,7 +47,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
 def split(key: Tensor, n: int = 2) -> Tensor:
     """n new keys from one: (..., 2) -> (..., n, 2)."""
-    return torch.stack(threefry.draw(key, (n,)), -1)
+    return torch.stack(threefry.draw(key, (n,)), -1)  # (..., n, 2)
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -71,13 +71,13 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
             raise ValueError(f"fold_in: data must be in [0, 2**32), got {data}")
         low = _signed(data)
     first, second = key.unbind(-1)
-    return torch.stack(torch.broadcast_tensors(*threefry.threefry2x32(first, second, 0, low)), -1)
+    return torch.stack(torch.broadcast_tensors(*threefry.threefry2x32(first, second, 0, low)), -1)  # (..., 2)
 
 
 def sites(key: Tensor, n: int) -> Tensor:
-    """One key for each random site of a net: (n, *key.shape), entry i is `fold_in(key, i)`.
+    """One key per random site of a net: (n, *key.shape), entry i is `fold_in(key, i)`.
 
-    One vectorised call: a compiled graph with a fold a layer would consist of little else.
+    One vectorised call: a compiled graph with one fold per layer would consist of little else.
     """
     threefry.check_key(key)
     indices = torch.arange(n, dtype=torch.int32, device=key.device)
@@ -85,7 +85,7 @@ def sites(key: Tensor, n: int) -> Tensor:
 
 
 def bits(key: Tensor, shape: Sequence[int], width: int = 32) -> Tensor:
-    """Random bits: integers of 8, 16, 32 or 64 bits, signed (the two's complement view of JAX's unsigned ones).
+    """Random bits as integers of 8, 16, 32 or 64 bits, signed (the two's complement view of JAX's unsigned ones).
 
     Returns:
         key.shape[:-1] + shape
@@ -123,7 +123,7 @@ def uniform(
 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal, sqrt(2) erfinv(u) with u uniform in (-1, 1).
+    """Standard normal: sqrt(2) erfinv(u) with u uniform in (-1, 1).
 
     Single precision is within 3 units in the last place of JAX's; double precision uses `torch.erfinv`.
 
@@ -142,7 +142,7 @@ def truncated_normal(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal given that it lies in (lower, upper), by inversion.
+    """Standard normal truncated to (lower, upper), by inversion.
 
     Args:
         lower, upper: numbers, or tensors that broadcast to key.shape[:-1] + shape.
@@ -157,13 +157,13 @@ def truncated_normal(
     # Far in a tail u rounds to 1, where erfinv is infinite.
     edge = 1 - torch.finfo(dtype).eps / 2
     u = u.clamp(-edge, edge)
-    # Rounding must not put a value on a bound or past it.
-    inside = torch.maximum(erfinv(u) * math.sqrt(2), _next(lower.detach(), math.inf))
-    return torch.minimum(inside, _next(upper.detach(), -math.inf))
+    # Rounding must not put a value on a bound or beyond it.
+    x = torch.maximum(erfinv(u) * math.sqrt(2), _next(lower.detach(), math.inf))
+    return torch.minimum(x, _next(upper.detach(), -math.inf))
 
 
 def gumbel(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard Gumbel, -log(-log(u)).
+    """Standard Gumbel: -log(-log(u)) with u uniform in (0, 1).
 
     Returns:
         key.shape[:-1] + shape
@@ -173,11 +173,11 @@ def gumbel(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None) -> Tensor:
-    """True with probability p.
+    """Bernoulli: True with probability p.
 
     Args:
-        p: a number, or a floating-point tensor that broadcasts to key.shape[:-1] + shape. Its dtype is the one in
-            which the uniform numbers are drawn (single precision for a number).
+        p: a number, or a floating-point tensor that broadcasts to key.shape[:-1] + shape. The uniform samples are
+            drawn in its dtype (single precision for a number).
         shape: by default the shape of p.
 
     Returns:
@@ -192,17 +192,19 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
 
 
 def categorical(key: Tensor, logits: Tensor, axis: int = -1, shape: Sequence[int] | None = None) -> Tensor:
-    """Indices drawn with probability softmax(logits) along `axis`, by the Gumbel-max trick.
+    """Categorical samples: indices with probability softmax(logits) along `axis`, by the Gumbel-max trick.
 
     Args:
         key: (2,).
         logits: unnormalised log probabilities.
-        shape: of the result; it must end in the shape of `logits` without `axis` (1 broadcasts), the default.
+        shape: that of the result; it must end in the shape of `logits` without `axis` (1 broadcasts), the default.
 
     Returns:
         int64
     """
     _check_one_key("categorical", key)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"categorical: logits are {type(logits).__name__}; expected a tensor")
     _check_float("categorical", logits.dtype)
     if not -logits.dim() <= axis < logits.dim():
         raise ValueError(f"categorical: logits of shape {tuple(logits.shape)} have no axis {axis}")
@@ -211,10 +213,10 @@ def categorical(key: Tensor, logits: Tensor, axis: int = -1, shape: Sequence[int
     classes = batch.pop(axis)
     shape = tuple(batch if shape is None else shape)
     _check_broadcast("categorical", shape, batch)
-    # The classes' axis goes where it lies in the logits, counted from the end.
-    place = len(shape) + axis + 1
-    noise = gumbel(key, (*shape[:place], classes, *shape[place:]), logits.dtype)
-    return torch.argmax(noise + logits, axis)
+    # The axis of the classes is that of the logits, counted from the end.
+    at = len(shape) + axis + 1
+    noise = gumbel(key, (*shape[:at], classes, *shape[at:]), logits.dtype)
+    return torch.argmax(noise + logits, axis)  # shape
 
 
 def randint(
@@ -226,7 +228,7 @@ def randint(
 ) -> Tensor:
     """Integers in [minval, maxval).
 
-    64 random bits modulo the span, so the bias is at most span / 2**64. int64 takes 128 bits, so its values are not
+    64 random bits modulo the span, so the bias is at most span / 2**64. int64 takes 128 bits, so its values differ from
     those of the narrower types.
 
     Args:
@@ -249,7 +251,7 @@ def randint(
     if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor) and minval >= maxval:
         raise ValueError(f"randint: no integers in [{minval}, {maxval})")
 
-    # A maxval of 2**63 does not fit into int64 itself.
+    # A maxval of 2**63 does not fit into int64.
     beyond = 0 if isinstance(maxval, Tensor) else int(maxval == 2**63)
     low, high = _as(minval, key, torch.int64), _as(maxval - beyond, key, torch.int64)
     width = 64 if dtype == torch.int64 else 32
@@ -257,7 +259,7 @@ def randint(
         low, high = low.clamp(limits.min, limits.max), high.clamp(limits.min, limits.max + 1)
     span = torch.where(high > low, high - low + beyond, 1)
 
-    draws = bits(split(key).movedim(-2, 0), shape, width)
+    draws = bits(split(key).movedim(-2, 0), shape, width)  # (2, *key.shape[:-1], *shape)
     first, second = (_remainder(_unsigned(x, width), span, width) for x in draws.unbind(0))
     # 2**width modulo the span, from its square root, which fits.
     carry = _remainder(torch.full_like(span, 2 ** (width // 2)), span, width)
@@ -268,9 +270,9 @@ def randint(
 
 
 def permutation(key: Tensor, x: int | Tensor) -> Tensor:
-    """`x` in random order along its first axis; for an int, arange(x) in random order (int64).
+    """Random permutation of `x` along its first axis; for an int, of arange(x) (int64).
 
-    Sorts by random bits, as often as makes equal sort keys harmless (3 ln n / ln 2**32 rounds).
+    Sorts by random bits, often enough to make equal sort keys harmless (3 ln n / ln 2**32 rounds).
 
     Args:
         key: (2,).
@@ -286,7 +288,7 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
     order = torch.arange(x, device=key.device)
     for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(2**32 - 1))):
         key, subkey = split(key).unbind(-2)
-        # Flipping the sign bit turns the order of signed integers into that of unsigned ones.
+        # Flipping the sign bit gives signed integers the order of unsigned ones.
         order = order[torch.sort(bits(subkey, (x,)) ^ -(2**31), stable=True).indices]
     return order
 
@@ -322,13 +324,13 @@ def _check_broadcast(name: str, shape: Sequence[int], *others: Sequence[int]) ->
 
 
 def _as(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A number as a 0-D tensor, a tensor as it is, in the dtype of `like`."""
+    """A number as a 0-D tensor, or a tensor, in the dtype of `like`."""
     dtype = like.dtype if dtype is None else dtype
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
 
 
 def _unit(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uniform in [0, 1): m / 2**mantissa, m the leading bits of a draw as wide as the float (8 bits for bfloat16)."""
+    """Uniform in [0, 1): m / 2**mantissa, m the leading bits of a draw as wide as the dtype (8 bits for bfloat16)."""
     _check_float("a draw", dtype)
     mantissa = _MANTISSA[dtype]
     if dtype == torch.float64:
@@ -341,7 +343,7 @@ def _unit(key: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _next(x: Tensor, towards: float) -> Tensor:
-    """The next number in that direction."""
+    """The next floating-point number in that direction."""
     return torch.nextafter(x, torch.full_like(x, towards))
 
 

@@ -1,8 +1,7 @@
 """Parameters declared as data: a spec is a tree of `Param` and `Stat` leaves.
 
 From the spec alone come the initial values, the count and table of parameters (`tree.count`, `tree.table`; nothing is
-allocated), masks by name, the sharding of each leaf, and the template that a checkpoint or a pretrained file is
-checked against.
+allocated), masks by name, the sharding of each leaf, and the template for checkpoints and pretrained files.
 """
 
 import hashlib
@@ -12,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core import initializers, random, tree
+from core import initializers, random, threefry, tree
+from core.compiling import assume_constant_result
 from core.tree import Tree
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its shape, how it starts, and one logical axis name (or None) a dimension."""
+    """A parameter: its shape, its initialiser, and one logical axis name (or None) per dimension."""
 
     shape: tuple[int, ...]
     init: initializers.Initializer = initializers.zeros
@@ -32,12 +32,16 @@ class Param:
 
 @dataclass(frozen=True)
 class Stat(Param):
-    """A statistic that training measures instead of learning (batch norm's running mean); only ever a dict value."""
+    """A running statistic, measured in training instead of learned (batch norm's mean); only ever a dict value.
+
+    The Stats of a layer have a Stat `count` beside them, the number of their updates (see `core.stats`). The name is
+    reserved: an optimizer recognises by it a tree from which the Stats were not split off.
+    """
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def name_hash(name: str) -> int:
-    """32 bits that stand for a name, the same in every process."""
+    """32-bit hash of a name, the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
 
 
@@ -49,23 +53,27 @@ def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
 
     Args:
         key: (2,), see `core.random.key`.
-        dtype: if given, replaces the dtype of every floating-point `Param`; a `Stat` keeps its own.
+        dtype: replaces the dtype of every floating-point `Param`; a `Stat` keeps its own.
 
     Raises:
-        ValueError: two leaves of one name (a key with a dot in it), or a key that is not (2,).
-        TypeError: a leaf that is no `Param`; both are named.
+        ValueError: two leaves of one name (a dict key with a dot in it), or a random key that is not (2,).
+        TypeError: a leaf that is not a `Param` (it is named), or a random key that is not a tensor.
     """
+    threefry.check_key(key)
     if key.shape != (2,):
         raise ValueError(f"init: expected one key (2,), found {tuple(key.shape)}; vmap it over keys for an ensemble")
+    for name, leaf in tree.items(spec, none_is_leaf=True):
+        if not isinstance(leaf, Param):
+            kind = "None" if leaf is None else type(leaf).__name__
+            hint = ": leave the key out" if leaf is None and name else ""
+            raise TypeError(f"init: '{name}' is {kind}; a spec's leaves are Param or Stat{hint}")
     names = list(tree.flatten(spec))
     if not names:
         return tree.sort(spec)
     hashes = torch.tensor([name_hash(name) for name in names], dtype=torch.int64, device=key.device)
-    keys = dict(zip(names, random.fold_in(key, hashes).unbind(-2), strict=True))
+    keys = dict(zip(names, random.fold_in(key, hashes).unbind(-2), strict=True))  # each (2,)
 
     def value(name: str, leaf: Param) -> Tensor:
-        if not isinstance(leaf, Param):
-            raise TypeError(f"init: '{name}' is {type(leaf).__name__}; a spec's leaves are Param or Stat")
         keeps = dtype is None or isinstance(leaf, Stat) or not leaf.dtype.is_floating_point
         return leaf.init(keys[name], leaf.shape, leaf.dtype if keeps else dtype)
 
@@ -73,7 +81,7 @@ def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
 
 
 def abstract(spec: Tree) -> Tree:
-    """The same tree as meta tensors: shapes and dtypes without memory."""
+    """The spec as a tree of meta tensors: shapes and dtypes without memory."""
     return tree.sort(tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), spec))
 
 
@@ -92,17 +100,17 @@ def check(spec: Tree, values: Tree, what: str = "parameters") -> None:
     """Compare values with their spec: names, shapes, and lists as lists. Dtypes are free (see `init`).
 
     Raises:
-        ValueError: naming the first leaf of `values` that is missing, misshapen or left over.
+        ValueError: the first leaf of `values` that is missing, misshapen or left over, by name.
     """
-    wanted, found = tree.flatten(spec), tree.flatten(values)
-    for name, leaf in wanted.items():
-        if name not in found:
+    expected, named = tree.flatten(spec), tree.flatten(values)
+    for name, leaf in expected.items():
+        if name not in named:
             raise ValueError(f"{what}: '{name}' is missing; expected shape {tuple(leaf.shape)}")
-        shape = tuple(getattr(found[name], "shape", (type(found[name]).__name__,)))
+        shape = tuple(getattr(named[name], "shape", (type(named[name]).__name__,)))
         if shape != tuple(leaf.shape):
             raise ValueError(f"{what}: '{name}' has shape {shape}, expected {tuple(leaf.shape)}")
-    for name in found:
-        if name not in wanted:
+    for name in named:
+        if name not in expected:
             raise ValueError(f"{what}: '{name}' is left over; the model has no such parameter")
     try:
         tree.aligned(spec, values)

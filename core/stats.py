@@ -1,4 +1,4 @@
-"""Running statistics: what the taps reported becomes the next value of the Stats."""
+"""Running statistics: the update of the Stats by the increments that the taps reported."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from core.tree import Tree
 def update(stats: Tree, increments: Tree) -> Tree:
     """The Stats after one step.
 
-    A leaf `mean` takes the mean of what was reported to it: mean + increment / n, where n is the report of the `count`
-    leaf beside it or, failing that, of the nearest one further up; without any, mean + increment. So a layer used
-    twice, a vmap inside the loss, and summed or averaged micro-batches all make one update. `count` itself grows by
-    one, whatever n. A layer that was not reached (n = 0) keeps its Stats.
+    A leaf `mean` moves by the mean of the increments reported to it: mean + increment / n, where n is the report of the
+    `count` leaf beside it or, failing that, of the nearest one further up; without any, mean + increment. So a layer
+    used twice, a vmap inside the loss, and summed or averaged micro-batches all make one update. `count` itself grows
+    by one, whatever n. A layer that was not reached (n = 0) keeps its Stats.
 
     Args:
         stats, increments: one structure; the increments are the gradient by the Stats (see `core.tap`). Leaves may
@@ -35,7 +35,7 @@ def update(stats: Tree, increments: Tree) -> Tree:
 
 
 def _governing_count(name: str, names: dict) -> str | None:
-    """The `count` in the same dict as `name`, or in the nearest dict around it."""
+    """The name of the `count` in the same dict as `name`, or in the nearest dict around it."""
     *path, _ = name.split(".")
     for depth in range(len(path), -1, -1):
         candidate = ".".join([*path[:depth], "count"])

@@ -1,17 +1,19 @@
-"""Taps: what a layer reports rides home with the gradient.
+"""Taps: reports of a layer that arrive with the gradient.
 
 `tap(x, sink, report)` is `x`. In the backward pass `report` arrives as the cotangent of `sink`, a second input that the
-forward pass does not use. Whoever differentiates with respect to the sink receives the report, through grad, vmap,
+forward pass does not use. Differentiating with respect to the sink gives the report, through grad, vmap,
 torch.compile and sharding alike, with no hooks and no mutation:
 
     out, report = y, s        ->  d out / d x = 1,   "d out / d s" := report
 
 A layer that the loss does not reach runs no backward and reports nothing (its sink's gradient is zero). Reports of
-several uses of one sink add up, as cotangents do.
+several uses of a sink add up, as cotangents do.
 """
 
 import torch
 from torch import Tensor
+
+from core.compiling import allow_in_graph
 
 
 class _Tap(torch.autograd.Function):
@@ -36,8 +38,8 @@ class _Tap(torch.autograd.Function):
 
 
 # Dynamo refuses a Function with a jvp of its own, loses its vmap rule, and in some forms drops the backward silently;
-# behind allow_in_graph it is one opaque node that AOTAutograd differentiates correctly.
-@torch.compiler.allow_in_graph
+# called through allow_in_graph it is one opaque node that AOTAutograd differentiates correctly.
+@allow_in_graph
 def _tap(x: Tensor, sink: Tensor, report: Tensor) -> Tensor:
     return _Tap.apply(x, sink, report)
 

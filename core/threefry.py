@@ -1,7 +1,7 @@
 """Threefry-2x32 with 20 rounds: a keyed hash of a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
 2, 3"), in plain tensor operations. `core.random` draws from it.
 
-Words are int32 tensors, the two's complement view of unsigned ones: on a CPU, compiled, that is faster than masked
+Words are int32 tensors, the two's complement view of unsigned ones: compiled on a CPU, that is faster than masked
 int64, and every device has int32 arithmetic.
 """
 
@@ -15,30 +15,31 @@ from torch import Tensor
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
-# Eager hashing on a CPU goes through about 150 passes over memory: in pieces that stay in the cache it is 10 times as
-# fast. A compiled draw is one pass.
+# Eager hashing on a CPU makes about 150 passes over memory: in chunks that stay in the cache it is 10 times as fast. A
+# compiled draw is one pass.
 _CHUNK = 2**18
 
 
 def check_key(key: Tensor) -> None:
     """Raise TypeError or ValueError unless this is a key or an array of keys."""
     if not isinstance(key, Tensor):
-        raise TypeError(f"a key must be a tensor (see core.random.key), got {type(key).__name__}")
+        seed = key if isinstance(key, int) else "seed"
+        raise TypeError(f"a key must be a tensor, as core.random.key({seed}) is, got {type(key).__name__}")
     if key.dtype != torch.int32 or key.dim() == 0 or key.shape[-1] != 2:
         raise ValueError(f"a key must be int32 of shape (2,) or (..., 2), got {key.dtype} of shape {tuple(key.shape)}")
 
 
 def draw(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Two random words for each place: int32, key.shape[:-1] + shape."""
+    """Two random words per element: int32, each key.shape[:-1] + shape."""
     check_key(key)
     size, words = math.prod(shape), _words(key)
     if size <= _CHUNK or key.device.type != "cpu" or torch.compiler.is_compiling():
-        drawn = threefry2x32(*words, *_counters(0, size, key.device))
+        hashes = threefry2x32(*words, *_counters(0, size, key.device))  # each (..., size)
     else:
         starts = range(0, size, _CHUNK)
         chunks = [threefry2x32(*words, *_counters(i, min(i + _CHUNK, size), key.device)) for i in starts]
-        drawn = [torch.cat(column, -1) for column in zip(*chunks, strict=True)]
-    return tuple(word.reshape(key.shape[:-1] + tuple(shape)) for word in drawn)
+        hashes = [torch.cat(column, -1) for column in zip(*chunks, strict=True)]  # each (..., size)
+    return tuple(word.reshape(key.shape[:-1] + tuple(shape)) for word in hashes)
 
 
 def threefry2x32(key0: Tensor, key1: Tensor, x0: int | Tensor, x1: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def threefry2x32(key0: Tensor, key1: Tensor, x0: int | Tensor, x1: int | Tensor)
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x0 = x0 + x1
-            # int32 shifts right with its sign: the mask takes the sign's copies away.
+            # int32 shifts right with its sign: the mask clears the copies of the sign.
             wrapped = torch.bitwise_right_shift(x1, 32 - distance) & (2**distance - 1)
             x1 = (torch.bitwise_left_shift(x1, distance) | wrapped) ^ x0
         x0 = x0 + schedule[(group + 1) % 3]
@@ -57,12 +58,12 @@ def threefry2x32(key0: Tensor, key1: Tensor, x0: int | Tensor, x1: int | Tensor)
 
 
 def _words(key: Tensor) -> list[Tensor]:
-    """The two words of each key, to go with a row of counters."""
-    return [word.unsqueeze(-1) if key.dim() > 1 else word for word in key.unbind(-1)]
+    """The two words of each key, to broadcast with a row of counters."""
+    return [word.unsqueeze(-1) if key.dim() > 1 else word for word in key.unbind(-1)]  # each (..., 1), or () of one key
 
 
 def _counters(start: int, stop: int, device: torch.device) -> tuple[int | Tensor, Tensor]:
-    """The high and low words of start, start + 1 ... stop - 1; the high word is 0 where 31 bits do."""
+    """The high and low words of start, start + 1 ... stop - 1; the high word is 0 where 31 bits suffice."""
     if stop <= 2**31:
         return 0, torch.arange(start, stop, dtype=torch.int32, device=device)
     index = torch.arange(start, stop, dtype=torch.int64, device=device)

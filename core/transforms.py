@@ -1,8 +1,8 @@
 """torch.func's transforms for trees, with errors that name the argument and the leaf.
 
 Use torch.func directly wherever you like: these add only checks, sorted dict keys (torch.func zips dicts by insertion
-order, and `vmap(in_dims=dict)` in another key order silently maps the wrong leaf), and products with second
-derivatives.
+order, and `vmap(in_dims=dict)` in another key order silently maps the wrong leaf), products with second derivatives,
+and the form of `scaled_dot_product_attention` that has forward and second derivatives.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core import tree
 from core.tree import Tree
@@ -19,14 +20,18 @@ def _leaf(argument: str, name: str) -> str:
     return f"{argument}, leaf '{name}'" if name else argument
 
 
+def _kind(leaf: Any) -> str:
+    return "None" if leaf is None else type(leaf).__name__
+
+
 def _check_tensors(transform: str, what: str, out: Tree) -> None:
-    for name, leaf in tree.items(out):
+    for name, leaf in tree.items(out, none_is_leaf=True):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{transform}: {_leaf(what, name)} is {type(leaf).__name__}; expected a tensor")
+            raise TypeError(f"{transform}: {_leaf(what, name)} is {_kind(leaf)}; expected a tensor")
 
 
 def _checked_outputs(transform: str, f: Callable, has_aux: bool = False) -> Callable:
-    """`f`, once its outputs are known to be tensors."""
+    """`f`, with a check that its outputs are tensors."""
 
     def checked(*args, **kwargs):
         out = f(*args, **kwargs)
@@ -42,10 +47,11 @@ def _check_differentiable(transform: str, args: tuple, argnums: int | tuple[int,
     for number in (argnums,) if isinstance(argnums, int) else argnums:
         if not -len(args) <= number < len(args):
             raise ValueError(f"{transform}: argnums has {number}, but the function got {len(args)} arguments")
-        for name, leaf in tree.items(args[number]):
+        for name, leaf in tree.items(args[number], none_is_leaf=True):
             where = _leaf(f"argument {number}", name)
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{transform}: {where} is {type(leaf).__name__}; expected a tensor")
+                hint = " (leave its key out)" if leaf is None and name else ""
+                raise TypeError(f"{transform}: {where} is {_kind(leaf)}; expected a tensor{hint}")
             if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise TypeError(f"{transform}: {where} is {leaf.dtype}; only floating-point leaves have a gradient")
 
@@ -59,7 +65,7 @@ def _scalar(transform: str, f: Callable, has_aux: bool) -> Callable:
                 raise TypeError(f"{transform}: with has_aux the function must return (loss, aux)")
             value = out[0]
         if not isinstance(value, Tensor):
-            raise TypeError(f"{transform}: the function returned {type(value).__name__}; expected a scalar tensor")
+            raise TypeError(f"{transform}: the function returned {_kind(value)}; expected a scalar tensor")
         if value.ndim > 0:
             raise ValueError(f"{transform}: the function returned shape {tuple(value.shape)}; expected a scalar ()")
         if not value.is_floating_point():
@@ -75,7 +81,7 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
     """As `torch.func.grad`: the gradient of a scalar function by its arguments `argnums`, as trees.
 
     Raises:
-        TypeError, ValueError: a leaf that has no gradient (named), or an output that is no scalar (its shape).
+        TypeError, ValueError: a leaf that has no gradient (named), or an output that is not a scalar (its shape).
     """
 
     def gradient(*args, **kwargs):
@@ -89,7 +95,7 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
 def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """`(value, gradient)`, or `((value, aux), gradient)`.
 
-    torch.func.grad_and_value has them the other way round. Errors as in `grad`.
+    torch.func.grad_and_value returns them the other way round. Errors as in `grad`.
     """
 
     def both(*args, **kwargs):
@@ -110,15 +116,15 @@ def _spread(dims: Any, arg: Tree, where: str, name: str = "") -> Tree:
     if inner is None:
         kind = type(dims).__name__
         raise TypeError(f"vmap: in_dims of {_leaf(where, name)} is {kind}; expected an int, None or a tree of them")
-    here, wanted = dict(tree.children(arg) or []), dict(inner)
-    if set(here) != set(wanted):
-        raise ValueError(f"vmap: in_dims of {_leaf(where, name)} has {sorted(wanted)}, the argument {sorted(here)}")
-    parts = [_spread(wanted[key], here[key], where, f"{name}.{key}" if name else key) for key in here]
+    here, named = dict(tree.children(arg) or []), dict(inner)
+    if set(here) != set(named):
+        raise ValueError(f"vmap: in_dims of {_leaf(where, name)} has {sorted(named)}, the argument {sorted(here)}")
+    parts = [_spread(named[key], here[key], where, f"{name}.{key}" if name else key) for key in here]
     return tree.rebuild(arg, parts)
 
 
 def _check_sizes(dims: tuple, args: tuple) -> None:
-    """Every mapped leaf is a tensor that has its axis, and all have one size along it."""
+    """Check that every mapped leaf is a tensor with its axis, and that all have one size along it."""
     first = None
     for i, (dim, arg) in enumerate(zip(dims, args, strict=True)):
         # None is an empty node of a tree, so the leaf's axis is looked up by its name.
@@ -146,11 +152,11 @@ def vmap(f: Callable, in_dims: Any = 0, out_dims: Any = 0, *, chunk_size: int | 
 
     Args:
         in_dims: an int or None for all arguments, or a tuple with an int, None or tree for each.
-        chunk_size: how many to map at once, to bound memory.
+        chunk_size: slices mapped at once, to bound memory; all if None.
 
     Raises:
-        TypeError: an argument's or output's leaf that is no tensor.
-        ValueError: a leaf that has no such axis, or another size along it than the first; all are named.
+        TypeError: a leaf of an argument or output that is not a tensor.
+        ValueError: a leaf without that axis, or with another size along it than the first; all are named.
     """
 
     def mapped(*args):
@@ -168,26 +174,26 @@ def vmap(f: Callable, in_dims: Any = 0, out_dims: Any = 0, *, chunk_size: int | 
 
 
 def _matched(transform: str, primals: tuple, tangents: tuple) -> tuple:
-    """The tangents in the structure of the primals, once they are known to fit leaf by leaf."""
+    """The tangents in the structure of the primals, checked leaf by leaf."""
     if len(primals) != len(tangents):
         raise ValueError(f"{transform}: {len(primals)} primals, but {len(tangents)} tangents")
     matched = []
     for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
-        argument, found = f"the tangent of argument {i}", dict(tree.items(tangent))
+        argument, named = f"the tangent of argument {i}", dict(tree.items(tangent))
         _check_tensors(transform, argument, tangent)
         for name, leaf in tree.items(primal):
             where = _leaf(argument, name)
-            if name not in found:
+            if name not in named:
                 raise ValueError(f"{transform}: {where} is missing")
-            shape, dtype = tuple(found[name].shape), found[name].dtype
+            shape, dtype = tuple(named[name].shape), named[name].dtype
             if shape != tuple(leaf.shape):
                 raise ValueError(f"{transform}: {where} has shape {shape}, expected {tuple(leaf.shape)}")
             if dtype != leaf.dtype:
                 raise TypeError(f"{transform}: {where} is {dtype}, expected {leaf.dtype}")
-        left_over = [name for name in found if name not in set(tree.names(primal))]
+        left_over = [name for name in named if name not in set(tree.names(primal))]
         if left_over:
             raise ValueError(f"{transform}: {_leaf(argument, left_over[0])} is left over")
-        matched.append(tree.unflatten(primal, [found[name] for name in tree.names(primal)]))
+        matched.append(tree.unflatten(primal, [named[name] for name in tree.names(primal)]))
     return tuple(matched)
 
 
@@ -197,6 +203,7 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, has_aux: bool = False) -> 
     Raises:
         TypeError, ValueError: a leaf that has no derivative, or a tangent that is missing, left over, or of another
             shape or dtype than its primal; all are named. Dict keys may come in any order.
+        NotImplementedError: an operation of f without a derivative in forward mode.
     """
     primals = tuple(tree.sort(primal) for primal in primals)
     _check_differentiable("jvp", primals, tuple(range(len(primals))))
@@ -205,7 +212,17 @@ def jvp(f: Callable, primals: tuple, tangents: tuple, has_aux: bool = False) -> 
         # torch 2.13 cannot compile a vmap over tangents alone where f makes a view of a primal, as every linear layer
         # does: "Expected ... the tangent have the same layout as primal". So the primals are batched too.
         primals = tree.map(lambda p, v: p + torch.zeros_like(v), primals, tangents)
-    return torch.func.jvp(_checked_outputs("jvp", f, has_aux), primals, tangents, has_aux=has_aux)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward derivative
+        if torch.compiler.is_compiling():
+            return torch.func.jvp(_checked_outputs("jvp", f, has_aux), primals, tangents, has_aux=has_aux)
+        try:
+            return torch.func.jvp(_checked_outputs("jvp", f, has_aux), primals, tangents, has_aux=has_aux)
+        except NotImplementedError as error:
+            if "forward AD" not in str(error):
+                raise
+            reason = str(error).partition(" because")[0]
+            hint = "`linearize(f, *primals)` needs reverse mode alone (of a Hessian product, f is the gradient)"
+            raise NotImplementedError(f"jvp: {reason}; {hint}") from error
 
 
 def linearize(f: Callable, *primals: Tree) -> tuple[Tree, Callable]:
@@ -217,7 +234,8 @@ def linearize(f: Callable, *primals: Tree) -> tuple[Tree, Callable]:
     # torch.func.linearize traces f into constants: no gradient goes through it, and it does not compile.
     primals = tuple(tree.sort(primal) for primal in primals)
     _check_differentiable("linearize", primals, tuple(range(len(primals))))
-    value, pull_back = torch.func.vjp(_checked_outputs("linearize", f), *primals)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        value, pull_back = torch.func.vjp(_checked_outputs("linearize", f), *primals)
     _, push_forward = torch.func.vjp(pull_back, tree.map(torch.zeros_like, value))
 
     def derivative(*tangents: Tree) -> Tree:

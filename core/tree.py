@@ -4,10 +4,10 @@ Parameters, gradients, optimizer states and batches are all such trees. A leaf's
 `blocks.0.attn.qkv.weight`; it is the same in tables, masks, checkpoints and errors. Dict keys are walked in sorted
 order (an OrderedDict's in its own) and `None` is an empty node, as optree does. `merge`, `partition`, `nest` and `sort`
 build plain dicts with sorted keys, because torch.func zips trees by insertion order; `map`, `stack` and the like keep
-the dicts of the tree they are given. No function changes its input.
+the dicts of their argument. No function changes its input.
 """
 
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import is_tensor_like
 
-Tree = Any
+from core import nodes
+from core.nodes import Tree, children, rebuild
 
 
 def map(f: Callable, tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - read as tree.map
@@ -34,30 +35,27 @@ def leaves(tree: Tree) -> list:
     return aligned(tree)[0]
 
 
-# Dynamo's version of optree cannot flatten a dict that has no tensor in it (`{}` of a layer without parameters, a mask
-# of bools), so compiled code walks its trees here; that happens once, at tracing.
-
-
 def aligned(tree: Tree, *rest: Tree) -> list[list]:
-    """The leaves of `tree`, and what each tree of `rest` has in their places, as lists of one length.
+    """Lists of equal length: the leaves of `tree`, and the leaves of each tree of `rest` in the same positions.
 
-    The trees of `rest` must have the structure of `tree`; where that has a leaf, they may have a whole subtree.
+    The trees of `rest` must have the structure of `tree`; in place of a leaf, they may have a whole subtree.
 
     Raises:
-        ValueError: they do not; it names the first path that differs.
+        ValueError: the structures differ; it names the first path that does.
     """
     if torch.compiler.is_compiling():
-        differences = [_difference(tree, other) for other in rest]
-        if any(differences):
-            raise ValueError("the trees differ in structure: " + "; ".join(filter(None, differences)))
-        return [_gather(tree, other) for other in (tree, *rest)]
+        columns: list[list] = [[] for _ in (tree, *rest)]
+        if not nodes.gather(tree, rest, columns):
+            differences = [nodes.difference(tree, other) for other in rest]
+            raise ValueError(f"the trees differ in structure: {'; '.join(filter(None, differences))}")
+        return columns
     first, treespec = optree.tree_flatten(tree)
     others = []
     for other in rest:
         try:
             others.append(treespec.flatten_up_to(other))
         except ValueError:
-            raise ValueError("the trees differ in structure: " + _difference(tree, other)) from None
+            raise ValueError(f"the trees differ in structure: {nodes.difference(tree, other)}") from None
     return [first, *others]
 
 
@@ -72,88 +70,24 @@ def unflatten(like: Tree, values: list) -> Tree:
         return optree.tree_unflatten(like, values)
     if not torch.compiler.is_compiling():
         return optree.tree_unflatten(optree.tree_structure(like), values)
-    remaining = iter(values)
-
-    def fill(node: Tree) -> Tree:
-        inner = children(node)
-        return next(remaining) if inner is None else rebuild(node, [fill(child) for _, child in inner])
-
-    return fill(like)
+    return nodes.fill(like, iter(values))
 
 
-def _gather(tree: Tree, other: Tree) -> list:
-    """What `other` has at each leaf of `tree`."""
-    inner = children(tree)
+def items(tree: Tree, prefix: str = "", none_is_leaf: bool = False) -> Iterator[tuple[str, Any]]:
+    """(name, leaf) pairs in the order of `leaves`; with `none_is_leaf`, (name, None) pairs too."""
+    pairs: list[tuple[str, Any]] = []
+    _collect(tree, prefix, none_is_leaf, pairs)
+    return iter(pairs)
+
+
+def _collect(node: Tree, name: str, none_is_leaf: bool, pairs: list[tuple[str, Any]]) -> None:
+    """Append the (name, leaf) pairs of `node` to `pairs`."""
+    inner = None if node is None and none_is_leaf else children(node)
     if inner is None:
-        return [other]
-    found = dict(children(other))
-    return [value for key, child in inner for value in _gather(child, found[key])]
-
-
-def _difference(tree: Tree, other: Tree, name: str = "") -> str:
-    """The first path at which `other` does not go on as `tree` does."""
-    inner = children(tree)
-    if inner is None:
-        return ""
-    found = dict(children(other) or [])
-    where = f"at '{name}'" if name else "at the top"
-    if (children(other) is None) or (isinstance(tree, dict) != isinstance(other, dict)):
-        return f"{where}, expected {type(tree).__name__}, found {type(other).__name__}"
-    for key, child in inner:
-        path = f"{name}.{key}" if name else key
-        if key not in found:
-            return f"'{path}' is missing"
-        if below := _difference(child, found.pop(key), path):
-            return below
-    if found:
-        return f"'{name}.{next(iter(found))}' is left over" if name else f"'{next(iter(found))}' is left over"
-    if type(tree) is not type(other) and not isinstance(tree, dict):
-        return f"{where}, expected {type(tree).__name__}, found {type(other).__name__}"
-    return ""
-
-
-def is_namedtuple(node: Tree) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
-
-
-def _keys(node: dict) -> list:
-    """The keys in the order in which optree walks them."""
-    return list(node) if isinstance(node, OrderedDict) else sorted(node)
-
-
-def children(node: Tree) -> list[tuple[str, Tree]] | None:
-    """(key, child) pairs of an inner node, None for a leaf."""
-    if node is None:
-        return []
-    if isinstance(node, dict):
-        return [(str(k), node[k]) for k in _keys(node)]
-    if is_namedtuple(node):
-        return list(zip(node._fields, node, strict=True))
-    if isinstance(node, (list, tuple)):
-        return [(str(i), child) for i, child in enumerate(node)]
-    return None
-
-
-def rebuild(node: Tree, values: list[Tree]) -> Tree:
-    """A node of the same kind as `node` around other children (in the order of `children(node)`)."""
-    if node is None:
-        return None
-    if isinstance(node, dict):
-        named = dict(zip(_keys(node), values, strict=True))
-        return {key: named[key] for key in node}
-    if is_namedtuple(node):
-        return type(node)(*values)
-    return type(node)(values)
-
-
-def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, leaf) pairs in the order of `leaves`."""
-    inner = children(tree)
-    if inner is None:
-        yield prefix, tree
+        pairs.append((name, node))
     else:
         for key, child in inner:
-            yield from items(child, f"{prefix}.{key}" if prefix else key)
+            _collect(child, f"{name}.{key}" if name else key, none_is_leaf, pairs)
 
 
 def names(tree: Tree) -> list[str]:
@@ -162,7 +96,7 @@ def names(tree: Tree) -> list[str]:
 
 
 def get(tree: Tree, name: str) -> Tree:
-    """The leaf or subtree at a dotted path. Raises KeyError naming the part that is not there."""
+    """The leaf or subtree at a dotted path. Raises KeyError naming the part that is missing."""
     node, walked = tree, ""
     for key in name.split(".") if name else []:
         inner = dict(children(node) or [])
@@ -178,7 +112,7 @@ def sort(tree: Tree) -> Tree:
     if inner is None:
         return tree
     if isinstance(tree, dict):
-        return {key: sort(tree[key]) for key in sorted(tree)}
+        return {key: sort(tree[key]) for key in nodes.sorted_keys(tree)}
     return rebuild(tree, [sort(child) for _, child in inner])
 
 
@@ -191,29 +125,29 @@ def partition(tree: Tree, predicate: Callable[[str, Any], bool]) -> tuple[Tree, 
     """Split into (leaves where `predicate(name, leaf)`, the others).
 
     Every leaf keeps its name: a dict drops an entry of which it has no leaf, a list or tuple keeps `{}` in its place.
-    What has no leaf to begin with (`{}` of a layer without parameters) stays in the first half. `merge` puts the
-    halves together again.
+    Nodes without leaves (`{}` of a layer without parameters) stay in the first half. `merge` puts the halves together
+    again.
     """
 
-    def half(node: Tree, prefix: str, wanted: bool) -> Tree:
+    def half(node: Tree, prefix: str, first: bool) -> Tree:
         inner = children(node)
         if inner is None:
-            return node if bool(predicate(prefix, node)) == wanted else _NOTHING
+            return node if bool(predicate(prefix, node)) == first else _NOTHING
         if _is_empty(node):
-            return sort(node) if wanted else _NOTHING
-        kept = [half(child, f"{prefix}.{key}" if prefix else key, wanted) for key, child in inner]
-        if all(child is _NOTHING for child in kept):
+            return sort(node) if first else _NOTHING
+        parts = [half(child, f"{prefix}.{key}" if prefix else key, first) for key, child in inner]
+        if all(child is _NOTHING for child in parts):
             return _NOTHING
         if isinstance(node, dict):
-            named = dict(zip(_keys(node), kept, strict=True))
-            return {key: named[key] for key in sorted(named) if named[key] is not _NOTHING}
-        return rebuild(node, [{} if child is _NOTHING else child for child in kept])
+            named = dict(zip(nodes.keys(node), parts, strict=True))
+            return {key: named[key] for key in nodes.sorted_keys(named) if named[key] is not _NOTHING}
+        return rebuild(node, [{} if child is _NOTHING else child for child in parts])
 
     first, second = half(tree, "", True), half(tree, "", False)
     return ({} if first is _NOTHING else first), ({} if second is _NOTHING else second)
 
 
-# Says "no leaf of this half lies here", which `{}` does not: that may be a layer without parameters.
+# No leaf of this half is here; `{}` would not do, since that may be a layer without parameters.
 _NOTHING = object()
 
 
@@ -226,7 +160,7 @@ def merge(*trees: Tree) -> Tree:
 
     def join(a: Tree, b: Tree, name: str) -> Tree:
         if isinstance(a, dict) and isinstance(b, dict):
-            both = sorted({*a, *b})
+            both = nodes.sorted_keys({*a, *b})
             return {key: join(a.get(key, {}), b.get(key, {}), f"{name}.{key}" if name else str(key)) for key in both}
         if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
             pairs = zip(children(a), children(b), strict=True)
@@ -236,9 +170,9 @@ def merge(*trees: Tree) -> Tree:
             return a
         if _is_empty(a):
             return b
-        found = " and ".join(f"{type(x).__name__} of {len(x)}" if children(x) else type(x).__name__ for x in (a, b))
+        kinds = " and ".join(f"{type(x).__name__} of {len(x)}" if children(x) else type(x).__name__ for x in (a, b))
         where = f"at '{name}'" if name else "at the top"
-        raise ValueError(f"cannot merge {where}: both trees have something there, {found}")
+        raise ValueError(f"cannot merge {where}: both trees have something there, {kinds}")
 
     merged: Tree = {}
     for tree in trees:
@@ -247,21 +181,21 @@ def merge(*trees: Tree) -> Tree:
 
 
 def stack(trees: list[Tree]) -> Tree:
-    """One tree whose leaves have a new leading axis, one entry a tree: the form an ensemble is vmapped over.
+    """One tree whose leaves have a new leading axis, one entry per tree: the form that ensembles are vmapped over.
 
     Raises:
-        ValueError: no tree, or trees of different structure or shapes; it names the leaf.
+        ValueError: no trees, or trees of different structure or shapes; it names the leaf.
     """
     trees = list(trees)
     if not trees:
-        raise ValueError("cannot stack: there is no tree")
+        raise ValueError("cannot stack: there are no trees")
 
     def stacked(name: str, *xs: Tensor) -> Tensor:
         if len({x.shape for x in xs}) > 1:
             raise ValueError(f"cannot stack: '{name}' has the shapes {', '.join(str(tuple(x.shape)) for x in xs)}")
         return torch.stack(xs)
 
-    return map_with_names(stacked, *trees)
+    return map_with_names(stacked, *trees)  # each leaf (len(trees), ...)
 
 
 def unstack(tree: Tree) -> list[Tree]:
@@ -283,7 +217,7 @@ def _shapes(tree: Tree) -> str:
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     """Floating-point leaves in another dtype; all other leaves as they are."""
-    # Tensor-like too: inside of core.per_example's losses a parameter is not a Tensor itself.
+    # Tensor-like too: in a loss of core.per_example a parameter is not a Tensor itself.
     return map(lambda x: x.to(dtype) if is_tensor_like(x) and x.is_floating_point() else x, tree)
 
 
@@ -293,18 +227,43 @@ def move(tree: Tree, device: torch.device | str) -> Tree:
 
 
 def count(tree: Tree) -> int:
-    """How many numbers the leaves hold; works on tensors and on specs alike."""
+    """Total number of elements; works on tensors and on specs alike."""
     return sum(torch.Size(leaf.shape).numel() for leaf in leaves(tree))
 
 
 def norm(tree: Tree) -> Tensor:
-    """sqrt(sum of squares over all leaves), accumulated in float32 or wider; 0-D."""
-    squares = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(squares)) if squares else torch.zeros(())
+    """Euclidean norm of all leaves together, sqrt(sum of squares), in float32 or wider; 0-D.
+
+    Right at every scale, though in float32 the squares of values below 1e-23 vanish and those above 1e19 are infinite.
+    """
+    norms = [_norm(x) for x in leaves(tree)]
+    if len(norms) < 2:
+        return norms[0] if norms else torch.zeros(())
+    return _norm(torch.stack(norms))
+
+
+def _norm(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if dtype != torch.float32:
+        return torch.linalg.vector_norm(x, dtype=dtype)
+    if _is_readable(x):  # float32 is faster, and its norm tells whether it was good enough
+        short = torch.linalg.vector_norm(x, dtype=dtype)
+        if 1e-15 < float(short.detach()) < math.inf:
+            return short
+    # Squares of float32 neither vanish nor overflow in float64, which Apple's GPUs do not have.
+    wide = dtype if x.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(x, dtype=wide).to(dtype)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """True if reading a value costs nothing: a tensor on the CPU, neither traced nor transformed."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def table(tree: Tree) -> str:
-    """A printable table: name, shape, dtype and size of each leaf, and the total. Works on specs too."""
+    """A printable table: name, shape, dtype and number of elements per leaf, and the total. Works on specs too."""
     rows = [(n, str(tuple(x.shape)), str(x.dtype).removeprefix("torch."), f"{count(x):,}") for n, x in items(tree)]
     rows = [("name", "shape", "dtype", "numbers"), *rows, ("total", "", "", f"{count(tree):,}")]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -316,7 +275,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
     """{name: leaf}, the form in which trees are written to files.
 
     Raises:
-        ValueError: a dict key that is no string, is empty or has a dot, so that names would not be unique.
+        ValueError: a dict key that is not a string, is empty or has a dot, so that names would not be unique.
     """
 
     def check(node: Tree) -> None:
@@ -332,24 +291,24 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 class _Branch(dict):
-    """A dict that `nest` made itself, and no leaf."""
+    """A dict made by `nest` itself, which is not a leaf."""
 
 
 def nest(flat: dict[str, Any], like: Tree = None) -> Tree:
     """The inverse of `flatten`.
 
-    Without `like`, keys 0..n-1 become a list and everything else a dict with sorted keys; what had no leaves is lost.
-    With `like`, the result has its structure.
+    Without `like`, keys 0..n-1 become a list and everything else a dict with sorted keys; nodes without leaves are
+    lost. With `like`, the result has its structure.
 
     Raises:
-        ValueError: a name that is missing from `like` or left over, or one that is both a leaf and a branch.
+        ValueError: a name that is missing or left over beside `like`, or one that is both a leaf and a branch.
     """
     if like is not None:
-        wanted = names(like)
-        missing, extra = [n for n in wanted if n not in flat], sorted(set(flat) - set(wanted))
+        expected = names(like)
+        missing, extra = [n for n in expected if n not in flat], sorted(set(flat) - set(expected))
         if missing or extra:
             raise ValueError(f"names do not match: missing {missing[:5]}, left over {extra[:5]}")
-        return unflatten(like, [flat[name] for name in wanted])
+        return unflatten(like, [flat[name] for name in expected])
 
     if set(flat) == {""}:
         return flat[""]

@@ -1,6 +1,6 @@
 """Curvature of a loss by products alone: Hessian, Gauss-Newton and Fisher, their spectra, traces and inverses.
 
-A linear operator is a function from a tree of parameters to a tree like it. Nothing here forms a matrix but `dense`.
+A linear operator is a function from a tree of parameters to a tree like it. Only `dense` forms a matrix.
 """
 
 from core.curvature.krylov import (

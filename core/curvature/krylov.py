@@ -1,8 +1,10 @@
 """Lanczos iteration: a few eigenvalues and eigenvectors of a symmetric operator, and the density of all of them.
 
-After k products with A from a start q_1, A Q = Q T + β_k q_{k+1} e_kᵀ: the columns of Q are an orthonormal basis of the
-Krylov space, T is tridiagonal with α on its diagonal and β beside it, and its eigenvalues, the Ritz values, approach
-those of A, the outermost first. These functions look at the numbers they get, so compile the product, not them.
+    A Q = Q T + β_k q_{k+1} e_kᵀ                             after k products with A from a start q_1
+
+The columns of Q are an orthonormal basis of the Krylov space, T is tridiagonal with α on its diagonal and β beside it,
+and its eigenvalues, the Ritz values, approach those of A, the outermost first. The scale of A does not matter: products
+are normalised before they are compared. These functions look at values, so compile the product, not them.
 """
 
 import math
@@ -13,13 +15,23 @@ import torch
 from torch import Tensor
 
 from core import random, tree
-from core.curvature.vectors import Operator, check_count, check_finite, draw, on_vectors, ravel, unravel, width
+from core.curvature.vectors import (
+    Operator,
+    check_count,
+    check_finite,
+    draw,
+    normalised,
+    on_vectors,
+    ravel,
+    unravel,
+    width,
+)
 from core.tree import Tree
 
 
 class Lanczos(NamedTuple):
-    """`alphas` (k,) and `betas` (k,), of which the last is how far the Krylov space is from being invariant; `basis`,
-    a tree whose leaves have a leading axis of length k, is None without reorthogonalisation."""
+    """`alphas` (k,) and `betas` (k,), of which the last is the distance of the Krylov space from an invariant one;
+    `basis`, a tree whose leaves have a leading axis of length k, is None without reorthogonalisation."""
 
     alphas: Tensor
     betas: Tensor
@@ -28,7 +40,7 @@ class Lanczos(NamedTuple):
 
 class Eigenpairs(NamedTuple):
     """`values` (count,), `vectors` of norm 1, stacked along a leading axis of each leaf, and `residuals` (count,),
-    |A v - λ v|: an eigenvalue of a symmetric A lies at most that far from λ."""
+    |A v - λ v|: a symmetric A has an eigenvalue within that distance of λ."""
 
     values: Tensor
     vectors: Tree
@@ -48,14 +60,14 @@ def lanczos(product: Operator, start: Tree, steps: int, reorthogonalise: bool = 
     Args:
         product: `product(vector) -> A vector` on trees like `start`; A is symmetric.
         start: any tree but zero; `core.curvature.probe(key, params)` is a random one.
-        steps: products, at most as many as there are parameters. It stops earlier where the Krylov space is invariant,
-            as it is after r + 1 steps for a matrix of rank r.
+        steps: products, up to the number of parameters. It stops earlier where the Krylov space is invariant, as it is
+            after r + 1 steps for a matrix of rank r.
         reorthogonalise: keep the whole basis and make each vector orthogonal to all before it. Without, memory does
             not grow with the steps, but converged eigenvalues appear again as copies.
 
     Raises:
-        TypeError, ValueError: a product that is not finite or no tree like its vector, a start that is zero, or fewer
-            than one step.
+        TypeError, ValueError: a product that is not finite or not a tree like its vector, a start that is zero, or
+            fewer than one step.
     """
     check_count("lanczos", steps=steps)
     multiply = on_vectors("lanczos", product, start)
@@ -68,30 +80,32 @@ def _iterate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lanczos` on vectors: (alphas, betas, basis (k, parameters), or its last two rows)."""
     check_finite(name, start, like, "the start")
-    if not bool(start.any()):
+    q, norm = normalised(start)
+    if norm == 0.0:
         raise ValueError(f"{name}: the start is zero")
-    basis = [start / torch.linalg.vector_norm(start)]
-    rows = start.new_empty((min(steps, len(start)) if keep else 0, len(start)))
+    count, previous = min(steps, len(start)), torch.zeros_like(q)
+    rows = start.new_empty((count if keep else 0, len(start)))  # (k, parameters)
     alphas, betas, scale = [], [], 0.0
-    for step in range(min(steps, len(start))):
-        q = basis[-1]
+    for step in range(count):
         w = multiply(q)
         check_finite(name, w, like, f"the product of step {step + 1}")
-        alphas.append(float(w @ q))
+        w, norm = normalised(w)  # everything below is about A q / |A q|, of norm 1
+        alpha = float(w @ q)
         if keep:
             rows[step] = q
-            for _ in range(2):  # once is not enough where almost nothing is left (Parlett: "twice is enough")
+            for _ in range(2):  # once is not enough where almost nothing remains (Parlett: "twice is enough")
                 w = w - (rows[: step + 1] @ w) @ rows[: step + 1]
         else:
-            w = w - alphas[-1] * q
-            if step:
-                w = w - betas[-1] * basis[-2]
-        betas.append(float(torch.linalg.vector_norm(w)))
+            w = w - alpha * q
+            if step and norm:
+                w = w - betas[-1] / norm * previous
+        previous, (q, beta) = q, normalised(w)
+        alphas.append(alpha * norm)
+        betas.append(beta * norm)
         scale = max(scale, abs(alphas[-1]), betas[-1])
-        # What is left is rounding: the space is invariant.
+        # Nothing but rounding remains: the space is invariant.
         if betas[-1] <= 10 * torch.finfo(w.dtype).eps * scale:
             break
-        basis = [q, w / betas[-1]]
     # In double precision, for eigh of T; not every device has it.
     return *(torch.tensor(x, dtype=torch.float64) for x in (alphas, betas)), rows[: len(alphas)]
 
@@ -112,11 +126,11 @@ WHICH = ("largest", "smallest", "both", "magnitude")
 def top_eigenpairs(product: Operator, start: Tree, count: int, steps: int, which: str = "largest") -> Eigenpairs:
     """Eigenvalues at the ends of the spectrum and their eigenvectors, by Lanczos iteration.
 
-    Look at the residuals: more steps make them smaller. Of an eigenvalue that occurs several times one vector is found.
+    Look at the residuals: more steps make them smaller. A repeated eigenvalue gives one vector.
 
     Args:
         product, start: as in `lanczos`.
-        steps: products, besides the `count` that the residuals take.
+        steps: products, besides the `count` for the residuals.
         which: "largest" by algebraic value, in descending order; "smallest", in ascending order; "both", half of them
             from each end, in descending order; "magnitude", by absolute value, the largest first.
 
@@ -140,10 +154,10 @@ def top_eigenpairs(product: Operator, start: Tree, count: int, steps: int, which
         order = torch.cat([order[len(order) - (count + 1) // 2 :], order[: count // 2]]).sort(descending=True).values
     elif which == "magnitude":
         order = values.abs().argsort(descending=True)
-    chosen = order[:count]
-    found, vectors = values[chosen].to(basis), weights[:, chosen].T.to(basis) @ basis
-    residuals = [torch.linalg.vector_norm(multiply(v) - value * v) for value, v in zip(found, vectors, strict=True)]
-    return Eigenpairs(found, unravel(vectors, start), torch.stack(residuals))
+    top = order[:count]
+    values, vectors = values[top].to(basis), weights[:, top].T.to(basis) @ basis  # (count,), (count, parameters)
+    residuals = [tree.norm(multiply(v) - value * v) for value, v in zip(values, vectors, strict=True)]
+    return Eigenpairs(values, unravel(vectors, start), torch.stack(residuals))
 
 
 def spectral_density(product: Operator, like: Tree, key: Tensor, probes: int = 10, steps: int = 80) -> Density:
@@ -154,7 +168,7 @@ def spectral_density(product: Operator, like: Tree, key: Tensor, probes: int = 1
 
     For a random unit vector v, E vᵀ f(A) v = tr f(A) / n, and Lanczos from v gives the Gauss quadrature of vᵀ f(A) v:
     nodes are the Ritz values, weights the squared first components of the eigenvectors of T. It is exact for
-    polynomials f of degree below twice the steps; what remains is the chance of the probes.
+    polynomials f of degree below twice the steps; the remaining error is the variance of the probes.
 
     Args:
         product: as in `lanczos`.
@@ -163,7 +177,7 @@ def spectral_density(product: Operator, like: Tree, key: Tensor, probes: int = 1
         probes: random vectors. Each takes `steps` products and, while it is used, `steps` vectors of memory.
 
     Returns:
-        nodes and weights of all probes, float64; `smoothed` makes a curve of them.
+        nodes and weights of all probes, float64; `smoothed` turns them into a curve.
 
     Raises:
         TypeError, ValueError: as `lanczos`, or fewer than one probe.
@@ -182,14 +196,14 @@ def spectral_density(product: Operator, like: Tree, key: Tensor, probes: int = 1
 
 
 def smoothed(density: Density, grid: Tensor, sigma: float) -> Tensor:
-    """The density at the points `grid` (points,), every node blurred by a Gaussian of width sigma:
+    """The density at the points `grid` (points,), with every node blurred by a Gaussian of standard deviation sigma:
 
     φ(t) = sum_i w_i exp(-(t - λ_i)² / 2σ²) / (σ sqrt(2π)),   whose integral is 1
 
-    With `Density(eigenvalues, 1 / n)` it draws a known spectrum in the same way.
+    With `Density(eigenvalues, 1 / n)` it shows a known spectrum in the same way.
     """
     if not sigma > 0.0:
         raise ValueError(f"smoothed: sigma is {sigma}; expected a positive number")
     nodes, weights = density.nodes.to(grid), density.weights.to(grid)
-    distance = (grid[:, None] - nodes) / sigma
-    return (-0.5 * distance.square()).exp() @ weights / (sigma * math.sqrt(2 * math.pi))
+    distance = (grid[:, None] - nodes) / sigma  # (points, m)
+    return (-0.5 * distance.square()).exp() @ weights / (sigma * math.sqrt(2 * math.pi))  # (points,)

@@ -1,4 +1,4 @@
-"""Products of a vector with the curvature matrices of a loss; that with its Hessian is `core.transforms.hvp`.
+"""Products of a vector with the curvature matrices of a loss; the one with its Hessian is `core.transforms.hvp`.
 
 θ are the parameters, z = f(θ) the outputs, J = dz/dθ. Each product costs a few gradients and forms no matrix.
 """
@@ -35,33 +35,33 @@ def ggn_vp(outputs: Callable, loss_of_outputs: Callable, params: Tree, direction
     Raises:
         TypeError, ValueError: as `core.transforms.jvp` and `hvp`.
     """
-    z, tangent = jvp(outputs, (params,), (direction,))
-    _, curved = hvp(loss_of_outputs, z, tangent)
+    z, tangent = jvp(outputs, (params,), (direction,))  # J v
+    _, curved = hvp(loss_of_outputs, z, tangent)  # H J v
     # hvp sorts the keys; torch's vjp wants the outputs' own order.
     return _transposed(outputs, params, tree.map(lambda _, c: c, z, curved))
 
 
 def fisher_vp(losses: Callable, params: Tree, direction: Tree, *args) -> Tree:
-    """Empirical Fisher matrix, that of the given labels, times direction: 1/N sum_i g_i (g_iᵀ v).
+    """Empirical Fisher matrix, with the labels of the data, times direction: 1/N sum_i g_i (g_iᵀ v).
 
-    g_i is the gradient of example i's loss. It is no estimate of the Fisher matrix, which takes its labels from the
+    g_i is the gradient of example i's loss. It is not an estimate of the Fisher matrix, which takes its labels from the
     model (Kunstner et al. 2019, arXiv:1905.12558): see `sampled_fisher_vp`.
 
     Args:
-        losses: `losses(params, *args) -> (N,)`, one an example, not divided by N.
+        losses: `losses(params, *args) -> (N,)`, one per example, not divided by N.
         direction: as `params`.
 
     Raises:
-        TypeError, ValueError: as `core.transforms.jvp`; losses that are no vector.
+        TypeError, ValueError: as `core.transforms.jvp`; losses that are not a vector.
     """
 
     def each(p: Tree) -> Tensor:
         return losses(p, *args)
 
-    values, slopes = jvp(each, (params,), (direction,))
+    values, slopes = jvp(each, (params,), (direction,))  # slopes: g_iᵀ v, (N,)
     if not isinstance(values, Tensor) or values.ndim != 1:
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"fisher_vp: the losses have {found}; expected one an example, (N,)")
+        kind = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"fisher_vp: the losses have {kind}; expected one per example, (N,)")
     return _transposed(each, params, slopes / len(values))
 
 
@@ -76,17 +76,18 @@ def sampled_fisher_vp(logits: Callable, params: Tree, direction: Tree, key: Tens
     Args:
         logits: `logits(params) -> (..., classes)`; every row is a prediction of its own, N rows in all.
         key: (2,).
-        samples: labels a row; they cost next to nothing.
+        samples: labels per row; they cost next to nothing.
     """
     check_count("sampled_fisher_vp", samples=samples)
     z, tangent = jvp(logits, (params,), (direction,))
     if not isinstance(z, Tensor) or z.ndim < 1:
         raise ValueError(f"sampled_fisher_vp: the logits are {type(z).__name__}; expected a tensor (..., classes)")
     p = z.softmax(-1)
-    labels = random.categorical(key, z.detach(), shape=(samples, *z.shape[:-1]))
-    # sum_c (p - e_y)_c t_c, and Σ_s (p - e_y) w_s with e_y as a scatter: nothing is (samples, ..., classes).
-    rows = labels.flatten(1).movedim(0, -1)  # (rows, samples)
-    flat_p, flat_t = p.flatten(0, -2), tangent.flatten(0, -2)
-    slopes = (flat_p * flat_t).sum(-1, keepdim=True) - flat_t.gather(-1, rows)
-    curved = slopes.sum(-1, keepdim=True) * flat_p - torch.zeros_like(flat_p).scatter_add(-1, rows, slopes)
+    labels = random.categorical(key, z.detach(), shape=(samples, *z.shape[:-1]))  # (samples, ...)
+    labels = labels.flatten(1).movedim(0, -1)  # (N, samples)
+    flat_p, flat_t = p.flatten(0, -2), tangent.flatten(0, -2)  # each (N, classes)
+    # With e_y by gather and scatter nothing is (samples, N, classes).
+    slopes = (flat_p * flat_t).sum(-1, keepdim=True) - flat_t.gather(-1, labels)  # (p - e_y)ᵀ J v, (N, samples)
+    scattered = torch.zeros_like(flat_p).scatter_add(-1, labels, slopes)
+    curved = slopes.sum(-1, keepdim=True) * flat_p - scattered  # sum_s (p - e_y) (p - e_y)ᵀ J v, (N, classes)
     return _transposed(logits, params, curved.reshape(z.shape) / (samples * len(flat_p)))

@@ -1,4 +1,4 @@
-"""Inverses of operators, applied: conjugate gradients, and the inverse on the span of a few eigenvectors."""
+"""Products with inverses of operators: conjugate gradients, and the inverse on the span of a few eigenvectors."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from core.curvature.vectors import (
     check_count,
     check_finite,
     check_tree,
+    normalised,
     on_vectors,
     ravel,
     unravel,
@@ -31,11 +32,13 @@ def conjugate_gradient(
 ) -> Solution:
     """x with (A + damping I) x = b, for a symmetric positive definite A + damping I (Hestenes and Stiefel 1952).
 
+    The scales of A and of b do not matter: it solves for b / |b|, and multiplies A with unit vectors.
+
     Args:
         product: `product(vector) -> A vector` on trees like b.
-        steps: products, at most.
-        tolerance: it ends when the residual is at most `tolerance * |b|`; whether it got there is for the caller to
-            see in `residual_norms`, which the recurrence keeps up (float32 cannot go below about 1e-6).
+        steps: maximum number of products.
+        tolerance: stop at a residual of `tolerance * |b|`. `residual_norms`, which the recurrence updates, shows
+            whether it was reached (float32 cannot go below about 1e-6).
 
     Raises:
         TypeError, ValueError: a direction of negative or no curvature, so that A + damping I is not positive definite;
@@ -48,26 +51,28 @@ def conjugate_gradient(
             raise ValueError(f"{name}: {what} is {value}; expected a number of at least 0")
     multiply, r = on_vectors(name, product, b), ravel(b)
     check_finite(name, r, b, "b")
+    r, norm = normalised(r)
     x, direction, square = torch.zeros_like(r), r, r @ r
-    norms = [square.sqrt()]
+    norms = [square.sqrt()]  # of the residuals r = b - (A + damping) x, in units of |b|
     for step in range(1, steps + 1):
         if bool(norms[-1] <= tolerance * norms[0]):
             break
-        curved = multiply(direction) + damping * direction
+        size = torch.linalg.vector_norm(direction)
+        unit = direction / size  # p / |p|
+        curved = multiply(unit) + damping * unit
         check_finite(name, curved, b, f"the product of step {step}")
-        curvature = direction @ curved
+        curvature = unit @ curved  # pᵀ (A + damping) p / pᵀ p
         if not bool(curvature > 0):
-            along = float(curvature / (direction @ direction))
             raise ValueError(
-                f"{name}: negative or zero curvature, vᵀ(A + damping)v / vᵀv = {along:.3g}, along step "
+                f"{name}: negative or zero curvature, vᵀ(A + damping)v / vᵀv = {float(curvature):.3g}, along step "
                 f"{step}: A + damping must be positive definite; raise damping ({damping:g}), or use the GGN"
             )
-        length = square / curvature
-        x, r = x + length * direction, r - length * curved
+        length = square / size / curvature  # α |p|, with α = |r|² / pᵀ (A + damping) p
+        x, r = x + length * unit, r - length * curved
         square, before = r @ r, square
         norms.append(square.sqrt())
-        direction = r + square / before * direction
-    return Solution(unravel(x, b), torch.stack(norms))
+        direction = r + square / before * direction  # p ← r + (|r|² / |r before|²) p
+    return Solution(unravel(x * norm, b), torch.stack(norms) * norm)
 
 
 def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, complement: bool = False) -> Operator:
@@ -76,17 +81,16 @@ def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, comple
     v -> sum_i q_i (q_iᵀ v) / (λ_i + damping)                            (+ (v - Q Qᵀ v) / damping with `complement`)
 
     Schioppa et al. 2021, "Scaling Up Influence Functions" (arXiv:2112.03052), apply it to gradients, with the
-    eigenvalues of largest magnitude: `top_eigenpairs(..., which="magnitude")`. What is orthogonal to all of them is
-    dropped; with `complement` it is treated as an eigenspace of eigenvalue 0, which gives the inverse of
-    Q Λ Qᵀ + damping I.
+    eigenvalues of largest magnitude: `top_eigenpairs(..., which="magnitude")`. Components orthogonal to all of them are
+    dropped; with `complement` they form an eigenspace of eigenvalue 0, which gives the inverse of Q Λ Qᵀ + damping I.
 
     Args:
         values: (count,).
         vectors: orthonormal, stacked along a leading axis of each leaf.
 
     Raises:
-        TypeError, ValueError: vectors that are not `count` in number, an eigenvalue that damping makes 0, or
-            `complement` without a positive damping; from the function, another tree than the vectors.
+        TypeError, ValueError: not `count` vectors, an eigenvalue that damping makes 0, or `complement` without a
+            positive damping; from the function, another tree than the vectors.
     """
     name = "low_rank_inverse"
     check_tree(name, "the vectors", vectors)
@@ -95,13 +99,13 @@ def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, comple
     factors = reciprocals(name, values, vectors, damping)
     like = tree.map(lambda x: x[0], vectors)
     dtype = width(like)
-    rows = torch.cat([x.reshape(len(values), -1).to(dtype) for x in tree.leaves(vectors)], 1)
+    rows = torch.cat([x.reshape(len(values), -1).to(dtype) for x in tree.leaves(vectors)], 1)  # (count, parameters)
     factors = factors.to(rows)
 
     def apply(vector: Tree) -> Tree:
         v = ravel(_like(name, vector, like))
-        coefficients = rows @ v
-        out = (coefficients * factors) @ rows
+        coefficients = rows @ v  # q_iᵀ v, (count,)
+        out = (coefficients * factors) @ rows  # (parameters,)
         if complement:
             out = out + (v - coefficients @ rows) / damping
         return unravel(out, vector)
@@ -110,10 +114,10 @@ def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, comple
 
 
 def reciprocals(name: str, values: Tensor, vectors: Tree, damping: float) -> Tensor:
-    """1 / (λ_i + damping), (count,), of eigenpairs that are checked; a compiled function may not look at the values.
+    """1 / (λ_i + damping), (count,). While compiling, the values themselves are not checked.
 
     Raises:
-        ValueError: not one vector for each value; an eigenvalue that damping makes 0.
+        ValueError: not one vector per value; an eigenvalue that damping makes 0.
     """
     for path, leaf in tree.items(vectors):
         if values.ndim != 1 or leaf.shape[:1] != values.shape:
@@ -126,12 +130,12 @@ def reciprocals(name: str, values: Tensor, vectors: Tree, damping: float) -> Ten
 
 
 def _like(name: str, vector: Tree, like: Tree) -> Tree:
-    """`vector`, once it has the structure and shapes of `like`."""
+    """`vector`, checked to have the structure and shapes of `like`."""
     try:
-        found = tree.aligned(like, vector)[1]
+        leaves = tree.aligned(like, vector)[1]
     except ValueError as error:
-        raise ValueError(f"{name}: the vector is no tree like the eigenvectors: {error}") from None
-    for (path, x), y in zip(tree.items(like), found, strict=True):
+        raise ValueError(f"{name}: the vector is not a tree like the eigenvectors: {error}") from None
+    for (path, x), y in zip(tree.items(like), leaves, strict=True):
         if y.shape != x.shape:
             raise ValueError(f"{name}: leaf '{path}' has shape {tuple(y.shape)}; expected {tuple(x.shape)}")
     return vector

@@ -1,5 +1,6 @@
 """Trace and diagonal of an operator from random vectors, each with its standard error."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,38 +23,41 @@ def _estimate(
     name: str, product: Operator, like: Tree, key: Tensor, probes: int, distribution: str, sample: Callable
 ) -> tuple[Tensor, Tensor]:
     check_count(name, probes=probes)
-    multiply, mean, squares = on_vectors(name, product, like), 0.0, 0.0
-    # Welford's update: no more memory for more probes.
+    multiply, mean, spread = on_vectors(name, product, like), 0.0, None
+    # Welford's update, which takes no more memory for more probes. Its sum of squares s = sum_i (x_i - mean)² is kept
+    # as the root, for s itself overflows or vanishes at scales that the samples x_i do not reach.
     for i, probe_key in enumerate(random.sites(key, probes), 1):
         v = draw(probe_key, tree.count(like), width(like), distribution)
-        found = sample(v, multiply(v))
-        before = found - mean
-        mean = mean + before / i
-        squares = squares + before * (found - mean)
+        x = sample(v, multiply(v))
+        change = x - mean
+        mean = mean + change / i
+        if i > 1:
+            step = change.abs() * math.sqrt(1 - 1 / i)  # s ← s + (x - mean before) (x - mean)
+            spread = step if i == 2 else torch.hypot(spread, step)
     if probes == 1:
         return mean, torch.full_like(mean, float("nan"))
-    return mean, (squares / (probes * (probes - 1))).sqrt()
+    return mean, spread / math.sqrt(probes * (probes - 1))
 
 
 def hutchinson_trace(
     product: Operator, like: Tree, key: Tensor, probes: int = 32, distribution: str = "rademacher"
 ) -> Estimate:
-    """The trace, tr A = E vᵀ A v for independent numbers v_i of mean 0 and variance 1 (Hutchinson 1990).
+    """The trace, tr A = E vᵀ A v for v of independent elements with mean 0 and variance 1 (Hutchinson 1990).
 
-    A Rademacher probe has the variance 2 sum_{i≠j} A_ij², a normal one 2 sum_ij A_ij² (A symmetric). Tensor operations
-    alone: it compiles, and a product that is not finite gives a value that is not.
+    A Rademacher probe has the variance 2 sum_{i≠j} A_ij², a normal one 2 sum_ij A_ij² (A symmetric). It consists of
+    tensor operations alone, so it compiles, and a product that is not finite gives a value that is not.
 
     Args:
         like: a tree like the vectors, such as the parameters.
         key: (2,).
-        probes: random vectors, one product each.
+        probes: number of random vectors, one product each.
         distribution: "rademacher" or "normal".
 
     Returns:
         two 0-D tensors.
 
     Raises:
-        TypeError, ValueError: a product that is no tree like its vector, fewer than one probe, another distribution.
+        TypeError, ValueError: a product that is not a tree like its vector, fewer than one probe, another distribution.
     """
     return Estimate(*_estimate("hutchinson_trace", product, like, key, probes, distribution, torch.dot))
 
@@ -71,5 +75,5 @@ def hutchinson_diagonal(
     Returns:
         two trees like `like`.
     """
-    found = _estimate("hutchinson_diagonal", product, like, key, probes, distribution, torch.mul)
-    return Estimate(*(unravel(x, like) for x in found))
+    estimate = _estimate("hutchinson_diagonal", product, like, key, probes, distribution, torch.mul)
+    return Estimate(*(unravel(x, like) for x in estimate))

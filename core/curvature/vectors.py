@@ -12,7 +12,7 @@ Operator = Callable[[Tree], Tree]
 
 
 def width(like: Tree) -> torch.dtype:
-    """The dtype that vectors of such trees have: that of the leaves, float32 at least."""
+    """The dtype of vectors of such trees: that of the leaves, float32 at least."""
     dtype = torch.float32
     for leaf in tree.leaves(like):
         dtype = torch.promote_types(dtype, leaf.dtype)
@@ -20,18 +20,24 @@ def width(like: Tree) -> torch.dtype:
 
 
 def ravel(values: Tree) -> Tensor:
-    """All numbers of a tree in one row, in the order of its leaves: (parameters,)."""
+    """All elements of a tree as one vector, in the order of its leaves: (parameters,)."""
     dtype = width(values)
     return torch.cat([x.reshape(-1).to(dtype) for x in tree.leaves(values)])
 
 
 def unravel(vector: Tensor, like: Tree) -> Tree:
     """The inverse of `ravel`, with the shapes and dtypes of `like`; leading axes of `vector` lead each leaf."""
-    leading, found, at = vector.shape[:-1], [], 0
+    leading, parts, at = vector.shape[:-1], [], 0
     for leaf in tree.leaves(like):
-        found.append(vector[..., at : at + leaf.numel()].reshape(*leading, *leaf.shape).to(leaf.dtype))
+        parts.append(vector[..., at : at + leaf.numel()].reshape(*leading, *leaf.shape).to(leaf.dtype))
         at += leaf.numel()
-    return tree.unflatten(like, found)
+    return tree.unflatten(like, parts)
+
+
+def normalised(vector: Tensor) -> tuple[Tensor, float]:
+    """(vector / |vector|, |vector|), at every scale; zero stays zero."""
+    norm = float(tree.norm(vector))
+    return (vector / norm if norm else vector), norm
 
 
 def check_tree(name: str, what: str, values: Tree) -> None:
@@ -51,33 +57,32 @@ def check_count(name: str, **counts: int) -> None:
 
 
 def on_vectors(name: str, product: Operator, like: Tree) -> Callable[[Tensor], Tensor]:
-    """`product` as a function (parameters,) -> (parameters,), once it returns a tree like the one it was given."""
+    """`product` as a function (parameters,) -> (parameters,) that checks its result, see `checked`."""
     check_tree(name, "the vector", like)
 
     def multiply(vector: Tensor) -> Tensor:
-        given = unravel(vector, like)
-        out = product(given)
-        return ravel(checked(name, out, given)).to(vector.dtype)
+        direction = unravel(vector, like)
+        return ravel(checked(name, product(direction), direction)).to(vector.dtype)
 
     return multiply
 
 
-def checked(name: str, out: Tree, given: Tree) -> Tree:
-    """`out`, what a product made of `given`, in the key order of `given`.
+def checked(name: str, out: Tree, vector: Tree) -> Tree:
+    """`out`, the product with `vector`, in the key order of `vector`.
 
     Raises:
         ValueError: another structure or shape; it names the leaf.
     """
     try:
-        rows = tree.aligned(given, out)[1]
+        rows = tree.aligned(vector, out)[1]
     except ValueError as error:
         hint = "; of the pair that hvp returns, the product is the second" if isinstance(out, tuple) else ""
-        raise ValueError(f"{name}: the product is no tree like its vector: {error}{hint}") from None
-    for (path, x), y in zip(tree.items(given), rows, strict=True):
+        raise ValueError(f"{name}: the product is not a tree like its vector: {error}{hint}") from None
+    for (path, x), y in zip(tree.items(vector), rows, strict=True):
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{name}: leaf '{path}' of the product has {found}; expected shape {tuple(x.shape)}")
-    return tree.unflatten(given, rows)
+            kind = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{name}: leaf '{path}' of the product has {kind}; expected shape {tuple(x.shape)}")
+    return tree.unflatten(vector, rows)
 
 
 def check_finite(name: str, vector: Tensor, like: Tree, where: str) -> None:
@@ -90,7 +95,7 @@ DISTRIBUTIONS = ("rademacher", "normal")
 
 
 def probe(key: Tensor, like: Tree, distribution: str = "normal") -> Tree:
-    """A random tree of independent numbers with mean 0 and variance 1, shaped as `like`.
+    """A random tree of independent elements with mean 0 and variance 1, in the shapes of `like`.
 
     Args:
         key: (2,).
@@ -109,12 +114,12 @@ def draw(key: Tensor, count: int, dtype: torch.dtype, distribution: str) -> Tens
 
 
 def dense(product: Operator, like: Tree, chunk: int | None = None) -> Tensor:
-    """The matrix of an operator, (parameters, parameters): entry [i, j] is how output i depends on input j.
+    """The matrix of an operator, (parameters, parameters): entry [i, j] is the derivative of output i by input j.
 
-    One product a parameter: for small nets, and to test with.
+    One product per parameter: for small nets, and to test with.
 
     Args:
-        chunk: how many columns are computed at once; all if None.
+        chunk: columns computed at once; all if None.
     """
     multiply = on_vectors("dense", product, like)
     eye = torch.eye(tree.count(like), dtype=width(like), device=tree.leaves(like)[0].device)

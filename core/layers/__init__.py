@@ -8,6 +8,7 @@ from core.layers.linear import linear, linear_spec
 from core.layers.normalization import (
     batch_norm,
     batch_norm_spec,
+    freeze_batch_norms,
     group_norm,
     group_norm_spec,
     instance_norm,
@@ -41,6 +42,7 @@ __all__ = [
     "dropout_sites",
     "embedding",
     "embedding_spec",
+    "freeze_batch_norms",
     "geglu",
     "global_average_pool",
     "group_norm",

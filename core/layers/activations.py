@@ -1,7 +1,7 @@
-"""Activations by name, and the ones torch.nn.functional does not have.
+"""Activations by name, and those that torch.nn.functional lacks.
 
-What torch.nn.functional already gives (`F.relu`, `F.gelu`, `F.glu`, `F.softmax` ...) is used as it is; the table is for
-configurations that name their activation.
+Nets call torch.nn.functional (`F.relu`, `F.gelu`, `F.glu`, `F.softmax` ...) directly; the table is for configurations
+that name their activation.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.initializers import Initializer, constant
+from core.layers.checks import check_arguments
 from core.spec import Param
 from core.tree import Tree
 
@@ -20,13 +21,13 @@ QUARTER = constant(0.25)
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(a) * b with (a, b) the halves of the last axis: (..., 2d) -> (..., d). Shazeer 2020, arXiv:2002.05202."""
-    a, b = x.chunk(2, -1)
+    a, b = x.chunk(2, -1)  # each (..., d)
     return F.silu(a) * b
 
 
 def geglu(x: Tensor) -> Tensor:
     """gelu(a) * b with (a, b) the halves of the last axis: (..., 2d) -> (..., d). Shazeer 2020, arXiv:2002.05202."""
-    a, b = x.chunk(2, -1)
+    a, b = x.chunk(2, -1)  # each (..., d)
     return F.gelu(a) * b
 
 
@@ -36,7 +37,13 @@ def prelu_spec(channels: int = 1, *, init: Initializer = QUARTER, axes: tuple[st
 
 
 def prelu(p: Tree, x: Tensor) -> Tensor:
-    """max(0, x) + weight * min(0, x). x: (batch, channels, ...). Raises ValueError on other channels."""
+    """max(0, x) + weight * min(0, x). x: (batch, channels, ...).
+
+    Raises:
+        TypeError: p is not a dict, or x not a tensor.
+        ValueError: x has other channels than the weight.
+    """
+    check_arguments("prelu", p, x)
     slopes = p["weight"].shape[0]
     if slopes != 1 and (x.ndim < 2 or x.shape[1] != slopes):
         raise ValueError(f"prelu: expected x of shape (batch, {slopes}, ...), found {tuple(x.shape)}")
@@ -73,7 +80,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name. Raises ValueError listing the names."""
+    """The activation with that name. Raises ValueError listing the names."""
     if name not in ACTIVATIONS:
         raise ValueError(f"no activation '{name}'; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

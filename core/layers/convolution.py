@@ -1,4 +1,4 @@
-"""Convolution and transposed convolution over one, two or three spatial axes; the weight's rank says how many."""
+"""Convolution and transposed convolution over one, two or three spatial axes, by the rank of the weight."""
 
 from math import prod
 
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.initializers import Initializer, zeros
+from core.layers.checks import check_arguments
 from core.layers.linear import LECUN_NORMAL
 from core.spec import Param
 from core.tree import Tree
@@ -36,8 +37,8 @@ def conv_spec(
     in torch.
 
     Args:
-        kernel: one size an axis, or one for all of them.
-        dims: how many spatial axes; by default as many as `kernel` names, and 2 when it is one number.
+        kernel: one size per axis, or one for all axes.
+        dims: number of spatial axes; by default the length of `kernel`, and 2 for a single number.
         transposed: for `conv_transpose`.
 
     Raises:
@@ -68,14 +69,16 @@ def conv(
     """Cross-correlation, as torch.nn.Conv1d, 2d and 3d. x: (batch, d_in, *space) -> (batch, d_out, *space').
 
     Args:
-        padding: numbers on both sides of each axis, "valid" (none) or "same" (space' = space; stride 1 only; an even
-            kernel gets the odd one on the right).
+        padding: positions on both sides of each axis, "valid" (none) or "same" (space' = space; stride 1 only; of an
+            odd total, the right side gets one more).
         padding_mode: "zeros", "reflect", "replicate" or "circular".
 
     Raises:
+        TypeError: p is not a dict, or x not a tensor.
         ValueError: x has other channels or another rank than the weight; an unknown padding or mode; "same" with a
             stride.
     """
+    check_arguments("conv", p, x)
     weight = p["weight"]
     dims = _check("conv", x, weight, weight.shape[1] * groups)
     if padding_mode not in _PADDING_MODES:
@@ -85,8 +88,8 @@ def conv(
     pads = _pads(padding, weight.shape[2:], _per_axis(dilation, dims, "dilation"))
     if padding_mode == "zeros" and all(left == right for left, right in pads):
         return _CONV[dims](x, weight, p.get("bias"), stride, tuple(left for left, _ in pads), dilation, groups)
-    x = _pad(x, pads, padding_mode)
-    return _CONV[dims](x, weight, p.get("bias"), stride, 0, dilation, groups)
+    x = _pad(x, pads, padding_mode)  # (batch, d_in, *(left + space + right))
+    return _CONV[dims](x, weight, p.get("bias"), stride, 0, dilation, groups)  # (batch, d_out, *space')
 
 
 def conv_transpose(
@@ -105,14 +108,16 @@ def conv_transpose(
     space' = (space - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1.
 
     Raises:
+        TypeError: p is not a dict, or x not a tensor.
         ValueError: x has other channels or another rank than the weight.
     """
+    check_arguments("conv_transpose", p, x)
     dims = _check("conv_transpose", x, p["weight"], p["weight"].shape[0])
     return _CONV_TRANSPOSE[dims](x, p["weight"], p.get("bias"), stride, padding, output_padding, groups, dilation)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, d_in: int) -> int:
-    """The number of spatial axes, once x is known to fit the weight."""
+    """The number of spatial axes of the weight, checked to fit x."""
     if x.ndim != weight.ndim or x.shape[1] != d_in:
         space = ", ".join(["space"] * (weight.ndim - 2))
         raise ValueError(f"{name}: expected x of shape (batch, {d_in}, {space}), found {tuple(x.shape)}")
@@ -122,7 +127,7 @@ def _check(name: str, x: Tensor, weight: Tensor, d_in: int) -> int:
 def _per_axis(value: Sizes, dims: int, name: str) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) != dims:
-        raise ValueError(f"conv: expected {dims} numbers for {name}, found {value}")
+        raise ValueError(f"conv: expected {dims} integers for {name}, found {value}")
     return values
 
 
@@ -134,7 +139,7 @@ def _pads(padding: Sizes | str, kernel: tuple[int, ...], dilation: tuple[int, ..
     if padding == "valid":
         padding = 0
     if isinstance(padding, str):
-        raise ValueError(f"conv: padding is 'same', 'valid' or numbers, not '{padding}'")
+        raise ValueError(f"conv: padding is 'same', 'valid' or integers, not '{padding}'")
     return [(p, p) for p in _per_axis(padding, len(kernel), "padding")]
 
 

@@ -1,10 +1,12 @@
-"""Dropout in its three grains: single values, whole channels, whole examples.
+"""Dropout of single values, whole channels, or whole examples.
 
-Each takes one key (2,), or one key an example (N, 2): then the mask of example i depends on key i alone, so a
+    y = x m / (1 - rate),   m ~ Bernoulli(1 - rate)
+
+Each function takes one key (2,), or one key per example (N, 2): then the mask of example i depends on key i alone, so a
 micro-batch, a replica and `vmap(grad)` see the masks of the whole batch.
 
-A place takes 16 random bits, compared as an integer, so that one Threefry block serves four places. A value is
-therefore kept with probability 1 - rate to within 2**-17; kept values are scaled by 1 / (1 - rate).
+Every m takes 16 random bits, compared as an integer, so that one Threefry block serves four of them. Its probability is
+therefore 1 - rate to within 2**-17.
 """
 
 from collections.abc import Callable
@@ -14,17 +16,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-from core import random
+from core import random, threefry
+from core.layers.checks import check_tensor
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None, train: bool = True) -> Tensor:
-    """Each value is 0 with probability `rate`, else x / (1 - rate). Srivastava et al. 2014, JMLR 15. x: (batch, ...).
+    """Dropout: each value is 0 with probability `rate`, else x / (1 - rate). Srivastava et al. 2014, JMLR 15.
+
+    x: (batch, ...).
 
     Args:
-        key: (2,), or (batch, 2). May be None if nothing is to be drawn (rate 0 or not train: x itself).
+        key: (2,), or (batch, 2). May be None where nothing is drawn (rate 0 or not train: x itself).
 
     Raises:
-        ValueError: rate is outside [0, 1); no key in training; the keys are not one an example.
+        TypeError: x or the key is not a tensor.
+        ValueError: rate is outside [0, 1); no key in training; keys that are not one per example.
     """
     return _drop("dropout", x, tuple(x.shape), rate, key, train)
 
@@ -49,44 +55,47 @@ def stochastic_depth(x: Tensor, rate: float, key: Tensor | None, train: bool = T
 
 
 def _drop(name: str, x: Tensor, shape: tuple[int, ...], rate: float, key: Tensor | None, train: bool) -> Tensor:
-    """x with a mask of `shape`, its leading axes."""
+    """x times a mask of `shape`, the leading axes of x."""
+    check_tensor(name, x)
     if not 0 <= rate < 1:
         raise ValueError(f"{name}: rate must be in [0, 1), found {rate}")
     if not train or rate == 0:
         return x
     if key is None:
         raise ValueError(f"{name}: training with rate {rate} needs a key")
+    threefry.check_key(key)
     if key.ndim > 2 or (key.ndim == 2 and key.shape[:1] != x.shape[:1]):
         raise ValueError(f"{name}: expected a key (2,) or ({shape[0] if shape else 1}, 2), found {tuple(key.shape)}")
-    kept = _kept(key, shape[key.ndim - 1 :], rate)
-    return _keep(x, kept.reshape(shape + (1,) * (x.ndim - len(shape))), rate)
+    mask = _mask(key, shape[key.ndim - 1 :], rate)  # shape
+    return _masked(x, mask.reshape(shape + (1,) * (x.ndim - len(shape))), rate)
 
 
 def dropout_sites(key: Tensor, sites: int, shape: tuple[int, ...], rate: float) -> list[Callable[[Tensor], Tensor]]:
-    """Dropout at several places of a net whose values have one shape: a function `x -> dropped x` for each.
+    """Dropout at several sites of a net whose values have one shape: a function `x -> dropout of x` per site.
 
-    All masks come from one draw. A Threefry is about 150 nodes of a compiled graph, and one a place would make up most
+    All masks come from one draw. A Threefry is about 150 nodes of a compiled graph, and one per site would make up most
     of it.
 
     Args:
-        key: (2,) or one an example (shape[0], 2); place i has the masks of `fold_in(key, i)`.
-        shape: of the values, (batch, ...).
+        key: (2,) or one per example (shape[0], 2); site i has the masks of `fold_in(key, i)`.
+        shape: that of the values, (batch, ...).
     """
     if not 0 < rate < 1:
         raise ValueError(f"dropout_sites: rate must be in (0, 1), found {rate}")
+    threefry.check_key(key)
     if key.ndim > 2 or (key.ndim == 2 and key.shape[0] != shape[0]):
         raise ValueError(f"dropout_sites: expected a key (2,) or ({shape[0]}, 2), found {tuple(key.shape)}")
-    kept = _kept(random.sites(key, sites), tuple(shape[key.ndim - 1 :]), rate)
-    return [partial(_keep, kept=mask, rate=rate) for mask in kept.unbind(0)]
+    masks = _mask(random.sites(key, sites), tuple(shape[key.ndim - 1 :]), rate)  # (sites, *shape)
+    return [partial(_masked, mask=mask, rate=rate) for mask in masks.unbind(0)]
 
 
-def _keep(x: Tensor, kept: Tensor, rate: float) -> Tensor:
-    return torch.where(kept, x * (1 / (1 - rate)), 0)
+def _masked(x: Tensor, mask: Tensor, rate: float) -> Tensor:
+    return torch.where(mask, x * (1 / (1 - rate)), 0)
 
 
-def _kept(key: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
+def _mask(key: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
     """True with probability 1 - rate: key.shape[:-1] + shape."""
-    places = prod(shape)
-    quarters = random.bits(key, (-(-places // 4),), 64).view(torch.int16)  # four places a word
+    count = prod(shape)
+    quarters = random.bits(key, (-(-count // 4),), 64).view(torch.int16)  # (..., 4 ceil(count / 4))
     threshold = min(round(rate * 2**16), 2**16 - 1) - 2**15
-    return (quarters >= threshold)[..., :places].reshape(key.shape[:-1] + shape)
+    return (quarters >= threshold)[..., :count].reshape(key.shape[:-1] + shape)

@@ -1,9 +1,10 @@
-"""A table of vectors, looked up by integer."""
+"""Embedding: a table of vectors, looked up by integer ids."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from core.initializers import Initializer, normal
+from core.layers.checks import check_arguments
 from core.spec import Param
 from core.tree import Tree
 
@@ -25,14 +26,16 @@ def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
     """Rows of the table. ids: integers of any shape (...) -> (..., width).
 
     Args:
-        padding_id: this row gets no gradient, so it stays what it is (torch's padding_idx). May be negative.
+        padding_id: row without a gradient, which training does not change (torch's padding_idx). May be negative.
 
     Raises:
+        TypeError: p is not a dict, or ids are not a tensor.
         ValueError: ids are not integers, or padding_id is not a row.
     """
+    check_arguments("embedding", p, ids, "ids")
     weight = p["weight"]
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"embedding: expected integer ids, found {ids.dtype}")
     if padding_id is not None and not -weight.shape[0] <= padding_id < weight.shape[0]:
         raise ValueError(f"embedding: padding_id={padding_id} is not one of {weight.shape[0]} rows")
-    return F.embedding(ids, weight, padding_id)
+    return F.embedding(ids, weight, padding_id)  # (..., width)

@@ -1,10 +1,11 @@
-"""The affine map on the last axis."""
+"""Affine map of the last axis, y = x Wᵀ + b."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from core.initializers import Initializer, lecun_normal, zeros
+from core.layers.checks import check_arguments
 from core.spec import Param
 from core.tree import Tree
 
@@ -22,19 +23,25 @@ def linear_spec(
 ) -> Tree:
     """weight (d_out, d_in) and bias (d_out,).
 
-    The default keeps the variance of a unit-variance input: weights of variance 1 / d_in (LeCun et al., "Efficient
-    BackProp", 1998, section 4.6), bias zero. torch.nn.Linear instead draws both from U(-1/sqrt(d_in), 1/sqrt(d_in)).
+    The default keeps the variance of a unit-variance input: weights of variance 1 / d_in (LeCun et al. 1998,
+    "Efficient BackProp", section 4.6), bias zero. torch.nn.Linear draws both from U(-1/sqrt(d_in), 1/sqrt(d_in)).
     """
     weight = Param((d_out, d_in), init, axes)
     return {"bias": Param((d_out,), bias_init, axes[:1]), "weight": weight} if bias else {"weight": weight}
 
 
 def linear(p: Tree, x: Tensor) -> Tensor:
-    """y = x W^T + b. x: (..., d_in) of any rank -> (..., d_out). Raises ValueError on another last axis."""
+    """y = x Wᵀ + b. x: (..., d_in) of any rank -> (..., d_out).
+
+    Raises:
+        TypeError: p is not a dict, or x not a tensor.
+        ValueError: x has another last axis than d_in.
+    """
+    check_arguments("linear", p, x)
     d_in = p["weight"].shape[-1]
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(f"linear: expected a last axis of {d_in}, found x of shape {tuple(x.shape)}")
     if torch.compiler.is_compiling() and "bias" in p:
-        # Apart from the product, the bias is fused into whatever follows; inductor takes addmm as it is on a CPU.
-        return F.linear(x, p["weight"]) + p["bias"]
-    return F.linear(x, p["weight"], p.get("bias"))
+        # Apart from the product, the bias is fused into the operations after it; on a CPU, inductor keeps addmm whole.
+        return F.linear(x, p["weight"]) + p["bias"]  # (..., d_out)
+    return F.linear(x, p["weight"], p.get("bias"))  # (..., d_out)

@@ -1,7 +1,9 @@
-"""Pooling over the spatial axes of x: (batch, channels, *space), one to three of them; x's rank says how many."""
+"""Pooling over the one to three spatial axes of x: (batch, channels, *space)."""
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from core.layers.checks import check_tensor
 
 Sizes = int | tuple[int, ...]
 
@@ -24,8 +26,8 @@ def max_pool(
 
     Args:
         stride: by default the kernel.
-        padding: on both sides, of minus infinity; at most half the kernel.
-        ceil_mode: also take the last, incomplete window.
+        padding: positions of minus infinity on both sides; up to half the kernel.
+        ceil_mode: include the last, incomplete window.
     """
     return _MAX[_dims("max_pool", x)](x, kernel, stride, padding, dilation, ceil_mode)
 
@@ -43,29 +45,31 @@ def average_pool(
 
     Args:
         stride: by default the kernel.
-        padding: zeros on both sides; at most half the kernel.
-        ceil_mode: also take the last, incomplete window.
+        padding: zeros on both sides; up to half the kernel.
+        ceil_mode: include the last, incomplete window.
         count_include_pad: whether the padding's zeros count in the mean.
     """
     return _AVERAGE[_dims("average_pool", x)](x, kernel, stride, padding, ceil_mode, count_include_pad)
 
 
 def adaptive_max_pool(x: Tensor, size: int | tuple[int | None, ...]) -> Tensor:
-    """(batch, channels, *size): windows chosen so that `size` of them cover each axis (None keeps that axis)."""
+    """The largest value of each of `size` windows per axis (None keeps the axis): (batch, channels, *size)."""
     return _ADAPTIVE_MAX[_dims("adaptive_max_pool", x)](x, size)
 
 
 def adaptive_average_pool(x: Tensor, size: int | tuple[int | None, ...]) -> Tensor:
-    """(batch, channels, *size): windows chosen so that `size` of them cover each axis (None keeps that axis)."""
+    """The mean of each of `size` windows per axis (None keeps the axis): (batch, channels, *size)."""
     return _ADAPTIVE_AVERAGE[_dims("adaptive_average_pool", x)](x, size)
 
 
 def global_average_pool(x: Tensor) -> Tensor:
-    """The mean over all space. x: (batch, channels, *space) -> (batch, channels)."""
-    return x.mean(tuple(range(2, 2 + _dims("global_average_pool", x))))
+    """The mean over all spatial axes. x: (batch, channels, *space) -> (batch, channels)."""
+    return x.mean(tuple(range(2, 2 + _dims("global_average_pool", x))))  # (batch, channels)
 
 
 def _dims(name: str, x: Tensor) -> int:
+    """The number of spatial axes of x."""
+    check_tensor(name, x)
     if x.ndim not in (3, 4, 5):
         raise ValueError(f"{name}: expected (batch, channels, *space) with 1 to 3 spatial axes, found {tuple(x.shape)}")
     return x.ndim - 2

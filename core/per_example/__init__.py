@@ -1,7 +1,7 @@
 """Gradients per example: norms, dot products, Gram matrices, second moments, clipped sums, from one pass over a batch.
 
-    found = reports(loss, params, batch, want=("norm", "gram"))        loss(params, batch) -> (N,)
-    found.norm["blocks"][0]["attn"]["qkv"]["weight"]                   (N,)
+    out = reports(loss, params, batch, want=("norm", "gram"))        loss(params, batch) -> (N,)
+    out.norm["blocks"][0]["attn"]["qkv"]["weight"]                   (N,)
 
 Every parameter is covered exactly, or the call raises and names it. `plan` shows how, `verify` proves it, `each` is the
 reference: vmap(grad).

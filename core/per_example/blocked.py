@@ -1,6 +1,6 @@
-"""Gradients of examples formed a block at a time: one opaque operator, so that no two blocks are alive at once.
+"""Per-example gradients formed in blocks: one opaque operator, so that no two blocks are alive at once.
 
-Written out in the graph, the compiler would fuse the reductions of all blocks and hold them all.
+If it were written out in the graph, the compiler would fuse the reductions of all blocks and hold them all.
 """
 
 from collections.abc import Iterator
@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from core.compiling import allow_in_graph
 from core.per_example.errors import FIRST_ORDER, PerExampleError
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 or wider: reductions of half-precision values are off by percents otherwise."""
+    """x in float32 or wider: reductions of half-precision values are off by percents otherwise."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def bytes_at_once(device: torch.device) -> int:
-    """Of a block: what stays in a CPU's cache; more elsewhere, where a small kernel costs more than memory."""
+    """Bytes of a block: the size of a CPU's cache; more elsewhere, where small kernels cost more than memory."""
     return 2**22 if device.type == "cpu" else 2**26
 
 
 def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter seen as (groups * p, d)."""
+    """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter as a matrix (groups * p, d)."""
     count, groups, _, p = rows.shape
     d = columns.shape[-1]
     dense = None if dense is None else dense.reshape(count, groups * p, d)
@@ -30,12 +31,13 @@ def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) ->
     if groups > 1:
         step = max(1, most // p)  # whole groups
         for b in range(0, groups, step):
-            g = (rows[:, b : b + step].transpose(-2, -1) @ columns[:, b : b + step]).reshape(count, -1, d)
+            g = rows[:, b : b + step].transpose(-2, -1) @ columns[:, b : b + step]  # (N, step, p, d)
+            g = g.reshape(count, -1, d)  # (N, step * p, d)
             yield b * p, g if dense is None else g + dense[:, b * p : b * p + g.shape[1]]
         return
     step = -(-p // -(-p // most))  # blocks of equal size
     for i in range(0, p, step):
-        g = rows[:, 0, :, i : i + step].transpose(-2, -1) @ columns[:, 0]
+        g = rows[:, 0, :, i : i + step].transpose(-2, -1) @ columns[:, 0]  # (N, step, d)
         yield i, g if dense is None else g + dense[:, i : i + step]
 
 
@@ -75,17 +77,17 @@ def _(rows, columns, dense, direction, want, budget):
 def _(info, in_dims, rows, columns, dense, direction, want, budget):
     members = []
     for i in range(info.batch_size):
-        picked = [
+        tensors = [
             x if dim is None else x.select(dim, i)
             for x, dim in zip((rows, columns, dense, direction), in_dims[:4], strict=True)
         ]
-        members.append(_operator(*picked, want, budget))
-    stacked = [torch.stack(values) for values in zip(*members, strict=True)]
-    return stacked, [0] * len(stacked)
+        members.append(_operator(*tensors, want, budget))
+    outs = [torch.stack(values) for values in zip(*members, strict=True)]
+    return outs, [0] * len(outs)
 
 
 class _Formed(torch.autograd.Function):
-    """The operator, for which nothing is to be differentiated again; it cannot say so itself under torch.func."""
+    """The operator, whose results must not be differentiated again; it cannot refuse that itself under torch.func."""
 
     generate_vmap_rule = True
 
@@ -104,16 +106,16 @@ class _Formed(torch.autograd.Function):
     jvp = backward
 
 
-@torch.compiler.allow_in_graph  # see core.tap
+@allow_in_graph  # see core.tap
 def formed(
     rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: tuple[str, ...], budget: int
 ) -> tuple[Tensor, ...]:
-    """What is wanted of g_n = rows_n^T columns_n + dense_n, group by group.
+    """The wanted quantities of g_n = rows_n^T columns_n + dense_n, group by group.
 
     Args:
         rows, columns: (N, groups, T, p) and (N, groups, T, d).
         dense: (N, *shape), added.
-        direction: as the parameter, for "dot".
+        direction: like the parameter, for "dot".
         want: names of `core.per_example.forms.reduce`, at least one.
         budget: bytes of a block, or one row.
 

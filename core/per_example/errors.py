@@ -1,4 +1,4 @@
-"""What is said where a parameter cannot be covered exactly."""
+"""Errors for parameters that have no exact per-example gradient, and for results that are not there."""
 
 ADVICE = "use per_example.each (vmap of grad) instead"
 
@@ -6,4 +6,8 @@ FIRST_ORDER = f"per-example reports cannot be differentiated again, and a loss m
 
 
 class PerExampleError(ValueError):
-    """What has no exact per-example gradient here; it names the parameter."""
+    """A parameter has no exact per-example gradient here, or an argument is wrong; the message names it."""
+
+
+class MissingError(PerExampleError, AttributeError):
+    """An attribute that is not there, so that hasattr answers too."""

@@ -1,4 +1,4 @@
-"""The three forms in which an example's gradient comes out of a backward pass, and what is computed from them.
+"""The three forms of per-example gradients after a backward pass, and the quantities computed from them.
 
 For one use of a parameter by example n, the gradient g_n is one of
 
@@ -6,21 +6,21 @@ For one use of a parameter by example n, the gradient g_n is one of
     Rows     g_n[v, j]    = sum over the t with ids[n, t] = v of values[n, t, j]     embeddings
     Dense    g_n          = values[n]     everything else
 
-each reshaped to the parameter's shape. Several uses of a parameter add up. `reduce` turns them into what is wanted
+each reshaped to the parameter's shape. Several uses of a parameter add up. `reduce` computes the wanted quantities
 without keeping any g_n:
 
     norm     |g_n|^2             (N,)       dot      <g_n, v>       (N,)
     gram     <g_n, g_m>          (N, N)     square   sum_n g_n^2    the parameter's shape
     sum      sum_n g_n           the parameter's shape
 
-by one of these ways (T rows, p times d entries a group, per example):
+by one of these ways (T rows, p times d entries per group, per example):
 
     closed   T = 1: |rows|^2 |columns|^2 and the like
     ghost    sum((rows rows^T) * (columns columns^T)), 2 T^2 (p + d) operations and T^2 memory (Goodfellow 2015,
              arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679). Its terms can cancel: it is summed in float64.
     formed   g_n itself, 2 T p d operations, a block of its rows at a time. Summed over n it is the gradient of the
-             batch, so where that is wanted too only the traffic is extra.
-    compressed   Rows: values with equal ids are added up in the first one's place; no table is formed.
+             batch: where that is wanted too, only the memory traffic is extra.
+    compressed   Rows: values with equal ids are added up at the id's first position; no table is formed.
 """
 
 from typing import NamedTuple
@@ -55,9 +55,9 @@ Form = Outer | Rows | Dense
 
 
 def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
-    """The same gradient in at most one form of each kind: uses are stacked along T.
+    """The same gradient in one form of each kind: uses are concatenated along T.
 
-    Outer forms of another number of groups (a weight used in convolutions of different groups) become Dense.
+    Outer forms of different numbers of groups (a weight used in several convolutions) become Dense.
     """
     outers = [f for f in forms if isinstance(f, Outer)]
     rows = [f for f in forms if isinstance(f, Rows)]
@@ -78,9 +78,9 @@ def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
 
 
 def _one_hot(rows: Rows, vocabulary: int) -> Outer:
-    """Rows as Outer, of a table that has few rows."""
-    places = torch.arange(vocabulary, device=rows.ids.device)
-    hot = (rows.ids[:, None, :, None] == places).to(rows.values.dtype)
+    """Rows as Outer, for a table with few rows."""
+    vocabulary_ids = torch.arange(vocabulary, device=rows.ids.device)
+    hot = (rows.ids[:, None, :, None] == vocabulary_ids).to(rows.values.dtype)  # (N, 1, T, vocabulary)
     return Outer(hot, rows.values[:, None])
 
 
@@ -93,7 +93,7 @@ def as_outer(forms: list[Form], shape: tuple[int, ...]) -> tuple[Outer | None, T
 
 
 def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
-    """g, (N, *shape): every example's gradient."""
+    """g, (N, *shape): the gradient of every example."""
     parts = []
     for form in forms:
         if isinstance(form, Outer):
@@ -111,7 +111,7 @@ def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
 def _formed(
     forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int | None
 ) -> dict[str, Tensor]:
-    """Every wanted quantity in one pass over blocks of g."""
+    """All wanted quantities in one pass over blocks of g."""
     outer, dense = as_outer(forms, shape)
     if outer is None:
         return {name: _of_dense(wide(dense), name, direction) for name in want}
@@ -119,12 +119,12 @@ def _formed(
         return {}
     budget = bytes_at_once(outer.rows.device) if budget is None else budget
     values = formed(outer.rows, outer.columns, dense, direction, want, budget)
-    found = dict(zip(want, values, strict=True))
-    return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in found.items()}
+    quantities = zip(want, values, strict=True)
+    return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in quantities}
 
 
 def _of_dense(g: Tensor, name: str, direction: Tensor | None) -> Tensor:
-    """A quantity of gradients (N, *shape) that are there."""
+    """A quantity of gradients (N, *shape) that are formed."""
     if name == "norm":
         return g.reshape(len(g), -1).square().sum(1)
     if name == "dot":
@@ -135,13 +135,13 @@ def _of_dense(g: Tensor, name: str, direction: Tensor | None) -> Tensor:
 
 
 def _first_of_equal(ids: Tensor) -> Tensor:
-    """(N, T, T): entry (s, t) is 1 where s is the first place with the id of place t. ids: (N, T)."""
-    equal = ids[:, :, None] == ids[:, None, :]
+    """(N, T, T): entry (s, t) is 1 where s is the first position with the id of position t. ids: (N, T)."""
+    equal = ids[:, :, None] == ids[:, None, :]  # (N, T, T)
     return equal & (equal.to(torch.int8).cumsum(1) == 1)
 
 
 def compress(rows: Rows) -> Rows:
-    """The same gradient, each id's values added up in its first place and zero in the others."""
+    """The same gradient, the values of each id added up at its first position and zero at the others."""
     first = _first_of_equal(rows.ids).to(rows.values.dtype)
     return Rows(rows.ids, first @ rows.values)
 
@@ -180,10 +180,10 @@ def _dot(form: Form, direction: Tensor) -> Tensor:
 
 
 def _gram_of_rows(rows: Rows) -> Tensor:
-    """(N, N): every place of every example against every other; no table is formed."""
+    """(N, N): all pairs of positions of all pairs of examples; no table is formed."""
     count, time = rows.ids.shape
     ids, values = rows.ids.flatten(), rows.values.double().flatten(0, 1)
-    inner_all = (ids[:, None] == ids[None, :]) * (values @ values.T)
+    inner_all = (ids[:, None] == ids[None, :]) * (values @ values.T)  # (N * T, N * T)
     return inner_all.reshape(count, time, count, time).sum((1, 3))
 
 
@@ -214,34 +214,34 @@ def reduce(
         want: of "norm" (squared), "dot", "gram", "square", "sum".
         method: "closed", "ghost", "compressed" or "formed", as `choose_method` says; "dense" for Dense forms.
         direction: of the parameter's shape, for "dot".
-        budget: bytes that "formed" makes at once, by default `formed.bytes_at_once`.
+        budget: bytes that "formed" forms at once, by default `blocked.bytes_at_once`.
     """
     forms = combine(forms, shape)
     if method in ("formed", "dense"):
         return _formed(forms, shape, want, direction, budget)
-    found: dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name in want:
         if name == "sum":
-            found[name] = weighted_sum(forms, None, shape)
+            out[name] = weighted_sum(forms, None, shape)
         elif name == "dot":
-            found[name] = sum(_dot(form, direction) for form in forms)
+            out[name] = sum(_dot(form, direction) for form in forms)
         elif method == "closed":
-            found[name] = _closed(forms[0], name, shape)
+            out[name] = _closed(forms[0], name, shape)
         elif method == "compressed" and name == "norm":
-            found[name] = wide(compress(forms[0]).values).square().sum((1, 2))
+            out[name] = wide(compress(forms[0]).values).square().sum((1, 2))
         elif method == "compressed" and name == "square":
             ids, values = compress(forms[0])
             table = wide(values).new_zeros(shape[0], values.shape[2])
-            found[name] = table.index_add(0, ids.flatten(), wide(values).square().flatten(0, 1)).reshape(shape)
+            out[name] = table.index_add(0, ids.flatten(), wide(values).square().flatten(0, 1)).reshape(shape)
         elif method == "compressed":
-            found[name] = _gram_of_rows(forms[0]).to(wide(forms[0].values).dtype)
+            out[name] = _gram_of_rows(forms[0]).to(wide(forms[0].values).dtype)
         elif name == "norm":
             pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(forms) for j, b in enumerate(forms) if i <= j]
             total = sum(factor * inner(a, b) for a, b, factor in pairs)
-            found[name] = total.clamp(min=0).to(wide(forms[0][1]).dtype)
+            out[name] = total.clamp(min=0).to(wide(forms[0][1]).dtype)
         else:
-            found |= _formed(forms, shape, (name,), direction, budget)
-    return found
+            out |= _formed(forms, shape, (name,), direction, budget)
+    return out
 
 
 def weighted_sum(forms: list[Form], weights: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -1,10 +1,10 @@
-"""Scores of single examples and of their gradients: how hard, how odd, how influential, how alike.
+"""Scores per example and of per-example gradients: difficulty, influence, similarity, noise.
 
 Where a score of an example does not depend on the other examples, the scores of a large set are those of its parts,
 joined by `torch.cat`.
 """
 
-from core.scores.alignment import cosine_matrix, gradient_cosine
+from core.scores.alignment import cosine_matrix, gradient_cosine, task_gram
 from core.scores.difficulty import el2n, forgetting_events, grand, normalised_within_class, vog
 from core.scores.fisher import empirical_fisher_diagonal, fisher_diagonal
 from core.scores.influence import (
@@ -41,6 +41,7 @@ __all__ = [
     "projections",
     "pseudo_ntk",
     "self_influence",
+    "task_gram",
     "tracin",
     "tracin_on_mean",
     "tracin_self",

@@ -1,4 +1,4 @@
-"""Which way the gradients of examples point: their cosines with one direction, and with each other."""
+"""Alignment of gradients: cosines with a direction and with each other, of examples and of tasks."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ def gradient_cosine(
 ) -> Tensor:
     """cos(g_n, v) = <g_n, v> / (|g_n| |v|) of each example's gradient and a direction.
 
-    Example by example it says who pulls against the others: where the cosine with the mean gradient is negative, a step
-    along the mean raises the example's loss. Its mean is the gradients' coherence (Chatterjee 2020, arXiv:2002.10657).
+    Where the cosine with the mean gradient is negative, a step along the mean raises the example's loss. The mean over
+    the examples is the gradients' coherence (Chatterjee 2020, arXiv:2002.10657).
 
     Args:
         loss, params, batch: as in `core.per_example.reports`.
@@ -33,8 +33,8 @@ def gradient_cosine(
         norms, direction = first.total_norm, first.mean
         dots = reports(loss, params, batch, ("dot",), direction=direction).total_dot
     else:
-        found = reports(loss, params, batch, ("norm", "dot"), direction=direction)
-        norms, dots = found.total_norm, found.total_dot
+        out = reports(loss, params, batch, ("norm", "dot"), direction=direction)
+        norms, dots = out.total_norm, out.total_dot
     return _quotient(dots, norms * tree.norm(direction))
 
 
@@ -56,6 +56,30 @@ def cosine_matrix(gram: Tensor) -> Tensor:
     return _quotient(gram, norms[..., :, None] * norms[..., None, :])
 
 
+def task_gram(losses: Callable[[Tree], Tensor], params: Tree) -> Tensor:
+    """<∇L_k, ∇L_l> of the gradients of K losses (tasks) of the same parameters: one forward pass, K backward passes.
+
+    Negative entries are tasks that conflict (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning",
+    arXiv:2001.06782): `cosine_matrix` of it has their cosines.
+
+    Args:
+        losses: `losses(params) -> (K,)`.
+        params: a tree of floating-point tensors. K gradients are formed at once.
+
+    Returns:
+        (K, K).
+
+    Raises:
+        ValueError: losses that are not (K,).
+    """
+    values, pull = torch.func.vjp(losses, tree.sort(params))
+    if values.ndim != 1:
+        raise ValueError(f"task_gram: the losses have shape {tuple(values.shape)}; expected one per task, (K,)")
+    units = torch.eye(len(values), dtype=values.dtype, device=values.device)  # (K, K)
+    gradients = [g.flatten(1) for g in tree.leaves(torch.func.vmap(pull)(units))]  # each (K, entries)
+    return sum(g @ g.T for g in gradients)
+
+
 def _quotient(dots: Tensor, norms: Tensor) -> Tensor:
-    """dots / norms in [-1, 1], past which rounding may go; 0 where the norm is 0."""
+    """dots / norms, clamped to [-1, 1] after rounding; 0 where the norm is 0."""
     return torch.where(norms > 0, dots / torch.where(norms > 0, norms, 1.0), 0.0).clamp(-1, 1)

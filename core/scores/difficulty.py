@@ -1,4 +1,4 @@
-"""How hard an example is: the size of its gradient or error, how its gradient wanders, how often it is forgotten."""
+"""Difficulty per example: gradient norm (GraNd), error norm (EL2N), variance of gradients (VoG), forgetting events."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,13 +14,13 @@ from core.tree import Tree
 def grand(loss: Callable[[Tree, Tree], Tensor], params: Tree, batch: Tree, *, ensemble: bool = False) -> Tensor:
     """GraNd, the norm of each example's gradient (Paul et al. 2021, "Deep Learning on a Data Diet", arXiv:2107.07075):
 
-    GraNd(n) = E |g_n|   over networks, early in training; that at initialisation does not beat chance (Kirsch 2023,
+    GraNd(n) = E |g_n|   over networks, early in training; at initialisation it does not beat random (Kirsch 2023,
     arXiv:2303.14753)
 
     Args:
         loss, params, batch: as in `core.per_example.reports`.
-        ensemble: the leaves of `params` have a leading axis, one entry a network (`core.tree.stack`); the score is the
-            mean over them.
+        ensemble: the leaves of `params` have a leading axis, one entry per network (`core.tree.stack`); the score is
+            the mean over them.
 
     Returns:
         (N,).
@@ -59,8 +59,8 @@ def el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def vog(logits: Callable[[Tree, Tensor], Tensor], checkpoints: Sequence[Tree], x: Tensor, labels: Tensor) -> Tensor:
-    """VoG, variance of gradients (Agarwal et al. 2022, "Estimating Example Difficulty Using Variance of Gradients",
-    arXiv:2008.11600): how much the gradient of the label's logit by the input changes from checkpoint to checkpoint.
+    """VoG, the variance over checkpoints of the gradient of the label's logit by the input (Agarwal et al. 2022,
+    "Estimating Example Difficulty Using Variance of Gradients", arXiv:2008.11600).
 
     S_k = d z_y / d x at checkpoint k,   VoG(n) = mean over x's entries of 1/K sum_k (S_k - mean_k S_k)²
 
@@ -90,10 +90,10 @@ def vog(logits: Callable[[Tree, Tensor], Tensor], checkpoints: Sequence[Tree], x
 
     mean, squares = torch.zeros_like(x), torch.zeros_like(x)
     for k, params in enumerate(checkpoints, 1):  # Welford's update: memory does not grow with the checkpoints
-        found = grad(of_label)(x, params)
-        before = found - mean
+        slope = grad(of_label)(x, params)
+        before = slope - mean
         mean = mean + before / k
-        squares = squares + before * (found - mean)
+        squares = squares + before * (slope - mean)
     return squares.flatten(1).mean(1) / len(checkpoints)
 
 
@@ -123,10 +123,10 @@ def normalised_within_class(scores: Tensor, labels: Tensor, classes: int) -> Ten
 
 
 def forgetting_events(right: Tensor) -> Tensor:
-    """How often each example was classified right and, the next time, wrong (Toneva et al. 2019, arXiv:1812.05159).
+    """Forgetting events per example: classified right and, the next time, wrong (Toneva et al. 2019, arXiv:1812.05159).
 
     Args:
-        right: (times, N) of bool; whether the net was right each time that it was asked.
+        right: (evaluations, N) of bool: whether the net classified the example correctly.
 
     Returns:
         (N,) float: the number of events, infinite for an example that was never right.
@@ -135,6 +135,6 @@ def forgetting_events(right: Tensor) -> Tensor:
         ValueError: `right` of another dtype or rank.
     """
     if right.ndim != 2 or right.dtype != torch.bool:
-        raise ValueError(f"forgetting_events: expected bool (times, N), found {right.dtype} {tuple(right.shape)}")
+        raise ValueError(f"forgetting_events: expected bool (evaluations, N), got {right.dtype} {tuple(right.shape)}")
     events = (right[:-1] & ~right[1:]).sum(0).to(torch.get_default_dtype())
     return torch.where(right.any(0), events, float("inf"))

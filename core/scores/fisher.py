@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information matrix, from squares of the gradients of examples."""
+"""The diagonal of the Fisher information matrix, from squares of per-example gradients."""
 
 from collections.abc import Callable
 
@@ -41,8 +41,8 @@ def fisher_diagonal(
     Args:
         logits: `logits(params, x) -> (N, classes)`; no example may change another's.
         x: a tensor or a tree of them with leading axis N.
-        key: (2,), to draw `samples` labels an example, a pass each. None takes the expectation over all classes
-            exactly, a pass a class.
+        key: (2,), to sample `samples` labels per example, one pass each. None takes the expectation over all
+            classes exactly, one pass per class.
 
     Returns:
         like the parameters.
@@ -67,8 +67,8 @@ def fisher_diagonal(
         inputs, label, scale = batch
         return -scale * logits(p, inputs).log_softmax(1).gather(1, label[:, None])[:, 0]
 
-    made, total = plan(scaled, params, (x, labels[0], scales[0]), ("square",)), None
+    recipe, total = plan(scaled, params, (x, labels[0], scales[0]), ("square",)), None
     for label, scale in zip(labels, scales, strict=True):
-        found = reports(scaled, params, (x, label, scale), ("square",), plan=made).second_moment
-        total = found if total is None else tree.map(torch.add, total, found)
+        moment = reports(scaled, params, (x, label, scale), ("square",), plan=recipe).second_moment
+        total = moment if total is None else tree.map(torch.add, total, moment)
     return total

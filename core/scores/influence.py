@@ -1,4 +1,4 @@
-"""Influence functions: what the loss elsewhere would be, had an example had a little more weight in training.
+"""Influence functions: the change of the loss elsewhere if an example had a little more weight in training.
 
 Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions", arXiv:1703.04730. With parameters
 that minimise the mean loss of the training examples, giving example z the additional weight ε changes them by
@@ -37,23 +37,23 @@ Operator = Callable[[Tree], Tree]
 def inverse_by_conjugate_gradient(
     product: Operator, damping: float = 0.0, steps: int = 1000, tolerance: float = 1e-5
 ) -> Operator:
-    """v -> (A + damping)⁻¹ v by `core.curvature.conjugate_gradient`, which must get there.
+    """v -> (A + damping)⁻¹ v by `core.curvature.conjugate_gradient`, which must converge.
 
-    It looks at the numbers it gets, so it does not compile; compile the product.
+    It looks at values, so it does not compile; compile the product.
 
     Raises:
         ValueError: from the function: as `conjugate_gradient`, or a residual above tolerance * |v| after the steps.
     """
 
     def inverse(vector: Tree) -> Tree:
-        found, norms = conjugate_gradient(product, vector, damping, steps, tolerance)
+        solution, norms = conjugate_gradient(product, vector, damping, steps, tolerance)
         if not bool(norms[-1] <= tolerance * norms[0]):
             left = float(norms[-1] / norms[0])
             raise ValueError(
                 f"inverse_by_conjugate_gradient: the relative residual is {left:.1e} after {steps} steps, above the "
                 f"tolerance {tolerance:.1e}; raise steps or damping ({damping:g})"
             )
-        return found
+        return solution
 
     return inverse
 
@@ -74,10 +74,10 @@ def influence(loss: Loss, params: Tree, train: Tree, test: Tree, inverse: Operat
 
 
 def self_influence(loss: Loss, params: Tree, batch: Tree, inverse: Operator, *, chunk: int | None = None) -> Tensor:
-    """-I(z, z) = g_zᵀ (H + damping)⁻¹ g_z >= 0 of every example: about N times what its own loss would rise without it.
+    """-I(z, z) = g_zᵀ (H + damping)⁻¹ g_z >= 0 of every example: about N times the rise of its own loss without it.
 
-    A solve an example: see `low_rank_self_influence` for many. Mislabelled examples have much (section 5.4 of the
-    paper).
+    One solve per example: see `low_rank_self_influence` for many. It is large for mislabelled examples (section 5.4 of
+    the paper).
 
     Args:
         chunk: examples whose gradients are formed at once; all if None.
@@ -88,20 +88,20 @@ def self_influence(loss: Loss, params: Tree, batch: Tree, inverse: Operator, *, 
     Raises:
         PerExampleError: as in `core.per_example.each`; and what `inverse` raises.
     """
-    found, count = [], tree.leaves(batch)[0].shape[0]
+    scores, count = [], tree.leaves(batch)[0].shape[0]
     for start in range(0, count, chunk or count):
         part = tree.map(lambda x, start=start: x[start : start + (chunk or count)], batch)
         for g in tree.unstack(each(loss, params, part)):
             solved = inverse(g)
-            found.append(sum((a * b).sum() for a, b in zip(tree.leaves(g), tree.leaves(solved), strict=True)))
-    return torch.stack(found)
+            scores.append(sum((a * b).sum() for a, b in zip(tree.leaves(g), tree.leaves(solved), strict=True)))
+    return torch.stack(scores)
 
 
 def projections(loss: Loss, params: Tree, batch: Tree, vectors: Tree, *, chunk: int | None = None) -> Tensor:
-    """<g_n, q_i>, each example's gradient on some directions: forward mode, so no gradient is formed.
+    """<g_n, q_i>, the projections of per-example gradients on some directions: forward mode, so no gradient is formed.
 
     Args:
-        vectors: like the parameters with a leading axis, one entry a direction, such as those of `top_eigenpairs`.
+        vectors: like the parameters with a leading axis, one entry per direction, such as those of `top_eigenpairs`.
         chunk: directions at a time; all if None.
 
     Returns:
@@ -180,8 +180,8 @@ def low_rank_self_influence(
         )
     factors = reciprocals("low_rank_self_influence", values, vectors, damping)
     squares = projections(loss, params, batch, vectors, chunk=chunk).square()
-    found = squares @ factors.to(squares)
+    scores = squares @ factors.to(squares)
     if not complement:
-        return found
+        return scores
     outside = reports(loss, params, batch).total_norm.square() - squares.sum(1)
-    return found + outside.clamp(min=0) / damping
+    return scores + outside.clamp(min=0) / damping

@@ -1,4 +1,4 @@
-"""The empirical neural tangent kernel: how a step on one example moves the outputs of another.
+"""The empirical neural tangent kernel: the effect of a step on one example on the outputs of another.
 
 Jacot et al. 2018, "Neural Tangent Kernel: Convergence and Generalization in Neural Networks", arXiv:1806.07572:
 
@@ -40,8 +40,8 @@ def empirical_ntk(outputs: Outputs, params: Tree, x: Tree, y: Tree = None, *, ch
             _check("empirical_ntk", out, 1)
             return out[0]
 
-        found = torch.func.vmap(torch.func.jacrev(one), (None, 0), chunk_size=chunk)(tree.sort(params), batch)
-        return [leaf.flatten(2) for leaf in tree.leaves(found)]
+        jacobians = torch.func.vmap(torch.func.jacrev(one), (None, 0), chunk_size=chunk)(tree.sort(params), batch)
+        return [leaf.flatten(2) for leaf in tree.leaves(jacobians)]  # each (N, C, entries)
 
     left = jacobian(x)
     right = left if y is None else jacobian(y)
@@ -49,7 +49,7 @@ def empirical_ntk(outputs: Outputs, params: Tree, x: Tree, y: Tree = None, *, ch
 
 
 def ntk_trace(outputs: Outputs, params: Tree, x: Tree) -> Tensor:
-    """tr K(x_n, x_m) = sum_c <d f_c(x_n), d f_c(x_m)>, (N, N): a Gram matrix for each output, no Jacobian is formed.
+    """tr K(x_n, x_m) = sum_c <d f_c(x_n), d f_c(x_m)>, (N, N): one Gram matrix per output, no Jacobian is formed.
 
     Raises:
         ValueError: outputs that are not (N, C).
@@ -73,12 +73,12 @@ def pseudo_ntk(outputs: Outputs, params: Tree, x: Tree) -> Tensor:
 
 def _check(name: str, out: Tensor, count: int) -> None:
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
-        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"{name}: the outputs have {found}; expected ({count}, C)")
+        kind = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{name}: the outputs have {kind}; expected ({count}, C)")
 
 
 def _classes(name: str, outputs: Outputs, params: Tree, x: Tree) -> int:
-    """How many outputs there are, from one example."""
+    """The number of outputs, from one example."""
     out = outputs(params, tree.map(lambda leaf: leaf[:1], x))
     _check(name, out, 1)
     return out.shape[1]

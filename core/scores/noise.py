@@ -1,7 +1,7 @@
 """Signal and noise of stochastic gradients: noise scale, gradient diversity, signal-to-noise ratio.
 
-found = estimate(reports(loss, params, batch))  of one batch, unbiased, and so noisy
-state = update(state, found, 0.95)              an average over steps, of both parts
+noise = estimate(reports(loss, params, batch))  of one batch, unbiased, and so noisy
+state = update(state, noise, 0.95)              an average over steps, of both parts
 scale(average(state)).total                     B = tr Σ / |G|²
 """
 
@@ -39,7 +39,7 @@ class Smoothed(NamedTuple):
     weight: Tensor
 
 
-def estimate(found: Reports) -> Noise:
+def estimate(reports: Reports) -> Noise:
     """tr Σ and |G|² from the gradients g_1 .. g_N of one batch and their mean ḡ (McCandlish et al. 2018, "An Empirical
     Model of Large-Batch Training", arXiv:1812.06162, appendix A.1, with small batches of one):
 
@@ -48,19 +48,25 @@ def estimate(found: Reports) -> Noise:
     Both are unbiased; |G|² can come out negative, so average both over steps before dividing.
 
     Args:
-        found: reports with "norm", of at least two examples (of micro-batches: `core.per_example.combine`).
+        reports: with "norm", of at least two examples (of micro-batches: `core.per_example.combine`).
 
     Raises:
         ValueError: no norms, or one example.
     """
-    count = found.losses.shape[-1]
-    if found.norm is None:
+    count = reports.losses.shape[-1]
+    if reports.norm is None:
         raise ValueError('noise.estimate: the reports have no norms; want=("norm",)')
     if count < 2:
-        raise ValueError(f"noise.estimate: expected reports of at least two examples, found {count}")
-    small = tree.map(lambda x: x.square().mean(-1), found.norm)
-    large = tree.map(lambda x: wide(x).square().sum(), found.mean)
+        raise ValueError(f"noise.estimate: expected reports of at least two examples, got {count}")
+    small = tree.map(lambda x: x.square().mean(-1), reports.norm)
+    large = tree.map(lambda x: wide(x).square().sum(), _beside(reports.norm, reports.mean))
     return two_batches(small, large, 1, count)
+
+
+def _beside(quantity: Tree, values: Tree) -> Tree:
+    """The values of those parameters that have a report (`core.per_example.reports(only=...)`)."""
+    by_name = dict(tree.items(values))
+    return tree.map_with_names(lambda name, _: by_name[name], quantity)
 
 
 def two_batches(small: Tree, large: Tree, small_size: int, large_size: int) -> Noise:
@@ -83,22 +89,22 @@ def two_batches(small: Tree, large: Tree, small_size: int, large_size: int) -> N
     return Noise(trace, square)
 
 
-def total(found: Noise) -> Noise:
+def total(noise: Noise) -> Noise:
     """Both parts over all parameters, 0-D each: sums over the leaves."""
-    return Noise(*(torch.stack(tree.leaves(part)).sum(0) for part in found))
+    return Noise(*(torch.stack(tree.leaves(part)).sum(0) for part in noise))
 
 
-def scale(found: Noise) -> Scale:
+def scale(noise: Noise) -> Scale:
     """B = tr Σ / |G|²: the batch size above which more examples gain little (McCandlish et al. 2018, eq. 2.9).
 
     Negative or infinite where the estimate of |G|² is not above zero.
     """
-    trace, square = total(found)
-    return Scale(tree.map(torch.div, found.trace, found.square), trace / square)
+    trace, square = total(noise)
+    return Scale(tree.map(torch.div, noise.trace, noise.square), trace / square)
 
 
 def init(like: Tree) -> Smoothed:
-    """Nothing seen yet; `like` is a tree like the parameters."""
+    """The state before the first step; `like` is a tree like the parameters."""
 
     def zero(x: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -107,18 +113,18 @@ def init(like: Tree) -> Smoothed:
 
 
 def begin(first: Noise) -> Smoothed:
-    """The average as it stands if all steps before were as `first`: then there is no bias to correct."""
+    """The state in which all steps before were as `first`, so that there is no bias to correct."""
     return Smoothed(first, torch.ones_like(tree.leaves(first)[0]))
 
 
-def update(state: Smoothed, found: Noise, decay: float | Tensor) -> Smoothed:
-    """The next step of the average; `decay` in [0, 1) is the weight of all that was before."""
-    sums = tree.map(lambda old, new: decay * old + (1 - decay) * new, state.sums, found)
+def update(state: Smoothed, noise: Noise, decay: float | Tensor) -> Smoothed:
+    """The next step of the average; `decay` in [0, 1) is the weight of the steps before."""
+    sums = tree.map(lambda old, new: decay * old + (1 - decay) * new, state.sums, noise)
     return Smoothed(sums, decay * state.weight + (1 - decay))
 
 
 def average(state: Smoothed) -> Noise:
-    """The weighted mean over the steps seen, its bias to zero corrected (as Adam's); NaN before the first."""
+    """The weighted mean over the steps so far, its bias to zero corrected (as Adam's); NaN before the first."""
     return tree.map(lambda x: x / state.weight, state.sums)
 
 
@@ -126,16 +132,16 @@ def smooth(series: Tree, decay: float) -> Tree:
     """`average` after each step of a record: leaves (steps, ...) of a tree such as `Noise`, in and out."""
 
     def over_steps(values: Tensor) -> Tensor:
-        kept, weight, rows = torch.zeros_like(values[:1]), 0.0, []
+        average, weight, rows = torch.zeros_like(values[:1]), 0.0, []
         for row in values.split(1):
-            kept, weight = decay * kept + (1 - decay) * row, decay * weight + (1 - decay)
-            rows.append(kept / weight)
+            average, weight = decay * average + (1 - decay) * row, decay * weight + (1 - decay)
+            rows.append(average / weight)
         return torch.cat(rows)
 
     return tree.map(over_steps, series)
 
 
-def gradient_diversity(found: Reports) -> Tensor:
+def gradient_diversity(reports: Reports) -> Tensor:
     """Gradient diversity (Yin et al. 2018, "Gradient Diversity: a Key Ingredient for Scalable Distributed Learning",
     arXiv:1706.05699, definition 2): sum |g_n|² / |sum g_n|², 0-D.
 
@@ -143,14 +149,15 @@ def gradient_diversity(found: Reports) -> Tensor:
     batch size at which mini-batches still help as much as single examples.
 
     Args:
-        found: reports with "norm".
+        reports: with "norm".
     """
-    if found.norm is None:
+    if reports.norm is None:
         raise ValueError('gradient_diversity: the reports have no norms; want=("norm",)')
-    return found.total_norm.square().sum() / sum(wide(x).square().sum() for x in tree.leaves(found.sum))
+    sums = tree.leaves(_beside(reports.norm, reports.sum))
+    return reports.total_norm.square().sum() / sum(wide(x).square().sum() for x in sums)
 
 
-def gradient_snr(found: Reports) -> Tree:
+def gradient_snr(reports: Reports) -> Tree:
     """Gradient signal-to-noise ratio, entry by entry (Liu et al. 2020, "Understanding Why Neural Networks Generalize
     Well Through GSNR of Parameters", arXiv:2001.07384, eq. 1): r_j = E[g_j]² / Var[g_j], like the parameters.
 
@@ -158,19 +165,20 @@ def gradient_snr(found: Reports) -> Tree:
     has no gradient in any example (a token that does not occur), infinite where it is the same in all, to rounding.
 
     Args:
-        found: reports with "square", of at least two examples.
+        reports: with "square", of at least two examples.
     """
-    if found.square is None:
+    if reports.square is None:
         raise ValueError('gradient_snr: the reports have no squares; want=("square",)')
 
     def ratio(mean: Tensor, variance: Tensor, moment: Tensor) -> Tensor:
         finite = mean.square() / torch.where(variance > 8 * torch.finfo(moment.dtype).eps * moment, variance, 0.0)
         return torch.where(mean == 0, 0.0, finite)
 
-    return tree.map(ratio, tree.map(wide, found.mean), found.variance, found.second_moment)
+    mean = tree.map(wide, _beside(reports.square, reports.mean))
+    return tree.map(ratio, mean, reports.variance, reports.second_moment)
 
 
-def layer_snr(found: Reports) -> Tree:
+def layer_snr(reports: Reports) -> Tree:
     """`gradient_snr` averaged over those entries of each parameter tensor that have a gradient which varies (section 2
     of the paper), 0-D at every leaf."""
 
@@ -178,4 +186,4 @@ def layer_snr(found: Reports) -> Tree:
         counted = (ratio > 0) & ratio.isfinite()
         return torch.where(counted, ratio, 0.0).sum() / counted.sum().clamp(min=1)
 
-    return tree.map(mean, gradient_snr(found))
+    return tree.map(mean, gradient_snr(reports))

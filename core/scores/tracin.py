@@ -1,4 +1,4 @@
-"""TracIn: what each step on a training example did to the loss of another.
+"""TracIn: the influence of training steps on one example on the loss of another.
 
 Pruthi et al. 2020, "Estimating Training Data Influence by Tracing Gradient Descent", arXiv:2002.08484. To first order a
 step of gradient descent on example z lowers the loss of z' by η <g_z, g_z'>. The sum over the steps is replaced by one
@@ -6,7 +6,7 @@ over checkpoints (TracInCP):
 
 TracIn(z, z') = sum_i η_i <g_z(θ_i), g_z'(θ_i)>
 
-Positive: z has helped (a proponent), negative: it has harmed (an opponent). In all functions here,
+Positive: z helped (a proponent), negative: it harmed (an opponent). In all functions here,
 
 - loss is `loss(params, batch) -> (N,)`, batches are trees with leading axis N, as in `core.per_example.reports`;
 - checkpoints is a sequence of parameters θ_i, learning_rates one η_i for each: the learning rate at that checkpoint,
@@ -44,8 +44,8 @@ def tracin(
 ) -> Tensor:
     """TracIn(z, z') of every training example with every test example.
 
-    The gradients of the test examples and of `chunk` training examples are formed at once: for the influence on a mean
-    over test examples, which forms none, see `tracin_on_mean`.
+    The gradients of the test examples and of `chunk` training examples are formed at once. `tracin_on_mean`, the
+    influence on a mean over test examples, forms none.
 
     Args:
         chunk: training examples at a time; all if None.
@@ -90,10 +90,10 @@ def tracin_on_mean(
     Raises: as `tracin`, and PerExampleError as in `core.per_example.reports`.
     """
     _check("tracin_on_mean", checkpoints, learning_rates)
-    made, total = plan(loss, checkpoints[0], train, ("dot",)), 0.0
+    recipe, total = plan(loss, checkpoints[0], train, ("dot",)), 0.0
     for params, rate in zip(checkpoints, learning_rates, strict=True):
         direction = grad(lambda p: loss(p, test).mean())(params)
-        total = total + rate * reports(loss, params, train, ("dot",), direction=direction, plan=made).total_dot
+        total = total + rate * reports(loss, params, train, ("dot",), direction=direction, plan=recipe).total_dot
     return total
 
 
@@ -106,7 +106,7 @@ def tracin_self(loss: Loss, checkpoints: Sequence[Tree], learning_rates: Sequenc
     Raises: as `tracin`, and PerExampleError as in `core.per_example.reports`.
     """
     _check("tracin_self", checkpoints, learning_rates)
-    made, total = plan(loss, checkpoints[0], batch), 0.0
+    recipe, total = plan(loss, checkpoints[0], batch), 0.0
     for params, rate in zip(checkpoints, learning_rates, strict=True):
-        total = total + rate * reports(loss, params, batch, plan=made).total_norm.square()
+        total = total + rate * reports(loss, params, batch, plan=recipe).total_norm.square()
     return total

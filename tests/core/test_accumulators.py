@@ -30,12 +30,12 @@ def halves(accumulator, values):
 def test_moments_of_a_tree_are_numpys():
     key = random.key(0)
     values = {"a": random.normal(key, (900, 3, 2)), "b": (1e6 + random.normal(random.fold_in(key, 1), (900,)),)}
-    found = moments().result(run(moments(), values))
-    assert found.count == 900
+    out = moments().result(run(moments(), values))
+    assert out.count == 900
     for name, x in tree.items(values):
         x = x.numpy().astype(np.float64)
-        np.testing.assert_allclose(tree.get(found.mean, name), x.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(tree.get(found.variance, name), x.var(0, ddof=1), rtol=1e-10)
+        np.testing.assert_allclose(tree.get(out.mean, name), x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(tree.get(out.variance, name), x.var(0, ddof=1), rtol=1e-10)
 
 
 def test_moments_of_none_and_of_one():
@@ -48,11 +48,11 @@ def test_moments_of_none_and_of_one():
 @pytest.mark.parametrize("edges", [torch.linspace(-3, 4, 8), log_edges(1e-3, 10, 12)], ids=["linear", "log"])
 def test_histogram_is_numpys(edges):
     values = torch.cat([VALUES, edges, edges[:1], torch.tensor([float("nan"), float("inf"), -float("inf")])])
-    found = histogram(edges).result(run(histogram(edges), values))
-    kept = values[values.isfinite()].numpy()
-    np.testing.assert_array_equal(found.counts, np.histogram(kept, edges.numpy())[0])
-    assert found.below == (values < edges[0]).sum() and found.above == (values > edges[-1]).sum() and found.nan == 1
-    assert found.counts.sum() + found.below + found.above + found.nan == len(values)
+    out = histogram(edges).result(run(histogram(edges), values))
+    finite = values[values.isfinite()].numpy()
+    np.testing.assert_array_equal(out.counts, np.histogram(finite, edges.numpy())[0])
+    assert out.below == (values < edges[0]).sum() and out.above == (values > edges[-1]).sum() and out.nan == 1
+    assert out.counts.sum() + out.below + out.above + out.nan == len(values)
 
 
 @pytest.mark.parametrize("accuracy", [0.01, 0.1])
@@ -60,21 +60,23 @@ def test_quantiles_are_within_the_accuracy(accuracy):
     scale = torch.cat([VALUES, torch.zeros(50), 1e-30 * VALUES, 1e30 * VALUES])
     levels = [0.0, 0.01, 0.25, 0.49, 0.5, 0.51, 0.9, 1.0]
     sketch = quantiles(levels, accuracy)
-    found = sketch.result(run(sketch, scale))
+    out = sketch.result(run(sketch, scale))
     exact = scale.sort().values[(torch.tensor(levels, dtype=torch.float64) * (len(scale) - 1)).floor().long()]
-    assert ((found - exact).abs() <= accuracy * exact.abs() * (1 + 1e-9)).all()
+    assert ((out - exact).abs() <= accuracy * exact.abs() * (1 + 1e-9)).all()
     assert (exact == 0).any() or (exact < 0).any() and (exact > 0).any()
 
 
 def test_quantiles_of_extremes():
     sketch = quantiles([0.0, 0.5, 1.0])
-    seen = torch.tensor([-float("inf"), torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, float("inf")])
-    found = sketch.result(sketch.update(sketch.init(seen), seen, torch.arange(4)))
-    assert found[0] == -float("inf") and found[2] == float("inf")
-    assert found[1] == pytest.approx(float(seen[1]), rel=0.0101)
-    largest = sketch.update(sketch.init(seen), seen[2:3], torch.arange(1))
-    assert sketch.result(largest)[1] == pytest.approx(float(seen[2]), rel=0.0101)
-    assert sketch.result(sketch.init(seen)).isnan().all()
+    extremes = torch.tensor(
+        [-float("inf"), torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, float("inf")]
+    )
+    out = sketch.result(sketch.update(sketch.init(extremes), extremes, torch.arange(4)))
+    assert out[0] == -float("inf") and out[2] == float("inf")
+    assert out[1] == pytest.approx(float(extremes[1]), rel=0.0101)
+    largest = sketch.update(sketch.init(extremes), extremes[2:3], torch.arange(1))
+    assert sketch.result(largest)[1] == pytest.approx(float(extremes[2]), rel=0.0101)
+    assert sketch.result(sketch.init(extremes)).isnan().all()
     broken = sketch.update(largest, torch.tensor([float("nan")]), torch.arange(1))
     assert sketch.result(broken).isnan().all()
 
@@ -86,23 +88,23 @@ def test_size_of_the_quantile_sketch():
 @pytest.mark.parametrize("largest", [True, False])
 def test_top_has_the_extremes_and_whose_they_are(largest):
     values = VALUES.round(decimals=1)  # has many equal ones
-    found = top(40, largest).result(run(top(40, largest), values))
+    out = top(40, largest).result(run(top(40, largest), values))
     order = (-values if largest else values).argsort(stable=True)[:40]
-    assert torch.equal(found.indices, order) and torch.equal(found.values, values[order])
+    assert torch.equal(out.indices, order) and torch.equal(out.values, values[order])
 
 
 def test_top_of_fewer_than_k_leaves_nan_out_and_keeps_infinity():
     values = torch.tensor([1.0, float("nan"), -float("inf"), 3.0])
-    found = top(9).result(run(top(9), values, cuts=(2,)))
-    assert found.indices.tolist() == [3, 0, 2] and found.values.tolist() == [3.0, 1.0, -float("inf")]
+    out = top(9).result(run(top(9), values, cuts=(2,)))
+    assert out.indices.tolist() == [3, 0, 2] and out.values.tolist() == [3.0, 1.0, -float("inf")]
 
 
 def test_products():
     vectors = random.normal(random.key(5), (300, 4))
-    found = run(products(), vectors, cuts=(100, 250))
-    assert found.count == 300
-    torch.testing.assert_close(found.products, vectors.double().T @ vectors.double())
-    torch.testing.assert_close(found.sum, vectors.double().sum(0))
+    out = run(products(), vectors, cuts=(100, 250))
+    assert out.count == 300
+    torch.testing.assert_close(out.products, vectors.double().T @ vectors.double())
+    torch.testing.assert_close(out.sum, vectors.double().sum(0))
 
 
 ALL = {
@@ -138,12 +140,15 @@ def test_updates_are_pure_and_compile(name):
     [
         (lambda: histogram([0.0, 2.0, 1.0]), r"histogram: edges must increase, and be at least two, got \[0.0, 2.0"),
         (lambda: histogram([1.0]), "at least two"),
-        (lambda: log_edges(0.0, 1.0, 3), "log_edges: expected 0 < low < high and a bin, got 0.0, 1.0 and 3 bins"),
+        (
+            lambda: log_edges(0.0, 1.0, 3),
+            "log_edges: expected 0 < low < high and at least one bin, got 0.0, 1.0 and 3 bins",
+        ),
         (lambda: quantiles([1.5]), r"quantiles: levels must lie in \[0, 1\], got \[1.5\]"),
         (lambda: quantiles([0.5], 1.0), "quantiles: accuracy must lie in"),
         (lambda: top(0), "top: k must be at least 1, got 0"),
-        (lambda: top(3).init(torch.zeros(4, 2)), r"top: expected one number an example, \(N,\), got \(4, 2\)"),
-        (lambda: quantiles().init({"a": VALUES}), "quantiles: expected one number an example, .* got dict"),
+        (lambda: top(3).init(torch.zeros(4, 2)), r"top: expected one number per example, \(N,\), got \(4, 2\)"),
+        (lambda: quantiles().init({"a": VALUES}), "quantiles: expected one number per example, .* got dict"),
         (lambda: products().init(VALUES), r"products: expected vectors \(N, size\), got \(1000,\)"),
     ],
     ids=["order", "one", "log", "level", "accuracy", "k", "matrix", "tree", "vector"],

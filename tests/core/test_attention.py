@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
@@ -159,17 +160,17 @@ def test_equals_multihead_attention(cross, masking):
 def test_keys_and_values_of_a_memory_are_enough():
     params = spec.init(KEY, cross_attention_spec(12, 4), F64)
     x, memory, mask = draw(4, 3, 5, 12), draw(5, 3, 7, 12), padding_mask(LENGTHS, 7)
-    kept = cross_keys_values(params, memory, 4)
-    assert kept.keys.shape == kept.values.shape == (3, 4, 7, 3)
-    found, wanted = (cross_attention(params, x, m, 4, mask=mask) for m in (kept, memory))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    pair = cross_keys_values(params, memory, 4)
+    assert pair.keys.shape == pair.values.shape == (3, 4, 7, 3)
+    actual, expected = (cross_attention(params, x, m, 4, mask=mask) for m in (pair, memory))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_rows_may_share_a_memory():
     params = spec.init(KEY, cross_attention_spec(12, 4), F64)
     x, memory, mask = draw(4, 6, 5, 12), draw(5, 3, 7, 12), padding_mask(LENGTHS, 7)
-    wanted = cross_attention(params, x, memory.repeat_interleave(2, 0), 4, mask=mask.repeat_interleave(2, 0))
-    torch.testing.assert_close(cross_attention(params, x, memory, 4, mask=mask), wanted)
+    expected = cross_attention(params, x, memory.repeat_interleave(2, 0), 4, mask=mask.repeat_interleave(2, 0))
+    torch.testing.assert_close(cross_attention(params, x, memory, 4, mask=mask), expected)
     with pytest.raises(ValueError, match="attention: 5 rows do not divide by the 3 of memory"):
         cross_attention(params, x[:5], memory, 4)
 
@@ -204,6 +205,47 @@ def test_forward_mode_and_second_derivatives_equal_jax(kv_heads):
         reference = jax.jvp(jax.grad(theirs), (arrays,), (directions,))
         for a, b in zip((*gradient, *product), (*reference[0], *reference[1]), strict=True):
             numpy.testing.assert_allclose(a.numpy(), numpy.asarray(b), rtol=1e-9, atol=1e-12)
+
+
+BEYOND = {
+    "jvp": lambda f: lambda q: torch.func.jvp(f, (q,), (q.cos(),)),
+    "hvp": lambda f: lambda q: torch.func.jvp(grad(f), (q,), (q.cos(),)),
+    "dual": lambda f: lambda q: dual(f, q),
+    "grad of grad": lambda f: grad(lambda q: grad(f)(q).square().sum()),
+    "linearize": lambda f: lambda q: transforms.linearize(f, q)[1](q.cos()),
+}
+
+
+def dual(f, q):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(f(forward_ad.make_dual(q, q.cos()))))
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    # Dynamo does not trace dual numbers.
+    [(name, compiled) for name in BEYOND for compiled in (False, True) if not (compiled and name == "dual")],
+)
+def test_fused_gives_way_where_it_has_no_derivative(name, compiled):
+    q, k, v = inputs()
+
+    def loss(method):
+        return lambda q: attention(q, k, v, causal=True, method=method).square().sum()
+
+    f = BEYOND[name](loss("fused"))
+    torch._dynamo.reset()
+    f = torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else f
+    torch.testing.assert_close(f(q), BEYOND[name](loss("explicit"))(q))
+
+
+def test_fused_is_used_for_values_and_gradients(monkeypatch):
+    q, k, v = inputs()
+    calls = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(1) or kernel(*args, **kw))
+    attention(q, k, v, method="fused")
+    grad(lambda q: attention(q, k, v, method="fused").sum())(q)
+    assert len(calls) == 2
 
 
 def dropping(key):
@@ -266,35 +308,35 @@ def decoder(kv_heads):
 @pytest.mark.parametrize("chunks", [[1] * 9, [9], [4, 1, 1, 3], [2, 7]], ids=str)
 def test_cached_equals_uncached(kv_heads, chunks):
     params, x, cache = decoder(kv_heads)
-    wanted = self_attention(params, x, 4, kv_heads=kv_heads, causal=True)
+    expected = self_attention(params, x, 4, kv_heads=kv_heads, causal=True)
     outputs, start, before = [], 0, cache
     for size in chunks:
         position = torch.full((3,), start)
         y, cache = cached_self_attention(params, x[:, start : start + size], cache, position, 4, kv_heads=kv_heads)
         outputs.append(y)
         start += size
-    torch.testing.assert_close(torch.cat(outputs, 1), wanted)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected)
     assert all((z == 0).all() for z in before) and isinstance(cache, Cache)
 
 
-def test_examples_may_stand_at_different_places():
+def test_examples_may_be_at_different_positions():
     """Prompts of 2, 5 and 3 tokens in one padded batch; then four more tokens each."""
     params, x, cache = decoder(None)
-    wanted = self_attention(params, x, 4, causal=True)
+    expected = self_attention(params, x, 4, causal=True)
     lengths = torch.tensor([2, 5, 3])
     prompt = torch.where(torch.arange(5)[:, None] < lengths[:, None, None], x[:, :5], 1e3)
     y, cache = cached_self_attention(params, prompt, cache, torch.zeros(3, dtype=torch.int64), 4)
     rows = torch.arange(3)
-    torch.testing.assert_close(y[rows, lengths - 1], wanted[rows, lengths - 1])
+    torch.testing.assert_close(y[rows, lengths - 1], expected[rows, lengths - 1])
     for t in range(4):
         token = x[rows, lengths + t][:, None]
         y, cache = cached_self_attention(params, token, cache, lengths + t, 4)
-        torch.testing.assert_close(y[:, 0], wanted[rows, lengths + t])
+        torch.testing.assert_close(y[:, 0], expected[rows, lengths + t])
 
 
 def test_cached_decoding_compiles_once_and_vmaps():
     params, x, cache = decoder(None)
-    wanted = self_attention(params, x, 4, causal=True)
+    expected = self_attention(params, x, 4, causal=True)
     torch._dynamo.reset()
     step = torch.compile(
         lambda x, cache, position: cached_self_attention(params, x, cache, position, 4),
@@ -306,12 +348,12 @@ def test_cached_decoding_compiles_once_and_vmaps():
     torch._dynamo.utils.counters.clear()
     for t in range(9):
         y, cache = step(x[:, t : t + 1], cache, torch.full((3,), t))
-        torch.testing.assert_close(y[:, 0], wanted[:, t])
+        torch.testing.assert_close(y[:, 0], expected[:, t])
     assert not torch._dynamo.utils.counters["stats"]
     ensemble = tree.stack([params, tree.map(torch.neg, params)])
     caches = tree.map(lambda z: z.expand(2, *z.shape), empty_cache(3, 4, 9, 3, F64))
     y, _ = vmap(lambda p, c: cached_self_attention(p, x, c, torch.zeros(3, dtype=torch.int64), 4))(ensemble, caches)
-    torch.testing.assert_close(y[0], wanted)
+    torch.testing.assert_close(y[0], expected)
 
 
 Q, K, V = inputs()

@@ -1,3 +1,5 @@
+"""Initialisers against torch.nn.init and jax.nn.initializers, and under the transforms."""
+
 import math
 
 import jax
@@ -40,7 +42,7 @@ ALL = {name: ours for name, (ours, _) in SCALED.items()} | OTHERS
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def our_draws(monkeypatch):
     """torch.nn.init's draws, replaced by ours: what is left of its initialisers is the scale they ask for."""
     key = random.key(3)
 
@@ -57,9 +59,9 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scale_is_that_of_torch(recorded, name, shape):
+def test_scale_is_that_of_torch(our_draws, name, shape):
     ours, theirs = SCALED[name]
-    torch.testing.assert_close(ours(recorded, shape, torch.float32), theirs(torch.empty(shape)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(our_draws, shape, torch.float32), theirs(torch.empty(shape)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4), (6, 2, 3, 3), (40, 2, 3)])
@@ -73,9 +75,9 @@ def test_orthogonal_is_that_of_torch(monkeypatch, shape):
         return self.copy_((tall if rows >= columns else tall.T).reshape(self.shape))
 
     monkeypatch.setattr(torch.Tensor, "normal_", normal_)
-    found = initializers.orthogonal(1.5)(key, shape, torch.float32)
-    torch.testing.assert_close(found, torch.nn.init.orthogonal_(torch.empty(shape), 1.5), rtol=1e-4, atol=1e-5)
-    matrix = found.reshape(rows, columns) / 1.5
+    actual = initializers.orthogonal(1.5)(key, shape, torch.float32)
+    torch.testing.assert_close(actual, torch.nn.init.orthogonal_(torch.empty(shape), 1.5), rtol=1e-4, atol=1e-5)
+    matrix = actual.reshape(rows, columns) / 1.5
     small = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
     torch.testing.assert_close(small, torch.eye(min(rows, columns)), rtol=0, atol=1e-5)
 
@@ -138,8 +140,8 @@ def test_half_precision_rounds_the_single_precision_values(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_on_the_meta_device(name):
-    found = ALL[name](random.key(0, device="meta"), (8, 4), torch.float32)
-    assert found.is_meta and found.shape == (8, 4)
+    actual = ALL[name](random.key(0, device="meta"), (8, 4), torch.float32)
+    assert actual.is_meta and actual.shape == (8, 4)
 
 
 def test_compile():
@@ -150,8 +152,8 @@ def test_compile():
         return [ALL[name](key, (6, 4), torch.float32) for name in names]
 
     compiled = torch.compile(init, fullgraph=True, dynamic=False, backend="aot_eager")
-    for found, expected in zip(compiled(random.key(5)), init(random.key(5)), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(compiled(random.key(5)), init(random.key(5)), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_equal_arguments_make_equal_initialisers():

@@ -75,12 +75,12 @@ def test_training_follows_the_module_for_several_steps(compile, momentum):
         optimizer.zero_grad()
         reference(x).square().mean().backward()
         optimizer.step()
-    found = tree.flatten(tree.merge(params, stats))
-    assert found.pop("count") == 3
-    wanted = reference.state_dict()
-    assert set(found) == set(wanted)
-    for name, x in wanted.items():
-        torch.testing.assert_close(found[name], x.to(F64), rtol=1e-9, atol=1e-12, msg=name)
+    values = tree.flatten(tree.merge(params, stats))
+    assert values.pop("count") == 3
+    expected = reference.state_dict()
+    assert set(values) == set(expected)
+    for name, x in expected.items():
+        torch.testing.assert_close(values[name], x.to(F64), rtol=1e-9, atol=1e-12, msg=name)
     reference.eval()
     x = batches(1)[0]
     torch.testing.assert_close(apply(tree.merge(params, stats), x), reference(x))
@@ -247,8 +247,8 @@ def test_reports_per_example_of_lifted_modules(mode):
         return reports(loss, p, x, ("norm", "gram")).norm
 
     x = batches(1, size=4)[0]
-    found = (compiled(norms) if mode == "compiled" else norms)(params, x)
-    torch.testing.assert_close(found, tree.sort(by_hand(loss, params, x)), rtol=1e-9, atol=1e-12)
+    out = (compiled(norms) if mode == "compiled" else norms)(params, x)
+    torch.testing.assert_close(out, tree.sort(by_hand(loss, params, x)), rtol=1e-9, atol=1e-12)
 
 
 def test_reports_per_example_of_a_tied_transformer(gpt2):
@@ -258,9 +258,9 @@ def test_reports_per_example_of_a_tied_transformer(gpt2):
         logits = apply(p, ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
 
-    found = reports(loss, params, IDS)
-    torch.testing.assert_close(found.norm, tree.sort(by_hand(loss, params, IDS)), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.sum, grad(lambda p: loss(p, IDS).sum())(params))
+    out = reports(loss, params, IDS)
+    torch.testing.assert_close(out.norm, tree.sort(by_hand(loss, params, IDS)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out.sum, grad(lambda p: loss(p, IDS).sum())(params))
 
 
 def test_reports_per_example_name_the_layer_that_mixes():
@@ -274,8 +274,86 @@ def test_reports_per_example_name_the_layer_that_mixes():
     torch.testing.assert_close(reports(loss, params, x).norm, tree.sort(by_hand(loss, params, x)))
 
 
+class Attention(nn.Module):
+    """Self-attention and its weights, or None in their place."""
+
+    def __init__(self, need_weights):
+        super().__init__()
+        self.inner, self.need_weights = nn.MultiheadAttention(4, 2, batch_first=True), need_weights
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=self.need_weights)
+
+
+ATTENDING = {
+    "layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+    "layer, norm first": lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), 2, enable_nested_tensor=False
+    ),
+    "attention": lambda: Attention(True),
+    "attention without weights": lambda: Attention(False),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_attention_in_eval_mode(name):
+    """torch's kernels for inference have no derivative: they are off inside the call, and only there."""
+    torch.manual_seed(0)
+    module = ATTENDING[name]().double().eval()
+    params, _, apply = lift(module)
+    x = torch.randn(3, 5, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def loss(p, x):
+        out = apply(p, x)
+        return (out[0] if isinstance(out, tuple) else out).sin().sum((1, 2))
+
+    out = reports(loss, params, x)
+    torch.testing.assert_close(out.norm, tree.sort(by_hand(loss, params, x)), rtol=1e-9, atol=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(vmap(lambda x: loss(params, x[None])[0])(x), loss(params, x))
+    module.train()
+    y = module(x)
+    loss_of_module = (y[0] if isinstance(y, tuple) else y).sin().sum()
+    gradients = torch.autograd.grad(loss_of_module, list(module.parameters()))
+    for (parameter, _), g in zip(module.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(tree.get(out.sum, parameter), g, rtol=1e-7, atol=1e-9)
+
+
+def test_compiled_attention_in_eval_mode():
+    params, _, apply = lift(ATTENDING["attention without weights"]().double().eval())
+    x = torch.randn(3, 5, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def loss(p, x):
+        return apply(p, x)[0].sin().sum((1, 2))
+
+    f = grad(lambda p: loss(p, x).sum())
+    torch.testing.assert_close(compiled(f)(params), f(params))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_norm_without_running_statistics_is_named():
+    """It normalises by the batch in eval mode too."""
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    params, _, apply = lift(module)
+    with pytest.raises(PerExampleError, match="lift: layer '1' in eval mode too mixes the examples"):
+        reports(lambda p, x: apply(p, x).sum(1), params, torch.randn(3, 4))
+
+
+def test_functional_call_in_the_loss():
+    """A parameter inside the loss is a tensor, so that a module may take it; every operation then has its rule."""
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(5, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def loss(p, x):
+        return torch.func.functional_call(module, p, (x,)).sin().sum(1)
+
+    torch.testing.assert_close(reports(loss, params, x).norm, tree.sort(by_hand(loss, params, x)))
+
+
 class Attending(nn.Module):
-    """Draws inside its forward, with no Dropout module to be seen."""
+    """Samples inside its forward, without a Dropout module."""
 
     def __init__(self, rate):
         super().__init__()

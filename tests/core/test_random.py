@@ -1,3 +1,5 @@
+"""Keys and draws against jax.random, bit for bit where arithmetic does not round; vmap, compile and devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,10 +93,10 @@ def test_fold_in_takes_the_low_32_bits_of_a_tensor():
 @pytest.mark.parametrize("batch", [(), (4,)])
 def test_sites(batch):
     key = keys() if batch == () else random.split(keys(), 4)
-    found = random.sites(key, 3)
-    assert found.shape == (3, *batch, 2)
+    actual = random.sites(key, 3)
+    assert actual.shape == (3, *batch, 2)
     for i in range(3):
-        assert torch.equal(found[i], random.fold_in(key, i))
+        assert torch.equal(actual[i], random.fold_in(key, i))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -129,12 +131,14 @@ def test_unit_uniform(shape, dtype):
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.1, 0.7), (-3.0, 10.3)])
-@pytest.mark.parametrize("dtype, eps", [(torch.float32, 2**-23), (torch.bfloat16, 0), (torch.float16, 0)])
-def test_uniform_in_a_range(low, high, dtype, eps):
-    ours = random.uniform(keys(), (10_000,), dtype, low, high).float().numpy()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_uniform_in_a_range(low, high, dtype):
+    ours = random.uniform(keys(), (10_000,), dtype, low, high).double().numpy()
     theirs = jax.random.uniform(in_jax(keys()), (10_000,), str(dtype).removeprefix("torch."), low, high)
-    # XLA may fuse the multiplication and the addition: one rounding less.
-    assert np.abs(ours - np.asarray(theirs).astype(np.float32)).max() <= eps * (high - low)
+    # XLA fuses the multiplication and the addition where the processor can, and so spares the rounding of the product:
+    # half an eps of the range. The sum may then be rounded to the other neighbour: an eps of the result.
+    bound = torch.finfo(dtype).eps * ((high - low) / 2 + max(abs(low), abs(high)))
+    assert np.abs(ours - np.asarray(theirs).astype(np.float64)).max() <= bound
 
 
 def test_uniform_broadcasts_tensors():
@@ -172,8 +176,8 @@ def test_truncated_normal(lower, upper):
 
 
 def test_truncated_normal_far_in_the_tail_is_finite():
-    drawn = random.truncated_normal(keys(), 4.0, float("inf"), (100_000,))
-    assert drawn.max() < 6 and drawn.min() > 4
+    samples = random.truncated_normal(keys(), 4.0, float("inf"), (100_000,))
+    assert samples.max() < 6 and samples.min() > 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -234,9 +238,9 @@ def test_randint(shape, dtype, low, high):
 
 def test_randint_of_all_64_bits():
     """jax cannot be given 2**63: here the remainder takes nothing away."""
-    drawn = random.randint(keys(), (50,), -(2**63), 2**63, torch.int64)
+    samples = random.randint(keys(), (50,), -(2**63), 2**63, torch.int64)
     low_bits = random.bits(random.split(keys())[1], (50,), 64)
-    assert torch.equal(drawn, low_bits + -(2**63))
+    assert torch.equal(samples, low_bits + -(2**63))
 
 
 def test_randint_with_tensors():
@@ -278,18 +282,27 @@ ONE_KEY_DRAWS = {
 }
 
 
+def assert_same_draw(name, found, expected):
+    """Bits, but for draws through a logarithm: its kernels (for vector registers, for the rest of an array) differ by a
+    few eps of 1.2e-7."""
+    if name in ("normal", "truncated_normal", "gumbel"):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    else:
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", DRAWS)
 def test_batched_keys_draw_slice_by_slice(name):
     rows = random.split(keys(), 6).reshape(2, 3, 2)
     together = DRAWS[name](rows)
-    assert torch.equal(together[1, 2], DRAWS[name](rows[1, 2]))
-    assert torch.equal(together[0, 1], DRAWS[name](rows[0, 1]))
+    assert_same_draw(name, together[1, 2], DRAWS[name](rows[1, 2]))
+    assert_same_draw(name, together[0, 1], DRAWS[name](rows[0, 1]))
 
 
 @pytest.mark.parametrize("name", DRAWS | ONE_KEY_DRAWS)
 def test_vmap_over_keys(name):
     f, rows = (DRAWS | ONE_KEY_DRAWS)[name], random.split(keys(), 3)
-    assert torch.equal(torch.vmap(f)(rows), torch.stack([f(row) for row in rows]))
+    assert_same_draw(name, torch.vmap(f)(rows), torch.stack([f(row) for row in rows]))
 
 
 @pytest.mark.parametrize("name", DRAWS | ONE_KEY_DRAWS)
@@ -297,11 +310,11 @@ def test_compile(name):
     f = (DRAWS | ONE_KEY_DRAWS)[name]
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager")
-    assert torch.equal(compiled(keys()), f(keys()))
+    assert_same_draw(name, compiled(keys()), f(keys()))
 
 
 def test_inductor_draws_the_same_bits():
-    """Sizes that leave a remainder in vector registers."""
+    """Integers and one exact difference, so bits whatever the kernel; a size that leaves a remainder in vectors."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda key: random.uniform(key, (67,)), fullgraph=True, dynamic=False)
     assert torch.equal(compiled(keys()), random.uniform(keys(), (67,)))
@@ -309,8 +322,8 @@ def test_inductor_draws_the_same_bits():
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_shapes_on_the_meta_device(name):
-    found, expected = DRAWS[name](keys().to("meta")), DRAWS[name](keys())
-    assert found.is_meta and found.shape == expected.shape and found.dtype == expected.dtype
+    actual, expected = DRAWS[name](keys().to("meta")), DRAWS[name](keys())
+    assert actual.is_meta and actual.shape == expected.shape and actual.dtype == expected.dtype
 
 
 @pytest.mark.parametrize("name", DRAWS | ONE_KEY_DRAWS)
@@ -366,7 +379,9 @@ def test_draws_move_with_the_key_not_with_defaults():
         (lambda: random.bits(torch.zeros(3, dtype=torch.int32), (2,)), ValueError, r"shape \(3,\)"),
         (lambda: random.bits(torch.zeros(2), (2,)), ValueError, "float32 of shape"),
         (lambda: random.normal(np.zeros(2, np.int32), (2,)), TypeError, "ndarray"),
-        (lambda: random.normal(3, (2,)), TypeError, "core.random.key"),
+        (lambda: random.normal(3, (2,)), TypeError, r"as core.random.key\(3\) is, got int"),
+        (lambda: random.fold_in(3, 1), TypeError, r"core.random.key\(3\)"),
+        (lambda: random.permutation(None, 4), TypeError, r"core.random.key\(seed\) is, got NoneType"),
         (lambda: random.split(torch.tensor(1, dtype=torch.int32)), ValueError, r"shape \(\)"),
         (lambda: random.bits(keys(), (2,), 24), ValueError, "got 24"),
         (lambda: random.fold_in(keys(), -1), ValueError, "got -1"),
@@ -380,6 +395,7 @@ def test_draws_move_with_the_key_not_with_defaults():
         (lambda: random.bernoulli(keys(), torch.ones(3, dtype=torch.int64)), ValueError, "int64"),
         (lambda: random.categorical(keys()[None], torch.ones(3)), ValueError, "torch.vmap"),
         (lambda: random.categorical(keys(), torch.ones(3), 1), ValueError, "no axis 1"),
+        (lambda: random.categorical(keys(), np.ones(3)), TypeError, "logits are ndarray; expected a tensor"),
         (lambda: random.categorical(keys(), torch.ones(3, 4), shape=(2,)), ValueError, r"\(3,\) .* \(2,\)"),
         (lambda: random.randint(keys(), (2,), 5, 5), ValueError, r"\[5, 5\)"),
         (lambda: random.randint(keys(), (2,), 0, 300, torch.uint8), ValueError, "maxval 300 does not fit torch.uint8"),

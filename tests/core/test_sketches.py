@@ -23,15 +23,15 @@ def flat(gradients: tree.Tree) -> Tensor:
 
 
 def test_is_the_linear_map_of_its_hashes():
-    drawn = hashes(random.key(2), PARAMS, 8)
+    table = hashes(random.key(2), PARAMS, 8)
     gradients = per_example.each(loss, PARAMS, BATCH)
-    pairs = [tree.get(drawn, name) for name in tree.names(PARAMS)]
+    pairs = [tree.get(table, name) for name in tree.names(PARAMS)]
     bucket, sign = torch.cat([p.bucket for p in pairs]), torch.cat([p.sign for p in pairs])
     matrix = F.one_hot(bucket, 8) * sign[:, None].double()
-    found = gradient_sketches(loss, PARAMS, BATCH, drawn, 8)
-    torch.testing.assert_close(found, flat(gradients) @ matrix)
+    out = gradient_sketches(loss, PARAMS, BATCH, table, 8)
+    torch.testing.assert_close(out, flat(gradients) @ matrix)
     mean = tree.map(lambda g: g.mean(0), gradients)
-    torch.testing.assert_close(sketch(drawn, mean, 8), found.mean(0))
+    torch.testing.assert_close(sketch(table, mean, 8), out.mean(0))
 
 
 def test_inner_products_are_unbiased_with_the_variance_of_the_paper():
@@ -40,8 +40,8 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_paper():
     exact = gradients @ gradients.T
 
     def products(key: Tensor) -> Tensor:
-        found = gradient_sketches(loss, PARAMS, BATCH, hashes(key, PARAMS, size), size)
-        return found @ found.T
+        out = gradient_sketches(loss, PARAMS, BATCH, hashes(key, PARAMS, size), size)
+        return out @ out.T
 
     estimates = torch.vmap(products, chunk_size=500)(random.split(random.key(3), draws))
     norms = exact.diagonal()
@@ -55,12 +55,12 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_paper():
 @pytest.mark.parametrize("chunk", [3, None])
 def test_chunks_and_compiled(chunk):
     torch._dynamo.reset()
-    drawn = hashes(random.key(2), PARAMS, 8)
-    whole = gradient_sketches(loss, PARAMS, BATCH, drawn, 8)
+    table = hashes(random.key(2), PARAMS, 8)
+    whole = gradient_sketches(loss, PARAMS, BATCH, table, 8)
     f = functools.partial(gradient_sketches, loss, size=8, chunk=chunk)
-    torch.testing.assert_close(f(params=PARAMS, batch=BATCH, hashes=drawn), whole)
+    torch.testing.assert_close(f(params=PARAMS, batch=BATCH, hashes=table), whole)
     compiled = torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(params=PARAMS, batch=BATCH, hashes=drawn), whole)
+    torch.testing.assert_close(compiled(params=PARAMS, batch=BATCH, hashes=table), whole)
 
 
 def test_hashes_depend_on_the_name_alone():

@@ -58,8 +58,8 @@ def test_a_leaf_draws_from_its_folded_path_as_jax_would():
 
 def test_adding_layers_changes_no_other_layer():
     small, large = specs.init(KEY, model(2)), specs.init(KEY, {**model(5), "extra": linear_spec(2, 2)})
-    found = tree.flatten(large)
-    assert all(torch.equal(x, found[name]) for name, x in tree.items(small))
+    named = tree.flatten(large)
+    assert all(torch.equal(x, named[name]) for name, x in tree.items(small))
     assert_same(specs.init(KEY, {"head": model()["head"]})["head"], small["head"])
 
 
@@ -99,8 +99,8 @@ def test_abstract_allocates_nothing():
 def test_mask_by_name_and_leaf():
     spec = model()
     mask = specs.mask(spec, lambda name, leaf: name.endswith("weight") and len(leaf.shape) > 1)
-    wanted = {"blocks.0.fc.weight", "blocks.1.fc.weight", "head.weight"}
-    assert {name for name, x in tree.items(mask) if x is True} == wanted
+    expected = {"blocks.0.fc.weight", "blocks.1.fc.weight", "head.weight"}
+    assert {name for name, x in tree.items(mask) if x is True} == expected
     assert all(x in (True, False) for x in tree.leaves(mask)) and tree.names(mask) == tree.names(spec)
 
 
@@ -156,3 +156,9 @@ def test_errors_of_init_and_param():
         specs.init(KEY, {"a": {"w": torch.ones(1)}})
     with pytest.raises(ValueError, match=r"expected one key \(2,\), found \(3, 2\); vmap"):
         specs.init(random.split(KEY, 3), model())
+    with pytest.raises(TypeError, match=r"a key must be a tensor, as core.random.key\(0\) is, got int"):
+        specs.init(0, model())
+    with pytest.raises(TypeError, match=r"a key must be a tensor, as core.random.key\(seed\) is, got dict"):
+        specs.init(model(), KEY)
+    with pytest.raises(TypeError, match="'fc.bias' is None; a spec's leaves are Param or Stat: leave the key out"):
+        specs.init(KEY, {"fc": {"bias": None, "weight": Param((2, 3))}})

@@ -12,7 +12,7 @@ from core.spectral import spectral_norm, spectral_vectors
 SPEC = {"conv": conv_spec(2, 5, 3), "layers": [linear_spec(20, 4), {}, linear_spec(4, 1)]}
 
 
-def drawn(seed=0, dtype=torch.float64):
+def values(seed=0, dtype=torch.float64):
     return spec.init(random.key(seed), SPEC, dtype)
 
 
@@ -39,7 +39,7 @@ def torch_module(params, vectors):
 
 
 def test_equals_torch_over_several_steps():
-    params = drawn()
+    params = values()
     vectors = spectral_vectors(random.key(1), params, steps=1)
     module, x = torch_module(params, vectors).train(), images()
 
@@ -71,7 +71,7 @@ def test_equals_torch_over_several_steps():
 
 
 def test_converges_to_the_largest_singular_value():
-    params = drawn()
+    params = values()
     normed, _ = spectral_norm(params, spectral_vectors(random.key(1), params, steps=300))
     for name in ("conv.weight", "layers.0.weight", "layers.2.weight"):
         largest = torch.linalg.matrix_norm(tree.get(normed, name).flatten(1), 2)
@@ -80,7 +80,7 @@ def test_converges_to_the_largest_singular_value():
 
 
 def test_select_and_purity():
-    params = drawn()
+    params = values()
     before = tree.map(torch.clone, params)
     vectors = spectral_vectors(random.key(1), params, lambda name, leaf: name.startswith("layers") and leaf.ndim > 1)
     assert tree.names(vectors) == ["layers.0.weight.u", "layers.0.weight.v", "layers.2.weight.u", "layers.2.weight.v"]
@@ -89,8 +89,8 @@ def test_select_and_purity():
     assert torch.equal(normed["conv"]["weight"], params["conv"]["weight"])
     assert not torch.equal(normed["layers"][0]["weight"], params["layers"][0]["weight"])
     assert tree.structure(after) == tree.structure(vectors) and tree.structure(normed) == tree.structure(params)
-    for found, expected in ((params, before), (vectors, copy)):
-        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True))
+    for actual, expected in ((params, before), (vectors, copy)):
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(actual), tree.leaves(expected), strict=True))
     # Vectors depend on the leaf's name and the key alone.
     alone = spectral_vectors(random.key(1), params, lambda name, leaf: name == "layers.2.weight")
     assert torch.equal(tree.get(alone, "layers.2.weight.v"), tree.get(vectors, "layers.2.weight.v"))
@@ -117,19 +117,51 @@ def test_vmap_equals_its_members():
 
 def test_compiles():
     torch._dynamo.reset()
-    params = drawn()
+    params = values()
     vectors = spectral_vectors(random.key(1), params)
     step = grad(penalty, has_aux=True)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
     for seed in (0, 1):
-        found, expected = (f(drawn(seed), vectors, images()) for f in (compiled, step))
-        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        actual, expected = (f(values(seed), vectors, images()) for f in (compiled, step))
+        for a, b in zip(tree.leaves(actual), tree.leaves(expected), strict=True):
             torch.testing.assert_close(a, b)
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e-12, 1e20, 1e35])
+def test_scale_does_not_matter(scale):
+    """In float32, squares of these weights vanish or overflow."""
+    params = spec.init(random.key(0), SPEC)
+    expected, _ = spectral_norm(params, spectral_vectors(random.key(1), params))
+    large = tree.map(lambda p: p * scale, params)
+    actual, _ = spectral_norm(large, spectral_vectors(random.key(1), large))
+    for name in ("conv.weight", "layers.0.weight", "layers.2.weight"):
+        torch.testing.assert_close(tree.get(actual, name), tree.get(expected, name))
+
+
+def test_a_zero_weight_stays_zero_until_it_is_not():
+    zero = {"w": torch.zeros(3, 4)}
+    normed, vectors = spectral_norm(zero, spectral_vectors(random.key(1), zero))
+    assert not normed["w"].any()
+    gradient = grad(lambda p: spectral_norm(p, vectors)[0]["w"].sum())(zero)["w"]
+    assert gradient.isfinite().all()
+    weight = {"w": random.normal(random.key(2), (3, 4))}
+    normed, vectors = spectral_norm(weight, vectors, steps=50)
+    torch.testing.assert_close(torch.linalg.matrix_norm(normed["w"], 2), torch.tensor(1.0))
+
+
+def test_half_precision_weights_keep_float32_vectors():
+    params = spec.init(random.key(0), SPEC)
+    vectors = spectral_vectors(random.key(1), params)
+    half, after = spectral_norm(tree.cast(params, torch.bfloat16), vectors)
+    assert {x.dtype for x in tree.leaves(after)} == {torch.float32}
+    assert {x.dtype for x in tree.leaves(half)} == {torch.bfloat16}
+    expected, _ = spectral_norm(params, vectors)
+    torch.testing.assert_close(tree.cast(half, torch.float32), expected, rtol=0.02, atol=0.01)
+
+
 def test_errors():
-    params = drawn()
+    params = values()
     with pytest.raises(ValueError, match="no leaf is selected"):
         spectral_vectors(random.key(0), params, lambda name, leaf: False)
     with pytest.raises(ValueError, match=r"'conv.bias' has shape \(5,\); expected two axes"):

@@ -167,8 +167,8 @@ def test_stats_stay_float32_under_half_precision_activations():
     x = batches(1)[0].bfloat16()
     _, new = step(params, running, x)
     assert {leaf.dtype for leaf in tree.leaves(new)} == {torch.float32}
-    wanted = mean_of_updates(tree.cast(running["norm"], torch.float64), [x.double()])
-    torch.testing.assert_close(new["norm"], tree.cast(wanted, torch.float32))
+    expected = mean_of_updates(tree.cast(running["norm"], torch.float64), [x.double()])
+    torch.testing.assert_close(new["norm"], tree.cast(expected, torch.float32))
 
 
 def test_update_looks_for_the_count_beside_and_then_further_up():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy
 import pytest
 import torch
+from torch.nn import functional as F
 
 from core import random, transforms, tree
 from core.transforms import grad, hvp, jvp, linearize, value_and_grad, vmap
@@ -117,18 +118,18 @@ def test_hvp_equals_jax(mode):
 
 
 def test_keys_of_tangents_come_in_any_order():
-    shuffled = dict(reversed(DIRECTION.items()))
-    assert list(shuffled) != list(PARAMS)
-    torch.testing.assert_close(hvp(loss, PARAMS, shuffled, X), hvp(loss, PARAMS, DIRECTION, X))
+    reordered = dict(reversed(DIRECTION.items()))
+    assert list(reordered) != list(PARAMS)
+    torch.testing.assert_close(hvp(loss, PARAMS, reordered, X), hvp(loss, PARAMS, DIRECTION, X))
 
 
 def test_in_dims_in_another_key_order_map_the_right_leaf(mode):
     # One square leaf each: torch.func.vmap maps the wrong axes here without a word.
     t = {"b": torch.arange(4.0).reshape(2, 2), "a": torch.arange(4.0, 8.0).reshape(2, 2)}
     dims = {"a": 0, "b": 1}
-    wanted = torch.stack([t["a"][i] - 10 * t["b"][:, i] for i in range(2)])
-    torch.testing.assert_close(mode(vmap(lambda t: t["a"] - 10 * t["b"], in_dims=(dims,)))(t), wanted)
-    assert not torch.equal(torch.func.vmap(lambda t: t["a"] - 10 * t["b"], in_dims=(dims,))(t), wanted)
+    expected = torch.stack([t["a"][i] - 10 * t["b"][:, i] for i in range(2)])
+    torch.testing.assert_close(mode(vmap(lambda t: t["a"] - 10 * t["b"], in_dims=(dims,)))(t), expected)
+    assert not torch.equal(torch.func.vmap(lambda t: t["a"] - 10 * t["b"], in_dims=(dims,))(t), expected)
 
 
 def test_in_dims_of_parts_and_none(mode):
@@ -170,6 +171,52 @@ def test_hessian_by_vmapped_products(mode):
     torch.testing.assert_close(rows, torch.func.hessian(energy)(w))
 
 
+# torch's fused attention has neither forward nor second derivatives; the transforms take its other form.
+
+
+def attend(p):
+    y = F.scaled_dot_product_attention(p["q"], p["k"], p["v"], is_causal=True)
+    return (y * p["q"]).square().mean()
+
+
+def attend_explicitly(p):
+    scores = (p["q"] @ p["k"].mT / 2).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    return ((scores.softmax(-1) @ p["v"]) * p["q"]).square().mean()
+
+
+ATTENDED = {name: random.normal(random.key(i), (2, 3, 5, 4), F64) for i, name in enumerate("kqv")}
+ALONG = tree.map(torch.cos, ATTENDED)
+SECOND = {
+    "jvp": lambda f: lambda p, v: jvp(f, (p,), (v,)),
+    "hvp": lambda f: lambda p, v: hvp(f, p, v),
+    "linearize": lambda f: lambda p, v: linearize(f, p)[1](v),
+    "linearize of grad": lambda f: lambda p, v: linearize(grad(f), p)[1](v),
+    "vmap of hvp": lambda f: lambda p, v: vmap(lambda v: hvp(f, p, v)[1])(tree.stack([v, p])),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_fused_attention(name, mode):
+    expected = SECOND[name](attend_explicitly)(ATTENDED, ALONG)
+    torch.testing.assert_close(mode(SECOND[name](attend))(ATTENDED, ALONG), expected)
+
+
+def test_an_operation_without_forward_mode_gets_a_hint():
+    def loss(x):
+        return F.grid_sample(x[None, None], torch.zeros(1, 2, 2, 2, dtype=F64), align_corners=False).square().sum()
+
+    message = "^jvp: Trying to use forward AD with grid_sampler_2d that does not support it; `linearize.* reverse mode"
+    with pytest.raises(NotImplementedError, match=message):
+        jvp(loss, (X,), (X,))
+    torch.testing.assert_close(linearize(loss, X)[1](X), 2 * loss(X))
+
+    def unfinished(x):
+        raise NotImplementedError("mine")
+
+    with pytest.raises(NotImplementedError, match="^mine$"):
+        jvp(unfinished, (X,), (X,))
+
+
 INTS = {"w": torch.ones(2), "ids": torch.ones(2, dtype=torch.int64)}
 
 
@@ -187,6 +234,28 @@ def total(t):
             r"value_and_grad: argument 0, leaf '1' is float",
         ),
         (lambda: grad(total)("x"), TypeError, r"grad: argument 0 is str; expected a tensor"),
+        (
+            lambda: grad(total)({"w": X, "b": None}),
+            TypeError,
+            r"grad: argument 0, leaf 'b' is None; expected a tensor \(leave its key out\)",
+        ),
+        (
+            lambda: hvp(loss, {**PARAMS, "layers": [None]}, DIRECTION, X),
+            TypeError,
+            r"argument 0, leaf 'layers.0' is None; expected a tensor",
+        ),
+        (lambda: grad(lambda x: None)(X), TypeError, r"grad: the function returned None; expected a scalar tensor"),
+        (
+            lambda: value_and_grad(lambda x: (x.sum(), None), has_aux=True)(X),
+            TypeError,
+            r"value_and_grad: aux is None; expected a tensor",
+        ),
+        (lambda: vmap(lambda x: None)(X), TypeError, r"vmap: the function's output is None; expected a tensor"),
+        (
+            lambda: jvp(lambda x: {"y": x, "z": None}, (X,), (X,)),
+            TypeError,
+            r"jvp: the function's output, leaf 'z' is None; expected a tensor",
+        ),
         (lambda: grad(total, argnums=2)(X, X), ValueError, r"argnums has 2, but the function got 2 arguments"),
         (lambda: grad(torch.sin)(X), ValueError, r"grad: the function returned shape \(5, 3\); expected a scalar"),
         (lambda: grad(lambda x: 1.0)(X), TypeError, r"grad: the function returned float; expected a scalar tensor"),

@@ -142,9 +142,9 @@ def test_merge_inverts_partition(predicate):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("wanted", [True, False])
-def test_merge_inverts_partition_at_the_edges(t, wanted):
-    assert equal(tree.merge(*tree.partition(t, lambda name, x: wanted)), t)
+@pytest.mark.parametrize("first", [True, False])
+def test_merge_inverts_partition_at_the_edges(t, first):
+    assert equal(tree.merge(*tree.partition(t, lambda name, x: first)), t)
 
 
 def test_three_parts_merge():
@@ -180,7 +180,7 @@ def test_stack_and_unstack_name_what_does_not_fit():
         tree.stack([{"a": {"w": torch.ones(2)}}, {"a": {"w": torch.ones(3)}}])
     with pytest.raises(ValueError, match="'b' is missing"):
         tree.stack([{"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2)}])
-    with pytest.raises(ValueError, match="there is no tree"):
+    with pytest.raises(ValueError, match="there are no trees"):
         tree.stack([])
     for t in ({"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.tensor(1.0)}, {"b": {}}):
         with pytest.raises(ValueError, match="cannot unstack: .* found (none|a .*, b)"):
@@ -224,6 +224,79 @@ def test_count_table_and_norm():
     assert tree.norm({}) == 0
     # 4096 ones in bfloat16 would stop adding up at 256.
     assert tree.norm({"a": torch.ones(4096, dtype=torch.bfloat16)}) == 64.0
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1.0, 1e20, 1e35])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "vmap"])
+def test_norm_at_every_scale(mode, scale):
+    """In float32, squares of these vanish or overflow; the largest is within its range, as is the norm."""
+    t = {"a": torch.tensor([3.0, 0.0, 0.0]) * scale, "b": [torch.tensor(4.0) * scale, torch.zeros(0)]}
+    norm = compiled(tree.norm) if mode == "compiled" else tree.norm
+    if mode == "vmap":
+        actual = torch.func.vmap(norm)(tree.stack([tree.map(torch.ones_like, t), t]))[1]
+    else:
+        actual = norm(t)
+    # Subnormal float32 has fewer digits.
+    torch.testing.assert_close(actual / scale, torch.tensor(5.0), rtol=1e-4 if scale == 1e-40 else 1e-6, atol=0)
+    assert actual.dtype == torch.float32
+
+
+def test_norm_in_other_dtypes():
+    assert tree.norm({"a": torch.full((4,), 6e4, dtype=torch.float16)}) == 2 * float(torch.tensor(6e4).half())
+    assert tree.norm({"a": torch.full((4,), 1e-7, dtype=torch.float16)}) == 2 * float(torch.tensor(1e-7).half())
+    assert tree.norm({"a": torch.full((4,), 1e30, dtype=torch.bfloat16)}).isfinite()
+    assert tree.norm({"a": torch.ones(4, dtype=torch.float64)}).dtype == torch.float64
+    assert tree.norm({"a": torch.tensor([1.0, torch.inf])}) == torch.inf
+    assert tree.norm({"a": torch.tensor([1.0, torch.nan])}).isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gradient_of_the_norm(scale):
+    t = {"a": torch.tensor([3.0, 0.0]) * scale, "b": torch.tensor([4.0]) * scale}
+    expected = {"a": torch.tensor([0.6, 0.0]), "b": torch.tensor([0.8])}
+    torch.testing.assert_close(torch.func.grad(tree.norm)(t), expected)
+    torch.testing.assert_close(compiled(torch.func.grad(tree.norm))(t), expected)
+    leaf = t["a"].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(tree.norm({**t, "a": leaf}), leaf)
+    torch.testing.assert_close(gradient, expected["a"])
+    assert not torch.func.grad(tree.norm)(tree.map(torch.zeros_like, t))["a"].any()
+
+
+def test_keys_of_several_types():
+    """They do not compare; optree orders them by type."""
+    t = {"b": torch.ones(1), 2: {"w": torch.zeros(2)}, 1: torch.ones(3)}
+    assert tree.names(t) == ["1", "2.w", "b"]
+    assert all(a is b for a, b in zip(tree.leaves(t), [t[1], t[2]["w"], t["b"]], strict=True))
+    assert list(tree.sort(t)) == [1, 2, "b"]
+    assert equal(tree.merge(*tree.partition(t, lambda name, x: name == "b")), t)
+    torch.testing.assert_close(compiled(lambda t: tree.map(torch.add, t, t))(t), tree.map(torch.add, t, t))
+    with pytest.raises(ValueError, match="'1' is missing"):
+        tree.map(torch.add, t, {**{key: x for key, x in t.items() if key != 1}, "1": torch.ones(3)})
+
+
+def test_none_is_an_empty_node_unless_asked_for():
+    t = {"a": None, "b": [torch.ones(1), None]}
+    assert tree.names(t) == ["b.0"]
+    assert [name for name, _ in tree.items(t, none_is_leaf=True)] == ["a", "b.0", "b.1"]
+    assert tree.map(torch.neg, t)["a"] is None
+
+
+@pytest.mark.parametrize("other", [{"a": {"x": 1}}, {"a": {"x": 1, "z": 2}}, {"a": [1, 2]}, [1], {"a": None}])
+def test_compiled_maps_refuse_what_eager_ones_refuse(other):
+    t = {"a": {"x": torch.ones(1), "y": torch.ones(1)}}
+    with pytest.raises(ValueError) as caught:
+        tree.map(lambda x, y: x, t, other)
+    message = []
+
+    def attempt(x):
+        try:
+            return tree.map(lambda x, y: x, t, other)
+        except ValueError as error:
+            message.append(str(error))
+            return x
+
+    compiled(attempt)(torch.ones(1))
+    assert message == [str(caught.value)]
 
 
 def test_flatten_and_nest_round_trip():
@@ -283,7 +356,7 @@ def test_inputs_are_left_alone():
 
 
 def everything(t):
-    """A pass through most functions, for compile and torch.func."""
+    """Calls most functions, for compile and torch.func."""
     first, second = tree.partition(t, lambda name, x: name.startswith("out"))
     both = tree.merge(tree.map_with_names(lambda name, x: x * len(name), first), second)
     both = tree.unstack(tree.stack([both, tree.cast(tree.sort(both), torch.float64)]))[1]
@@ -292,7 +365,7 @@ def everything(t):
 
 
 def floats():
-    """The part of it that torch.func takes: floating-point leaves, no None."""
+    """The part of the example that torch.func takes: floating-point leaves, no None."""
     t = example()
     return {"out": t["out"], "blocks": t["blocks"], "pair": Moments(t["pair"][0], (torch.tensor(2.0),))}
 

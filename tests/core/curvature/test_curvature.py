@@ -64,10 +64,10 @@ def test_lanczos_tridiagonalises():
 def test_all_steps_give_all_eigenvalues():
     alphas, betas, _ = lanczos(hessian_product, START, 1000)
     assert len(alphas) <= COUNT
-    found = ritz_values(alphas, betas)
+    actual = ritz_values(alphas, betas)
     # Shifting the logits' biases together changes nothing: two eigenvalues are 0, and each value is found once.
-    assert max(float((VALUES - value).abs().min()) for value in found) < 1e-12
-    assert max(float((found - value).abs().min()) for value in VALUES) < 1e-8
+    assert max(float((VALUES - value).abs().min()) for value in actual) < 1e-12
+    assert max(float((actual - value).abs().min()) for value in VALUES) < 1e-8
 
 
 def test_without_reorthogonalisation():
@@ -123,8 +123,8 @@ def test_residual_bounds_the_error_of_few_steps():
 
 
 def test_odd_count_of_both_ends():
-    found = top_eigenpairs(hessian_product, START, 3, COUNT, "both").values
-    torch.testing.assert_close(found, torch.stack([VALUES[-1], VALUES[-2], VALUES[0]]), rtol=1e-10, atol=0)
+    actual = top_eigenpairs(hessian_product, START, 3, COUNT, "both").values
+    torch.testing.assert_close(actual, torch.stack([VALUES[-1], VALUES[-2], VALUES[0]]), rtol=1e-10, atol=0)
 
 
 def test_single_precision_and_other_dtypes():
@@ -137,8 +137,8 @@ def test_single_precision_and_other_dtypes():
     assert values.dtype == torch.float32 and vectors["a"].dtype == torch.bfloat16
     torch.testing.assert_close(values, torch.tensor([2.0]), rtol=1e-2, atol=0)
     single = tree.cast(PARAMS, torch.float32)
-    found = top_eigenpairs(lambda v: tree.cast(hessian_product(tree.cast(v, F64)), torch.float32), single, 2, 30)
-    torch.testing.assert_close(found.values, VALUES.flip(0)[:2].float(), rtol=1e-5, atol=0)
+    actual = top_eigenpairs(lambda v: tree.cast(hessian_product(tree.cast(v, F64)), torch.float32), single, 2, 30)
+    torch.testing.assert_close(actual.values, VALUES.flip(0)[:2].float(), rtol=1e-5, atol=0)
 
 
 # --- density
@@ -191,9 +191,9 @@ def test_estimates_are_those_of_numpy():
     vectors = [ravel(probe(key, PARAMS, "rademacher")) for key in random.sites(KEY, 5)]
     assert all(set(v.tolist()) == {1.0, -1.0} for v in vectors)
     samples = torch.stack([v @ HESSIAN @ v for v in vectors])
-    found = hutchinson_trace(hessian_product, PARAMS, KEY, 5)
-    torch.testing.assert_close(found.value, samples.mean())
-    torch.testing.assert_close(found.standard_error, samples.std() / math.sqrt(5))
+    actual = hutchinson_trace(hessian_product, PARAMS, KEY, 5)
+    torch.testing.assert_close(actual.value, samples.mean())
+    torch.testing.assert_close(actual.standard_error, samples.std() / math.sqrt(5))
     single = hutchinson_trace(hessian_product, PARAMS, KEY, 1)
     assert single.value == pytest.approx(float(samples[0])) and single.standard_error.isnan()
     # A diagonal matrix has no variance under Rademacher probes.
@@ -250,18 +250,18 @@ def test_low_rank_inverse():
     top = VALUES.abs().argsort(descending=True)[:5]
     q, values = VECTORS[:, top], VALUES[top]
     expected = q @ ((q.T @ ravel(b)) / (values + 0.2))
-    found = low_rank_inverse(pairs.values, pairs.vectors, 0.2)(b)
-    torch.testing.assert_close(ravel(found), expected, rtol=1e-9, atol=1e-10)
+    actual = low_rank_inverse(pairs.values, pairs.vectors, 0.2)(b)
+    torch.testing.assert_close(ravel(actual), expected, rtol=1e-9, atol=1e-10)
     whole = torch.linalg.solve(q @ torch.diag(values) @ q.T + 0.2 * torch.eye(COUNT, dtype=F64), ravel(b))
-    found = low_rank_inverse(pairs.values, pairs.vectors, 0.2, complement=True)(b)
-    torch.testing.assert_close(ravel(found), whole, rtol=1e-9, atol=1e-10)
+    actual = low_rank_inverse(pairs.values, pairs.vectors, 0.2, complement=True)(b)
+    torch.testing.assert_close(ravel(actual), whole, rtol=1e-9, atol=1e-10)
 
 
 def test_low_rank_inverse_of_a_fisher_of_full_rank_is_its_pseudo_inverse():
     b = fisher_product(probe(random.key(15), PARAMS))  # in the range
     pairs = top_eigenpairs(fisher_product, START, 7, 20)
-    found = ravel(low_rank_inverse(pairs.values, pairs.vectors)(b))
-    torch.testing.assert_close(found, torch.linalg.pinv(dense(fisher_product, PARAMS)) @ ravel(b))
+    actual = ravel(low_rank_inverse(pairs.values, pairs.vectors)(b))
+    torch.testing.assert_close(actual, torch.linalg.pinv(dense(fisher_product, PARAMS)) @ ravel(b))
 
 
 # --- refusals
@@ -282,7 +282,7 @@ def infinite(v):
         (lambda: lanczos(hessian_product, tree_zeros(START), 3), "lanczos: the start is zero"),
         (lambda: lanczos(hessian_product, infinite(START), 3), "the start is not finite in 'a.weight'"),
         (lambda: lanczos(infinite, START, 3), "the product of step 1 is not finite in 'a.weight'"),
-        (lambda: lanczos(lambda v: v["a"], START, 3), "the product is no tree like its vector: .*'a' is missing"),
+        (lambda: lanczos(lambda v: v["a"], START, 3), "the product is not a tree like its vector: .*'a' is missing"),
         (
             lambda: lanczos(lengthened, START, 3),
             r"leaf 'a.bias' of the product has shape \(6,\); expected shape \(5,\)",
@@ -308,7 +308,10 @@ def infinite(v):
         (lambda: low_rank_inverse(VALUES[:3], tree.stack([START] * 2)), r"values \(3,\), vectors 'a.bias' \(2, 5\)"),
         (lambda: low_rank_inverse(VALUES[:2], tree.stack([START] * 2), 0.0, True), "complement divides by damping"),
         (lambda: low_rank_inverse(0 * VALUES[:2], tree.stack([START] * 2)), "an eigenvalue plus damping is zero"),
-        (lambda: low_rank_inverse(VALUES[:2], tree.stack([START] * 2))(START["a"]), "the vector is no tree like the"),
+        (
+            lambda: low_rank_inverse(VALUES[:2], tree.stack([START] * 2))(START["a"]),
+            "the vector is not a tree like the",
+        ),
         (lambda: low_rank_inverse(VALUES[:2], tree.stack([START] * 2))(lengthened(START)), "leaf 'a.bias' has shape"),
     ],
     ids=lambda value: "_".join(re.findall("[a-z]+", value)[:5]) if isinstance(value, str) else "",

@@ -100,19 +100,19 @@ def test_compiled_and_mapped_product_is_the_same(name):
     torch.testing.assert_close(compiled(product)(DIRECTION), expected[0], rtol=1e-12, atol=1e-14)
     mapped = [torch.func.vmap(product)(directions), compiled(torch.func.vmap(product))(directions)]
     torch._dynamo.reset()
-    for found in mapped:
-        torch.testing.assert_close(tree.unstack(found), expected, rtol=1e-12, atol=1e-14)
+    for actual in mapped:
+        torch.testing.assert_close(tree.unstack(actual), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_sampled_fisher_has_the_ggn_as_its_mean():
     samples = 20000
-    found = sampled_fisher_vp(logits, PARAMS, DIRECTION, random.key(4), samples)
+    actual = sampled_fisher_vp(logits, PARAMS, DIRECTION, random.key(4), samples)
     expected = ggn_product(DIRECTION)
-    error, size = tree.norm(tree.map(torch.sub, found, expected)), tree.norm(expected)
+    error, size = tree.norm(tree.map(torch.sub, actual, expected)), tree.norm(expected)
     assert 0 < error < 3 * size / math.sqrt(samples)
     again = sampled_fisher_vp(logits, PARAMS, DIRECTION, random.key(4), samples)
     other = sampled_fisher_vp(logits, PARAMS, DIRECTION, random.key(5), samples)
-    assert torch.equal(ravel(found), ravel(again)) and not torch.equal(ravel(found), ravel(other))
+    assert torch.equal(ravel(actual), ravel(again)) and not torch.equal(ravel(actual), ravel(other))
 
 
 def test_ggn_of_a_linear_model_is_the_hessian():
@@ -121,8 +121,8 @@ def test_ggn_of_a_linear_model_is_the_hessian():
 
     params = probe(random.key(5), {"b": torch.zeros(3, dtype=F64), "w": torch.zeros(4, 3, dtype=F64)})
     v = probe(random.key(6), params)
-    found = ggn_vp(outputs, mean_loss, params, v)
-    torch.testing.assert_close(found, hvp(lambda p: mean_loss(outputs(p)), params, v)[1])
+    actual = ggn_vp(outputs, mean_loss, params, v)
+    torch.testing.assert_close(actual, hvp(lambda p: mean_loss(outputs(p)), params, v)[1])
 
 
 def test_outputs_may_be_a_tree_in_any_key_order():
@@ -136,9 +136,9 @@ def test_outputs_may_be_a_tree_in_any_key_order():
     def joined(z):
         return mean_loss(z[..., :CLASSES]) + z[..., CLASSES:].exp().mean()
 
-    found = ggn_vp(outputs, total, PARAMS, DIRECTION)
+    actual = ggn_vp(outputs, total, PARAMS, DIRECTION)
     torch.testing.assert_close(
-        found, ggn_vp(lambda p: torch.cat([logits(p), logits(p).square()], -1), joined, PARAMS, DIRECTION)
+        actual, ggn_vp(lambda p: torch.cat([logits(p), logits(p).square()], -1), joined, PARAMS, DIRECTION)
     )
 
 
@@ -165,12 +165,12 @@ def test_equal_to_curvlinops(name):
     vector = torch.cat([tree.get(v, parameter).reshape(-1) for parameter in parameters])
     out = PRODUCTS[name](DIRECTION)
     out = {"0": out["a"], "2": out["b"][0]}
-    found = torch.cat([tree.get(out, parameter).reshape(-1) for parameter in parameters])
-    torch.testing.assert_close(found, (operator @ vector).detach(), rtol=1e-10, atol=1e-12)
+    actual = torch.cat([tree.get(out, parameter).reshape(-1) for parameter in parameters])
+    torch.testing.assert_close(actual, (operator @ vector).detach(), rtol=1e-10, atol=1e-12)
 
 
 def test_errors_name_what_was_expected():
-    with pytest.raises(ValueError, match=r"fisher_vp: the losses have shape \(\); expected one an example, \(N,\)"):
+    with pytest.raises(ValueError, match=r"fisher_vp: the losses have shape \(\); expected one per example, \(N,\)"):
         fisher_vp(loss, PARAMS, DIRECTION)
     with pytest.raises(ValueError, match="leaf 'b.0.weight' is missing"):
         ggn_vp(logits, mean_loss, PARAMS, {**DIRECTION, "b": [{"bias": DIRECTION["b"][0]["bias"]}]})

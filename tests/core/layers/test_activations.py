@@ -79,8 +79,8 @@ def test_prelu_equals_torch(channels, shape):
         return functional_call(module, p, (x,))
 
     torch.testing.assert_close(prelu(p, x), expected(p, x), rtol=0, atol=0)
-    found, wanted = (grad(lambda p, x, f=f: f(p, x).exp().sum(), argnums=(0, 1))(p, x) for f in (prelu, expected))
-    torch.testing.assert_close(found, wanted)
+    actual, reference = (grad(lambda p, x, f=f: f(p, x).exp().sum(), argnums=(0, 1))(p, x) for f in (prelu, expected))
+    torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

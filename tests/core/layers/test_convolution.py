@@ -26,8 +26,8 @@ def check(f, module, p, x):
         return functional_call(module, p, (x,))
 
     torch.testing.assert_close(f(p, x), expected(p, x))
-    found, wanted = (grad(lambda p, x, g=g: torch.sin(g(p, x)).sum(), argnums=(0, 1))(p, x) for g in (f, expected))
-    torch.testing.assert_close(found, wanted)
+    actual, reference = (grad(lambda p, x, g=g: torch.sin(g(p, x)).sum(), argnums=(0, 1))(p, x) for g in (f, expected))
+    torch.testing.assert_close(actual, reference)
 
 
 OPTIONS = [
@@ -66,7 +66,7 @@ def test_conv_equals_torch(dims, kernel, options):
     ],
     ids=str,
 )
-def test_conv_takes_one_number_an_axis(options):
+def test_conv_takes_one_integer_per_axis(options):
     layer = conv_spec(4, 2, (3, 2, 4), bias=False)
     assert layer["weight"].shape == (2, 4, 3, 2, 4) and "bias" not in layer
     module = torch.nn.Conv3d(4, 2, (3, 2, 4), bias=False, dtype=torch.float64, **options)
@@ -92,7 +92,7 @@ def test_conv_transpose_equals_torch(dims, kernel, options):
     check(lambda p, x: conv_transpose(p, x, **options), module, values(layer), image(dims))
 
 
-def test_conv_transpose_takes_one_number_an_axis():
+def test_conv_transpose_takes_one_integer_per_axis():
     options = {"stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "dilation": (1, 2)}
     module = torch.nn.ConvTranspose2d(4, 2, (3, 2), bias=False, dtype=torch.float64, **options)
     p = values(conv_spec(4, 2, (3, 2), transposed=True, bias=False))
@@ -138,7 +138,7 @@ def test_dims_follow_the_kernel():
     [
         ((4, 6, 3), {"groups": 4}, r"groups=4 must divide d_in=4 and d_out=6"),
         ((4, 6, (3, 3, 3, 3)), {}, r"expected 1 to 3 spatial axes, found 4"),
-        ((4, 6, (3, 3)), {"dims": 1}, r"expected 1 numbers for kernel, found \(3, 3\)"),
+        ((4, 6, (3, 3)), {"dims": 1}, r"expected 1 integers for kernel, found \(3, 3\)"),
     ],
 )
 def test_a_wrong_spec_is_an_error(arguments, options, message):
@@ -151,10 +151,10 @@ def test_a_wrong_spec_is_an_error(arguments, options, message):
     [
         ((2, 3, 7, 6), {}, r"conv: expected x of shape \(batch, 4, space, space\), found \(2, 3, 7, 6\)"),
         ((4, 7, 6), {}, r"conv: expected x of shape \(batch, 4, space, space\), found \(4, 7, 6\)"),
-        ((2, 4, 7, 6), {"padding": "full"}, r"padding is 'same', 'valid' or numbers, not 'full'"),
+        ((2, 4, 7, 6), {"padding": "full"}, r"padding is 'same', 'valid' or integers, not 'full'"),
         ((2, 4, 7, 6), {"padding": "same", "stride": (1, 2)}, r"padding 'same' needs stride 1, found \(1, 2\)"),
         ((2, 4, 7, 6), {"padding_mode": "mirror"}, r"padding_mode is one of zeros, .*, not 'mirror'"),
-        ((2, 4, 7, 6), {"padding": (1, 1, 1)}, r"expected 2 numbers for padding, found \(1, 1, 1\)"),
+        ((2, 4, 7, 6), {"padding": (1, 1, 1)}, r"expected 2 integers for padding, found \(1, 1, 1\)"),
     ],
 )
 def test_a_wrong_call_is_an_error(x, options, message):

@@ -1,4 +1,4 @@
-"""The three dropouts: how often, what scale, and whose key."""
+"""Dropout of values, channels and examples: its rate, its scale, and the masks of each key."""
 
 import math
 
@@ -13,7 +13,7 @@ KEY = random.key(3)
 LAYERS = [dropout, dropout_channels, stochastic_depth]
 X = 1 + random.uniform(random.key(1), (8, 6, 5, 3), torch.float64)
 
-# (layer, ones to drop from, how many independent places that makes)
+# (layer, shape of an input of ones, number of independent masks)
 MANY = [
     (dropout, (200, 500), 100_000),
     (dropout_channels, (200, 500, 2), 100_000),
@@ -22,14 +22,14 @@ MANY = [
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("keys", ["one key", "a key an example"])
-@pytest.mark.parametrize(("layer", "shape", "places"), MANY)
-def test_the_share_dropped_is_the_rate_and_the_rest_is_scaled(layer, shape, places, keys, rate):
+@pytest.mark.parametrize("keys", ["one key", "one key per example"])
+@pytest.mark.parametrize(("layer", "shape", "count"), MANY)
+def test_the_share_dropped_is_the_rate_and_the_rest_is_scaled(layer, shape, count, keys, rate):
     key = KEY if keys == "one key" else random.fold_in(KEY, torch.arange(shape[0]))
     y = layer(torch.ones(shape, dtype=torch.float64), rate, key)
-    kept = y != 0
-    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - rate)))
-    assert abs(kept.double().mean().item() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / places)
+    mask = y != 0
+    torch.testing.assert_close(y[mask], torch.full_like(y[mask], 1 / (1 - rate)))
+    assert abs(mask.double().mean().item() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / count)
 
 
 def test_whole_channels_and_whole_examples_are_dropped():
@@ -40,10 +40,10 @@ def test_whole_channels_and_whole_examples_are_dropped():
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 25_000, 50_000, 75_000])
-def test_places_are_independent(lag):
-    # Four places share the words of one draw: neighbours in the draw and in the word are both looked at.
-    kept = (dropout(torch.ones(100_000), 0.5, KEY) != 0).double() * 2 - 1
-    assert abs((kept[:-lag] * kept[lag:]).mean()) < 4 / math.sqrt(100_000 - lag)
+def test_masks_are_independent(lag):
+    # Four masks share the words of one draw: the lags cover neighbours in the draw and in the word.
+    mask = (dropout(torch.ones(100_000), 0.5, KEY) != 0).double() * 2 - 1
+    assert abs((mask[:-lag] * mask[lag:]).mean()) < 4 / math.sqrt(100_000 - lag)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -56,7 +56,7 @@ def test_equal_keys_equal_masks_and_other_keys_other_masks(layer):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_key_an_example_gives_the_masks_of_the_examples_alone(layer, compiled):
+def test_one_key_per_example_gives_the_masks_of_the_examples_alone(layer, compiled):
     keys = random.split(KEY, 8)
 
     def whole(x, keys):

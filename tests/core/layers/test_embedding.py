@@ -22,11 +22,11 @@ def test_output_and_gradient_equal_torch(ids, padding_id):
     def expected(p):
         return functional_call(module, p, (ids,))
 
-    def found(p):
+    def actual(p):
         return embedding(p, ids, padding_id=padding_id)
 
-    torch.testing.assert_close(found(p), expected(p), rtol=0, atol=0)
-    gradients = [grad(lambda p, f=f: f(p).pow(3).sum())(p) for f in (found, expected)]
+    torch.testing.assert_close(actual(p), expected(p), rtol=0, atol=0)
+    gradients = [grad(lambda p, f=f: f(p).pow(3).sum())(p) for f in (actual, expected)]
     torch.testing.assert_close(*gradients)
     if padding_id is not None:
         assert (gradients[0]["weight"][padding_id] == 0).all()

@@ -28,8 +28,8 @@ def test_output_and_gradient_equal_torch(shape, bias):
     module = torch.nn.Linear(5, 3, bias=bias, dtype=torch.float64)
     expected = lambda p, x: functional_call(module, p, (x,))  # noqa: E731
     torch.testing.assert_close(linear(p, x), expected(p, x), rtol=0, atol=0)
-    found, wanted = (grad(f, argnums=(0, 1))(p, x) for f in (loss, lambda p, x: expected(p, x).pow(3).sum()))
-    torch.testing.assert_close(found, wanted)
+    actual, reference = (grad(f, argnums=(0, 1))(p, x) for f in (loss, lambda p, x: expected(p, x).pow(3).sum()))
+    torch.testing.assert_close(actual, reference)
 
 
 def test_spec_is_torch_layout_and_default_init_keeps_the_variance():

@@ -1,4 +1,4 @@
-"""The norms against torch.nn, and under the transforms. What batch norm reports over steps is in test_stats.py."""
+"""The norms against torch.nn, and under the transforms. Batch norm over several steps is in test_stats.py."""
 
 from functools import partial
 
@@ -39,8 +39,8 @@ def check(f, module, p, x, **tolerance):
         return functional_call(module, p, (x,))
 
     torch.testing.assert_close(f(p, x), expected(p, x), **tolerance)
-    found, wanted = (grad(lambda p, x, g=g: torch.sin(g(p, x)).sum(), argnums=(0, 1))(p, x) for g in (f, expected))
-    torch.testing.assert_close(found, wanted, **tolerance)
+    actual, reference = (grad(lambda p, x, g=g: torch.sin(g(p, x)).sum(), argnums=(0, 1))(p, x) for g in (f, expected))
+    torch.testing.assert_close(actual, reference, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

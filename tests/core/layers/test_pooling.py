@@ -54,7 +54,7 @@ def test_average_pool_equals_torch(dims, options):
     check(lambda x: average_pool(x, 3, **options), AVERAGE[dims](3, **options), image(dims))
 
 
-def test_one_number_an_axis():
+def test_one_integer_per_axis():
     options = {"stride": (1, 2), "padding": (0, 1)}
     check(lambda x: max_pool(x, (2, 3), **options), nn.MaxPool2d((2, 3), **options), image(2))
     check(lambda x: average_pool(x, (2, 3), **options), nn.AvgPool2d((2, 3), **options), image(2))

@@ -40,6 +40,17 @@ P, B = {"weight": DRAW(3, 4)}, {"x": X}
             {"want": ("dot",), "direction": {"weight": X.T[:, :2]}},
             r"'weight' has shape \(4, 2\), expected \(3, 4\)",
         ),
+        (
+            P,
+            B,
+            {"want": ("dot",), "direction": {"weight": torch.ones(3, 4).int()}},
+            "'weight' is torch.int32; expected fl",
+        ),
+        ({}, B, {}, "there are no parameters"),
+        ({"a": {}, "b": None}, B, {}, "there are no parameters"),
+        ({0: X, **P}, B, {}, "the keys of a dict in the parameters must be of one type"),
+        (P, {0: X, **B}, {}, "the keys of a dict in the batch must be of one type"),
+        (P, B, {"want": "hessian"}, "want has 'hessian'"),
         (P, B, {"want": ("dot",), "direction": {"weight": 1.0}}, r"'weight' has shape \(\), expected \(3, 4\)"),
     ],
 )
@@ -48,8 +59,44 @@ def test_arguments(params, batch, options, message):
         per_example.reports(plain, params, batch, **options)
 
 
+def test_want_as_a_string_and_twice():
+    expected = per_example.reports(plain, P, B)
+    for want in ("norm", ["norm"], ("norm", "norm")):
+        torch.testing.assert_close(per_example.reports(plain, P, B, want).norm, expected.norm)
+    plan = per_example.plan(plain, P, B, "norm")
+    torch.testing.assert_close(per_example.reports(plain, P, B, ("norm", "norm"), plan=plan).norm, expected.norm)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantity"),
+    [
+        ("total_norm", "norm"),
+        ("total_dot", "dot"),
+        ("total_gram", "gram"),
+        ("second_moment", "square"),
+        ("variance", "square"),
+    ],
+)
+def test_quantity_that_was_not_wanted_is_named(name, quantity):
+    want = ("gram",) if quantity == "norm" else ("norm",)
+    out = per_example.reports(plain, P, B, want)
+    with pytest.raises(PerExampleError, match=f'{name} needs "{quantity}", which was not asked for'):
+        getattr(out, name)
+    assert not hasattr(out, name) and getattr(out, quantity) is None
+
+
+def test_integer_keys():
+    out = per_example.reports(lambda p, b: plain({"weight": p[0]}, b), {0: P["weight"]}, B)
+    torch.testing.assert_close(out.norm[0], per_example.reports(plain, P, B).norm["weight"])
+
+
+def test_combine_nothing():
+    with pytest.raises(PerExampleError, match="there are no reports to combine"):
+        per_example.combine([])
+
+
 def test_plan_of_something_else():
-    made = per_example.plan(plain, P, B)
+    plan = per_example.plan(plain, P, B)
     wider = {"x": torch.cat([X, X], 1)}
     for params, batch, want in (
         ({"weight": DRAW(2, 4)}, B, ("norm",)),
@@ -59,7 +106,7 @@ def test_plan_of_something_else():
         (P, B, ("gram",)),
     ):
         with pytest.raises(PerExampleError, match="the plan was made for"):
-            per_example.reports(plain, params, batch, want, plan=made)
+            per_example.reports(plain, params, batch, want, plan=plan)
     others = {
         "use 2 of 'weight'": lambda p, b: plain(p, b) + plain(p, {"x": b["x"].cos()}),
         "it has 1 uses of 'weight', the loss 0": lambda p, b: b["x"].sum(1),
@@ -68,12 +115,32 @@ def test_plan_of_something_else():
     }
     for message, other in others.items():
         with pytest.raises(PerExampleError, match="the plan is of another loss") as caught:
-            per_example.reports(other, P, B, plan=made)
+            per_example.reports(other, P, B, plan=plan)
         assert "weight" in str(caught.value), message
+
+
+def test_plan_of_clipping():
+    expected = per_example.clipped(plain, P, B, 0.1)
+    for keep, method in ((False, "twice"), (True, "kept")):
+        plan = per_example.plan(plain, P, B, keep=keep)
+        for name in (method, "auto"):
+            out = per_example.clipped(plain, P, B, 0.1, method=name, plan=plan)
+            torch.testing.assert_close((out.sum, out.norm), (expected.sum, expected.norm))
+        other = "twice" if keep else "kept"
+        with pytest.raises(PerExampleError, match=rf"not for the method '{other}': plan\(..., keep={not keep}\)"):
+            per_example.clipped(plain, P, B, 0.1, method=other, plan=plan)
+        torch.testing.assert_close(per_example.reports(plain, P, B, plan=plan).norm, expected.norm)
+    with pytest.raises(PerExampleError, match="the plan was made for"):
+        per_example.clipped(plain, P, B, 0.1, plan=per_example.plan(plain, P, B, "gram"))
 
 
 def test_weighted_arguments():
     for options, message in (
+        ({"max_norm": None}, "max_norm is None; expected a positive number"),
+        ({"max_norm": "1"}, "max_norm is 1; expected a positive number"),
+        ({"max_norm": {"*": -1.0}}, r"max_norm of '\*' is -1.0; expected a positive number"),
+        ({"max_norm": {"bias": 1.0}}, "no pattern of max_norm fits parameter 'weight': bias"),
+        ({"max_norm": {}}, "no pattern of max_norm fits parameter 'weight'"),
         ({"max_norm": 0.0}, "max_norm is 0.0; expected a positive number"),
         ({"max_norm": float("nan")}, "expected a positive number"),
         ({"max_norm": 1.0, "method": "ghost"}, "method 'ghost' is unknown; expected one of auto, kept, twice"),
@@ -82,4 +149,11 @@ def test_weighted_arguments():
             per_example.clipped(plain, P, B, **options)
     for weights in (lambda norm: norm["weight"][:3], lambda norm: 1.0, lambda norm: norm["weight"][:, None]):
         with pytest.raises(PerExampleError, match="the weights must be one for each of the 4 examples"):
+            per_example.weighted(plain, P, B, weights)
+    for weights, message in (
+        (lambda norm: {"weight": norm["weight"][:3]}, r"the weights of 'weight' must be one for each .*, not \(3,\)"),
+        (lambda norm: {"other": norm["weight"]}, "the weights are a tree unlike that of the norms"),
+        (lambda norm: None, "the weights are a tree unlike"),
+    ):
+        with pytest.raises(PerExampleError, match=message):
             per_example.weighted(plain, P, B, weights)

@@ -1,4 +1,4 @@
-"""The same reports compiled, under vmap over an ensemble, and with a plan made for another N."""
+"""The same reports compiled, under vmap over an ensemble, and with a plan for another N."""
 
 import pytest
 import torch
@@ -72,42 +72,27 @@ def reported(model):
 @quiet
 def test_compiled(name):
     model = make(name)
-    found = compiled(reported(model))(model.params, model.batch, direction_of(model.params))
-    assert_reports(model, found, tolerance=tolerance_of(model))
+    out = compiled(reported(model))(model.params, model.batch, direction_of(model.params))
+    assert_reports(model, out, tolerance=tolerance_of(model))
 
 
-@pytest.mark.parametrize("time", [3, 4])
-def test_compiled_matmul_in_either_order(time):
-    """Dynamo writes W @ x as matmul(x, W): what the shapes do not tell apart is refused."""
-    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
-    batch = torch.randn(5, 4, time, dtype=torch.float64)
-
-    def loss(params, batch):
-        return (params["w"] @ batch).square().sum((1, 2))
-
-    def other_loss(params, batch):
-        return (batch.mT @ params["w"]).square().sum((1, 2))
-
-    for f in (loss, other_loss):
-        norm = compiled(lambda p, x, f=f: per_example.reports(f, p, x).total_norm)
-        if time == 4:
-            with pytest.raises(Exception, match=r"'w' \(4, 4\) is multiplied by @, where both orders fit"):
-                norm(params, batch)
-        else:
-            torch.testing.assert_close(norm(params, batch), per_example.reports(f, params, batch).total_norm)
+SQUARE = {"a": torch.randn(4, 4).double(), "b": torch.randn(4, 4).double()}
 
 
-def test_compiled_matmul_of_a_square_matrix():
-    """The order is settled while planning, whatever N is."""
-    params = {"w": torch.randn(4, 4, dtype=torch.float64)}
-
-    def loss(params, batch):
-        return (batch @ params["w"]).square().sum(1)
-
-    for count in (3, 4):
-        batch = torch.randn(count, 4, dtype=torch.float64)
-        found = compiled(lambda p, x: per_example.reports(loss, p, x).total_norm)(params, batch)
-        torch.testing.assert_close(found, per_example.reports(loss, params, batch).total_norm)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, x: (p["a"] @ x).sin().sum((1, 2)) + (x.mT @ p["b"]).cos().sum((1, 2)),
+        lambda p, x: (x @ (p["b"] @ p["a"])).sin().sum((1, 2)),
+        lambda p, x: (x @ (p["b"].norm(dim=1) * p["a"].flatten().unflatten(0, (4, 4)))).sin().sum((1, 2)),
+    ],
+    ids=["either order", "product of parameters", "methods written in Python"],
+)
+def test_compiled_matmul_of_square_matrices(loss):
+    x = torch.randn(3, 4, 4).double()
+    expected = per_example.reports(loss, SQUARE, x)
+    assert per_example.verify(loss, SQUARE, x) <= 1e-10
+    torch.testing.assert_close(compiled(per_example.reports)(loss, SQUARE, x).norm, expected.norm)
 
 
 def ensemble(model):
@@ -121,9 +106,9 @@ def ensemble(model):
 def test_vmap_over_members(name):
     model = make(name)
     members, stacked, directions = ensemble(model)
-    found = vmap(reported(model), (0, None, 0))(stacked, model.batch, directions)
+    out = vmap(reported(model), (0, None, 0))(stacked, model.batch, directions)
     for i, member in enumerate(members):
-        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in out))
         assert_reports(model, alone, params=member, tolerance=tolerance_of(model))
 
 
@@ -133,9 +118,9 @@ def test_vmap_over_members(name):
 def test_compiled_vmap_over_members(name):
     model = make(name)
     members, stacked, directions = ensemble(model)
-    found = compiled(vmap(reported(model), (0, None, 0)))(stacked, model.batch, directions)
+    out = compiled(vmap(reported(model), (0, None, 0)))(stacked, model.batch, directions)
     for i, member in enumerate(members):
-        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in found))
+        alone = per_example.Reports(*(None if x is None else tree.map(lambda x, i=i: x[i], x) for x in out))
         assert_reports(model, alone, params=member)
 
 
@@ -144,8 +129,8 @@ def test_compiled_vmap_over_members(name):
 def test_a_plan_of_another_n(name):
     """Made for all examples, used on two of them and on one."""
     model = make(name)
-    made = per_example.plan(model.loss, model.params, model.batch, ("norm", "dot", "gram", "square"))
-    assert all(leaf in str(made) for leaf in tree.names(model.params))
-    for chosen in ([2, 0], [1], [*range(N), 0, 1, 2]):
-        batch = tree.map(lambda x, c=chosen: x[c], model.batch)
-        assert_reports(model, run(model, batch=batch, plan=made), batch=batch, tolerance=tolerance_of(model))
+    plan = per_example.plan(model.loss, model.params, model.batch, ("norm", "dot", "gram", "square"))
+    assert all(leaf in str(plan) for leaf in tree.names(model.params))
+    for indices in ([2, 0], [1], [*range(N), 0, 1, 2]):
+        batch = tree.map(lambda x, i=indices: x[i], model.batch)
+        assert_reports(model, run(model, batch=batch, plan=plan), batch=batch, tolerance=tolerance_of(model))

@@ -26,7 +26,7 @@ def dense(*shape):
     return Dense(normal(N, *shape))
 
 
-# name: (forms, shape of the parameter, the methods that may be chosen for it)
+# name: (forms, shape of the parameter, its methods)
 CASES = {
     "outer": ([outer(1, 5, 4, 6)], (5, 4), ("ghost", "formed")),
     "outer of one row": ([outer(1, 5, 4, 1)], (5, 4), ("closed", "ghost", "formed")),
@@ -50,7 +50,7 @@ CASES = {
 WANT = ("norm", "dot", "gram", "square", "sum")
 
 
-def expected(g, direction):
+def quantities_of(g, direction):
     flat = g.reshape(N, -1)
     return {
         "norm": flat.square().sum(1),
@@ -70,13 +70,13 @@ def test_reduce(name, method, budget):
     forms, shape, _ = CASES[name]
     g, direction = materialise(forms, shape), normal(*shape)
     assert g.shape == (N, *shape)
-    wanted = expected(g, direction)
+    expected = quantities_of(g, direction)
     for want in (WANT, ("norm",), ("square", "sum"), ("gram", "dot"), ()):
-        found = reduce(forms, shape, want, method, direction, budget)
-        assert set(found) == set(want)
+        out = reduce(forms, shape, want, method, direction, budget)
+        assert set(out) == set(want)
         for quantity in want:
             torch.testing.assert_close(
-                found[quantity], wanted[quantity], rtol=1e-11, atol=1e-11, msg=lambda m, q=quantity: f"{q}: {m}"
+                out[quantity], expected[quantity], rtol=1e-11, atol=1e-11, msg=lambda m, q=quantity: f"{q}: {m}"
             )
 
 
@@ -87,12 +87,12 @@ def test_reduce_of_half_precision_is_wide(name, method):
     half = [type(f)(*(x.bfloat16() if x.is_floating_point() else x for x in f)) for f in forms]
     rounded = [type(f)(*(x.double() if x.is_floating_point() else x for x in f)) for f in half]
     direction = normal(*shape)
-    wanted = expected(materialise(rounded, shape), direction)
-    found = reduce(half, shape, ("norm", "dot"), method, direction.float())
-    scale = {"norm": wanted["norm"].max(), "dot": (wanted["norm"].max().sqrt() * direction.norm())}
-    for quantity, value in found.items():
+    expected = quantities_of(materialise(rounded, shape), direction)
+    out = reduce(half, shape, ("norm", "dot"), method, direction.float())
+    scale = {"norm": expected["norm"].max(), "dot": (expected["norm"].max().sqrt() * direction.norm())}
+    for quantity, value in out.items():
         assert value.dtype == torch.float32
-        assert float((value - wanted[quantity]).abs().max() / scale[quantity]) < 2e-2
+        assert float((value - expected[quantity]).abs().max() / scale[quantity]) < 2e-2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,8 +136,8 @@ def test_inner_products_of_pairs():
     forms = [outer(1, 5, 4, 3), outer(1, 5, 4, 6), rows(5, 4, 3), rows(5, 4, 7)]
     for a in forms:
         for b in forms:
-            wanted = (materialise([a], shape) * materialise([b], shape)).sum((1, 2))
-            torch.testing.assert_close(inner(a, b), wanted, rtol=1e-11, atol=1e-11)
+            expected = (materialise([a], shape) * materialise([b], shape)).sum((1, 2))
+            torch.testing.assert_close(inner(a, b), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_ghost_norms_that_cancel_are_not_negative():
@@ -145,6 +145,6 @@ def test_ghost_norms_that_cancel_are_not_negative():
     one, columns = normal(N, 1, 1, 6).float(), normal(N, 1, 1, 5).float()
     form = Outer(torch.cat([one, -one], 2), torch.cat([columns, columns * (1 + 1e-6)], 2))
     exact = materialise([Outer(*(x.double() for x in form))], (6, 5)).square().sum((1, 2))
-    found = reduce([form], (6, 5), ("norm",), "ghost")["norm"]
-    assert found.dtype == torch.float32 and (found >= 0).all()
-    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0.0)
+    out = reduce([form], (6, 5), ("norm",), "ghost")["norm"]
+    assert out.dtype == torch.float32 and (out >= 0).all()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=0.0)

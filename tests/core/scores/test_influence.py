@@ -16,14 +16,14 @@ close = torch.testing.assert_close
 N, M, D, CLASSES, DECAY = 80, 6, 5, 3, 0.05
 
 
-def drawn(seed, count):
+def examples(seed, count):
     """Inputs, and labels that they tell but for a little noise."""
     x = random.normal(random.key(seed), (count, D), F64)
     teacher = 2 * random.normal(random.key(100), (D, CLASSES), F64)
     return x, random.categorical(random.key(seed + 1), x @ teacher)
 
 
-TRAIN, TEST = drawn(1, N), drawn(11, M)
+TRAIN, TEST = examples(1, N), examples(11, M)
 
 
 def logits(p, x):
@@ -110,8 +110,8 @@ def test_leaving_an_example_out():
         own.append((losses(retrained, TRAIN) - losses(PARAMS, TRAIN))[i])
     changes, own = torch.stack(changes), torch.stack(own)
     predicted = -scores.influence(losses, PARAMS, TRAIN, TEST, INVERSE) / N
-    found = torch.corrcoef(torch.stack([ranks(predicted), ranks(changes.mean(1))]))[0, 1]
-    assert found > 0.98
+    correlation = torch.corrcoef(torch.stack([ranks(predicted), ranks(changes.mean(1))]))[0, 1]
+    assert correlation > 0.98
     assert torch.corrcoef(torch.stack([predicted, changes.mean(1)]))[0, 1] > 0.98
     alone = (G * torch.linalg.solve(HESSIAN, G.T).T).sum(1) / N
     assert torch.corrcoef(torch.stack([ranks(alone), ranks(own)]))[0, 1] > 0.98
@@ -160,15 +160,15 @@ def damped_self(matrix, damping):
 def test_few_eigenpairs(complement):
     values, vectors, _ = top_eigenpairs(ggn, START, 5, 30, which="magnitude")
     inverse = low_rank_inverse(values, vectors, 0.2, complement=complement)
-    found = scores.low_rank_self_influence(losses, PARAMS, TRAIN, values, vectors, 0.2, complement=complement)
-    close(found, scores.self_influence(losses, PARAMS, TRAIN, inverse))
+    out = scores.low_rank_self_influence(losses, PARAMS, TRAIN, values, vectors, 0.2, complement=complement)
+    close(out, scores.self_influence(losses, PARAMS, TRAIN, inverse))
     exact_values, exact_vectors = torch.linalg.eigh(GGN)
-    kept = exact_vectors[:, -5:] @ torch.diag(exact_values[-5:]) @ exact_vectors[:, -5:].T
+    part = exact_vectors[:, -5:] @ torch.diag(exact_values[-5:]) @ exact_vectors[:, -5:].T
     if complement:
-        close(found, damped_self(kept, 0.2))
+        close(out, damped_self(part, 0.2))
     else:
         whole = scores.low_rank_influence(losses, PARAMS, TRAIN, TRAIN, values, vectors, 0.2)
-        close(found, -whole.diagonal())
+        close(out, -whole.diagonal())
         close(whole.mean(1), scores.influence(losses, PARAMS, TRAIN, TRAIN, inverse))
 
 
@@ -178,8 +178,8 @@ def test_wrong_labels_have_more_self_influence():
     flipped = (x, torch.where(wrong, (right + 1) % CLASSES, right))
     params = newton(lambda p: objective(p, flipped), ZEROS)
     values, vectors, _ = top_eigenpairs(lambda v: hvp(objective, params, v, flipped)[1], START, 12, 100)
-    found = scores.low_rank_self_influence(losses, params, flipped, values, vectors)
-    assert found[wrong].median() > 3 * found[~wrong].median()
+    out = scores.low_rank_self_influence(losses, params, flipped, values, vectors)
+    assert out[wrong].median() > 3 * out[~wrong].median()
 
 
 # --- errors

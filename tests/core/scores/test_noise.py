@@ -43,8 +43,8 @@ def mean_and_error(values):
 def test_parts_are_unbiased():
     """Over many batches of 3 the mean of each part is the population's within four standard errors."""
     many = gradients(random.key(2), (20_000, 3))
-    found = torch.vmap(lambda batch: noise.estimate(reports(loss, PARAMS, batch)))(many)
-    for part, truth in ((found.trace, TRACE), (found.square, SQUARE)):
+    out = torch.vmap(lambda batch: noise.estimate(reports(loss, PARAMS, batch)))(many)
+    for part, truth in ((out.trace, TRACE), (out.square, SQUARE)):
         for values, true in zip(tree.leaves(part), tree.leaves(truth), strict=True):
             mean, error = mean_and_error(values)
             assert error < 0.1 and abs(mean - true) < 4 * error
@@ -54,14 +54,14 @@ def test_parts_are_unbiased():
 
 
 def test_one_batch_is_the_covariance_of_numpy_style_loops():
-    found = noise.estimate(reports(loss, PARAMS, BATCH))
+    out = noise.estimate(reports(loss, PARAMS, BATCH))
     for name, g in tree.items(BATCH):
         rows = g.flatten(1)
         covariance = torch.cov(rows.T)
         squares = [rows[i] @ rows[j] for i in range(7) for j in range(7) if i != j]
-        torch.testing.assert_close(tree.get(found.trace, name), covariance.trace(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(tree.get(out.trace, name), covariance.trace(), rtol=1e-12, atol=0)
         # |G|² is the mean product of two different examples' gradients.
-        torch.testing.assert_close(tree.get(found.square, name), sum(squares) / 42, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(tree.get(out.square, name), sum(squares) / 42, rtol=1e-11, atol=1e-13)
 
 
 def test_all_scores_of_a_net_are_those_of_a_loop_of_plain_gradients():
@@ -78,30 +78,30 @@ def test_all_scores_of_a_net_are_those_of_a_loop_of_plain_gradients():
         value = losses(variables, tree.map(lambda x, i=i: x[i : i + 1], data)).sum()
         rows.append(torch.autograd.grad(value, tree.leaves(variables)))
     layers = [torch.stack(layer).flatten(1) for layer in zip(*rows, strict=True)]
-    found = reports(losses, params, data, ("norm", "square"))
+    out = reports(losses, params, data, ("norm", "square"))
     exact = {"rtol": 1e-9, "atol": 1e-13}
-    parts, whole = noise.estimate(found), torch.cat(layers, 1)
+    parts, whole = noise.estimate(out), torch.cat(layers, 1)
     assert len(layers) == len(tree.leaves(params)) > 3
     for trace, square, g in zip(tree.leaves(parts.trace), tree.leaves(parts.square), layers, strict=True):
         torch.testing.assert_close(trace, g.var(0).sum(), **exact)
         torch.testing.assert_close(square, ((g.sum(0) ** 2).sum() - (g**2).sum()) / 30, **exact)
     scale = whole.var(0).sum() / (((whole.sum(0) ** 2).sum() - (whole**2).sum()) / 30)
     torch.testing.assert_close(noise.scale(parts).total, scale, **exact)
-    torch.testing.assert_close(gradient_diversity(found), (whole**2).sum() / (whole.sum(0) ** 2).sum(), **exact)
-    means = layer_snr(found)
-    for ratio, mean, g in zip(tree.leaves(gradient_snr(found)), tree.leaves(means), layers, strict=True):
+    torch.testing.assert_close(gradient_diversity(out), (whole**2).sum() / (whole.sum(0) ** 2).sum(), **exact)
+    means = layer_snr(out)
+    for ratio, mean, g in zip(tree.leaves(gradient_snr(out)), tree.leaves(means), layers, strict=True):
         expected = torch.where(g.mean(0) == 0, 0.0, g.mean(0).square() / g.var(0))
         torch.testing.assert_close(ratio.flatten(), expected, rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(mean, expected[expected > 0].mean(), rtol=1e-8, atol=1e-12)
 
 
 def test_total_and_scale():
-    found = noise.estimate(reports(loss, PARAMS, BATCH))
-    whole, scale = noise.total(found), noise.scale(found)
+    out = noise.estimate(reports(loss, PARAMS, BATCH))
+    whole, scale = noise.total(out), noise.scale(out)
     joined = torch.cat([g.flatten(1) for g in tree.leaves(BATCH)], 1)
     torch.testing.assert_close(whole.trace, torch.cov(joined.T).trace())
     torch.testing.assert_close(scale.total, whole.trace / whole.square)
-    close(scale.layers, tree.map(lambda t, s: t / s, found.trace, found.square))
+    close(scale.layers, tree.map(lambda t, s: t / s, out.trace, out.square))
     assert scale.total.ndim == 0 and noise.scale(noise.Noise(TRACE, SQUARE)).total == pytest.approx(
         float(sum(tree.leaves(TRACE)) / sum(tree.leaves(SQUARE)))
     )
@@ -114,19 +114,19 @@ def test_micro_batches_are_one_batch():
 
 def test_two_batches_recover_what_they_were_made_of():
     norms = [tree.map(lambda s, t, size=size: s + t / size, SQUARE, TRACE) for size in (5, 40)]
-    found = noise.two_batches(*norms, 5, 40)
-    close(found, noise.Noise(TRACE, SQUARE), rtol=1e-12, atol=1e-13)
+    out = noise.two_batches(*norms, 5, 40)
+    close(out, noise.Noise(TRACE, SQUARE), rtol=1e-12, atol=1e-13)
 
 
 def test_average_is_a_loop():
     steps = [noise.estimate(reports(loss, PARAMS, gradients(random.key(i), (4,)))) for i in range(5)]
     corrected, plain = noise.init(PARAMS), noise.begin(steps[0])
     expected = steps[0]
-    for found in steps:
-        corrected = noise.update(corrected, found, 0.9)
-    for found in steps[1:]:
-        plain = noise.update(plain, found, 0.9)
-        expected = tree.map(lambda old, new: 0.9 * old + 0.1 * new, expected, found)
+    for step in steps:
+        corrected = noise.update(corrected, step, 0.9)
+    for step in steps[1:]:
+        plain = noise.update(plain, step, 0.9)
+        expected = tree.map(lambda old, new: 0.9 * old + 0.1 * new, expected, step)
     close(noise.average(plain), expected)
     weights = torch.tensor([0.9 ** (4 - i) for i in range(5)], dtype=F64)
     mean = tree.map(lambda *xs: (weights * torch.stack(xs)).sum() / weights.sum(), *steps)
@@ -135,16 +135,16 @@ def test_average_is_a_loop():
 
 
 def test_average_of_one_step_is_that_step():
-    found = noise.estimate(reports(loss, PARAMS, BATCH))
-    close(noise.average(noise.update(noise.init(PARAMS), found, 0.99)), found, rtol=1e-6, atol=0)
+    out = noise.estimate(reports(loss, PARAMS, BATCH))
+    close(noise.average(noise.update(noise.init(PARAMS), out, 0.99)), out, rtol=1e-6, atol=0)
     assert all(x.isnan() for x in tree.leaves(noise.average(noise.init(PARAMS))))
 
 
 def test_smoothed_record_is_the_average_after_each_step():
     steps = [noise.estimate(reports(loss, PARAMS, gradients(random.key(i), (4,)))) for i in range(4)]
     state, averages = noise.init(PARAMS), []
-    for found in steps:
-        state = noise.update(state, found, 0.9)
+    for step in steps:
+        state = noise.update(state, step, 0.9)
         averages.append(noise.average(state))
     close(noise.smooth(tree.stack(steps), 0.9), tree.stack(averages), rtol=1e-6, atol=1e-9)
 
@@ -166,43 +166,48 @@ def test_compiled_step_is_the_eager_one():
 
 
 def test_diversity_is_a_loop():
-    found = reports(loss, PARAMS, BATCH)
+    out = reports(loss, PARAMS, BATCH)
     rows = [torch.cat([g[i].flatten() for g in tree.leaves(BATCH)]) for i in range(7)]
     expected = sum(r @ r for r in rows) / (sum(rows) @ sum(rows))
-    torch.testing.assert_close(gradient_diversity(found), expected)
+    torch.testing.assert_close(gradient_diversity(out), expected)
 
 
 @pytest.mark.parametrize(
     ("rows", "value"), [([[2.0, 0.0]] * 4, 1 / 4), ([[1.0, 0.0], [0.0, 5.0]], 1.0)], ids=["equal", "orthogonal"]
 )
 def test_diversity_at_its_marks(rows, value):
-    found = reports(loss, {"w": torch.zeros(2)}, {"w": torch.tensor(rows)})
-    assert float(gradient_diversity(found)) == pytest.approx(value)
+    out = reports(loss, {"w": torch.zeros(2)}, {"w": torch.tensor(rows)})
+    assert float(gradient_diversity(out)) == pytest.approx(value)
 
 
 def test_snr_is_a_loop():
-    found = reports(loss, PARAMS, BATCH, ("square",))
+    out = reports(loss, PARAMS, BATCH, ("square",))
     gradients_of = each(loss, PARAMS, BATCH)
     expected = tree.map(lambda g: g.mean(0).square() / g.var(0), gradients_of)
-    ratio = gradient_snr(found)
-    kept = tree.map(lambda d: d > 0, DEVIATION)
-    close(tree.map(lambda r, k: r[k], ratio, kept), tree.map(lambda e, k: e[k], expected, kept), rtol=1e-9, atol=1e-12)
-    layers = layer_snr(found)
+    ratio = gradient_snr(out)
+    positive = tree.map(lambda d: d > 0, DEVIATION)
+    close(
+        tree.map(lambda r, k: r[k], ratio, positive),
+        tree.map(lambda e, k: e[k], expected, positive),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    layers = layer_snr(out)
     torch.testing.assert_close(layers["b"][0], ratio["b"][0][1:].mean())
 
 
 def test_snr_of_many_examples_is_the_populations():
-    found = reports(loss, PARAMS, gradients(random.key(5), (40_000,)), ("square",))
-    ratio, truth = gradient_snr(found)["a"], (MEAN["a"] / DEVIATION["a"]).square()
+    out = reports(loss, PARAMS, gradients(random.key(5), (40_000,)), ("square",))
+    ratio, truth = gradient_snr(out)["a"], (MEAN["a"] / DEVIATION["a"]).square()
     torch.testing.assert_close(ratio[0], truth[0], rtol=0.05, atol=0)
     assert ratio[1, 1] < 10 / 40_000  # no signal at all
 
 
 def test_snr_of_what_has_no_gradient_is_zero():
     batch = {"w": torch.tensor([[1.0, 0.0], [2.0, 0.0]])}
-    found = reports(loss, {"w": torch.zeros(2)}, batch, ("square",))
-    torch.testing.assert_close(gradient_snr(found)["w"], torch.tensor([1.5**2 / 0.5, 0.0]))
-    torch.testing.assert_close(layer_snr(found)["w"], torch.tensor(4.5))
+    out = reports(loss, {"w": torch.zeros(2)}, batch, ("square",))
+    torch.testing.assert_close(gradient_snr(out)["w"], torch.tensor([1.5**2 / 0.5, 0.0]))
+    torch.testing.assert_close(layer_snr(out)["w"], torch.tensor(4.5))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_snr_of_what_has_no_gradient_is_zero():
         ),
         (
             lambda: noise.estimate(reports(loss, PARAMS, gradients(random.key(0), (1,)))),
-            "at least two examples, found 1",
+            "at least two examples, got 1",
         ),
         (lambda: noise.two_batches(SQUARE, SQUARE, 4, 4), "1 <= small_size < large_size, got 4 and 4"),
         (lambda: gradient_diversity(reports(loss, PARAMS, BATCH, ("square",))), "the reports have no norms"),
@@ -225,3 +230,17 @@ def test_snr_of_what_has_no_gradient_is_zero():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_reports_on_some_parameters():
+    """Of reports on some parameters, the scores of these alone."""
+    name = tree.names(PARAMS)[0]
+    want = ("norm", "square")
+    whole = reports(loss, PARAMS, BATCH, want)
+    part = reports(loss, PARAMS, BATCH, want, only=lambda leaf, _: leaf == name)
+    for values, expected in zip(noise.estimate(part), noise.estimate(whole), strict=True):
+        assert tree.names(values) == [name]
+        torch.testing.assert_close(tree.get(values, name), tree.get(expected, name))
+    torch.testing.assert_close(tree.leaves(gradient_snr(part))[0], tree.get(gradient_snr(whole), name))
+    g = tree.get(each(loss, PARAMS, BATCH), name).flatten(1)
+    torch.testing.assert_close(gradient_diversity(part), g.square().sum() / g.sum(0).square().sum())

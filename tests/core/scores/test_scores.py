@@ -41,12 +41,12 @@ def ravel(values):
 
 def rows(params, batch):
     """Every example's gradient, one after the other by plain autograd: (N, parameters)."""
-    found = []
+    rows = []
     for i in range(len(batch[1])):
         leaves = [leaf.clone().requires_grad_() for leaf in tree.leaves(params)]
         value = losses(tree.unflatten(params, leaves), (batch[0][i : i + 1], batch[1][i : i + 1]))[0]
-        found.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, leaves)]))
-    return torch.stack(found)
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, leaves)]))
+    return torch.stack(rows)
 
 
 G, H = rows(PARAMS, BATCH), rows(PARAMS, OTHERS)
@@ -110,8 +110,8 @@ def input_gradient(params, i):
 def test_vog():
     expected = [np.stack([input_gradient(p, i) for p in CHECKPOINTS]).var(0).mean() for i in range(N)]
     close(scores.vog(logits, CHECKPOINTS, X, Y), torch.tensor(expected))
-    found = scores.vog(logits, [PARAMS] * 4, X, Y)  # nothing changes
-    assert 0 <= found.min() and found.max() < 1e-30
+    out = scores.vog(logits, [PARAMS] * 4, X, Y)  # nothing changes
+    assert 0 <= out.min() and out.max() < 1e-30
     close(scores.vog(logits, CHECKPOINTS, X, Y.to(torch.uint8)), torch.tensor(expected))
     # Images: the mean is over all entries.
     images = scores.vog(lambda p, x: logits(p, x.flatten(1)), CHECKPOINTS, X.reshape(N, 1, 2, 2), Y)
@@ -120,14 +120,14 @@ def test_vog():
 
 def test_normalised_within_class():
     values = random.normal(random.key(4), (N,), F64)
-    found = scores.normalised_within_class(values, Y, CLASSES)
+    out = scores.normalised_within_class(values, Y, CLASSES)
     for label in range(CLASSES):
         own = values[label == Y]
-        close(found[label == Y], (own - own.mean()) / own.std(correction=0))
-    close(scores.normalised_within_class(values, Y.to(torch.uint8), CLASSES), found)
+        close(out[label == Y], (own - own.mean()) / own.std(correction=0))
+    close(scores.normalised_within_class(values, Y.to(torch.uint8), CLASSES), out)
     # A class of one, a class of equal scores, a class of none.
-    found = scores.normalised_within_class(torch.tensor([0.1, 5.0, 0.1, 0.1]), torch.tensor([0, 2, 0, 0]), 4)
-    assert found.tolist() == [0, 0, 0, 0]
+    out = scores.normalised_within_class(torch.tensor([0.1, 5.0, 0.1, 0.1]), torch.tensor([0, 2, 0, 0]), 4)
+    assert out.tolist() == [0, 0, 0, 0]
 
 
 def test_forgetting_events():
@@ -159,6 +159,23 @@ def unit(rows):
 
 
 # --- TracIn
+
+
+def test_task_gram():
+    """Of four losses of the same parameters, by plain autograd one after the other."""
+
+    def tasks(params):
+        per_example = losses(params, BATCH)
+        return torch.stack([per_example.mean(), -per_example[0], per_example[1:3].sum(), per_example.square().mean()])
+
+    leaves = [leaf.clone().requires_grad_() for leaf in tree.leaves(PARAMS)]
+    values = tasks(tree.unflatten(PARAMS, leaves))
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(v, leaves, retain_graph=True)]) for v in values]
+    gram = scores.task_gram(tasks, PARAMS)
+    close(gram, torch.stack(rows) @ torch.stack(rows).T)
+    close(scores.cosine_matrix(gram).diagonal(), torch.ones(4, dtype=F64))
+    with pytest.raises(ValueError, match=r"task_gram: the losses have shape \(\); expected one per task, \(K,\)"):
+        scores.task_gram(lambda p: tasks(p).sum(), PARAMS)
 
 
 def test_tracin():
@@ -240,12 +257,12 @@ def test_sampled_fisher_diagonal():
     exact = ravel(scores.fisher_diagonal(logits, PARAMS, X))
     key = random.key(5)
     # The same examples 60 times over: 300 labels for each.
-    found = [ravel(scores.fisher_diagonal(logits, PARAMS, X.repeat(n, 1), key, 5)) for n in (1, 60)]
-    errors = [float(torch.linalg.vector_norm(x - exact) / torch.linalg.vector_norm(exact)) for x in found]
+    out = [ravel(scores.fisher_diagonal(logits, PARAMS, X.repeat(n, 1), key, 5)) for n in (1, 60)]
+    errors = [float(torch.linalg.vector_norm(x - exact) / torch.linalg.vector_norm(exact)) for x in out]
     assert errors[1] < 0.1 and errors[1] < 0.5 * errors[0]
-    # The squares of the gradients of the labels that were drawn.
+    # The squares of the gradients of the labels that were sampled.
     labels = random.categorical(key, logits(PARAMS, X), shape=(3, N))
-    expected = torch.stack([rows(PARAMS, (X, drawn)).square().mean(0) for drawn in labels]).mean(0)
+    expected = torch.stack([rows(PARAMS, (X, label)).square().mean(0) for label in labels]).mean(0)
     close(ravel(scores.fisher_diagonal(logits, PARAMS, X, key, 3)), expected)
 
 
@@ -305,10 +322,10 @@ ALIKE = ("tracin_self", "influence", "projections", "low_rank_influence", "pseud
 
 @pytest.mark.parametrize("name", EVERY)
 def test_pure(name):
-    given = SMALL, TWO, AFTER, VALUES, VECTORS
-    before, state = tree.map(torch.clone, given), torch.get_rng_state()
+    inputs = SMALL, TWO, AFTER, VALUES, VECTORS
+    before, state = tree.map(torch.clone, inputs), torch.get_rng_state()
     first, second = EVERY[name](SMALL[0], TWO), EVERY[name](SMALL[0], TWO)
-    for a, b in zip(tree.leaves((first, given)), tree.leaves((second, before)), strict=True):
+    for a, b in zip(tree.leaves((first, inputs)), tree.leaves((second, before)), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(state, torch.get_rng_state())
     assert all(leaf.isfinite().all() or name == "forgetting" for leaf in tree.leaves(first))
@@ -331,12 +348,12 @@ def test_compiled_is_one_graph_with_the_same_values(name):
     ("call", "message"),
     [
         (lambda: scores.el2n(X[0], Y), "el2n: the logits are torch.float64 (4,); expected floating-point"),
-        (lambda: scores.el2n(X, Y[:3]), "el2n: the labels have shape (3,); expected one an example, (7,)"),
+        (lambda: scores.el2n(X, Y[:3]), "el2n: the labels have shape (3,); expected one per example, (7,)"),
         (lambda: scores.el2n(X, Y.double()), "el2n: the labels are torch.float64; expected integers"),
         (lambda: scores.vog(logits, [PARAMS], X, Y), "vog: 1 checkpoints; a variance needs at least 2"),
         (lambda: scores.vog(lambda p, x: x[0], CHECKPOINTS, X, Y), "vog: the logits are torch.float64 (4,)"),
         (lambda: scores.normalised_within_class(X, Y, 3), "the scores have shape (7, 4); expected (N,)"),
-        (lambda: scores.forgetting_events(X), "expected bool (times, N), found torch.float64 (7, 4)"),
+        (lambda: scores.forgetting_events(X), "expected bool (evaluations, N), got torch.float64 (7, 4)"),
         (lambda: scores.cosine_matrix(X), "the Gram matrix has shape (7, 4); expected (..., N, N)"),
         (lambda: scores.tracin_self(losses, CHECKPOINTS, [0.1], BATCH), "3 checkpoints and 1 learning rates"),
         (lambda: scores.tracin(losses, [], [], BATCH, OTHERS), "0 checkpoints and 0 learning rates"),
