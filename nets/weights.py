@@ -1,12 +1,18 @@
 """Published weights: read a file, rename its tensors to ours, and check every name and shape.
 
-Nothing here can run code from a file: safetensors hold only tensors, and `.bin` or `.pth` files are read with
+Nothing here can run code from a file: safetensors hold only tensors, and pickled files are read with
 `weights_only=True`.
 """
 
+import argparse
+import difflib
 import json
+import re
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +21,17 @@ from core import tree
 from core.spec import Param, Stat
 from core.tree import Tree
 
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".pth.tar")
 FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ENTRIES = ("state_dict", "model_state_dict", "model")
+"""The entries of a checkpoint that may hold the tensors."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+"""Put before every name by DistributedDataParallel, torch.compile, and classes that wrap a net."""
 
 
 class WeightsError(ValueError):
@@ -30,7 +40,7 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Rename:
-    """Where one of our leaves comes from: the name in the file, and whether the file holds it transposed.
+    """The name of one of our leaves in a file, and whether the file holds it transposed.
 
     Several names are joined along our first axis.
     """
@@ -38,9 +48,13 @@ class Rename:
     theirs: str | tuple[str, ...]
     transposed: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
 
 def locate(source: str, names: tuple[str, ...] = FILES) -> Path:
-    """The first of `names` in a local directory or, if there is no such directory, in a Hugging Face repository.
+    """Path of the first of `names` in a local directory or, without such a directory, in a Hugging Face repository.
 
     Args:
         source: a file, a directory, or a repository id such as "openai-community/gpt2".
@@ -64,7 +78,7 @@ def locate(source: str, names: tuple[str, ...] = FILES) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(source, name, local_files_only=unreachable is not None))
         except LocalEntryNotFoundError as error:
-            unreachable = error  # it is not in the cache; another of the files may be
+            unreachable = error  # not in the cache; another of the files may be there
         except EntryNotFoundError:
             continue
         except Exception as error:  # a malformed or unknown repository id, a refused connection, no space left
@@ -97,32 +111,67 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise WeightsError(f"'{path}' is no weights file; expected one of {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their flags beside the tensors; a Namespace holds values and runs nothing.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"'{path}' cannot be read as weights: {reason}") from error
-    named = isinstance(state, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items())
-    if not named:
-        raise WeightsError(f"'{path}' holds something other than named tensors")
-    return state
+        raise WeightsError(f"'{path}' cannot be read as weights: {_reason(error)}") from error
+    if _are_named_tensors(content):
+        return content
+    entries = content if isinstance(content, dict) else {}
+    for entry in ENTRIES:
+        if _are_named_tensors(entries.get(entry)):
+            return entries[entry]
+    kind = f"the entries {listing(map(str, entries))}" if entries else f"a {type(content).__name__}"
+    expected = f"expected tensors by name, alone or as one of the entries {', '.join(ENTRIES)}"
+    raise WeightsError(f"'{path}' holds something other than named tensors: {kind}; {expected}")
 
 
-def read(source: str) -> dict[str, Tensor]:
+def _are_named_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in value.items())
+
+
+def _reason(error: Exception) -> str:
+    """One line on why a file cannot be read; torch's own advises to read it in a way that runs its code."""
+    text, alone = str(error).strip(), "save its tensors alone with torch.save(model.state_dict(), ...)"
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds a {named[1]}, which could run code; {alone}"
+    if "TorchScript" in text:
+        return f"it is a program in TorchScript; {alone}"
+    if "weights_only" in text:
+        return "it is damaged, or torch.save did not write it"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def listing(names: Iterable[str], most: int = 3) -> str:
+    """The first names in quotation marks, and the number of the others."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + rest
+
+
+def read(source: str, prefixes: tuple[str, ...] = PREFIXES) -> dict[str, Tensor]:
     """All tensors of a weights file, a directory that has one (in one piece or sharded), or a hub repository.
+
+    A checkpoint may hold them as one of its `ENTRIES`.
+
+    Args:
+        prefixes: see `strip_prefixes`.
 
     Raises:
         WeightsError: nothing there, truncated, garbled, or not a file of named tensors.
     """
     path = locate(source)
     if path.suffix != ".json":
-        return _read_file(path)
+        return strip_prefixes(_read_file(path), prefixes)[0]
     shards = _read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise WeightsError(f"'{path}' is no index of shards: it has no 'weight_map' of file names")
@@ -132,26 +181,39 @@ def read(source: str) -> dict[str, Tensor]:
         if Path(shard).name != shard:
             raise WeightsError(f"'{path}' names a shard outside its folder: '{shard}'")
         state.update(_read_file(locate(folder, (shard,))))
-    return state
+    return strip_prefixes(state, prefixes)[0]
 
 
-def _take(left: dict[str, Tensor], name: str, leaf: Param, rename: Rename, what: str) -> Tensor:
-    """One of our leaves out of what is left of a file."""
-    names = (rename.theirs,) if isinstance(rename.theirs, str) else rename.theirs
-    for theirs in names:
-        if theirs not in left:
-            raise WeightsError(f"{what}: '{theirs}' is missing; expected for '{name}' {tuple(leaf.shape)}")
-        if not left[theirs].is_floating_point() and not isinstance(leaf, Stat):  # torch counts batches in integers
-            raise WeightsError(f"{what}: '{theirs}' holds {left[theirs].dtype}, expected floating-point numbers")
-    values = [left.pop(theirs) for theirs in names]
+def strip_prefixes(state: dict[str, Tensor], prefixes: tuple[str, ...] = PREFIXES) -> tuple[dict[str, Tensor], str]:
+    """(tensors, what was stripped): the prefixes of wrappers, such as "module.", where all names carry one."""
+    stripped = ""
+    while state and (prefix := next((p for p in prefixes if all(name.startswith(p) for name in state)), "")):
+        state, stripped = {name.removeprefix(prefix): x for name, x in state.items()}, stripped + prefix
+    return state, stripped
+
+
+def _take(remaining: dict[str, Tensor], name: str, leaf: Param, rename: Rename, what: str, others: list[str]) -> Tensor:
+    """One of our leaves, popped from the remaining tensors of a file.
+
+    others: names in the file to show where one is missing.
+    """
+    for theirs in rename.names:
+        if theirs not in remaining:
+            close = difflib.get_close_matches(theirs, others, len(others), cutoff=0.0) if others else []
+            beside = f"the file has {listing(close)}" if close else "the file has no tensors"
+            raise WeightsError(f"{what}: '{theirs}' is missing; expected for '{name}' {tuple(leaf.shape)}; {beside}")
+        if not remaining[theirs].is_floating_point() and not isinstance(leaf, Stat):  # torch counts batches in integers
+            dtype = remaining[theirs].dtype
+            raise WeightsError(f"{what}: '{theirs}' holds {dtype}, expected floating-point numbers")
+    values = [remaining.pop(theirs) for theirs in rename.names]
     parts = [x.T if rename.transposed and x.ndim == 2 else x for x in values]
     rows = sum(sum(part.shape[:1]) for part in parts)
-    like = all(part.ndim == len(leaf.shape) and part.shape[1:] == tuple(leaf.shape[1:]) for part in parts)
-    if not like or rows != sum(leaf.shape[:1]):
-        found = " + ".join(str(tuple(x.shape)) for x in values)
-        wanted = tuple(reversed(leaf.shape)) if rename.transposed else tuple(leaf.shape)
-        theirs = " + ".join(f"'{theirs}'" for theirs in names)
-        raise WeightsError(f"{what}: {theirs} has shape {found}, expected {wanted} for '{name}'")
+    alike = all(part.ndim == len(leaf.shape) and part.shape[1:] == tuple(leaf.shape[1:]) for part in parts)
+    if not alike or rows != sum(leaf.shape[:1]):
+        theirs = " + ".join(f"'{theirs}'" for theirs in rename.names)
+        shapes = " + ".join(str(tuple(x.shape)) for x in values)
+        expected = tuple(reversed(leaf.shape)) if rename.transposed else tuple(leaf.shape)
+        raise WeightsError(f"{what}: {theirs} has shape {shapes}, expected {expected} for '{name}'")
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -159,13 +221,15 @@ def fill(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], what: s
     """The values of a spec from a file's tensors.
 
     Args:
-        table: our name -> where it comes from. A `Stat` that has no entry keeps its initial value only if the table
+        table: our name -> its name in the file. A `Stat` that has no entry keeps its initial value only if the table
             leaves it out on purpose, so every `Param` must have an entry.
 
     Raises:
         WeightsError: naming the first tensor that is missing, misshapen, or left over in the file.
     """
-    left = dict(state)
+    remaining = dict(state)
+    known = {theirs for rename in table.values() for theirs in rename.names}
+    others = [name for name in state if name not in known] or list(state)
     values = {}
     for name, leaf in tree.items(spec):
         if name not in table:
@@ -173,9 +237,9 @@ def fill(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], what: s
                 values[name] = leaf.init(torch.zeros(2, dtype=torch.int32), leaf.shape, leaf.dtype)
                 continue
             raise WeightsError(f"{what}: the rename table has no entry for '{name}'")
-        value = _take(left, name, leaf, table[name], what)
+        value = _take(remaining, name, leaf, table[name], what, others)
         values[name] = value.detach().to(leaf.dtype).clone(memory_format=torch.contiguous_format)
-    if left:
-        some = ", ".join(f"'{name}'" for name in sorted(left)[:3])
-        raise WeightsError(f"{what}: the file has {len(left)} tensors that the model has no place for: {some}")
+    if remaining:
+        names = listing(sorted(remaining))
+        raise WeightsError(f"{what}: the file has {len(remaining)} tensors that the model has no place for: {names}")
     return tree.sort(tree.nest(values, like=spec))

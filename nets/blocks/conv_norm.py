@@ -1,4 +1,7 @@
-"""What image networks share: a convolution with its norm and activation, squeeze-and-excitation, patches."""
+"""Blocks of image networks: convolution with norm and activation, squeeze-and-excitation, inverted residuals, patches.
+
+Also the parts of rename tables for their names in other libraries' files.
+"""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +20,7 @@ from core.tree import Tree
 from nets.weights import Rename, fill
 
 HE = initializers.kaiming_normal(mode="fan_out", nonlinearity="relu")
-"""He et al. 2015, eq. 14: as torchvision draws the convolutions of its ResNets and their successors."""
+"""He et al. 2015, eq. 14: torchvision's initialisation of convolutions in ResNets and their successors."""
 
 Sizes = int | tuple[int, ...]
 
@@ -25,10 +28,10 @@ Sizes = int | tuple[int, ...]
 def conv_norm_spec(
     d_in: int, d_out: int, kernel: Sizes, *, groups: int = 1, init: Initializer = HE, scale: Initializer | None = None
 ) -> Tree:
-    """A convolution without bias, which batch norm would take out again, and batch norm.
+    """A convolution without bias, which batch norm would cancel, and batch norm.
 
     Args:
-        scale: how the norm's weight starts, by default at 1.
+        scale: initialiser of the norm's weight, by default ones.
     """
     options = {} if scale is None else {"init": scale}
     return {
@@ -50,33 +53,33 @@ def conv_norm(
     eps: float = 1e-5,
     momentum: float = 0.1,
 ) -> Tensor:
-    """act(norm(conv(x))). x: (batch, d_in, height, width).
+    """y = act(norm(conv(x))). x: (batch, d_in, height, width) -> (batch, d_out, height', width').
 
     Args:
-        act: a name of `core.layers.ACTIVATIONS`, None for none.
+        act: a name of `core.layers.ACTIVATIONS`, None for the identity.
         padding: "symmetric" is half the kernel: with stride 1 and an odd kernel the size stays. "tensorflow" gives
             ceil(size / stride) pixels; where it has an odd number of rows or columns to add, the right and the bottom
             get one more.
-        eps, momentum: of batch norm.
+        eps, momentum: as in `core.layers.batch_norm`.
     """
     kernel = p["conv"]["weight"].shape[2:]
     if padding == "tensorflow" and stride != 1:
         x, padding = F.pad(x, _tensorflow_padding(x, kernel, stride)), 0
     elif isinstance(padding, str):
         padding = tuple(dilation * (k - 1) // 2 for k in kernel)
-    y = conv(p["conv"], x, stride=stride, padding=padding, groups=groups, dilation=dilation)
+    y = conv(p["conv"], x, stride=stride, padding=padding, groups=groups, dilation=dilation)  # (batch, d_out, h', w')
     y = batch_norm(p["norm"], y, train=train, eps=eps, momentum=momentum)
     return y if act is None else activation(act)(y)
 
 
 def _tensorflow_padding(x: Tensor, kernel: tuple[int, int], stride: int) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom)."""
+    """(left, right, top, bottom), along each axis max((ceil(n / stride) - 1) stride + k - n, 0) in all."""
     rows, columns = (max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(x.shape[2:], kernel, strict=True))
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
 def norm_names(ours: str, theirs: str) -> dict[str, Rename]:
-    """Batch norm's part of a rename table, from torch.nn.BatchNorm2d's names."""
+    """Part of a rename table for batch norm, with the names of torch.nn.BatchNorm2d."""
     names = {
         "bias": "bias",
         "count": "num_batches_tracked",
@@ -88,12 +91,12 @@ def norm_names(ours: str, theirs: str) -> dict[str, Rename]:
 
 
 def conv_norm_names(ours: str, conv: str, norm: str) -> dict[str, Rename]:
-    """The part of a rename table for a `conv_norm`."""
+    """Part of a rename table for a `conv_norm`."""
     return {f"{ours}.conv.weight": Rename(f"{conv}.weight"), **norm_names(f"{ours}.norm", norm)}
 
 
 def affine_names(ours: str, theirs: str) -> dict[str, Rename]:
-    """The part of a rename table for a weight and a bias."""
+    """Part of a rename table for a weight and a bias."""
     return {f"{ours}.{name}": Rename(f"{theirs}.{name}") for name in ("bias", "weight")}
 
 
@@ -106,9 +109,18 @@ def fill_published(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename
     return fill(spec, state, {name: rename for name, rename in table.items() if name not in absent}, source)
 
 
-def whose_names(state: dict[str, Tensor], prefix: str) -> str:
-    """Which library wrote a file: "transformers" if names in it begin with the prefix, else "torchvision"."""
-    return "transformers" if any(name.startswith(prefix) for name in state) else "torchvision"
+def fitting_table(state: dict[str, Tensor], *tables: dict[str, Rename]) -> dict[str, Rename]:
+    """The rename table, of several libraries' for one net, that knows most of the names in a file."""
+    return max(tables, key=lambda table: sum(name in state for rename in table.values() for name in rename.names))
+
+
+def with_base_prefix(state: dict[str, Tensor], prefix: str, table: dict[str, Rename]) -> dict[str, Tensor]:
+    """The tensors of a file of transformers that holds the net without its head, named as those of the whole net.
+
+    prefix: put before all names but the head's in a file of the whole net, such as "resnet.".
+    """
+    names = {name for rename in table.values() for name in rename.names}
+    return {prefix + name if prefix + name in names else name: x for name, x in state.items()}
 
 
 def squeeze_excite_spec(channels: int, squeezed: int) -> Tree:
@@ -117,22 +129,25 @@ def squeeze_excite_spec(channels: int, squeezed: int) -> Tree:
 
 
 def squeeze_excite(p: Tree, x: Tensor, act: str = "relu", gate: str = "sigmoid") -> Tensor:
-    """x times a gate for each channel, from the means of all channels. Hu et al. 2018, arXiv:1709.01507, section 3.
+    """x times a gate per channel, a function of the means of all channels. Hu et al. 2018, arXiv:1709.01507, section 3.
 
-    x: (batch, channels, height, width).
+        z = mean of x over space;   s = gate(W_2 act(W_1 z));   y = s x
+
+    x: (batch, channels, height, width) -> the same shape.
     """
-    means = global_average_pool(x)[..., None, None]
-    return x * activation(gate)(conv(p["restore"], activation(act)(conv(p["reduce"], means))))
+    z = global_average_pool(x)[..., None, None]  # (batch, channels, 1, 1)
+    s = activation(gate)(conv(p["restore"], activation(act)(conv(p["reduce"], z))))  # s = gate(W_2 act(W_1 z))
+    return s * x
 
 
-def inverted_residual_spec(d_in: int, inside: int, d_out: int, kernel: int = 3, *, squeezed: int = 0) -> Tree:
-    """`expand` unless inside is d_in, `depthwise`, `squeeze` to that many channels unless 0, and `project`."""
-    parts = {"depthwise": conv_norm_spec(inside, inside, kernel, groups=inside)}
-    if inside != d_in:
-        parts["expand"] = conv_norm_spec(d_in, inside, 1)
-    parts["project"] = conv_norm_spec(inside, d_out, 1)
+def inverted_residual_spec(d_in: int, expanded: int, d_out: int, kernel: int = 3, *, squeezed: int = 0) -> Tree:
+    """`expand` unless expanded is d_in, `depthwise`, `squeeze` to that many channels unless 0, and `project`."""
+    parts = {"depthwise": conv_norm_spec(expanded, expanded, kernel, groups=expanded)}
+    if expanded != d_in:
+        parts["expand"] = conv_norm_spec(d_in, expanded, 1)
+    parts["project"] = conv_norm_spec(expanded, d_out, 1)
     if squeezed:
-        parts["squeeze"] = squeeze_excite_spec(inside, squeezed)
+        parts["squeeze"] = squeeze_excite_spec(expanded, squeezed)
     return parts
 
 
@@ -147,20 +162,24 @@ def inverted_residual(
     gate: str = "hard_sigmoid",
     **norm: float,
 ) -> Tensor:
-    """Many channels inside, few outside, and none of the activation on the few. Sandler et al. 2018, arXiv:1801.04381.
+    """Inverted residual with a linear bottleneck. Sandler et al. 2018, arXiv:1801.04381, table 1 and figure 4.
 
-    x: (batch, d_in, height, width); it is added to the result where the stride is 1 and the channels stay.
+        y = x + project(squeeze(act(depthwise(act(expand(x))))))
+
+    x: (batch, d_in, height, width) -> (batch, d_out, height / stride, width / stride), rounded up. x is added only
+    where the stride is 1 and d_out = d_in; after `project` there is no activation.
 
     Args:
         padding: of the depthwise convolution, as in `conv_norm`.
         gate: of squeeze-and-excitation.
         norm: eps and momentum, as in `conv_norm`.
     """
-    y = conv_norm(p["expand"], x, act, train=train, **norm) if "expand" in p else x
-    y = conv_norm(p["depthwise"], y, act, train=train, stride=stride, padding=padding, groups=y.shape[1], **norm)
+    y = conv_norm(p["expand"], x, act, train=train, **norm) if "expand" in p else x  # (batch, expanded, height, width)
+    channels = y.shape[1]
+    y = conv_norm(p["depthwise"], y, act, train=train, stride=stride, padding=padding, groups=channels, **norm)
     if "squeeze" in p:
         y = squeeze_excite(p["squeeze"], y, gate=gate)
-    y = conv_norm(p["project"], y, None, train=train, **norm)
+    y = conv_norm(p["project"], y, None, train=train, **norm)  # (batch, d_out, height', width')
     return x + y if stride == 1 and x.shape[1] == y.shape[1] else y
 
 
@@ -171,15 +190,20 @@ def divisible(channels: float, by: int = 8) -> int:
 
 
 def fan_uniform(fan_in: int) -> dict[str, Initializer]:
-    """Options of a spec: weight and bias uniform within 1 / sqrt(fan_in), as torch.nn draws them by default."""
+    """Options of a spec: weight and bias uniform within 1 / sqrt(fan_in), the default of torch.nn."""
     init = initializers.uniform(-(fan_in**-0.5), fan_in**-0.5)
     return {"bias_init": init, "init": init}
 
 
 def dropout_keys(name: str, rate: float, key: Tensor | None, sites: int, train: bool) -> list[Tensor | None]:
-    """A key for each site of dropout; Nones where nothing is drawn. Raises ValueError if a key is needed and missing.
+    """A key per site of dropout, or Nones where nothing is drawn.
 
-    key: (2,), or one an example (batch, 2).
+    Args:
+        name: of the net, for the error.
+        key: (2,), or one per example (batch, 2).
+
+    Raises:
+        ValueError: there is dropout, but no key.
     """
     if not train or rate == 0:
         return [None] * sites
@@ -189,20 +213,20 @@ def dropout_keys(name: str, rate: float, key: Tensor | None, sites: int, train: 
 
 
 def patch_embedding_spec(channels: int, width: int, patch: int, *, init: Initializer) -> Tree:
-    """The matrix that a patch of patch * patch pixels is mapped with, as a convolution's weight, and a bias."""
+    """Linear map of patches of patch * patch pixels, in the form of a convolution's weight, and a bias."""
     return conv_spec(channels, width, patch, init=init)
 
 
 def patch_embedding(p: Tree, x: Tensor) -> Tensor:
     """Cut the images into patches that do not overlap and map each to a vector. Dosovitskiy et al. 2021, section 3.1.
 
-    x: (batch, channels, height, width) -> (batch, width, height // patch, width // patch); what is over is cut off.
+    x: (batch, channels, height, width) -> (batch, width, height // patch, width // patch); the rest is cut off.
     """
     return conv(p, x, stride=tuple(p["weight"].shape[2:]))
 
 
 def check_images(name: str, x: Tensor, channels: int, least: int) -> None:
-    """Raise ValueError unless x is (batch, channels, height, width) of at least `least` pixels a side."""
+    """Raise ValueError unless x is (batch, channels, height, width) of at least `least` pixels per side."""
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{name}: expected images (batch, {channels}, height, width), found {tuple(x.shape)}")
     if min(x.shape[2:]) < least:

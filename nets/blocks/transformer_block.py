@@ -1,10 +1,11 @@
-"""The transformer block: attention and a two-layer perceptron, each around a residual sum and a layer norm.
+"""The transformer block: attention and an MLP, each a residual branch with a layer norm.
 
 The block of a decoder has attention to an encoder's output, the memory, between the two.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from core import initializers
@@ -17,6 +18,19 @@ from core.attention import (
     self_attention_spec,
 )
 from core.layers import activation, layer_norm, layer_norm_spec, linear, linear_spec
+
+
+def sinusoids(positions: Tensor, width: int, halves: bool = False) -> Tensor:
+    """Sinusoidal position encodings, Vaswani et al. 2017, section 3.5: positions (...) -> (..., width), float64.
+
+    sin and cos of positions / 10000^(2i / width) for i = 0 ... width / 2 - 1, alternating, or with `halves` all sines
+    first.
+    """
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(0, width, 2, dtype=wide, device=positions.device) / width  # (width / 2,)
+    angles = positions[..., None].to(wide) * 10000.0**-exponents  # (..., width / 2)
+    sines, cosines = angles.sin(), angles.cos()
+    return torch.cat([sines, cosines], -1) if halves else torch.stack([sines, cosines], -1).flatten(-2)  # (..., width)
 
 
 def feedforward_spec(
@@ -36,8 +50,9 @@ def feedforward_spec(
 
 
 def feedforward(p: dict, x: Tensor, name: str = "gelu_tanh") -> Tensor:
-    """down(activation(up(x))) at every place. x: (batch, time, width) -> the same shape."""
-    return linear(p["down"], activation(name)(linear(p["up"], x)))
+    """down(activation(up(x))) at every position: x (..., width) -> the same shape. name: that of the activation."""
+    hidden = activation(name)(linear(p["up"], x))  # (..., hidden)
+    return linear(p["down"], hidden)  # (..., width)
 
 
 def block_spec(
@@ -49,7 +64,7 @@ def block_spec(
     init: initializers.Initializer | None = None,
     residual_init: initializers.Initializer | None = None,
 ) -> dict:
-    """Parameters of `block`. `residual_init` is for the two matrices that write into the residual stream."""
+    """Parameters of `block`; `residual_init` is that of the two matrices that write into the residual stream."""
     return {
         "attn": self_attention_spec(width, heads, bias=bias, init=init, proj_init=residual_init),
         "mlp": feedforward_spec(width, hidden, bias=bias, init=init, down_init=residual_init),
@@ -59,17 +74,18 @@ def block_spec(
 
 
 def decoder_block_spec(width: int, heads: int, hidden: int) -> dict:
-    """Parameters of a `block` with memory: those of one without, `cross` and its norm."""
+    """Parameters of a `block` with memory: those of one without memory, `cross` and its norm."""
     parts = block_spec(width, heads, hidden)
     parts |= {"cross": cross_attention_spec(width, heads), "norm_cross": layer_norm_spec(width)}
     return {name: parts[name] for name in sorted(parts)}
 
 
-def _same(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
+    """x itself, in place of a dropout."""
     return x
 
 
-def _residual(x: Tensor, norm: dict, f, norm_first: bool, eps: float) -> Tensor:
+def _residual(x: Tensor, norm: dict, f: Callable[[Tensor], Tensor], norm_first: bool, eps: float) -> Tensor:
     if norm_first:
         return x + f(layer_norm(norm, x, eps=eps))
     return layer_norm(norm, x + f(x), eps=eps)
@@ -91,28 +107,31 @@ def block(
     eps: float = 1e-5,
     method: str = "auto",
 ) -> Tensor:
-    """One transformer layer.
-
-    With `norm_first` (GPT-2):  x + f(norm(x)), otherwise (GPT, the original):  norm(x + f(x)).
+    """Transformer layer: with `norm_first` (GPT-2) x + f(norm(x)), otherwise (GPT, the original) norm(x + f(x)).
 
     Args:
         x: (batch, time, width).
-        mask: boolean, broadcastable to (batch, heads, time, time), True where attention may go.
-        memory: what a decoder's block looks at, as in `core.attention.cross_attention`; with memory_mask,
-            broadcastable to (batch, heads, time, memory time).
-        drops: dropout for the attention weights and for the two residual branches, each a function of the values
+        mask: boolean, broadcastable to (batch, heads, time, time), True where a query may attend to a key.
+        memory: encoder's output that a decoder's block attends to, (batch, memory time, width) or its keys and values,
+            as in `core.attention.cross_attention`; memory_mask is broadcastable to (batch, heads, time, memory time).
+        activation: of the MLP, a name of `core.layers.ACTIVATIONS`.
+        drops: dropout of the attention weights and of the two residual branches, each a function of the values
             (`core.layers.dropout_sites`).
         cross_drops: the same for the weights and the branch of the attention to the memory.
+        eps: epsilon of the norms.
         method: as in `core.attention.attention`.
+
+    Returns:
+        (batch, time, width).
     """
-    drop_weights, drop_attention, drop_feedforward = drops or (None, _same, _same)
-    drop_cross_weights, drop_cross = cross_drops or (None, _same)
+    drop_weights, drop_attention, drop_feedforward = drops or (None, identity, identity)
+    drop_cross_weights, drop_cross = cross_drops or (None, identity)
 
     def attend(x: Tensor) -> Tensor:
         y = self_attention(p["attn"], x, heads, mask=mask, causal=causal, drop=drop_weights, method=method)
         return drop_attention(y)
 
-    def look(x: Tensor) -> Tensor:
+    def attend_memory(x: Tensor) -> Tensor:
         y = cross_attention(p["cross"], x, memory, heads, mask=memory_mask, drop=drop_cross_weights, method=method)
         return drop_cross(y)
 
@@ -121,7 +140,7 @@ def block(
 
     x = _residual(x, p["norm1"], attend, norm_first, eps)
     if memory is not None:
-        x = _residual(x, p["norm_cross"], look, norm_first, eps)
+        x = _residual(x, p["norm_cross"], attend_memory, norm_first, eps)
     return _residual(x, p["norm2"], feed, norm_first, eps)
 
 
@@ -140,9 +159,9 @@ def cached_block(
     method: str = "auto",
     donate: bool = False,
 ) -> tuple[Tensor, Cache]:
-    """The causal block on the next tokens alone, without dropout.
+    """Causal block on the next tokens alone, without dropout: x (batch, time, width) -> (the same shape, new cache).
 
-    See `cached_self_attention` for the arguments, and `block` for the memory.
+    Arguments as in `core.attention.cached_self_attention` and, for the memory, in `block`.
     """
     caches = []
 
@@ -151,11 +170,11 @@ def cached_block(
         caches.append(updated)
         return y
 
-    def look(x: Tensor) -> Tensor:
+    def attend_memory(x: Tensor) -> Tensor:
         return cross_attention(p["cross"], x, memory, heads, mask=memory_mask, method=method)
 
     x = _residual(x, p["norm1"], attend, norm_first, eps)
     if memory is not None:
-        x = _residual(x, p["norm_cross"], look, norm_first, eps)
+        x = _residual(x, p["norm_cross"], attend_memory, norm_first, eps)
     x = _residual(x, p["norm2"], lambda x: feedforward(p["mlp"], x, activation), norm_first, eps)
     return x, caches[0]

@@ -2,9 +2,12 @@
 
 Krizhevsky, Sutskever and Hinton 2012, "ImageNet Classification with Deep Convolutional Neural Networks" (NeurIPS): five
 convolutions, the first with large windows and a large stride, three overlapping poolings, ReLU throughout, and dropout
-in the large hidden layers. The widths are those of "One weird trick for parallelizing convolutional neural networks"
-(Krizhevsky 2014, arXiv:1404.5997), without the split over two devices and without response normalisation, as in
-torchvision.
+in the large hidden layers:
+
+    x_i = relu(conv_i(x_(i-1))), max-pooled for i = 1, 2, 5;   h = relu(W_2 drop(relu(W_1 drop(x_5))));   logits = W_3 h
+
+The widths are those of "One weird trick for parallelizing convolutional neural networks" (Krizhevsky 2014,
+arXiv:1404.5997), without the split over two devices and without response normalisation, as in torchvision.
 """
 
 from dataclasses import dataclass
@@ -26,18 +29,18 @@ from nets.weights import Rename, fill, read
 KERNELS = (11, 5, 3, 3, 3)
 PADDING = (2, 2, 1, 1, 1)
 POOLED = (1, 2)
-"""The convolutions that take pooled maps; the last maps are pooled too."""
+"""Indices of the convolutions whose input is max-pooled; the last feature maps are pooled too."""
 LEAST = 63
-"""The smallest image of which the strides leave a pixel."""
+"""Side of the smallest image of which the strides leave a pixel."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """`widths` are the channels of the five convolutions."""
+    """Sizes of AlexNet; `widths` are the channels of the five convolutions."""
 
     widths: tuple[int, int, int, int, int] = (64, 192, 384, 256, 256)
     pooled: int = 6
-    """The last maps are averaged to this size, so that larger images will do."""
+    """Side that the last feature maps are average-pooled to, so that images may be larger."""
     hidden: int = 4096
     dropout: float = 0.5
     channels: int = 3
@@ -77,24 +80,24 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
         train: without effect here.
 
     Raises:
-        ValueError: images with other channels, or smaller than 63 pixels a side.
+        ValueError: images with other channels, or smaller than 63 pixels per side.
     """
     check_images("alexnet", x, cfg.channels, LEAST)
     maps = []
     for i, p in enumerate(params["convs"]):
         x = max_pool(x, 3, stride=2) if i in POOLED else x
-        x = conv(p, x, stride=1 if i else 4, padding=PADDING[i]).relu()
+        x = conv(p, x, stride=1 if i else 4, padding=PADDING[i]).relu()  # (batch, widths[i], height', width')
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the head sees: the second hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
+    """Penultimate features: the second hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
     keys = dropout_keys("alexnet", cfg.dropout, key, 2, train)
-    x = max_pool(feature_maps(params, x, cfg, train=train)[-1], 3, stride=2)
-    x = adaptive_average_pool(x, cfg.pooled).flatten(1)
+    x = max_pool(feature_maps(params, x, cfg, train=train)[-1], 3, stride=2)  # (batch, widths[-1], height', width')
+    x = adaptive_average_pool(x, cfg.pooled).flatten(1)  # (batch, widths[-1] * pooled**2)
     for p, k in zip(params["hidden"], keys, strict=True):
-        x = linear(p, dropout(x, cfg.dropout, k, train)).relu()
+        x = linear(p, dropout(x, cfg.dropout, k, train)).relu()  # (batch, hidden)
     return x
 
 
@@ -103,7 +106,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
@@ -114,7 +117,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> torchvision's, which counts activations, poolings and dropout in one list with the layers."""
     layers = {"head": "classifier.6", "hidden.0": "classifier.1", "hidden.1": "classifier.4"}
-    layers |= {f"convs.{i}": f"features.{place}" for i, place in enumerate((0, 3, 6, 8, 10))}
+    layers |= {f"convs.{i}": f"features.{index}" for i, index in enumerate((0, 3, 6, 8, 10))}
     return {ours: rename for layer in layers.items() for ours, rename in affine_names(*layer).items()}
 
 

@@ -4,8 +4,8 @@
     params = spec.init(random.key(0), net.spec(cfg))
     logits = net.apply(params, images, cfg)
 
-A family is a module with `PRESETS`, `spec(cfg)`, `apply(params, x, cfg, *, key, train)`, `features` (what its head
-sees, (batch, d)) and `feature_maps` (a list, from fine to coarse). Published weights:
+A family is a module with `PRESETS`, `spec(cfg)`, `apply(params, x, cfg, *, key, train)`, `features` (penultimate
+features, (batch, d)) and `feature_maps` (a list, from fine to coarse). Published weights:
 `nets.classifiers.torchvision_weights`.
 """
 
@@ -64,7 +64,7 @@ def find(name: str) -> tuple[ModuleType, Any]:
         name: a key of a family's PRESETS, such as "resnet18", "vit_b_16" or "lenet5".
 
     Raises:
-        ValueError: no family has it; the message has names close to it and the families.
+        ValueError: no family has it; the message lists similar names and the families.
     """
     for net in FAMILIES.values():
         if name in net.PRESETS:
@@ -79,7 +79,7 @@ def configured(name: str, *, channels: int, classes: int, size: int) -> tuple[Mo
     """(module, Config) of a preset for other images and classes.
 
     Args:
-        size: pixels a side of the images, which are square.
+        size: pixels per side of the images, which are square.
 
     Raises:
         ValueError: no such preset, or images that it cannot take.
@@ -96,13 +96,13 @@ def fitted(net: ModuleType, cfg: Any, *, channels: int, classes: int, size: int)
         cfg = replace(cfg, widths=(channels * size**2, *cfg.widths[1:-1], classes))
     else:
         cfg = _sized(net, replace(cfg, channels=channels, classes=classes), size)
-    # Without values, this only finds out whether the images are large enough.
+    # A pass without values, which raises if the images are too small.
     net.apply(spec.abstract(net.spec(cfg)), torch.empty(1, channels, size, size, device="meta"), cfg)
     return cfg
 
 
 def _sized(net: ModuleType, cfg: Any, size: int) -> Any:
-    """Most nets take images of any size; these need to know it."""
+    """Set the size of images in the Configs that have one; most nets take any size."""
     if net is inception:
         return inception.fitted(cfg, size)
     return replace(cfg, **{lenet: {"size": size}, vit: {"image": size}}.get(net, {}))
@@ -121,7 +121,7 @@ def weighted_logits(net: ModuleType, output: Tensor | tuple[Tensor, ...]) -> lis
 
 
 def head_names(params: Tree) -> set[str]:
-    """The leaves of a net's head, and of its auxiliary heads; `params` may be its spec."""
+    """Names of the leaves of a net's head and auxiliary heads; `params` may be its spec."""
     if "head" not in params and "layers" in params:  # an mlp
         last = f"layers.{len(params['layers']) - 1}."
         return {name for name in tree.names(params) if name.startswith(last)}
@@ -129,18 +129,18 @@ def head_names(params: Tree) -> set[str]:
 
 
 def adopt(model: Tree, values: Tree, key: Tensor, what: str = "weights") -> tuple[Tree, list[str]]:
-    """Values for a net from those of one that may have other heads, for finetuning.
+    """Values for a net from those of one with different heads or none, for fine-tuning.
 
     Args:
         model: the spec of the net.
-        values: parameters and Stats of the other.
-        key: (2,); draws the leaves of the heads that the other lacks, or has in another shape.
+        values: parameters and Stats of the other net.
+        key: (2,); draws the leaves of the heads that `values` lacks, or has in another shape.
 
     Returns:
         The values, and the names of the leaves that were drawn.
 
     Raises:
-        ValueError: any other leaf is missing, misshapen or left over: the values are of another net.
+        ValueError: any leaf outside the heads is missing, misshapen or left over: the values are of another net.
     """
     heads, theirs = head_names(model), head_names(values)
     body, _ = tree.partition(model, lambda name, _: name not in heads)
@@ -148,9 +148,9 @@ def adopt(model: Tree, values: Tree, key: Tensor, what: str = "weights") -> tupl
         spec.check(body, tree.partition(values, lambda name, _: name not in theirs)[0], what)
     except ValueError as error:
         raise ValueError(f"{error}; only the head may differ") from None
-    found = tree.flatten(values)
-    shapes = {name: tuple(x.shape) for name, x in found.items()}
-    drawn = [name for name, leaf in tree.items(model) if shapes.get(name) != tuple(leaf.shape)]
-    fresh = tree.flatten(spec.init(key, tree.partition(model, lambda name, _: name in drawn)[0]))
-    chosen = {name: fresh[name] if name in drawn else found[name] for name in tree.names(model)}
-    return tree.sort(tree.nest(chosen, like=model)), drawn
+    old = tree.flatten(values)
+    shapes = {name: tuple(x.shape) for name, x in old.items()}
+    new_names = [name for name, leaf in tree.items(model) if shapes.get(name) != tuple(leaf.shape)]
+    new = tree.flatten(spec.init(key, tree.partition(model, lambda name, _: name in new_names)[0]))
+    leaves = {name: new[name] if name in new else old[name] for name in tree.names(model)}
+    return tree.sort(tree.nest(leaves, like=model)), new_names

@@ -1,7 +1,7 @@
 """Densely connected networks for images: DenseNet-BC.
 
-Huang et al. 2017, "Densely Connected Convolutional Networks" (arXiv:1608.06993): each layer sees the maps of all layers
-before it in its block, and adds `growth` of its own (k in the paper),
+Huang et al. 2017, "Densely Connected Convolutional Networks" (arXiv:1608.06993): each layer sees the feature maps of
+all layers before it in its block, and adds `growth` channels of its own (k in the paper),
 
     x_l = H_l([x_0, x_1, ..., x_(l-1)]),    H = conv3x3(relu(norm(conv1x1(relu(norm(.))))))
 
@@ -41,15 +41,15 @@ from nets.blocks.conv_norm import (
 from nets.weights import Rename, read
 
 HE_IN = initializers.kaiming_normal()
-"""He et al. 2015, eq. 10: the convolutions."""
+"""Initialiser of the convolutions: He et al. 2015, eq. 10."""
 
 HEAD = initializers.kaiming_uniform(a=5**0.5)
-"""Uniform within 1 / sqrt(fan_in), torch's own choice for linear layers."""
+"""Initialiser of the head: uniform within 1 / sqrt(fan_in), torch's default for linear layers."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """`depths` layers in each dense block; the images are halved twice in the stem and between two blocks."""
+    """Sizes of DenseNet: `depths` layers in each block. The stem halves the images twice, each transition once."""
 
     depths: tuple[int, ...] = (6, 12, 24, 16)
     growth: int = 32
@@ -59,7 +59,7 @@ class Config:
     expansion: int = 4
     """Channels between the two convolutions of a layer, in units of growth."""
     dropout: float = 0.0
-    """On what a layer adds (the paper: 0.2 for data without augmentation)."""
+    """Dropout rate of the channels that a layer adds (the paper: 0.2 for data without augmentation)."""
     channels: int = 3
     classes: int = 1000
 
@@ -83,21 +83,24 @@ def _norm_conv_spec(d_in: int, d_out: int, kernel: int) -> dict:
 
 
 def _norm_conv(p: dict, x: Tensor, train: bool) -> Tensor:
-    """The norm comes first: what a layer gives out is normalised anew by each layer that sees it."""
+    """conv(relu(norm(x))). The norm comes first: a layer's output is normalised again by each layer that sees it.
+
+    x: (batch, d_in, height, width) -> (batch, d_out, height, width).
+    """
     return conv(p["conv"], batch_norm(p["norm"], x, train=train).relu(), padding=p["conv"]["weight"].shape[-1] // 2)
 
 
 def spec(cfg: Config) -> dict:
     """`stem`, `stages.s.b.i` (layer b of block s, its two convolutions with their norms), `transitions.s`, `norm`,
     and `head`."""
-    inside, stages, transitions = cfg.expansion * cfg.growth, [], []
+    bottleneck, stages, transitions = cfg.expansion * cfg.growth, [], []
     d = cfg.width
     for s, depth in enumerate(cfg.depths):
         if s:
             transitions.append(_norm_conv_spec(d, d // 2, 1))
             d = d // 2
         sizes = [d + b * cfg.growth for b in range(depth)]
-        stages.append([[_norm_conv_spec(n, inside, 1), _norm_conv_spec(inside, cfg.growth, 3)] for n in sizes])
+        stages.append([[_norm_conv_spec(n, bottleneck, 1), _norm_conv_spec(bottleneck, cfg.growth, 3)] for n in sizes])
         d = d + depth * cfg.growth
     return {
         "head": linear_spec(d, cfg.classes, init=HEAD),
@@ -109,40 +112,42 @@ def spec(cfg: Config) -> dict:
 
 
 def _drops(key: Tensor | None, layers: int, shape: tuple[int, ...], rate: float) -> list:
-    """What each layer of a block does to the maps that it adds."""
+    """Dropout of the channels that each layer of a block adds."""
     return [lambda y: y] * layers if key is None else dropout_sites(key, layers, shape, rate)
 
 
 def feature_maps(
     params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> list[Tensor]:
-    """The output of the stem and of each block, (batch, channels, height, width) each; the last one normalised.
+    """The output of the stem and of each block, (batch, channels, height, width) each; that of the last is normalised.
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Raises:
         ValueError: images with other channels, or too small; no key in training with dropout.
     """
     check_images("densenet", x, cfg.channels, 2 ** (len(cfg.depths) + 1) - 3)
     keys = dropout_keys("densenet", cfg.dropout, key, len(cfg.depths), train)
-    x = conv_norm(params["stem"], x, train=train, stride=2)
+    x = conv_norm(params["stem"], x, train=train, stride=2)  # (batch, cfg.width, height / 2, width / 2)
     maps = [x]
-    x = max_pool(x, 3, stride=2, padding=1)
+    x = max_pool(x, 3, stride=2, padding=1)  # (batch, cfg.width, height / 4, width / 4)
     for s, layers in enumerate(params["stages"]):
         if s:
-            x = average_pool(_norm_conv(params["transitions"][s - 1], x, train), 2)
+            x = _norm_conv(params["transitions"][s - 1], x, train)  # (batch, d / 2, h, w)
+            x = average_pool(x, 2)  # (batch, d / 2, h / 2, w / 2)
         drops = _drops(keys[s], len(layers), (x.shape[0], cfg.growth, *x.shape[2:]), cfg.dropout)
         for (reduce, grow), drop in zip(layers, drops, strict=True):
-            x = torch.cat([x, drop(_norm_conv(grow, _norm_conv(reduce, x, train), train))], 1)
+            added = drop(_norm_conv(grow, _norm_conv(reduce, x, train), train))  # H_l(x): (batch, growth, h, w)
+            x = torch.cat([x, added], 1)  # [x_0, ..., x_l]: (batch, d + growth, h, w)
         maps.append(x)
     maps[-1] = batch_norm(params["norm"], x, train=train).relu()
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the head sees: the last maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
+    """Penultimate features: the last feature maps, global-average-pooled. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, key=key, train=train)[-1])
 
 
@@ -174,10 +179,11 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     return table
 
 
-def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from torchvision's file of this net: a local file or folder, or a hub repository.
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table). The files that torchvision publishes write `norm.1` where its module now has `norm1`."""
+    return {re.sub(r"\.(conv|norm)\.([12])\.", r".\1\2.", name): x for name, x in state.items()}, rename_table(cfg)
 
-    The files that torchvision publishes write `norm.1` where its module now has `norm1`; both are read.
-    """
-    state = {re.sub(r"\.(conv|norm)\.([12])\.", r".\1\2.", name): value for name, value in read(source).items()}
-    return fill_published(spec(cfg), state, rename_table(cfg), source)
+
+def from_pretrained(source: str, cfg: Config) -> dict:
+    """Parameters and Stats from torchvision's file of this net: a local file or folder, or a hub repository."""
+    return fill_published(spec(cfg), *recognise(read(source), cfg), source)

@@ -2,12 +2,12 @@
 
 Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision" (arXiv:1512.00567): the blocks of
 GoogLeNet (`nets.classifiers.googlenet`), with their large convolutions factorised. A 5x5 becomes two 3x3, a 7x7
-becomes 1x7 and 7x1, and in the last maps 1x3 and 3x1 stand side by side:
+becomes 1x7 and 7x1, and in the third stage 1x3 and 3x1 run in parallel:
 
     y = [branch_1(x), ..., branch_n(x), conv1x1(averagepool(x))]
 
 The first block of the second and third stage halves the image instead: its branches end with stride 2, beside a max
-pooling. In training an auxiliary head behind the second stage acts as a regulariser. Each convolution has a batch norm
+pooling. In training an auxiliary head after the second stage acts as a regulariser. Each convolution has a batch norm
 with eps 0.001; convolutions at the borders of stages have no padding, as in the paper, so that 299 pixels become
 35, 17 and 8.
 """
@@ -35,46 +35,46 @@ from nets.weights import Rename, read
 EPS = 1e-3
 
 AUX_WEIGHT = 0.4
-"""Of the auxiliary head in the loss, as customary; the paper does not say."""
+"""Weight of the auxiliary head in the loss, as is customary; the paper gives none."""
 
 Conv = tuple[int, int | tuple[int, int]]
 """(channels, kernel)."""
 
 Branch = list[Conv | list[Conv]]
-"""Convolutions one after another; the last place may hold several that stand side by side."""
+"""Convolutions one after another; the last element may be a list of parallel ones."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The blocks of three stages, for images of 75 pixels a side and more; in training with `aux` see `aux_kernel`."""
+    """Sizes of three stages, for images of 75 pixels per side and more; in training with `aux` see `aux_kernel`."""
 
     width: int = 32
     """Channels of the first convolution; nearly all others are in proportion to it."""
     pooled: tuple[int, ...] = (32, 64, 64)
-    """Channels of the pooled branch, for each block of the first stage."""
-    inside: tuple[int, ...] = (128, 160, 160, 192)
-    """Channels between the 1x7 and 7x1 convolutions, for each block of the second stage but its first."""
+    """Channels of the pooled branch, per block of the first stage."""
+    channels_7x7: tuple[int, ...] = (128, 160, 160, 192)
+    """Channels between the 1x7 and 7x1 convolutions, per block of the second stage after its first."""
     last: int = 2
-    """Blocks of the third stage, without its first."""
+    """Blocks of the third stage after its first."""
     aux: bool = True
-    """Whether there is an auxiliary head."""
+    """Have an auxiliary head."""
     aux_kernel: int = 5
-    """Of the auxiliary head's second convolution: 5 needs images of 299 pixels in training; 1, of 107."""
+    """Kernel of the auxiliary head's second convolution: 5 needs images of 299 pixels in training; 1, of 107."""
     dropout: float = 0.5
-    """Before the head; the paper's is 0.2."""
+    """Dropout rate before the head; the paper's is 0.2."""
     std: float = 0.1
-    """Deviation of the initial weights, which are normal; torchvision truncates them at 2, which no draw reaches."""
+    """Standard deviation of the initial weights, which are normal; torchvision truncates them at 2, out of reach."""
     aux_std: float = 0.001
-    """The same for the auxiliary head's last layer."""
+    """Standard deviation of the initial weights of the auxiliary head's last layer."""
     channels: int = 3
     classes: int = 1000
 
     def __post_init__(self):
         if self.width < 2 or self.width % 2:
             raise ValueError(f"inception: width {self.width}; expected an even number of channels")
-        if not self.pooled or min(self.pooled) < 1 or min(self.inside, default=1) < 1 or self.last < 0:
-            found = f"pooled {self.pooled}, inside {self.inside}, last {self.last}"
-            raise ValueError(f"inception: {found}; expected positive channels and at least one block in the first")
+        if not self.pooled or min(self.pooled) < 1 or min(self.channels_7x7, default=1) < 1 or self.last < 0:
+            sizes = f"pooled {self.pooled}, channels_7x7 {self.channels_7x7}, last {self.last}"
+            raise ValueError(f"inception: {sizes}; expected positive channels and at least one block in the first")
         if self.aux_kernel not in (1, 3, 5):
             raise ValueError(f"inception: aux_kernel {self.aux_kernel}; expected 1, 3 or 5")
         if not 0.0 <= self.dropout < 1.0:
@@ -85,20 +85,22 @@ PRESETS = {"inception_v3": Config()}
 
 
 def _aux_pixels(kernel: int) -> int:
-    """What the auxiliary head needs behind the second stage: it averages over 5x5 with stride 3, and its second
-    convolution has no padding."""
+    """Side of the second stage's output that the auxiliary head needs.
+
+    It averages over 5x5 with stride 3, and its second convolution has no padding.
+    """
     return 3 * kernel + 2
 
 
 def _least(pixels: int) -> int:
-    """The image that leaves so many pixels a side to the second stage, each halving taking n to (n - 1) // 2."""
+    """Side of the image that leaves `pixels` a side to the second stage; each halving takes n to (n - 1) // 2."""
     return 16 * pixels + 27
 
 
 def fitted(cfg: Config, size: int) -> Config:
-    """The net whose auxiliary head takes images of that many pixels a side in training; without one below 107."""
-    fitting = [kernel for kernel in (5, 3, 1) if kernel <= cfg.aux_kernel and _least(_aux_pixels(kernel)) <= size]
-    return replace(cfg, aux_kernel=fitting[0]) if fitting else replace(cfg, aux=False)
+    """The net whose auxiliary head takes images of `size` pixels per side in training; without one below 107."""
+    kernels = [kernel for kernel in (5, 3, 1) if kernel <= cfg.aux_kernel and _least(_aux_pixels(kernel)) <= size]
+    return replace(cfg, aux_kernel=kernels[0]) if kernels else replace(cfg, aux=False)
 
 
 class Outputs(NamedTuple):
@@ -132,23 +134,23 @@ def _stages(cfg: Config) -> list[list[list[Branch]]]:
         twice = [(n, 1), (n, tall), (n, wide), (n, tall), of(192, wide)]
         return [[of(192)], once, twice, [of(192)]]
 
-    beside = [of(384, (1, 3)), of(384, (3, 1))]
-    coarse = [[of(320)], [of(384), beside], [of(448), of(384, 3), beside], [of(192)]]
+    parallel = [of(384, (1, 3)), of(384, (3, 1))]
+    coarse = [[of(320)], [of(384), parallel], [of(448), of(384, 3), parallel], [of(192)]]
     to_second = [[of(384, 3)], [of(64), of(96, 3), of(96, 3)]]
     to_third = [[of(192), of(320, 3)], [of(192), of(192, wide), of(192, tall), of(192, 3)]]
     return [
         [small(pooled) for pooled in cfg.pooled],
-        [to_second, *(factorised(n) for n in cfg.inside)],
+        [to_second, *(factorised(n) for n in cfg.channels_7x7)],
         [to_third, *[coarse] * cfg.last],
     ]
 
 
 def _halves(s: int, b: int) -> bool:
-    """Whether block b of stage s halves the image."""
+    """Block b of stage s halves the image."""
     return s > 0 and b == 0
 
 
-def _beside(convs: Conv | list[Conv]) -> list[Conv]:
+def _parallel(convs: Conv | list[Conv]) -> list[Conv]:
     return convs if isinstance(convs, list) else [convs]
 
 
@@ -167,13 +169,17 @@ def _conv(p: dict, x: Tensor, train: bool, stride: int = 1, padding: int | str =
 def _branch_spec(cfg: Config, d_in: int, branch: Branch) -> list:
     convs = []
     for step in branch:
-        made = [_conv_spec(cfg, d_in, *sizes) for sizes in _beside(step)]
-        convs.append(made if isinstance(step, list) else made[0])
-        d_in = sum(d_out for d_out, _ in _beside(step))
+        specs = [_conv_spec(cfg, d_in, *sizes) for sizes in _parallel(step)]
+        convs.append(specs if isinstance(step, list) else specs[0])
+        d_in = sum(d_out for d_out, _ in _parallel(step))
     return convs
 
 
 def _branch(convs: list, x: Tensor, train: bool, halve: bool = False) -> Tensor:
+    """The convolutions of a branch in turn. x: (batch, channels, h, w) -> (batch, branch channels, h, w).
+
+    halve: give (batch, branch channels, (h - 1) // 2, (w - 1) // 2).
+    """
     *first, last = convs
     for p in first:
         x = _conv(p, x, train)
@@ -183,11 +189,15 @@ def _branch(convs: list, x: Tensor, train: bool, halve: bool = False) -> Tensor:
 
 
 def _block(branches: list, x: Tensor, train: bool, halve: bool) -> Tensor:
+    """y = [branch_1(x), ..., branch_n(x), conv1x1(averagepool(x))], or with maxpool(x) at the end if it halves.
+
+    x: (batch, channels, h, w) -> (batch, sum of the branches' channels, h, w); halved as in `_branch`.
+    """
     if halve:
         outs = [*(_branch(convs, x, train, halve) for convs in branches), max_pool(x, 3, stride=2)]
     else:
-        *others, pooled = branches
-        outs = [_branch(convs, x, train) for convs in others]
+        *unpooled, pooled = branches
+        outs = [_branch(convs, x, train) for convs in unpooled]
         outs.append(_branch(pooled, average_pool(x, 3, stride=1, padding=1), train))
     return torch.cat(outs, 1)
 
@@ -201,14 +211,16 @@ def _aux_spec(cfg: Config, d_in: int) -> dict:
 
 
 def _aux(p: dict, x: Tensor, train: bool) -> Tensor:
+    """Logits of the auxiliary head. x: (batch, channels, height, width) -> (batch, classes)."""
     first, second = p["convs"]
-    x = _conv(first, average_pool(x, 5, stride=3), train)
-    return linear(p["head"], global_average_pool(_conv(second, x, train, padding=0)))
+    x = _conv(first, average_pool(x, 5, stride=3), train)  # (batch, d, (height - 2) // 3, (width - 2) // 3)
+    x = _conv(second, x, train, padding=0)  # (batch, 6 d, h - kernel + 1, w - kernel + 1)
+    return linear(p["head"], global_average_pool(x))
 
 
 def spec(cfg: Config) -> dict:
-    """`stem.i`, `stages.s.b.i.j` (convolution j of branch i; `stages.s.b.i.j.k` where two stand side by side), `head`,
-    and `aux` if there is an auxiliary head."""
+    """`stem.i`, `stages.s.b.i.j` (convolution j of branch i; `stages.s.b.i.j.k` where two are parallel), `head`, and
+    `aux` if there is an auxiliary head."""
     stem, d = [], cfg.channels
     for d_out, kernel in _stem(cfg):
         stem.append(_conv_spec(cfg, d, d_out, kernel))
@@ -218,7 +230,7 @@ def spec(cfg: Config) -> dict:
         stages.append([])
         for b, branches in enumerate(blocks):
             stages[-1].append([_branch_spec(cfg, d, branch) for branch in branches])
-            d = sum(n for branch in branches for n, _ in _beside(branch[-1])) + (d if _halves(s, b) else 0)
+            d = sum(n for branch in branches for n, _ in _parallel(branch[-1])) + (d if _halves(s, b) else 0)
         ends.append(d)
     return {
         **({"aux": _aux_spec(cfg, ends[1])} if cfg.aux else {}),
@@ -229,39 +241,41 @@ def spec(cfg: Config) -> dict:
 
 
 def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
-    """The maps at about a half and a quarter of the image, and the output of each stage: (batch, channels, h, w) each.
+    """Feature maps at 1/2 and 1/4 of the image's size, and the output of each stage: (batch, channels, height, width).
 
     Args:
         x: (batch, channels, height, width).
 
     Raises:
-        ValueError: images with other channels, or smaller than 75 pixels a side.
+        ValueError: images with other channels, or smaller than 75 pixels per side.
     """
     check_images("inception", x, cfg.channels, _least(3))
     a, b, c, d, e = params["stem"]
-    half = _conv(c, _conv(b, _conv(a, x, train, stride=2, padding=0), train, padding=0), train)
-    quarter = _conv(e, _conv(d, max_pool(half, 3, stride=2), train), train, padding=0)
-    maps, x = [half, quarter], max_pool(quarter, 3, stride=2)
+    x = _conv(a, x, train, stride=2, padding=0)  # (batch, width, 149, 149) of 299 x 299 pixels
+    half = _conv(c, _conv(b, x, train, padding=0), train)  # (batch, 2 width, 147, 147)
+    x = max_pool(half, 3, stride=2)  # (batch, 2 width, 73, 73)
+    quarter = _conv(e, _conv(d, x, train), train, padding=0)  # (batch, 6 width, 71, 71)
+    maps, x = [half, quarter], max_pool(quarter, 3, stride=2)  # (batch, 6 width, 35, 35)
     for s, blocks in enumerate(params["stages"]):
         for i, branches in enumerate(blocks):
-            x = _block(branches, x, train, _halves(s, i))
+            x = _block(branches, x, train, _halves(s, i))  # 35 x 35, then 17 x 17, then 8 x 8
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """What the head sees: the last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
+    """Penultimate features: the last stage's output, global-average-pooled. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor | Outputs:
     """Logits of images, and of the auxiliary head in training.
 
-    The loss of `Outputs` is that of the logits plus AUX_WEIGHT, 0.4, times that of the auxiliary head.
+    The loss of `Outputs` is loss(logits) + AUX_WEIGHT loss(aux), AUX_WEIGHT = 0.4.
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes); in training with cfg.aux, `Outputs`.
@@ -274,7 +288,8 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     check_images("inception", x, cfg.channels, _least(_aux_pixels(cfg.aux_kernel) if with_aux else 3))
     (drop_key,) = dropout_keys("inception", cfg.dropout, key, 1, train)
     maps = feature_maps(params, x, cfg, train=train)
-    logits = linear(params["head"], dropout(global_average_pool(maps[-1]), cfg.dropout, drop_key, train))
+    pooled = global_average_pool(maps[-1])  # (batch, d)
+    logits = linear(params["head"], dropout(pooled, cfg.dropout, drop_key, train))  # (batch, classes)
     return Outputs(logits, _aux(params["aux"], maps[-2], train)) if with_aux else logits
 
 
@@ -286,7 +301,7 @@ BRANCH_NAMES = {
     (2, True): ("branch3x3", "branch7x7x3"),
     (2, False): ("branch1x1", "branch3x3", "branch3x3dbl", "branch_pool"),
 }
-"""Torchvision's, by stage and whether the block halves the image."""
+"""Torchvision's names of the branches, by stage and whether the block halves the image."""
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
@@ -296,8 +311,8 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
         return conv_norm_names(ours, f"{theirs}.conv", f"{theirs}.bn")
 
     table = affine_names("head", "fc")
-    for i, place in enumerate(("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")):
-        table |= names(f"stem.{i}", f"Conv2d_{place}")
+    for i, index in enumerate(("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")):
+        table |= names(f"stem.{i}", f"Conv2d_{index}")
     for s, blocks in enumerate(_stages(cfg)):
         for b, branches in enumerate(blocks):
             for i, (name, branch) in enumerate(zip(BRANCH_NAMES[s, _halves(s, b)], branches, strict=True)):
@@ -316,12 +331,16 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     return table
 
 
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table); without cfg.aux the tensors of the auxiliary head are left out."""
+    return {name: x for name, x in state.items() if cfg.aux or not name.startswith("AuxLogits.")}, rename_table(cfg)
+
+
 def from_pretrained(source: str, cfg: Config) -> dict:
     """Parameters and Stats from torchvision's file of this net: a local file or folder, or a hub repository.
 
-    Without cfg.aux the file's auxiliary head is left out. The published weights want pixels within [-1, 1], a mean and
-    a deviation of 0.5 in each channel; torchvision's module reaches that from ImageNet's mean and deviation by its
+    Without cfg.aux the file's auxiliary head is left out. The published weights want pixels within [-1, 1], that is a
+    mean and a standard deviation of 0.5 per channel; torchvision's module reaches that from ImageNet's by its
     `transform_input`.
     """
-    state = {name: x for name, x in read(source).items() if cfg.aux or not name.startswith("AuxLogits.")}
-    return fill_published(spec(cfg), state, rename_table(cfg), source)
+    return fill_published(spec(cfg), *recognise(read(source), cfg), source)

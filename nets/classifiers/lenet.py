@@ -1,7 +1,11 @@
 """LeNet-5: two convolutions, two poolings and three linear layers, for digits.
 
 LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document Recognition" (Proceedings of the
-IEEE). As commonly written since: each map of the second convolution sees all maps of the first, the poolings have no
+IEEE):
+
+    x_i = pool(tanh(conv_i(x_(i-1)))),  i = 1, 2;    logits = W_3 tanh(W_2 tanh(W_1 x_2))
+
+As commonly written since: each channel of the second convolution sees all channels of the first, the poolings have no
 weights, and the output is linear; the paper's 32x32 images are 28x28 ones padded by two pixels.
 """
 
@@ -18,7 +22,7 @@ POOLS = {"average": average_pool, "max": max_pool}
 
 @dataclass(frozen=True)
 class Config:
-    """`widths` are the channels of the convolutions, each of which is followed by 2x2 pooling."""
+    """Sizes of LeNet; `widths` are the channels of the convolutions, each of which is followed by 2x2 pooling."""
 
     widths: tuple[int, ...] = (6, 16)
     hidden: tuple[int, ...] = (120, 84)
@@ -26,7 +30,7 @@ class Config:
     """Pixels a side of the images."""
     kernel: int = 5
     padding: tuple[int, ...] = (2, 0)
-    """Of each convolution."""
+    """Padding of each convolution."""
     activation: str = "tanh"
     pool: str = "average"
     channels: int = 1
@@ -36,14 +40,14 @@ class Config:
         if self.pool not in POOLS:
             raise ValueError(f"lenet: pool '{self.pool}'; expected one of {', '.join(POOLS)}")
         if not self.widths or len(self.widths) != len(self.padding):
-            raise ValueError(f"lenet: widths {self.widths} and padding {self.padding}; expected one a convolution")
+            raise ValueError(f"lenet: widths {self.widths} and padding {self.padding}; expected one per convolution")
         activation(self.activation)
         if self.pooled < 1:
             raise ValueError(f"lenet: nothing is left of images of {self.size} x {self.size} after the poolings")
 
     @property
     def pooled(self) -> int:
-        """Pixels a side after the last pooling, 0 if there are none."""
+        """Pixels a side after the last pooling."""
         size = self.size
         for padding in self.padding:
             size = max(0, size + 2 * padding - self.kernel + 1) // 2
@@ -89,16 +93,16 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
         raise ValueError(f"lenet: the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.size} x {cfg.size}")
     maps = []
     for p, padding in zip(params["convs"], cfg.padding, strict=True):
-        x = POOLS[cfg.pool](maps[-1], 2) if maps else x
-        maps.append(activation(cfg.activation)(conv(p, x, padding=padding)))
+        x = POOLS[cfg.pool](maps[-1], 2) if maps else x  # (batch, width, height / 2, height / 2)
+        maps.append(activation(cfg.activation)(conv(p, x, padding=padding)))  # (batch, width, height, height)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """What the head sees: the last hidden layer. (batch, channels, size, size) -> (batch, d)."""
-    x = POOLS[cfg.pool](feature_maps(params, x, cfg, train=train)[-1], 2).flatten(1)
+    """Penultimate features: the last hidden layer. (batch, channels, size, size) -> (batch, d)."""
+    x = POOLS[cfg.pool](feature_maps(params, x, cfg, train=train)[-1], 2).flatten(1)  # (batch, widths[-1] * pooled**2)
     for p in params["hidden"]:
-        x = activation(cfg.activation)(linear(p, x))
+        x = activation(cfg.activation)(linear(p, x))  # (batch, hidden[i])
     return x
 
 
@@ -108,7 +112,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> those it usually has: conv1, conv2 ... and fc1, fc2 ... with the head as the last of them."""
+    """Our names -> the usual ones: conv1, conv2 ... and fc1, fc2 ... with the head as the last of them."""
     layers = {f"convs.{i}": f"conv{i + 1}" for i in range(len(cfg.widths))}
     layers |= {f"hidden.{i}": f"fc{i + 1}" for i in range(len(cfg.hidden))}
     layers["head"] = f"fc{len(cfg.hidden) + 1}"

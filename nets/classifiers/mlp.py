@@ -1,4 +1,9 @@
-"""Multilayer perceptron: linear layers with an activation between them."""
+"""Multilayer perceptron (MLP): linear layers with an activation between them.
+
+    h_0 = x,   h_i = act(W_i h_(i-1) + b_i),   logits = W_n h_(n-1) + b_n
+
+Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors" (Nature).
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +15,7 @@ from core.layers import activation, dropout, linear, linear_spec
 
 @dataclass(frozen=True)
 class Config:
-    """Widths from input to output (at least two), the activation between layers, dropout on the hidden ones."""
+    """Widths from input to output (at least two), the activation between layers, dropout rate of the hidden units."""
 
     widths: tuple[int, ...] = (64, 128, 128, 10)
     activation: str = "relu"
@@ -40,26 +45,26 @@ def spec(cfg: Config) -> dict:
 def feature_maps(
     params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> list[Tensor]:
-    """The hidden layers, (batch, width) each: a perceptron's maps have no height and width.
+    """The hidden layers, (batch, width) each: those of an MLP have no height and width.
 
     Args:
         x: (batch, ...), flattened to (batch, widths[0]).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
     """
     hidden = params["layers"][:-1]
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"mlp: training with dropout {cfg.dropout} draws random numbers; pass key=")
     keys = random.sites(key, len(hidden)) if dropping else [None] * len(hidden)
-    x, maps = x.flatten(1), []
+    x, maps = x.flatten(1), []  # (batch, widths[0])
     for p, k in zip(hidden, keys, strict=True):
-        x = dropout(activation(cfg.activation)(linear(p, x)), cfg.dropout, k, train)
+        x = dropout(activation(cfg.activation)(linear(p, x)), cfg.dropout, k, train)  # (batch, widths[i + 1])
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the last layer sees: the last hidden layer, or the input if there is none. Gives (batch, widths[-2])."""
+    """Penultimate features: the last hidden layer, or the input if there is none. -> (batch, widths[-2])."""
     return [x.flatten(1), *feature_maps(params, x, cfg, key=key, train=train)][-1]
 
 

@@ -1,9 +1,12 @@
 """MobileNet v1: every 3x3 convolution in two, one in space and one across channels.
 
 Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications"
-(arXiv:1704.04861). A depthwise convolution filters each channel by itself, a 1x1 convolution mixes them; with batch
-norm and ReLU6 behind both. For k x k windows and n channels out that takes 1/n + 1/k^2 of the arithmetic of one
-convolution that does both.
+(arXiv:1704.04861). A depthwise convolution filters each channel by itself, a 1x1 convolution mixes them, with batch
+norm and ReLU6 after both:
+
+    y = relu6(norm(pointwise(relu6(norm(depthwise(x))))))
+
+For k x k windows and n output channels that takes 1/n + 1/k^2 of the arithmetic of one convolution that does both.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from nets.blocks.conv_norm import (
     conv_norm_spec,
     dropout_keys,
     fill_published,
+    with_base_prefix,
 )
 from nets.weights import Rename, read
 
@@ -29,14 +33,15 @@ LEAST_WIDTH = 8
 
 @dataclass(frozen=True)
 class Config:
-    """`stages` are the channels of each pair of convolutions; all stages but the first halve the image."""
+    """Sizes of MobileNet v1: `stages` are the output channels of each pair of convolutions, and all but the first halve
+    the image."""
 
     width: float = 1.0
-    """All channels are multiplied by it, and at least 8."""
+    """Factor of all channels, which are at least 8."""
     stages: tuple[tuple[int, ...], ...] = ((64,), (128,) * 2, (256,) * 2, (512,) * 6, (1024,) * 2)
     stem: int = 32
     padding: str = "symmetric"
-    """symmetric, or tensorflow as the weights that the authors published need it; see `image_blocks.conv_norm`."""
+    """symmetric, or tensorflow for the weights that the authors published; see `nets.blocks.conv_norm`."""
     dropout: float = 0.001
     channels: int = 3
     classes: int = 1000
@@ -90,24 +95,24 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     """The output of the stem and of each stage, (batch, channels, height, width) each.
 
     Args:
-        x: (batch, channels, height, width); any size will do, as each stride rounds up.
+        x: (batch, channels, height, width) of any size, as each stride rounds up.
 
     Raises:
         ValueError: images with other channels, or without a pixel.
     """
     check_images("mobilenet_v1", x, cfg.channels, 1)
-    maps = [_conv_norm(params["stem"], x, cfg, train, stride=2)]
+    maps = [_conv_norm(params["stem"], x, cfg, train, stride=2)]  # (batch, d, height / 2, width / 2)
     for s, pairs in enumerate(params["stages"]):
         x = maps[-1]
         for b, p in enumerate(pairs):
             x = _conv_norm(p["depthwise"], x, cfg, train, stride=2 if s and not b else 1, groups=x.shape[1])
-            x = _conv_norm(p["pointwise"], x, cfg, train)
+            x = _conv_norm(p["pointwise"], x, cfg, train)  # (batch, next d, h, w), halved by the first of a stage
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """What the head sees: the last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
+    """Penultimate features: the last stage's output, global-average-pooled. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
@@ -116,7 +121,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
@@ -132,13 +137,19 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
         return conv_norm_names(ours, f"mobilenet_v1.{theirs}.convolution", f"mobilenet_v1.{theirs}.normalization")
 
     table = {**affine_names("head", "classifier"), **names("stem", "conv_stem")}
-    place = 0
+    index = 0
     for s, widths in enumerate(cfg.stages):
         for b in range(len(widths)):
             for part in ("depthwise", "pointwise"):
-                table |= names(f"stages.{s}.{b}.{part}", f"layer.{place}")
-                place += 1
+                table |= names(f"stages.{s}.{b}.{part}", f"layer.{index}")
+                index += 1
     return table
+
+
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table)."""
+    table = rename_table(cfg)
+    return with_base_prefix(state, "mobilenet_v1.", table), table
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:
@@ -147,4 +158,4 @@ def from_pretrained(source: str, cfg: Config) -> dict:
     Those of "google/mobilenet_v1_1.0_224" have 1001 classes, the first of which is the background, and need
     padding="tensorflow".
     """
-    return fill_published(spec(cfg), read(source), rename_table(cfg), source)
+    return fill_published(spec(cfg), *recognise(read(source), cfg), source)

@@ -1,6 +1,6 @@
-"""MobileNet v2: inverted residuals, which are wide inside and narrow where they are added.
+"""MobileNet v2: inverted residuals, whose hidden layers are wide and whose inputs and outputs are narrow.
 
-Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (arXiv:1801.04381). A block takes a few
+Sandler et al. 2018, "MobileNetV2: Inverted Residuals and Linear Bottlenecks" (arXiv:1801.04381). A block expands a few
 channels to `expansion` times as many, filters each of them by itself with a 3x3 convolution, and projects back to a
 few, with ReLU6 after the first two and nothing after the projection, since it would destroy information there:
 
@@ -23,15 +23,16 @@ from nets.blocks.conv_norm import (
     divisible,
     dropout_keys,
     fill_published,
+    fitting_table,
     inverted_residual,
     inverted_residual_spec,
-    whose_names,
+    with_base_prefix,
 )
 from nets.weights import Rename, read
 
 
 class Stage(NamedTuple):
-    """A line of the paper's table 2; only the first block of a stage has its stride."""
+    """A row of the paper's table 2; only the first block of a stage has its stride."""
 
     expansion: int
     channels: int
@@ -52,17 +53,17 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Config:
-    """All channels are multiplied by `width` and rounded to multiples of 8."""
+    """Sizes of MobileNet v2; all channels are multiplied by `width` and rounded to multiples of 8."""
 
     width: float = 1.0
     stages: tuple[Stage, ...] = TABLE
     stem: int = 32
     last: int = 1280
-    """Channels of the last convolution; a width below 1 leaves them as they are."""
+    """Channels of the last convolution; a width below 1 does not scale them."""
     padding: str = "symmetric"
-    """symmetric, or tensorflow as the weights that the authors published need it; see `image_blocks.conv_norm`."""
+    """symmetric, or tensorflow for the weights that the authors published; see `nets.blocks.conv_norm`."""
     eps: float = 1e-5
-    """Of the norms; the weights that the authors published are for 0.001."""
+    """Epsilon of the norms; the weights that the authors published are for 0.001."""
     dropout: float = 0.2
     channels: int = 3
     classes: int = 1000
@@ -85,7 +86,7 @@ PRESETS = {
 
 
 def _stages(cfg: Config) -> list[list[tuple[int, int, int, int]]]:
-    """(channels in, inside, out, stride) of every block."""
+    """(input channels, expanded channels, output channels, stride) of every block."""
     d_in, stages = divisible(cfg.stem * cfg.width), []
     for expansion, channels, depth, stride in cfg.stages:
         d_out, blocks = divisible(channels * cfg.width), []
@@ -112,24 +113,24 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     """The output of the stem, of each stage and of the last convolution, (batch, channels, height, width) each.
 
     Args:
-        x: (batch, channels, height, width); any size will do, as each stride rounds up.
+        x: (batch, channels, height, width) of any size, as each stride rounds up.
 
     Raises:
         ValueError: images with other channels, or without a pixel.
     """
     check_images("mobilenet_v2", x, cfg.channels, 1)
     options = {"train": train, "padding": cfg.padding, "eps": cfg.eps}
-    maps = [conv_norm(params["stem"], x, "relu6", stride=2, **options)]
+    maps = [conv_norm(params["stem"], x, "relu6", stride=2, **options)]  # (batch, d, height / 2, width / 2)
     for blocks, sizes in zip(params["stages"], _stages(cfg), strict=True):
         x = maps[-1]
         for p, (*_, stride) in zip(blocks, sizes, strict=True):
-            x = inverted_residual(p, x, "relu6", stride=stride, **options)
+            x = inverted_residual(p, x, "relu6", stride=stride, **options)  # (batch, next d, h / stride, w / stride)
         maps.append(x)
     return [*maps, conv_norm(params["last"], maps[-1], "relu6", **options)]
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """What the head sees: the last maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
+    """Penultimate features: the last feature maps, global-average-pooled. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
@@ -138,7 +139,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
@@ -159,22 +160,22 @@ def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
 
 
 def _torchvision(stages: list) -> dict[str, Rename]:
-    """It counts all blocks in one list with the stem and the last convolution."""
+    """Torchvision counts all blocks in one list with the stem and the last convolution."""
     table = {**affine_names("head", "classifier.1"), **conv_norm_names("stem", "features.0.0", "features.0.1")}
-    place = 1
+    index = 1
     for s, blocks in enumerate(stages):
         for b, block in enumerate(blocks):
-            ours, theirs = f"stages.{s}.{b}", f"features.{place}.conv"
-            wide = [part for part in ("expand", "depthwise") if part in block]
-            for i, part in enumerate(wide):
+            ours, theirs = f"stages.{s}.{b}", f"features.{index}.conv"
+            expanded = [part for part in ("expand", "depthwise") if part in block]
+            for i, part in enumerate(expanded):
                 table |= conv_norm_names(f"{ours}.{part}", f"{theirs}.{i}.0", f"{theirs}.{i}.1")
-            table |= conv_norm_names(f"{ours}.project", f"{theirs}.{len(wide)}", f"{theirs}.{len(wide) + 1}")
-            place += 1
-    return table | conv_norm_names("last", f"features.{place}.0", f"features.{place}.1")
+            table |= conv_norm_names(f"{ours}.project", f"{theirs}.{len(expanded)}", f"{theirs}.{len(expanded) + 1}")
+            index += 1
+    return table | conv_norm_names("last", f"features.{index}.0", f"features.{index}.1")
 
 
 def _transformers(stages: list) -> dict[str, Rename]:
-    """The first block is part of its stem."""
+    """In transformers the first block is part of the stem."""
 
     def names(ours: str, theirs: str) -> dict[str, Rename]:
         return conv_norm_names(ours, f"mobilenet_v2.{theirs}.convolution", f"mobilenet_v2.{theirs}.normalization")
@@ -191,11 +192,17 @@ def _transformers(stages: list) -> dict[str, Rename]:
 NAMES = {"torchvision": _torchvision, "transformers": _transformers}
 
 
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table of the library that wrote them)."""
+    transformers = rename_table(cfg, "transformers")
+    state = with_base_prefix(state, "mobilenet_v2.", transformers)
+    return state, fitting_table(state, rename_table(cfg), transformers)
+
+
 def from_pretrained(source: str, cfg: Config) -> dict:
     """Parameters and Stats from torchvision's or transformers' file: a local file or folder, or a hub repository.
 
     Those of "google/mobilenet_v2_1.0_224" have 1001 classes, the first of which is the background, and need
     padding="tensorflow" and eps=0.001.
     """
-    state = read(source)
-    return fill_published(spec(cfg), state, rename_table(cfg, whose_names(state, "mobilenet_v2.")), source)
+    return fill_published(spec(cfg), *recognise(read(source), cfg), source)

@@ -1,11 +1,11 @@
 """MobileNet v3: the inverted residuals of v2 with squeeze-and-excitation and a cheap smooth activation.
 
-Howard et al. 2019, "Searching for MobileNetV3" (arXiv:1905.02244). Which kernel, width and activation each block has
-was found by search (tables 1 and 2). Two functions are made of pieces of lines:
+Howard et al. 2019, "Searching for MobileNetV3" (arXiv:1905.02244). The kernel, width and activation of each block come
+from a search (tables 1 and 2). Two activations are piecewise linear or quadratic:
 
     hard_sigmoid(x) = relu6(x + 3) / 6,  hard_swish(x) = x hard_sigmoid(x)
 
-The large layer before the head comes after the pooling, where it has one place to work on and not a whole map.
+The large layer before the head comes after the pooling, where it works on one position and not on a whole feature map.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ NORM = {"eps": 1e-3, "momentum": 0.01}
 
 
 class Block(NamedTuple):
-    """A line of the paper's tables."""
+    """A row of the paper's tables: kernel, expanded and output channels, squeeze-and-excitation, activation, stride."""
 
     kernel: int
-    inside: int
+    expanded: int
     channels: int
     squeeze: bool
     act: str
@@ -76,8 +76,8 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Config:
-    """`stages` are the blocks between two halvings of the image. All channels are multiplied by `width` and rounded to
-    multiples of 8."""
+    """Sizes of MobileNet v3: `stages` are the blocks between two halvings of the image. All channels are multiplied by
+    `width` and rounded to multiples of 8."""
 
     stages: tuple[tuple[Block, ...], ...] = LARGE
     hidden: int = 1280
@@ -107,14 +107,14 @@ PRESETS = {
 
 
 def _stage_specs(cfg: Config) -> tuple[list[list[dict]], int]:
-    """The specs of all blocks, and the channels of the last."""
+    """The specs of all blocks, and the output channels of the last."""
     d_in, stages = divisible(cfg.stem * cfg.width), []
     for blocks in cfg.stages:
         stage = []
         for block in blocks:
-            inside, d_out = divisible(block.inside * cfg.width), divisible(block.channels * cfg.width)
-            squeezed = divisible(inside // 4) if block.squeeze else 0
-            stage.append(inverted_residual_spec(d_in, inside, d_out, block.kernel, squeezed=squeezed))
+            expanded, d_out = divisible(block.expanded * cfg.width), divisible(block.channels * cfg.width)
+            squeezed = divisible(expanded // 4) if block.squeeze else 0
+            stage.append(inverted_residual_spec(d_in, expanded, d_out, block.kernel, squeezed=squeezed))
             d_in = d_out
         stages.append(stage)
     return stages, d_in
@@ -137,25 +137,25 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     """The output of the stem, of each stage and of the last convolution, (batch, channels, height, width) each.
 
     Args:
-        x: (batch, channels, height, width); any size will do, as each stride rounds up.
+        x: (batch, channels, height, width) of any size, as each stride rounds up.
 
     Raises:
         ValueError: images with other channels, or without a pixel.
     """
     check_images("mobilenet_v3", x, cfg.channels, 1)
-    maps = [conv_norm(params["stem"], x, HS, train=train, stride=2, **NORM)]
+    maps = [conv_norm(params["stem"], x, HS, train=train, stride=2, **NORM)]  # (batch, d, height / 2, width / 2)
     for blocks, table in zip(params["stages"], cfg.stages, strict=True):
         x = maps[-1]
         for p, block in zip(blocks, table, strict=True):
-            x = inverted_residual(p, x, block.act, train=train, stride=block.stride, **NORM)
+            x = inverted_residual(p, x, block.act, train=train, stride=block.stride, **NORM)  # (batch, next d, h, w)
         maps.append(x)
     return [*maps, conv_norm(params["last"], maps[-1], HS, train=train, **NORM)]
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the head sees: the hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
+    """Penultimate features: the hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
     (key,) = dropout_keys("mobilenet_v3", cfg.dropout, key, 1, train)
-    pooled = global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
+    pooled = global_average_pool(feature_maps(params, x, cfg, train=train)[-1])  # (batch, d)
     return dropout(activation(HS)(linear(params["hidden"], pooled)), cfg.dropout, key, train)
 
 
@@ -164,7 +164,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
@@ -176,19 +176,19 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> torchvision's, which counts all blocks in one list with the stem and the last convolution."""
     table = {**affine_names("head", "classifier.3"), **affine_names("hidden", "classifier.0")}
     table |= conv_norm_names("stem", "features.0.0", "features.0.1")
-    place = 1
+    index = 1
     for s, blocks in enumerate(spec(cfg)["stages"]):
         for b, block in enumerate(blocks):
             parts = [part for part in ("expand", "depthwise", "squeeze", "project") if part in block]
             for i, part in enumerate(parts):
-                ours, theirs = f"stages.{s}.{b}.{part}", f"features.{place}.block.{i}"
+                ours, theirs = f"stages.{s}.{b}.{part}", f"features.{index}.block.{i}"
                 if part == "squeeze":
                     table |= affine_names(f"{ours}.reduce", f"{theirs}.fc1")
                     table |= affine_names(f"{ours}.restore", f"{theirs}.fc2")
                 else:
                     table |= conv_norm_names(ours, f"{theirs}.0", f"{theirs}.1")
-            place += 1
-    return table | conv_norm_names("last", f"features.{place}.0", f"features.{place}.1")
+            index += 1
+    return table | conv_norm_names("last", f"features.{index}.0", f"features.{index}.1")
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:

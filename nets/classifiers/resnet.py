@@ -4,9 +4,9 @@ He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385
 
     y = relu(shortcut(x) + F(x))
 
-F is two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 with a quarter of the channels inside ("bottleneck"); the stride
-is in the 3x3 one, as in torchvision ("ResNet v1.5"). ResNeXt (Xie et al. 2017, arXiv:1611.05431) cuts the 3x3
-convolution of a bottleneck into groups; Wide ResNet (Zagoruyko and Komodakis 2016, arXiv:1605.07146) doubles its
+F is two 3x3 convolutions ("basic"), or 1x1, 3x3, 1x1 where the 3x3 one has a quarter of the channels ("bottleneck");
+the stride is in the 3x3 one, as in torchvision ("ResNet v1.5"). ResNeXt (Xie et al. 2017, arXiv:1611.05431) cuts the
+3x3 convolution of a bottleneck into groups; Wide ResNet (Zagoruyko and Komodakis 2016, arXiv:1605.07146) doubles its
 channels.
 """
 
@@ -24,30 +24,32 @@ from nets.blocks.conv_norm import (
     conv_norm_names,
     conv_norm_spec,
     fill_published,
-    whose_names,
+    fitting_table,
+    with_base_prefix,
 )
 from nets.weights import Rename, read
 
 BLOCKS = {"basic": 1, "bottleneck": 4}
-"""How many times the width of its stage a block gives out."""
+"""Output channels of a block, in units of the width of its stage."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """`depths` blocks in each stage; stage s works at width * 2**s channels and halves the image, but for the first."""
+    """Sizes of a ResNet: `depths` blocks in each stage. Stage s has width * 2**s channels; all but the first halve the
+    image."""
 
     depths: tuple[int, ...] = (2, 2, 2, 2)
     block: str = "basic"
     width: int = 64
     groups: int = 1
-    """Of the 3x3 convolution of a bottleneck."""
+    """Groups of the 3x3 convolution of a bottleneck."""
     group_width: int = 64
-    """Channels of a group in the first stage; a bottleneck has groups * group_width * 2**s inside."""
+    """Channels of a group in the first stage; the 3x3 convolution of stage s has groups * group_width * 2**s."""
     stem: str = "imagenet"
     """imagenet: 7x7 with stride 2, and pooling; cifar: 3x3."""
     shortcut: str = "projection"
-    """Where a block changes the shape: projection is a 1x1 convolution; padding, every second pixel and zero channels,
-    has no parameters (the paper's option A)."""
+    """Shortcut where a block changes the shape: projection is a 1x1 convolution; padding, every second pixel and zero
+    channels, has no parameters (the paper's option A)."""
     zero_init: bool = False
     """Start the last norm of each block at 0, so that all blocks start as the identity (Goyal et al. 2017)."""
     channels: int = 3
@@ -57,8 +59,8 @@ class Config:
         if self.block not in BLOCKS:
             raise ValueError(f"resnet: block '{self.block}' is unknown; expected one of {', '.join(BLOCKS)}")
         if self.stem not in ("imagenet", "cifar") or self.shortcut not in ("projection", "padding"):
-            found = f"stem '{self.stem}', shortcut '{self.shortcut}'"
-            raise ValueError(f"resnet: {found}; expected imagenet or cifar, projection or padding")
+            kinds = f"stem '{self.stem}', shortcut '{self.shortcut}'"
+            raise ValueError(f"resnet: {kinds}; expected imagenet or cifar, projection or padding")
         if not self.depths or min(self.depths) < 1:
             raise ValueError(f"resnet: depths {self.depths}; expected at least one block in each stage")
         if self.block == "basic" and (self.groups, self.group_width) != (1, 64):
@@ -90,7 +92,7 @@ PRESETS = {
 
 
 def _stages(cfg: Config) -> list[list[tuple[int, int, int]]]:
-    """(channels in, width, stride) of every block."""
+    """(input channels, width, stride) of every block."""
     d_in, stages = cfg.width, []
     for s, depth in enumerate(cfg.depths):
         width = cfg.width * 2**s
@@ -106,11 +108,11 @@ def _block_spec(cfg: Config, d_in: int, width: int, stride: int) -> dict:
     if cfg.block == "basic":
         convs = [conv_norm_spec(d_in, d_out, 3), conv_norm_spec(d_out, d_out, 3, scale=last)]
     else:
-        inside = width * cfg.group_width // 64 * cfg.groups
+        bottleneck = width * cfg.group_width // 64 * cfg.groups
         convs = [
-            conv_norm_spec(d_in, inside, 1),
-            conv_norm_spec(inside, inside, 3, groups=cfg.groups),
-            conv_norm_spec(inside, d_out, 1, scale=last),
+            conv_norm_spec(d_in, bottleneck, 1),
+            conv_norm_spec(bottleneck, bottleneck, 3, groups=cfg.groups),
+            conv_norm_spec(bottleneck, d_out, 1, scale=last),
         ]
     projected = cfg.shortcut == "projection" and (stride, d_in) != (1, d_out)
     return {"convs": convs, "shortcut": conv_norm_spec(d_in, d_out, 1)} if projected else {"convs": convs}
@@ -127,17 +129,19 @@ def spec(cfg: Config) -> dict:
 
 
 def _block(p: dict, x: Tensor, cfg: Config, stride: int, train: bool) -> Tensor:
+    """y = relu(shortcut(x) + F(x)). x: (batch, d_in, height, width) -> (batch, d_out, h, w), h = height / stride."""
     *first, last = p["convs"]
     y = x
     for i, q in enumerate(first):
         grouped = cfg.block == "bottleneck" and i == 1
-        here = stride if grouped or cfg.block == "basic" else 1
-        y = conv_norm(q, y, train=train, stride=here, groups=cfg.groups if grouped else 1)
-    y = conv_norm(last, y, None, train=train)
+        strided = grouped or cfg.block == "basic"
+        y = conv_norm(q, y, train=train, stride=stride if strided else 1, groups=cfg.groups if grouped else 1)
+    y = conv_norm(last, y, None, train=train)  # F(x): (batch, d_out, h, w)
     if "shortcut" in p:
-        x = conv_norm(p["shortcut"], x, None, train=train, stride=stride)
+        x = conv_norm(p["shortcut"], x, None, train=train, stride=stride)  # (batch, d_out, h, w)
     elif x.shape != y.shape:
-        x = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        x = x[:, :, ::stride, ::stride]  # (batch, d_in, h, w)
+        x = F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))  # (batch, d_out, h, w)
     return (x + y).relu()
 
 
@@ -152,19 +156,20 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     """
     halvings = len(cfg.depths) - 1 + (2 if cfg.stem == "imagenet" else 0)
     check_images("resnet", x, cfg.channels, 2**halvings)
-    x = conv_norm(params["stem"], x, train=train, stride=2 if cfg.stem == "imagenet" else 1)
+    stride = 2 if cfg.stem == "imagenet" else 1
+    x = conv_norm(params["stem"], x, train=train, stride=stride)  # (batch, cfg.width, height / stride, width / stride)
     maps = [x]
     if cfg.stem == "imagenet":
-        x = max_pool(x, 3, stride=2, padding=1)
+        x = max_pool(x, 3, stride=2, padding=1)  # (batch, cfg.width, height / 4, width / 4)
     for blocks, sizes in zip(params["stages"], _stages(cfg), strict=True):
         for p, (_, _, stride) in zip(blocks, sizes, strict=True):
-            x = _block(p, x, cfg, stride, train)
+            x = _block(p, x, cfg, stride, train)  # (batch, d of the stage, h / stride, w / stride)
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """What the head sees: the last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d)."""
+    """Penultimate features: the last stage's output, global-average-pooled. (batch, channels, h, w) -> (batch, d)."""
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
@@ -189,8 +194,8 @@ NAMES = {
         "stem": tuple(f"resnet.embedder.embedder.{part}" for part in PARTS),
     },
 }
-"""Where other libraries' files have the convolutions and norms of stage s, block b, and the head; `stage` and `number`
-count from 1, the others from 0."""
+"""Names of the convolutions and norms of stage s, block b, and of the head in other libraries' files; `stage` and
+`number` count from 1, the others from 0."""
 
 
 def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
@@ -203,21 +208,27 @@ def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
         raise ValueError(f"resnet: source '{source}' is unknown; expected one of {', '.join(NAMES)}")
     names = NAMES[source]
 
-    def conv_norm_at(ours: str, part: str, **place: int) -> dict[str, Rename]:
-        return conv_norm_names(ours, *(name.format(**place) for name in names[part]))
+    def conv_norm_at(ours: str, part: str, **at: int) -> dict[str, Rename]:
+        return conv_norm_names(ours, *(name.format(**at) for name in names[part]))
 
     table = {**affine_names("head", names["head"]), **conv_norm_at("stem", "stem")}
     for s, blocks in enumerate(spec(cfg)["stages"]):
         for b, block in enumerate(blocks):
-            place = {"s": s, "stage": s + 1, "b": b}
+            at = {"s": s, "stage": s + 1, "b": b}
             for i in range(len(block["convs"])):
-                table |= conv_norm_at(f"stages.{s}.{b}.convs.{i}", "conv", **place, i=i, number=i + 1)
+                table |= conv_norm_at(f"stages.{s}.{b}.convs.{i}", "conv", **at, i=i, number=i + 1)
             if "shortcut" in block:
-                table |= conv_norm_at(f"stages.{s}.{b}.shortcut", "shortcut", **place)
+                table |= conv_norm_at(f"stages.{s}.{b}.shortcut", "shortcut", **at)
     return table
+
+
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table of the library that wrote them)."""
+    transformers = rename_table(cfg, "transformers")
+    state = with_base_prefix(state, "resnet.", transformers)
+    return state, fitting_table(state, rename_table(cfg), transformers)
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:
     """Parameters and Stats from torchvision's or transformers' file: a local file or folder, or a hub repository."""
-    state = read(source)
-    return fill_published(spec(cfg), state, rename_table(cfg, whose_names(state, "resnet.")), source)
+    return fill_published(spec(cfg), *recognise(read(source), cfg), source)

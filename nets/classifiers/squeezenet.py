@@ -1,12 +1,12 @@
 """SqueezeNet: the accuracy of AlexNet with a fiftieth of its parameters.
 
 Iandola et al. 2016, "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size"
-(arXiv:1602.07360). A "fire" module lets a few channels through a 1x1 convolution and grows them again, half of them by
-1x1 and half by 3x3 convolutions:
+(arXiv:1602.07360). A "fire" module squeezes to a few channels by a 1x1 convolution and expands again, half of the
+channels by 1x1 and half by 3x3 convolutions:
 
     s = relu(squeeze(x)),  y = [relu(expand1(s)), relu(expand3(s))]
 
-There is no linear layer: a 1x1 convolution gives a map for each class, whose mean is its logit.
+There is no linear layer: a 1x1 convolution gives a feature map per class, whose mean is the class's logit.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ HE_UNIFORM = initializers.kaiming_uniform(nonlinearity="relu")
 
 @dataclass(frozen=True)
 class Config:
-    """`stages` are (squeezed channels, channels of each half) of the fire modules; pooling goes before each stage."""
+    """Sizes of SqueezeNet: `stages` are (squeezed channels, channels of each half) of the fire modules; a max pooling
+    comes before each stage."""
 
     stages: tuple[tuple[tuple[int, int], ...], ...]
     stem: int
     """Channels of the first convolution, which has stride 2 and no padding."""
     kernel: int
-    """Of the first convolution."""
+    """Kernel of the first convolution."""
     dropout: float = 0.5
     channels: int = 3
     classes: int = 1000
@@ -46,7 +47,7 @@ FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 25
 
 PRESETS = {
     "squeezenet1_0": Config((FIRES[:3], FIRES[3:7], FIRES[7:]), stem=96, kernel=7),
-    # Pools earlier, and so takes less than half of the arithmetic.
+    # Pools earlier, and so needs less than half of the arithmetic.
     "squeezenet1_1": Config((FIRES[:2], FIRES[2:4], FIRES[4:]), stem=64, kernel=3),
 }
 
@@ -76,8 +77,9 @@ def spec(cfg: Config) -> dict:
 
 
 def _fire(p: dict, x: Tensor) -> Tensor:
-    x = conv(p["squeeze"], x).relu()
-    return torch.cat([conv(p["expand1"], x).relu(), conv(p["expand3"], x, padding=1).relu()], 1)
+    """y = [relu(expand1(s)), relu(expand3(s))]. x: (batch, channels, h, w) -> (batch, 2 half, h, w)."""
+    s = conv(p["squeeze"], x).relu()  # (batch, squeezed, height, width)
+    return torch.cat([conv(p["expand1"], s).relu(), conv(p["expand3"], s, padding=1).relu()], 1)
 
 
 def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
@@ -90,50 +92,50 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     Raises:
         ValueError: images with other channels, or smaller than the strides need.
     """
-    # The last pooling needs two pixels a side, and each before it twice as many; the stem has no padding.
+    # The last pooling needs two pixels per side, and each before it twice as many; the stem has no padding.
     check_images("squeezenet", x, cfg.channels, 2 * (2 ** len(cfg.stages) - 1) + cfg.kernel)
-    maps = [conv(params["stem"], x, stride=2).relu()]
+    maps = [conv(params["stem"], x, stride=2).relu()]  # (batch, stem, (height - kernel) // 2 + 1, ...)
     for stage in params["stages"]:
-        x = max_pool(maps[-1], 3, stride=2, ceil_mode=True)
+        x = max_pool(maps[-1], 3, stride=2, ceil_mode=True)  # (batch, d, h / 2, w / 2)
         for p in stage:
-            x = _fire(p, x)
+            x = _fire(p, x)  # (batch, 2 half, h / 2, w / 2)
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
-    """The last stage's maps, averaged over space. (batch, channels, h, w) -> (batch, d).
+    """The last stage's feature maps, global-average-pooled. (batch, channels, h, w) -> (batch, d).
 
-    The head is no function of these: it looks at each place of the maps.
+    The head is no function of these: it works on each position of the feature maps.
     """
     return global_average_pool(feature_maps(params, x, cfg, train=train)[-1])
 
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """Logits of images; none is negative, as the head ends in a ReLU.
+    """Logits of images, mean over space of relu(head(x)); none is negative.
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
     """
     (key,) = dropout_keys("squeezenet", cfg.dropout, key, 1, train)
-    x = dropout(feature_maps(params, x, cfg, train=train)[-1], cfg.dropout, key, train)
+    x = dropout(feature_maps(params, x, cfg, train=train)[-1], cfg.dropout, key, train)  # (batch, d, h, w)
     return global_average_pool(conv(params["head"], x).relu())
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> torchvision's, which counts the activation of the stem and the poolings with the modules."""
     table = {**affine_names("head", "classifier.1"), **affine_names("stem", "features.0")}
-    place = 2
+    index = 2
     for s, stage in enumerate(cfg.stages):
         for i in range(len(stage)):
-            place += 1
+            index += 1
             for ours, theirs in (("expand1", "expand1x1"), ("expand3", "expand3x3"), ("squeeze", "squeeze")):
-                table |= affine_names(f"stages.{s}.{i}.{ours}", f"features.{place}.{theirs}")
-        place += 1
+                table |= affine_names(f"stages.{s}.{i}.{ours}", f"features.{index}.{theirs}")
+        index += 1
     return table
 
 

@@ -3,20 +3,26 @@
     params, cfg, published = from_pretrained("resnet50")
     logits = resnet.apply(params, preprocess(images, published), cfg)
 
-Torchvision's are downloaded; a file, a folder or a hub repository of torchvision, transformers or timm (ViT) will do.
+Torchvision's are downloaded. Files, folders and hub repositories of torchvision, transformers or timm (ViT) are read
+too, and checkpoints of one's own training of such a net, whatever its head.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from core import tree
 from core.tree import Tree
+from nets.blocks.conv_norm import fill_published
 from nets.classifiers import vit
 from nets.classifiers.by_name import find
-from nets.weights import WeightsError, locate, read_config
+from nets.weights import Rename, WeightsError, listing, locate, read, read_config, strip_prefixes
 
 URL = "https://download.pytorch.org/models/"
 
@@ -32,18 +38,21 @@ class Published:
     source: str
     """A file at URL whose name ends in the first eight hex digits of its SHA-256 sum, a local path, or a repository."""
     accuracy: float | None = None
-    """Top-1 on ImageNet's validation images in percent, as published."""
+    """Top-1 accuracy on ImageNet's validation images in percent, as published."""
     resize: int = 256
     """Pixels that the shorter side is scaled to."""
     crop: int = 224
-    """Pixels a side of the middle that is cut out."""
+    """Pixels a side of the centre crop."""
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET["mean"]
-    """Of each channel; pixels are in [0, 1]."""
+    """Mean per channel; pixels are in [0, 1]."""
     std: tuple[float, ...] = IMAGENET["std"]
+    """Standard deviation per channel."""
+    notes: tuple[str, ...] = ()
+    """Differences of the file from the preset, to print: a prefix of all names, another head or none."""
 
 
-# What torchvision recommends. Its GoogLeNet and Inception come from TensorFlow: its modules (`transform_input`) turn
+# As torchvision recommends. Its GoogLeNet and Inception come from TensorFlow: its modules (`transform_input`) turn
 # images that are normalised with ImageNet's constants into those with HALF.
 PUBLISHED = {
     "alexnet": Published("alexnet-owt-7be5be79.pth", 56.522),
@@ -96,7 +105,7 @@ REPOSITORIES = {
 
 
 def preprocess(images: Tensor, published: Published) -> Tensor:
-    """(images - mean) / std. images: (..., channels, height, width) in [0, 1], resized and cropped already.
+    """(images - mean) / std. images: (..., channels, height, width) in [0, 1], already resized and cropped.
 
     Raises:
         ValueError: images with other channels.
@@ -112,11 +121,11 @@ def download(name: str, directory: str | Path | None = None, base_url: str = URL
     """Fetch torchvision's weights of a preset; a file that is there already is not fetched again.
 
     Args:
-        directory: where to keep it, a folder in the user's cache if None.
-        base_url: another place that serves the same files (their checksums are compared).
+        directory: folder to keep it in; None is a folder in the user's cache.
+        base_url: another server of the same files (their checksums are compared).
 
     Raises:
-        WeightsError: torchvision has none, no connection, or a file with another checksum, which is removed.
+        WeightsError: torchvision has none, there is no connection, or the file has another checksum and is removed.
     """
     if name not in PUBLISHED:
         raise WeightsError(f"torchvision publishes no weights of '{name}'; it does of {', '.join(PUBLISHED)}")
@@ -130,10 +139,12 @@ def download(name: str, directory: str | Path | None = None, base_url: str = URL
     except Exception as error:  # whatever the network library raises
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"cannot fetch {address}: {first}") from None
-    wanted, found = Path(file).stem.rpartition("-")[2], pooch.file_hash(str(path), alg="sha256")
-    if not found.startswith(wanted):
+    expected, digest = Path(file).stem.rpartition("-")[2], pooch.file_hash(str(path), alg="sha256")
+    if not digest.startswith(expected):
         path.unlink()
-        raise WeightsError(f"{address} is not the published file: its SHA-256 sum is {found[:8]}..., not {wanted}...")
+        raise WeightsError(
+            f"{address} is not the published file: its SHA-256 sum is {digest[:8]}..., not {expected}..."
+        )
     return path
 
 
@@ -145,16 +156,19 @@ def from_pretrained(
     size: int | None = None,
     base_url: str = URL,
 ) -> tuple[Tree, Any, Published]:
-    """(parameters and Stats, Config, what they are) of a preset.
+    """(parameters and Stats, Config, how images are prepared) of a preset.
 
-    Beside a file of transformers or timm lie the numbers of its classes and how its images are prepared. Without such a
-    description they are taken to be those that torchvision publishes.
+    Beside a file of transformers or timm lies a description of the net and of its images. Without one the images are
+    taken to be prepared as for the weights that torchvision publishes. The number of classes is that of the file's
+    head. A file without a head, or with one of another form, gives parameters without `head`: `features` and
+    `feature_maps` work, and `by_name.adopt` draws a head. Auxiliary heads that it lacks, or that are for other classes,
+    are left out (`cfg.aux` is then False). The `notes` of the third result say so.
 
     Args:
-        name: as in `nets.classifiers.find`.
-        source: a local file or folder, or a hub repository; by default what is published, by download.
-        classes: of the file's head, if they are not 1000 and nothing beside it says so.
-        size: pixels a side of the images, if they are not the published ones: a vit's positions are resized. Other nets
+        name: as in `nets.classifiers.by_name.find`.
+        source: a local file or folder, or a hub repository; by default the published weights, by download.
+        classes: refuse a file whose head is not for that many.
+        size: pixels per side of the images, if they are not the published ones: a ViT's positions are resized. Other nets
             take images of any size.
         base_url: as in `download`.
 
@@ -163,6 +177,8 @@ def from_pretrained(
         WeightsError: nothing is published or there, it cannot be read, or it is of another net.
     """
     net, cfg = find(name)
+    if not hasattr(net, "rename_table"):
+        raise WeightsError(f"'{name}': files of an mlp cannot be read, as their names are not known")
     if source is None and name not in PUBLISHED and name not in REPOSITORIES:
         raise WeightsError(f"no weights of '{name}' are published that are known here; give a source")
     if source is None and name in PUBLISHED:
@@ -172,12 +188,55 @@ def from_pretrained(
         source = source or REPOSITORIES[name]
         description = _description(source, "config.json")
         published = _preparation(source, description, PUBLISHED.get(name, Published(source)))
-    cfg = _described(source, cfg, description)
-    if classes is not None:
-        cfg = replace(cfg, classes=classes)
+    cfg = _described(source, name, cfg, description)
     if net is vit:
         cfg = replace(cfg, image=size or published.crop)
-    return net.from_pretrained(source, cfg), cfg, published
+    state, prefix = strip_prefixes(read(source, prefixes=()))
+    notes = [f"stripped '{prefix}' from all names"] if prefix else []
+    cfg, model, state, table = _fit_heads(net, cfg, state, classes, notes)
+    return fill_published(model, state, table, source), cfg, replace(published, notes=tuple(notes))
+
+
+def _recognise(net: ModuleType, state: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """The file's tensors, and the rename table for their names."""
+    return net.recognise(state, cfg) if hasattr(net, "recognise") else (state, net.rename_table(cfg))
+
+
+def _fit_heads(
+    net: ModuleType, cfg: Any, state: dict[str, Tensor], classes: int | None, notes: list[str]
+) -> tuple[Any, Tree, dict[str, Tensor], dict[str, Rename]]:
+    """(Config, spec, tensors, rename table) that fit the heads of a file; `notes` gets a line for each unusual one."""
+    tensors, table = _recognise(net, state, cfg)
+    expected = {rename.theirs for ours, rename in table.items() if ours.startswith("head.")}
+    head = {name for name in tensors if name.startswith(_prefix_of_head(table))}
+    headless = classes is None and head != expected
+    if headless:
+        notes.append(f"left out its head: {listing(sorted(head))}" if head else "it has no head")
+        tensors = {name: x for name, x in tensors.items() if name not in head}
+    else:
+        rows = classes or sum(tensors[table["head.weight"].theirs].shape[:1]) or cfg.classes
+        notes += [f"its head is for {rows} classes"] if rows != cfg.classes else []
+        cfg = replace(cfg, classes=rows)
+    if getattr(cfg, "aux", False):
+        weights = [rename.theirs for ours, rename in table.items() if fnmatch(ours, "aux.*head.weight")]
+        rows = {sum(tensors[name].shape[:1]) for name in weights if name in tensors}
+        if rows != {cfg.classes}:
+            note = f"left out its auxiliary heads for {max(rows)} classes" if rows else "it has no auxiliary heads"
+            notes.append(note)
+            cfg = replace(cfg, aux=False)
+            tensors, table = _recognise(net, tensors, cfg)
+    model = net.spec(cfg)
+    if headless:
+        model, _ = tree.partition(model, lambda name, _: not name.startswith("head."))
+    return cfg, model, tensors, table
+
+
+def _prefix_of_head(table: dict[str, Rename]) -> str:
+    """The shortest prefix of the head's names that no other name in a file begins with: "fc." or "classifier."."""
+    others = [name for ours, rename in table.items() if not ours.startswith("head.") for name in rename.names]
+    parts = table["head.weight"].theirs.split(".")
+    prefixes = [".".join(parts[:depth]) + "." for depth in range(1, len(parts))]
+    return next(prefix for prefix in prefixes if not any(name.startswith(prefix) for name in others))
 
 
 def _description(source: str, file: str) -> dict:
@@ -190,67 +249,119 @@ def _description(source: str, file: str) -> dict:
     return read_config(folder, file)
 
 
-def _described(source: str, cfg: Any, description: dict) -> Any:
-    """The Config with what a description says and tensors do not show."""
-    kind, changes = description.get("model_type"), {}
-    for option in ("downsample_in_first_stage", "downsample_in_bottleneck"):  # of transformers' ResNets
-        if description.get(option):
-            raise WeightsError(f"'{source}' has strides elsewhere: {option} is true")
-    if kind in EPS:
-        changes["eps"] = description.get("layer_norm_eps", EPS[kind])
-    if kind in ("mobilenet_v1", "mobilenet_v2"):
-        changes["padding"] = "tensorflow" if description.get("tf_padding", True) else "symmetric"
-    if "id2label" in description or "num_classes" in description:  # transformers, timm
-        changes["classes"] = description.get("num_classes") or len(description["id2label"])
+FIXED = {
+    "convnext": {"hidden_act": "gelu"},
+    "mobilenet_v1": {"hidden_act": "relu6", "layer_norm_eps": 1e-3},
+    "mobilenet_v2": {"hidden_act": "relu6", "output_stride": 32},
+    "resnet": {"downsample_in_bottleneck": False, "downsample_in_first_stage": False, "hidden_act": "relu"},
+    "vit": {"hidden_act": "gelu"},
+}
+"""Fields of transformers' config.json that change the net but no name and no shape. These are also its defaults."""
+
+EPS = {"convnext": 1e-12, "mobilenet_v2": 1e-3, "vit": 1e-12}
+"""Defaults of transformers' layer_norm_eps where a Config has an eps of its own."""
+
+TIMM_VITS = {
+    "vit_b_16": "base_patch16",
+    "vit_b_32": "base_patch32",
+    "vit_h_14": "huge_patch14",
+    "vit_l_16": "large_patch16",
+    "vit_l_32": "large_patch32",
+    "vit_s_16": "small_patch16",
+    "vit_ti_16": "tiny_patch16",
+}
+"""Timm's names of the presets of ViT, between vit_ or deit_ and the size of the images."""
+
+IN_SHAPES = ("depth", "embed_dim", "img_size", "in_chans", "mlp_ratio", "num_classes", "patch_size")
+"""Arguments of timm's nets that the tensors show, so that they need no look."""
+
+
+def _described(source: str, name: str, cfg: Any, description: dict) -> Any:
+    """The Config with the fields of a config.json that the tensors do not show.
+
+    Raises:
+        WeightsError: naming a field by which it is another net.
+    """
+
+    def expect(field: str, value: Any, expected: Any) -> None:
+        if value != expected:
+            raise WeightsError(f"'{source}' is of another net than {name}: {field} is {value!r}, expected {expected!r}")
+
+    family, changes = find(name)[0].__name__.rpartition(".")[2], {}
+    if "model_type" in description:  # transformers
+        expect("model_type", description["model_type"], family)
+        for field, fixed in FIXED.get(family, {}).items():
+            expect(field, description.get(field, fixed), fixed)
+        if family == "vit":
+            expect("num_attention_heads", description.get("num_attention_heads", 12), cfg.heads)
+        if family in EPS:
+            changes["eps"] = description.get("layer_norm_eps", EPS[family])
+        if family in ("mobilenet_v1", "mobilenet_v2"):
+            changes["padding"] = "tensorflow" if description.get("tf_padding", True) else "symmetric"
+    elif "architecture" in description:  # timm
+        architecture, pool = description["architecture"], "token" if family == "vit" else "avg"
+        usual = f"vit_{TIMM_VITS[name]}_224" if family == "vit" else name
+        sizes = re.sub(r"^(vit|deit)_(\w+)_\d+$", r"vit_\2_224", str(architecture))  # the tensors show the image's size
+        expect("architecture", usual if sizes == usual else architecture, usual)
+        expect("global_pool", description.get("global_pool", pool), pool)
+        known = {"global_pool": pool, "num_heads": getattr(cfg, "heads", None)}
+        for field, value in (description.get("model_args") or {}).items():
+            if field not in IN_SHAPES and not field.endswith("_rate"):
+                expect(f"model_args.{field}", value, known.get(field))
     return replace(cfg, **changes)
 
 
-EPS = {"mobilenet_v2": 1e-3, "vit": 1e-12}
-"""Of the norms, where transformers lets them differ and a description may leave them out."""
-
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers."""
+"""Pillow's codes."""
 
 
-def _preparation(source: str, description: dict, otherwise: Published) -> Published:
-    """How the images are prepared, from timm's config.json or transformers' preprocessor_config.json."""
-    timms = "pretrained_cfg" in description
-    file = "config.json" if timms else "preprocessor_config.json"
+def _preparation(source: str, description: dict, usual: Published) -> Published:
+    """The preparation of images by timm's config.json or transformers' preprocessor_config.json."""
+    by_timm = "pretrained_cfg" in description
+    file = "config.json" if by_timm else "preprocessor_config.json"
     try:
-        found = _of_timm(description["pretrained_cfg"]) if timms else _of_transformers(_description(source, file))
+        steps = (
+            _timm_steps(description["pretrained_cfg"]) if by_timm else _transformers_steps(_description(source, file))
+        )
     except (KeyError, TypeError, IndexError) as error:
         raise WeightsError(f"'{source}': its {file} does not say how images are prepared: {error!r}") from error
-    return replace(otherwise, source=source, accuracy=None, **found)
+    except ValueError as error:
+        raise WeightsError(f"'{source}': its {file} prepares images in another way: {error}") from error
+    return replace(usual, source=source, accuracy=None, **steps)
 
 
-def _of_timm(found: dict) -> dict:
-    crop = found["input_size"][-1]
+def _timm_steps(preparation: dict) -> dict:
+    crop = preparation["input_size"][-1]
     return {
-        "resize": math.floor(crop / found["crop_pct"]),
+        "resize": math.floor(crop / preparation["crop_pct"]),
         "crop": crop,
-        "interpolation": found["interpolation"],
-        "mean": tuple(found["mean"]),
-        "std": tuple(found["std"]),
+        "interpolation": preparation["interpolation"],
+        "mean": tuple(preparation["mean"]),
+        "std": tuple(preparation["std"]),
     }
 
 
-def _of_transformers(found: dict) -> dict:
-    if not found:
+def _transformers_steps(preparation: dict) -> dict:
+    if not preparation:
         return {}
-    resize = crop = _side(found["size"])
-    if found.get("crop_pct") and crop < 384:  # ConvNeXt's: larger images are not cropped
-        resize = int(crop / found["crop_pct"])
-    elif found.get("do_center_crop"):
-        crop = _side(found["crop_size"])
+    factor = preparation.get("rescale_factor", 1 / 255)
+    if not preparation.get("do_rescale", True) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"rescale_factor is {factor}, expected bytes that are divided by 255")
+    resize = crop = _side(preparation["size"])
+    if preparation.get("crop_pct") and crop < 384:  # ConvNeXt's: larger images are not cropped
+        resize = int(crop / preparation["crop_pct"])
+    elif preparation.get("do_center_crop"):
+        crop = _side(preparation["crop_size"])
+    normalised = preparation.get("do_normalize", True)
     return {
         "resize": resize,
         "crop": crop,
-        "interpolation": INTERPOLATIONS[found.get("resample", 2)],
-        "mean": tuple(found["image_mean"]),
-        "std": tuple(found["image_std"]),
+        "interpolation": INTERPOLATIONS[preparation.get("resample", 2)],
+        "mean": tuple(preparation["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        "std": tuple(preparation["image_std"]) if normalised else (1.0, 1.0, 1.0),
     }
 
 
 def _side(size: int | dict) -> int:
-    """Pixels: of older files a number, of newer ones {"shortest_edge": 256} or {"height": 224, "width": 224}."""
+    """Pixels: a number in older files, {"shortest_edge": 256} or {"height": 224, "width": 224} in newer ones."""
     return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]

@@ -1,8 +1,10 @@
-"""VGG: nothing but 3x3 convolutions and pooling, then a large multilayer perceptron.
+"""VGG: nothing but 3x3 convolutions and pooling, then a large MLP.
 
 Simonyan and Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (arXiv:1409.1556): two
 3x3 convolutions see as much of the image as a 5x5 one, three as much as a 7x7, with fewer weights and more
-nonlinearities between them. Each stage ends in a 2x2 maximum, which halves the image.
+nonlinearities between them. Each stage ends in 2x2 max pooling, which halves the image:
+
+    x = relu(conv3x3(x)), several times;   x = maxpool(x);   at the end   logits = W_3 relu(W_2 relu(W_1 x))
 """
 
 from dataclasses import dataclass
@@ -24,18 +26,18 @@ from nets.blocks.conv_norm import HE, affine_names, check_images, conv_norm, dro
 from nets.weights import Rename, read
 
 LINEAR = initializers.normal(0.01)
-"""How the linear layers start (section 3.1 of the paper)."""
+"""Initialiser of the linear layers (section 3.1 of the paper)."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """`stages` are the channels of each convolution, stage by stage."""
+    """Sizes of VGG: `stages` are the channels of each convolution, stage by stage."""
 
     stages: tuple[tuple[int, ...], ...]
     norm: bool = False
-    """Batch norm behind each convolution."""
+    """Batch norm after each convolution."""
     pooled: int = 7
-    """The last maps are averaged to this size, so that images of any size will do."""
+    """Side that the last feature maps are average-pooled to, so that images may be of any size."""
     hidden: int = 4096
     dropout: float = 0.5
     channels: int = 3
@@ -49,7 +51,7 @@ class Config:
 
 
 def _published(*depths: int, norm: bool) -> Config:
-    """Table 1 of the paper: the columns differ in how many convolutions a stage has."""
+    """Table 1 of the paper: its columns differ in the number of convolutions per stage."""
     return Config(tuple((width,) * d for width, d in zip((64, 128, 256, 512, 512), depths, strict=True)), norm)
 
 
@@ -63,7 +65,7 @@ PRESETS = {
 def spec(cfg: Config) -> dict:
     """`stages.s.i` with `conv` and, in a net with norms, `norm`; `hidden.0`, `hidden.1` and `head`.
 
-    The convolutions have a bias even in front of a norm, as the published weights do; batch norm takes it out again.
+    The convolutions have a bias even before a norm, as the published weights do; batch norm cancels it.
     """
     d_in, stages = cfg.channels, []
     for widths in cfg.stages:
@@ -93,20 +95,20 @@ def feature_maps(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -
     check_images("vgg", x, cfg.channels, 2 ** len(cfg.stages))
     maps = []
     for stage in params["stages"]:
-        x = max_pool(maps[-1], 2) if maps else x
-        for p in stage:
+        x = max_pool(maps[-1], 2) if maps else x  # (batch, d, h / 2, w / 2)
+        for p in stage:  # (batch, d of the stage, h / 2, w / 2)
             x = conv_norm(p, x, train=train) if cfg.norm else conv(p["conv"], x, padding=1).relu()
         maps.append(x)
     return maps
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the head sees: the second hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
+    """Penultimate features: the second hidden layer. (batch, channels, h, w) -> (batch, hidden)."""
     keys = dropout_keys("vgg", cfg.dropout, key, 2, train)
-    x = max_pool(feature_maps(params, x, cfg, train=train)[-1], 2)
-    x = adaptive_average_pool(x, cfg.pooled).flatten(1)
+    x = max_pool(feature_maps(params, x, cfg, train=train)[-1], 2)  # (batch, d, h, w)
+    x = adaptive_average_pool(x, cfg.pooled).flatten(1)  # (batch, d * pooled**2)
     for p, k in zip(params["hidden"], keys, strict=True):
-        x = dropout(linear(p, x).relu(), cfg.dropout, k, train)
+        x = dropout(linear(p, x).relu(), cfg.dropout, k, train)  # (batch, hidden)
     return x
 
 
@@ -115,7 +117,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
     Args:
         x: (batch, channels, height, width).
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        key: (2,) or one per example (batch, 2); needed in training if there is dropout.
 
     Returns:
         (batch, classes).
@@ -126,16 +128,16 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> torchvision's, which counts norms, activations and poolings in one list with the convolutions."""
     table = {**affine_names("head", "classifier.6")}
-    for i, place in enumerate((0, 3)):
-        table |= affine_names(f"hidden.{i}", f"classifier.{place}")
-    place = 0
+    for i, index in enumerate((0, 3)):
+        table |= affine_names(f"hidden.{i}", f"classifier.{index}")
+    index = 0
     for s, stage in enumerate(cfg.stages):
         for i in range(len(stage)):
-            table |= affine_names(f"stages.{s}.{i}.conv", f"features.{place}")
+            table |= affine_names(f"stages.{s}.{i}.conv", f"features.{index}")
             if cfg.norm:
-                table |= norm_names(f"stages.{s}.{i}.norm", f"features.{place + 1}")
-            place += 3 if cfg.norm else 2
-        place += 1
+                table |= norm_names(f"stages.{s}.{i}.norm", f"features.{index + 1}")
+            index += 3 if cfg.norm else 2
+        index += 1
     return table
 
 

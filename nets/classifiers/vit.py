@@ -5,7 +5,7 @@ Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words: Transformers for Image 
 
     z = [class token; embedded patches] + positions;   z = block_i(z);   logits = head(norm(z)[0])
 
-The positions are learned, one vector a patch, so a net is for images of one size; `resize` makes it one for another
+The positions are learned, one vector per patch, so a net is for images of one size; `resize` makes one for another
 size. The small sizes are those of Touvron et al. 2021 (DeiT, arXiv:2012.12877).
 """
 
@@ -23,15 +23,17 @@ from core import initializers, random
 from core.attention import self_attention_spec
 from core.layers import dropout_sites, layer_norm, layer_norm_spec, linear, linear_spec, stochastic_depth
 from core.spec import Param
-from nets.blocks.conv_norm import check_images, patch_embedding, patch_embedding_spec
+from nets.blocks.conv_norm import check_images, fitting_table, patch_embedding, patch_embedding_spec
 from nets.blocks.transformer_block import block, block_spec
-from nets.weights import Rename, WeightsError, fill, read
+from nets.weights import Rename, fill, read
 
 RATES = ("dropout", "attention_dropout", "stochastic_depth")
 
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a ViT."""
+
     image: int = 224
     """Pixels a side."""
     patch: int = 16
@@ -39,24 +41,24 @@ class Config:
     heads: int = 12
     width: int = 768
     hidden: int = 3072
-    """Of the perceptrons."""
+    """Hidden units of the MLPs."""
     dropout: float = 0.0
-    """Of the sum with the positions, and of what attention and perceptron add to it, as in transformers; torchvision
-    also drops inside the perceptron."""
+    """Dropout rate of the embeddings (patches plus positions) and of the outputs of attention and MLPs, as in
+    transformers; torchvision also drops the MLPs' hidden units."""
     attention_dropout: float = 0.0
-    """Of the attention weights."""
+    """Dropout rate of the attention weights."""
     stochastic_depth: float = 0.0
     """Probability that a branch of the last block is dropped; it grows linearly from 0 in the first."""
     pool: str = "token"
-    """What the head sees: token is the class token, mean the mean of the patches."""
+    """Input of the head: token is the class token, mean the mean of the patches."""
     zero_head: bool = True
     """Start the head's weights at 0, as the paper does before fine-tuning, so that all classes start equal."""
     eps: float = 1e-6
-    """Of the norms; transformers' files are for 1e-12."""
+    """Epsilon of the norms; transformers' files are for 1e-12."""
     channels: int = 3
     classes: int = 1000
     attention: str = "auto"
-    """As in core.attention.attention."""
+    """Method, as in core.attention.attention."""
 
     def __post_init__(self):
         for name in ("image", "patch", "layers", "heads", "width", "hidden", "channels", "classes"):
@@ -91,10 +93,10 @@ PRESETS = {
 def spec(cfg: Config) -> dict:
     """`class_token`, `patches`, `positions`, `blocks.i`, `norm` and `head`.
 
-    Matrices start as torchvision's: Glorot's uniform, the output of attention as torch.nn.Linear starts. Biases and
-    the class token start at 0.
+    Matrices are initialised as torchvision's: Glorot's uniform, the output of attention as in torch.nn.Linear. Biases
+    and the class token start at 0.
     """
-    places = (cfg.image // cfg.patch) ** 2
+    patches = (cfg.image // cfg.patch) ** 2
     as_torch = initializers.kaiming_uniform(a=math.sqrt(5))
     one_block = block_spec(cfg.width, cfg.heads, cfg.hidden)
     one_block |= {"attn": self_attention_spec(cfg.width, cfg.heads, proj_init=as_torch)}
@@ -105,7 +107,7 @@ def spec(cfg: Config) -> dict:
         "head": linear_spec(cfg.width, cfg.classes, **head),
         "norm": layer_norm_spec(cfg.width),
         "patches": patch_embedding_spec(cfg.channels, cfg.width, cfg.patch, init=initializers.lecun_normal()),
-        "positions": Param((1, 1 + places, cfg.width), initializers.normal(0.02), (None, "time", "embed")),
+        "positions": Param((1, 1 + patches, cfg.width), initializers.normal(0.02), (None, "time", "embed")),
     }
 
 
@@ -118,7 +120,7 @@ def _branch(x: Tensor, drop: Callable[[Tensor], Tensor], rate: float, key: Tenso
 
 
 def _drops(key: Tensor, cfg: Config, batch: int) -> tuple[Callable, list[tuple]]:
-    """Dropout of the sum with the positions, and for each block of the attention weights and the two branches."""
+    """Dropout of the embeddings, and per block of (attention weights, attention branch, MLP branch)."""
     time, n = 1 + (cfg.image // cfg.patch) ** 2, cfg.layers
     weights_key, values_key, depth_key = random.sites(key, 3).unbind(0)
     on_weights, on_values, depth_keys = [None] * n, [_same] * (1 + 2 * n), [None] * (2 * n)
@@ -140,29 +142,31 @@ def _drops(key: Tensor, cfg: Config, batch: int) -> tuple[Callable, list[tuple]]
 def hidden_states(
     params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> list[Tensor]:
-    """What goes into the first block and what comes out of each, (batch, 1 + patches, width), class token first.
+    """Input of the first block and output of each, (batch, 1 + patches, width), class token first.
 
     Args:
         x: (batch, channels, cfg.image, cfg.image).
-        key: (2,) or one an example (batch, 2); needed in training if there is any dropout or stochastic depth.
+        key: (2,) or one per example (batch, 2); needed in training if there is any dropout or stochastic depth.
 
     Raises:
         ValueError: images of another size or with other channels; no key where one is needed.
     """
     check_images("vit", x, cfg.channels, cfg.patch)
     if tuple(x.shape[2:]) != (cfg.image, cfg.image):
-        found = f"the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.image} x {cfg.image}"
-        raise ValueError(f"vit: {found} (vit.resize makes the net one for another size)")
+        sizes = f"the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.image} x {cfg.image}"
+        raise ValueError(f"vit: {sizes} (vit.resize makes a net for another size)")
     rates = [f"{name} {getattr(cfg, name)}" for name in RATES if train and getattr(cfg, name)]
     if rates and key is None:
         raise ValueError(f"vit: training with {', '.join(rates)} draws random numbers; pass key=")
     first, drops = _drops(key, cfg, len(x)) if rates else (_same, [None] * cfg.layers)
-    patches = patch_embedding(params["patches"], x).flatten(2).transpose(1, 2)
-    token = params["class_token"].expand(len(x), 1, cfg.width)
-    states = [first(torch.cat([token, patches], 1) + params["positions"])]
+    patches = patch_embedding(params["patches"], x)  # (batch, width, rows, columns)
+    patches = patches.flatten(2).transpose(1, 2)  # (batch, patches, width)
+    token = params["class_token"].expand(len(x), 1, cfg.width)  # (batch, 1, width)
+    embedded = torch.cat([token, patches], 1) + params["positions"]  # eq. 1: (batch, 1 + patches, width)
+    states = [first(embedded)]
     options = {"activation": "gelu", "eps": cfg.eps, "method": cfg.attention}
     for p, drop in zip(params["blocks"], drops, strict=True):
-        states.append(block(p, states[-1], cfg.heads, drops=drop, **options))
+        states.append(block(p, states[-1], cfg.heads, drops=drop, **options))  # eq. 2 and 3: z = block_i(z)
     return states
 
 
@@ -172,13 +176,14 @@ def feature_maps(
     """`hidden_states` of the patches, laid out as images: (batch, width, rows, columns) each."""
     side = cfg.image // cfg.patch
     states = hidden_states(params, x, cfg, key=key, train=train)
-    return [state[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for state in states]
+    return [state[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for state in states]  # (batch, width, side, side)
 
 
 def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """What the head sees: the last class token, or the mean of the last patches, normed. Gives (batch, width)."""
-    last = layer_norm(params["norm"], hidden_states(params, x, cfg, key=key, train=train)[-1], eps=cfg.eps)
-    return last[:, 0] if cfg.pool == "token" else last[:, 1:].mean(1)
+    """Penultimate features: the class token, or the mean of the patches, after the last norm. -> (batch, width)."""
+    z = hidden_states(params, x, cfg, key=key, train=train)[-1]  # (batch, 1 + patches, width)
+    z = layer_norm(params["norm"], z, eps=cfg.eps)
+    return z[:, 0] if cfg.pool == "token" else z[:, 1:].mean(1)  # eq. 4: (batch, width)
 
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
@@ -194,25 +199,33 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     return linear(params["head"], features(params, x, cfg, key=key, train=train))
 
 
+def _resized(positions: Tensor, side: int) -> Tensor:
+    """Positions for side * side patches, interpolated (bicubic, corner patches keep theirs).
+
+    positions: (1, 1 + patches, width) of a square of patches, else they are returned unchanged.
+    """
+    old = math.isqrt(max(sum(positions.shape[1:2]) - 1, 0))
+    if positions.ndim != 3 or old in (0, side) or positions.shape[1] != 1 + old**2:
+        return positions
+    token, patches = positions.split([1, old**2], 1)  # (1, 1, width), (1, old * old, width)
+    grid = patches.transpose(1, 2).unflatten(2, (old, old))  # (1, width, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=True)  # (1, width, side, side)
+    return torch.cat([token, grid.flatten(2).transpose(1, 2)], 1)  # (1, 1 + side * side, width)
+
+
 def resize(params: dict, cfg: Config, image: int) -> tuple[dict, Config]:
     """The net for images of another size: the positions interpolated (bicubic, corner patches keep theirs).
 
     Section 3.2 of the paper, for fine-tuning at a higher resolution than that of pre-training.
 
     Args:
-        image: pixels a side.
+        image: pixels per side.
 
     Raises:
         ValueError: the patches do not divide it.
     """
     resized = replace(cfg, image=image)
-    old, new = cfg.image // cfg.patch, image // cfg.patch
-    if old == new:
-        return params, resized
-    token, patches = params["positions"].split([1, old * old], 1)
-    grid = patches.transpose(1, 2).unflatten(2, (old, old))
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
-    return params | {"positions": torch.cat([token, grid.flatten(2).transpose(1, 2)], 1)}, resized
+    return params | {"positions": _resized(params["positions"], image // cfg.patch)}, resized
 
 
 NAMES = {
@@ -256,7 +269,7 @@ NAMES = {
         "positions": "pos_embed",
     },
 }
-"""Our names -> those in the files of other libraries: # is the number of a block, * weight and bias."""
+"""Our names -> those in other libraries' files: # is the number of a block, * weight and bias."""
 
 
 def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
@@ -278,6 +291,19 @@ def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
     return table
 
 
+def recognise(state: dict[str, Tensor], cfg: Config) -> tuple[dict[str, Tensor], dict[str, Rename]]:
+    """(tensors, rename table of the library that wrote them). Positions for another image size are resized."""
+    state = {name.removeprefix("vit."): value for name, value in state.items()}
+    # The first files of torchvision have other names for the MLP; transformers' may have a layer for the token.
+    state = {n.replace("mlp.linear_1.", "mlp.0.").replace("mlp.linear_2.", "mlp.3."): x for n, x in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
+    table = fitting_table(state, *(rename_table(cfg, source) for source in NAMES))
+    positions = table["positions"].theirs
+    if positions in state:
+        state[positions] = _resized(state[positions].float(), cfg.image // cfg.patch)
+    return state, table
+
+
 def from_published(state: dict[str, Tensor], cfg: Config, what: str = "ViT weights") -> dict:
     """Parameters from the tensors of torchvision, timm or transformers, which their names tell apart.
 
@@ -286,19 +312,7 @@ def from_published(state: dict[str, Tensor], cfg: Config, what: str = "ViT weigh
     Raises:
         WeightsError: naming the first tensor that is missing, left over or misshapen.
     """
-    state = {name.removeprefix("vit."): value for name, value in state.items()}
-    # The first files of torchvision have other names for the perceptron; transformers' may have a layer for the token.
-    state = {n.replace("mlp.linear_1.", "mlp.0.").replace("mlp.linear_2.", "mlp.3."): x for n, x in state.items()}
-    state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
-    source = next((source for source, names in NAMES.items() if names["positions"] in state), None)
-    if source is None:
-        expected = ", ".join(f"'{names['positions']}'" for names in NAMES.values())
-        raise WeightsError(f"{what}: no positions of a ViT; expected one of {expected}")
-    patches = sum(state[NAMES[source]["positions"]].shape[1:2]) - 1
-    side = math.isqrt(max(patches, 0))
-    published = replace(cfg, image=cfg.patch * side) if 0 < side**2 == patches else cfg
-    params = fill(spec(published), state, rename_table(cfg, source), what)
-    return resize(params, published, cfg.image)[0]
+    return fill(spec(cfg), *recognise(state, cfg), what)
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:

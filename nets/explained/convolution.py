@@ -5,18 +5,18 @@ padding p and dilation d, along each axis, and one group of channels
 
     y[n, o, i, j] = sum_{c, a, b} w[o, c, a, b] x[n, c, i s + a d - p, j s + b d - p],    x = 0 outside of the image.
 
-Along each axis y has floor((size + 2 p - d (k - 1) - 1) / s) + 1 numbers for a kernel of k (Dumoulin and Visin 2016, "A
-guide to convolution arithmetic for deep learning", arXiv:1603.07285). With groups, the channels of x and of y are cut
-into as many parts, and each part of y sees its own part of x. A bias would be added afterwards.
+Along each axis y has floor((size + 2 p - d (k - 1) - 1) / s) + 1 elements for a kernel of k (Dumoulin and Visin 2016,
+"A guide to convolution arithmetic for deep learning", arXiv:1603.07285). With groups, the channels of x and of y are
+cut into as many parts, and each part of y sees its own part of x. A bias would be added afterwards.
 
-- `by_definition`: the sum as it stands above, one product of matrices for each place (a, b) in the kernel;
-- `by_im2col`: every patch of the image a column, and all of it one product of matrices;
-- `by_matrix`: a linear map of the flattened image, so a matrix: sparse, and with the same few numbers over and over;
+- `by_definition`: the sum above, one product of matrices per position (a, b) of the kernel;
+- `by_im2col`: every patch of the image a column, and one product of matrices for all of them;
+- `by_matrix`: a linear map of the flattened image, so a matrix: sparse, with the same few values in every row;
 - `by_fft`: a product in the frequency domain.
 
 All take x (batch, d_in, height, width), weight (d_out, d_in / groups, kernel height, kernel width), and give
-(batch, d_out, height', width'). Stride, padding and dilation are a number, or one for each axis. All raise ValueError
-where these do not fit together. They are there to be read; what nets use is `core.layers.conv`.
+(batch, d_out, height', width'). Stride, padding and dilation are a number, or one per axis. All raise ValueError where
+these do not fit together. They are there to be read; nets use `core.layers.conv`.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,9 @@ Sizes = int | Pair
 
 
 class Geometry(NamedTuple):
-    """The numbers of a convolution, each (along the height, along the width)."""
+    """Sizes of a convolution, each (along the height, along the width); `size` and `output` are those of the images."""
 
-    size: Pair  # of the image
+    size: Pair
     kernel: Pair
     stride: Pair
     padding: Pair
@@ -46,46 +46,51 @@ class Geometry(NamedTuple):
 def by_definition(
     x: Tensor, weight: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1, groups: int = 1
 ) -> Tensor:
-    """y = sum_{a, b} w[:, :, a, b] x_{a, b}: for each place in the kernel, the image shifted and thinned out,
+    """y = sum_{a, b} w[:, :, a, b] x_{a, b}: per position of the kernel, the image shifted and strided,
     x_{a, b}[i, j] = x[i s + a d - p, j s + b d - p]."""
     g = _fitting(x, weight, stride, padding, dilation, groups)
-    padded, weight = _pad(x, g).unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))
+    padded = _pad(x, g).unflatten(1, (groups, -1))  # (batch, groups, d_in / groups, height + 2 p, width + 2 p)
+    weight = weight.unflatten(0, (groups, -1))  # (groups, d_out / groups, d_in / groups, kh, kw)
     y = 0
     for a, b in product(*map(range, g.kernel)):
         rows, columns = (
-            slice(place * d, place * d + s * (n - 1) + 1, s)
-            for place, d, s, n in zip((a, b), g.dilation, g.stride, g.output, strict=True)
+            slice(at * d, at * d + s * (n - 1) + 1, s)
+            for at, d, s, n in zip((a, b), g.dilation, g.stride, g.output, strict=True)
         )
-        y = y + torch.einsum("goc,ngcij->ngoij", weight[..., a, b], padded[..., rows, columns])
-    return y.flatten(1, 2)
+        shifted = padded[..., rows, columns]  # x_{a, b}: (batch, groups, d_in / groups, height', width')
+        y = y + torch.einsum("goc,ngcij->ngoij", weight[..., a, b], shifted)
+    return y.flatten(1, 2)  # (batch, d_out, height', width')
 
 
 def im2col(x: Tensor, kernel: Sizes, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1) -> Tensor:
-    """Patches as columns, as `torch.nn.functional.unfold`: (batch, d_in * kernel numbers, height' * width').
+    """Patches as columns, as `torch.nn.functional.unfold`: (batch, d_in * kh * kw, height' * width').
 
     columns[n, (c, a, b), (i, j)] = x[n, c, i s + a d - p, j s + b d - p]. A pixel is copied into the column of each
-    patch that it lies in, with stride 1 nearly as often as the kernel has numbers: the price of a single product.
+    patch that it lies in, with stride 1 up to kh * kw times: the price of a single product.
     """
     _check_axes(x=x)
     g = _geometry(x.shape[2:], kernel, stride, padding, dilation)
     (kh, kw), (sh, sw), (dh, dw) = g.kernel, g.stride, g.dilation
     patches = _pad(x, g).unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # a view: (batch, d_in, height', width + 2 p, kh)
     patches = patches.unfold(3, dw * (kw - 1) + 1, sw)[..., ::dw]  # (batch, d_in, height', width', kh, kw)
-    return patches.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
+    patches = patches.permute(0, 1, 4, 5, 2, 3)  # (batch, d_in, kh, kw, height', width')
+    return patches.flatten(4).flatten(1, 3)
 
 
 def by_im2col(
     x: Tensor, weight: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1, groups: int = 1
 ) -> Tensor:
-    """y[n] = W columns[n], where W (d_out, d_in * kernel numbers) has a row for each output channel.
+    """y[n] = W columns[n], where W (d_out, d_in * kh * kw) has a row per output channel.
 
     Chellapilla, Puri and Simard 2006, "High Performance Convolutional Neural Networks for Document Processing": the
-    copies pay, because a large product of matrices is what processors and libraries do best.
+    copies pay, because processors and libraries are best at large products of matrices.
     """
     g = _fitting(x, weight, stride, padding, dilation, groups)
-    columns = im2col(x, g.kernel, g.stride, g.padding, g.dilation).unflatten(1, (groups, -1))
-    y = weight.flatten(1).unflatten(0, (groups, -1)) @ columns
-    return y.flatten(1, 2).unflatten(2, g.output)
+    columns = im2col(x, g.kernel, g.stride, g.padding, g.dilation)  # (batch, d_in * kh * kw, height' * width')
+    columns = columns.unflatten(1, (groups, -1))  # (batch, groups, d_in / groups * kh * kw, height' * width')
+    rows = weight.flatten(1).unflatten(0, (groups, -1))  # (groups, d_out / groups, d_in / groups * kh * kw)
+    y = rows @ columns  # (batch, groups, d_out / groups, height' * width')
+    return y.flatten(1, 2).unflatten(2, g.output)  # (batch, d_out, height', width')
 
 
 def matrix(
@@ -101,18 +106,18 @@ def matrix(
     _check_groups(groups, d_out=weight.shape[0])
     g = _geometry(size, weight.shape[2:], stride, padding, dilation)
     (d_out, d_in), (height, width) = weight.shape[:2], g.size
-    entries = (d_out, *g.output, d_in, *g.kernel)  # in the order of rows, then columns
+    entries = (d_out, *g.output, d_in, *g.kernel)  # axes o, i, j, c, a, b: in the order of rows, then columns
     o, i, j, c, a, b = (torch.arange(n, device=weight.device).view(-1, *[1] * (5 - at)) for at, n in enumerate(entries))
     c = c + o // (d_out // groups) * d_in  # the channel of x, counted over all groups
     u = i * g.stride[0] + a * g.dilation[0] - g.padding[0]
     v = j * g.stride[1] + b * g.dilation[1] - g.padding[1]
-    inside = (0 <= u) & (u < height) & (0 <= v) & (v < width)  # the rest meets the zeros of the padding
-    inside = inside.expand(entries)
+    in_image = (0 <= u) & (u < height) & (0 <= v) & (v < width)  # the rest meets the zeros of the padding
+    in_image = in_image.expand(entries)
     rows, columns = (o * g.output[0] + i) * g.output[1] + j, (c * height + u) * width + v
-    places = torch.stack([rows.masked_select(inside), columns.masked_select(inside)])
-    values = weight[:, None, None].masked_select(inside)
+    indices = torch.stack([rows.masked_select(in_image), columns.masked_select(in_image)])  # (2, non-zero entries)
+    values = weight[:, None, None].masked_select(in_image)  # (non-zero entries,)
     shape = (d_out * prod(g.output), groups * d_in * height * width)
-    return torch.sparse_coo_tensor(places, values, shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
 
 
 def by_matrix(
@@ -121,29 +126,34 @@ def by_matrix(
     """vec(y) = M vec(x), with the M of `matrix`. Not under vmap or torch.compile, which know no sparse tensors."""
     g = _fitting(x, weight, stride, padding, dilation, groups)
     m = matrix(weight, g.size, g.stride, g.padding, g.dilation, groups)
-    return (m @ x.flatten(1).T).T.unflatten(1, (-1, *g.output))
+    y = m @ x.flatten(1).T  # (d_out * height' * width', batch)
+    return y.T.unflatten(1, (-1, *g.output))  # (batch, d_out, height', width')
 
 
 def by_fft(
     x: Tensor, weight: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1, groups: int = 1
 ) -> Tensor:
-    """F[y] = conj(F[w]) F[x] with stride 1; of a larger stride every s-th number is kept, a dilated kernel has zeros.
+    """F[y] = conj(F[w]) F[x] with stride 1; a larger stride keeps every s-th element, a dilated kernel has zeros.
 
-    This is the convolution theorem, with conj as the kernel is not flipped. It is about periodic functions: with a
-    kernel filled up with zeros to the padded image's size, only the first size + 2 p - d (k - 1) sums do not come round
-    to the other side, and these are the ones wanted. Mathieu, Henaff and LeCun 2014, "Fast Training of Convolutional
-    Networks through FFTs" (arXiv:1312.5851).
+    This is the convolution theorem, with conj as the kernel is not flipped. It holds for periodic functions: with the
+    kernel zero-padded to the padded image's size, the first size + 2 p - d (k - 1) sums do not wrap around, and they
+    are the result. Mathieu, Henaff and LeCun 2014, "Fast Training of Convolutional Networks through FFTs"
+    (arXiv:1312.5851).
     """
     g = _fitting(x, weight, stride, padding, dilation, groups)
     if not len(x):  # not every library has a Fourier transform of nothing
         return by_definition(x, weight, stride, padding, dilation, groups)
     padded = _pad(x, g)
     size = padded.shape[2:]
-    image = torch.fft.rfft2(padded).unflatten(1, (groups, -1))  # of real numbers: half of the frequencies say it all
-    kernel = torch.fft.rfft2(stretch(weight, g.dilation), size).unflatten(0, (groups, -1))
-    y = torch.fft.irfft2(torch.einsum("gocuv,ngcuv->ngouv", kernel.conj(), image), size).flatten(1, 2)
+    # Of real numbers, half of the frequencies along the last axis suffice.
+    image = torch.fft.rfft2(padded)  # F[x]: (batch, d_in, height + 2 p, (width + 2 p) // 2 + 1)
+    image = image.unflatten(1, (groups, -1))  # (batch, groups, d_in / groups, ...)
+    kernel = torch.fft.rfft2(stretch(weight, g.dilation), size)  # F[w]: (d_out, d_in / groups, ...)
+    kernel = kernel.unflatten(0, (groups, -1))  # (groups, d_out / groups, d_in / groups, ...)
+    y = torch.einsum("gocuv,ngcuv->ngouv", kernel.conj(), image)  # F[y]: (batch, groups, d_out / groups, ...)
+    y = torch.fft.irfft2(y, size).flatten(1, 2)  # (batch, d_out, height + 2 p, width + 2 p)
     rows, columns = (slice(0, s * (n - 1) + 1, s) for s, n in zip(g.stride, g.output, strict=True))
-    return y[..., rows, columns]
+    return y[..., rows, columns]  # (batch, d_out, height', width')
 
 
 WAYS: dict[str, Callable] = {"definition": by_definition, "im2col": by_im2col, "matrix": by_matrix, "FFT": by_fft}
@@ -158,18 +168,19 @@ def transposed(
     groups: int = 1,
     dilation: Sizes = 1,
 ) -> Tensor:
-    """The transpose of a convolution as a matrix, vec(y) = M^T vec(x): each number of x paints the kernel into y.
+    """The transpose of a convolution as a matrix, vec(y) = M^T vec(x): each element of x adds a scaled kernel to y.
 
         y[n, c, u, v] = sum of w[o, c, a, b] x[n, o, i, j] over o and all i s + a d - p = u, j s + b d - p = v
 
-    As a convolution: put s - 1 zeros between the numbers of x, z[i s] = x[i]. Then y[u] = sum_a w[a] z[u + p - a d], or
-    with a counted from the other end sum_a w[k - 1 - a] z[u + a d - (d (k - 1) - p)]. So the kernel is flipped, the
-    stride 1 and the padding d (k - 1) - p, where less than 0 cuts off.
+    As a convolution: put s - 1 zeros between the elements of x, z[i s] = x[i]. Then y[u] = sum_a w[a] z[u + p - a d],
+    or with a counted from the other end sum_a w[k - 1 - a] z[u + a d - (d (k - 1) - p)]. So the kernel is flipped, the
+    stride 1 and the padding d (k - 1) - p; a negative padding crops.
 
     Args:
         x: (batch, d_in, height, width).
         weight: (d_in, d_out / groups, kernel height, kernel width), the weight of the convolution from y to x.
-        output_padding: rows and columns more at the end, as a stride may give images of several sizes the same one.
+        output_padding: additional rows and columns at the end; with a stride, images of several sizes have the same
+            output size.
 
     Returns:
         (batch, d_out, height', width'), height' = (height - 1) s - 2 p + d (k - 1) + output_padding + 1.
@@ -185,17 +196,17 @@ def transposed(
         if e >= max(s, d):
             raise ValueError(f"output_padding is {extra}; expected less than stride {stride} or dilation {dilation}")
         if (n - 1) * s - 2 * p + d * (k - 1) + e < 0:
-            raise ValueError(f"padding {padding} cuts off all that kernel {kernel} makes of x {tuple(x.shape)}")
+            raise ValueError(f"padding {padding} crops the whole output of kernel {kernel} and x {tuple(x.shape)}")
         pads = [d * (k - 1) - p, d * (k - 1) - p + e, *pads]  # F.pad counts from the last axis
-    z = F.pad(stretch(x, stride), pads)
-    swapped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    return by_definition(z, swapped, 1, 0, dilation, groups)
+    z = F.pad(stretch(x, stride), pads)  # (batch, d_in, height' + d (k - 1), width' + d (k - 1))
+    swapped = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, d_out / groups, d_in / groups, kh, kw)
+    return by_definition(z, swapped.flatten(0, 1).flip(2, 3), 1, 0, dilation, groups)
 
 
 def input_gradient(
     size: Pair, weight: Tensor, dy: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1, groups: int = 1
 ) -> Tensor:
-    """Backward to the image: vec(dx) = M^T vec(dy), the transposed convolution of the output's gradient.
+    """Gradient with respect to the image: vec(dx) = M^T vec(dy), the transposed convolution of the output's gradient.
 
     Args:
         size: (height, width) of the image.
@@ -207,7 +218,7 @@ def input_gradient(
     _check_axes(weight=weight, dy=dy)
     g = _geometry(size, weight.shape[2:], stride, padding, dilation)
     _check_dy(dy, (len(dy), len(weight), *g.output))
-    # Rows and columns at the end which no step of the stride has reached.
+    # Rows and columns at the end that no step of the stride reaches.
     rest = tuple((n + 2 * p - d * (k - 1) - 1) % s for n, k, s, p, d in zip(*g[:5], strict=True))
     return transposed(dy, weight, g.stride, g.padding, rest, groups, g.dilation)
 
@@ -215,11 +226,11 @@ def input_gradient(
 def weight_gradient(
     x: Tensor, kernel: Sizes, dy: Tensor, stride: Sizes = 1, padding: Sizes = 0, dilation: Sizes = 1, groups: int = 1
 ) -> Tensor:
-    """Backward to the kernel: a convolution of the image with the output's gradient as its kernel.
+    """Gradient with respect to the kernel: a convolution of the image with the output's gradient as its kernel.
 
         dw[o, c, a, b] = sum_{n, i, j} dy[n, o, i, j] x[n, c, a d + i s - p, b d + j s - p]
 
-    Stride and dilation have changed places, and so have the batch and the channels of x.
+    Stride and dilation swap roles, and so do the batch and the channels of x.
 
     Args:
         dy: the loss's gradient with respect to y, (batch, d_out, height', width').
@@ -231,16 +242,19 @@ def weight_gradient(
     _check_groups(groups, d_in=x.shape[1], d_out=dy.shape[1])
     g = _geometry(x.shape[2:], kernel, stride, padding, dilation)
     _check_dy(dy, (len(x), dy.shape[1], *g.output))
-    images = x.unflatten(1, (groups, -1)).permute(2, 1, 0, 3, 4).flatten(1, 2)  # (d_in / groups, groups * batch, ...)
-    found = by_im2col(images, dy.transpose(0, 1), g.dilation, g.padding, g.stride, groups)
-    return found.transpose(0, 1)[..., : g.kernel[0], : g.kernel[1]]  # a stride that leaves a rest has room for more
+    images = x.unflatten(1, (groups, -1)).permute(2, 1, 0, 3, 4)  # (d_in / groups, groups, batch, height, width)
+    images = images.flatten(1, 2)  # (d_in / groups, groups * batch, height, width)
+    dw = by_im2col(images, dy.transpose(0, 1), g.dilation, g.padding, g.stride, groups)  # (d_in / groups, d_out, ...)
+    # Where the stride leaves a rest, there are rows and columns beyond the kernel.
+    return dw.transpose(0, 1)[..., : g.kernel[0], : g.kernel[1]]  # (d_out, d_in / groups, kh, kw)
 
 
 def stretch(x: Tensor, step: Pair) -> Tensor:
-    """(..., height, width) -> (..., (height - 1) step + 1, (width - 1) step + 1), zeros between the numbers."""
+    """Put zeros between the elements: (..., height, width) -> (..., (height - 1) step + 1, (width - 1) step + 1)."""
     (height, width), (rows, columns) = x.shape[-2:], step
-    cells = F.pad(x[..., None, :, None], (0, columns - 1, 0, 0, 0, rows - 1))  # each number in the corner of a cell
-    cells = cells.flatten(-2).flatten(-3, -2)
+    # Each element becomes the corner of a cell of zeros: (..., height, rows, width, columns).
+    cells = F.pad(x[..., None, :, None], (0, columns - 1, 0, 0, 0, rows - 1))
+    cells = cells.flatten(-2).flatten(-3, -2)  # (..., height * rows, width * columns)
     return cells[..., : (height - 1) * rows + 1, : (width - 1) * columns + 1]
 
 
@@ -259,8 +273,8 @@ def _geometry(size: Pair, kernel: Sizes, stride: Sizes, padding: Sizes, dilation
     size, kernel, stride, padding, dilation = pairs = _pairs(size, kernel, stride, padding, dilation)
     rest = [n + 2 * p - d * (k - 1) - 1 for n, k, s, p, d in zip(*pairs, strict=True)]
     if min(rest) < 0:
-        numbers = f"kernel {kernel}, dilation {dilation}, padding {padding}"
-        raise ValueError(f"the kernel does not fit into the padded image: image {size}, {numbers}")
+        sizes = f"image {size}, kernel {kernel}, dilation {dilation}, padding {padding}"
+        raise ValueError(f"the kernel does not fit into the padded image: {sizes}")
     return Geometry(*pairs, output=tuple(r // s + 1 for r, s in zip(rest, stride, strict=True)))
 
 

@@ -1,10 +1,10 @@
-"""Autoencoders: an encoder from examples to a few numbers, and a decoder back.
+"""Autoencoders: an encoder from examples to low-dimensional codes, and a decoder back.
 
 The encoder gives a code (a plain or denoising autoencoder), or a Gaussian q(z | x) over codes: the variational
-autoencoder of Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114. The decoder gives a number a
-pixel: the logit of a Bernoulli, or the mean of a Gaussian. Conditional on a class (Sohn et al. 2015, "Learning
-Structured Output Representation using Deep Conditional Generative Models"): both get the label
-(`nets.blocks.conditioning`). What is trained with them is in `train.losses.variational`.
+autoencoder of Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114. The decoder gives the logit of
+a Bernoulli per pixel, or the mean of a Gaussian. Conditional on a class (Sohn et al. 2015, "Learning Structured Output
+Representation using Deep Conditional Generative Models"): both get the label (`nets.blocks.conditioning`). The losses
+are in `train.losses.variational`.
 """
 
 from dataclasses import dataclass
@@ -24,30 +24,28 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of an example without the batch, and the numbers of its code.
-
-    kind: "mlp", or "convolutional" for images (channels, height, width).
-    widths: mlp: the hidden layers of the encoder; the decoder has them in reverse.
-    width, stages: convolutional: channels at half the size, and how often the size is halved; the channels double with
-        each further stage.
-    gaussian: whether the encoder gives the mean and log variance of q(z | x) instead of a code.
-    output: what the decoder's numbers are: "logits" of Bernoullis, or "mean" of Gaussians.
-    learned_variance: the Gaussians of the output share one variance, which is a parameter; else it is up to the loss.
-    classes: encoder and decoder are conditional on a class, unless 0.
-    activation: of the hidden layers, a name of `core.layers.ACTIVATIONS`.
-    """
-
     shape: tuple[int, ...] = (1, 8, 8)
+    """Shape of an example, without the batch."""
     latent: int = 2
+    """Dimension of the code."""
     kind: str = "mlp"
+    """mlp, or convolutional for images (channels, height, width)."""
     widths: tuple[int, ...] = (128,)
+    """Hidden units per layer of the encoder's MLP; the decoder has them in reverse."""
     width: int = 32
+    """Channels at half the size (convolutional); they double with each further stage."""
     stages: int = 2
+    """Number of halvings of the size (convolutional)."""
     gaussian: bool = True
+    """The encoder gives the mean and log variance of q(z | x) (True) or a code."""
     output: str = "logits"
+    """Output of the decoder: logits of Bernoullis, or mean of Gaussians."""
     learned_variance: bool = False
+    """Learn one variance shared by all Gaussians of the output; otherwise it is up to the loss."""
     classes: int = 0
+    """Number of classes that encoder and decoder are conditional on; 0 for none."""
     activation: str = "relu"
+    """Activation of the hidden layers, a name of `core.layers.ACTIVATIONS`."""
 
     def __post_init__(self):
         if self.kind not in ("convolutional", "mlp"):
@@ -58,8 +56,10 @@ class Config:
             raise ValueError("autoencoder: logits have no variance to learn; learned_variance needs output 'mean'")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"autoencoder: activation '{self.activation}' is not one of core.layers.ACTIVATIONS")
-        if self.latent < 1 or not self.shape:
-            raise ValueError("autoencoder: a code needs a number at least, and examples a shape")
+        if self.latent < 1:
+            raise ValueError(f"autoencoder: latent is {self.latent}; expected at least 1")
+        if not self.shape:
+            raise ValueError("autoencoder: shape is (); expected the axes of an example")
         if self.kind == "convolutional":
             if len(self.shape) != 3:
                 raise ValueError(f"autoencoder: expected images (channels, height, width), found shape {self.shape}")
@@ -74,7 +74,7 @@ class Config:
 
     @property
     def smallest(self) -> tuple[int, int, int]:
-        """Shape of the smallest maps: channels, height, width."""
+        """Shape of the smallest feature maps: channels, height, width."""
         return self.channels[-1], *(side // 2**self.stages for side in self.shape[1:])
 
 
@@ -82,7 +82,7 @@ CONVOLUTIONAL = {"kind": "convolutional", "stages": 2}
 
 PRESETS = {
     "digits": Config(latent=8, widths=(256, 128)),
-    # A code for the plane.
+    # Codes in the plane.
     "digits-2": Config(latent=2, widths=(256, 128)),
     "digits-conv": Config(latent=8, **CONVOLUTIONAL),
     # The sizes of PyTorch's own example.
@@ -106,14 +106,14 @@ def spec(cfg: Config) -> dict:
 
 
 def encoder_spec(cfg: Config) -> dict:
-    """`layers.i` and `code`, whose outputs are the code, or the means and behind them the log variances."""
-    numbers = cfg.latent * (2 if cfg.gaussian else 1)
+    """`layers.i` and `code`, whose outputs are the code, or first the means, then the log variances."""
+    outputs = cfg.latent * (2 if cfg.gaussian else 1)
     if cfg.kind == "mlp":
         widths = (prod(cfg.shape) + cfg.classes, *cfg.widths)
-        return {"code": _linear_spec(widths[-1], numbers), "layers": _linear_layers(widths)}
+        return {"code": _linear_spec(widths[-1], outputs), "layers": _linear_layers(widths)}
     channels = (cfg.shape[0] + cfg.classes, *cfg.channels)
     layers = [conv_spec(d_in, d_out, 4, init=HE) for d_in, d_out in zip(channels[:-1], channels[1:], strict=True)]
-    return {"code": linear_spec(prod(cfg.smallest), numbers), "layers": layers}
+    return {"code": linear_spec(prod(cfg.smallest), outputs), "layers": layers}
 
 
 def decoder_spec(cfg: Config) -> dict:
@@ -152,13 +152,13 @@ def encode(
         ValueError: x of another shape, labels missing or misshapen.
     """
     if tuple(x.shape[1:]) != cfg.shape:
-        wanted = ", ".join(["batch", *map(str, cfg.shape)])
-        raise ValueError(f"autoencoder encoder: expected x of shape ({wanted}), found {tuple(x.shape)}")
+        expected = ", ".join(["batch", *map(str, cfg.shape)])
+        raise ValueError(f"autoencoder encoder: expected x of shape ({expected}), found {tuple(x.shape)}")
     p, act = params["encoder"], activation(cfg.activation)
     x = with_labels("autoencoder encoder", x.flatten(1) if cfg.kind == "mlp" else x, labels, cfg.classes)
     for layer in p["layers"]:
-        x = act(linear(layer, x) if cfg.kind == "mlp" else conv(layer, x, stride=2, padding=1))
-    code = linear(p["code"], x.flatten(1))
+        x = act(linear(layer, x) if cfg.kind == "mlp" else conv(layer, x, stride=2, padding=1))  # half the size
+    code = linear(p["code"], x.flatten(1))  # (batch, latent or 2 latent)
     return Gaussian(*code.chunk(2, -1)) if cfg.gaussian else code
 
 
@@ -171,7 +171,7 @@ def decode(
     key: Tensor | None = None,
     train: bool = False,
 ) -> Tensor:
-    """The logits or means of p(x | z), as `cfg.output` says: (batch, latent) -> (batch, *shape).
+    """Logits or means of p(x | z), as `cfg.output` says: (batch, latent) -> (batch, *shape).
 
     A learned variance is `params["decoder"]["log_variance"]`. Arguments as in `encode`.
 
@@ -180,28 +180,30 @@ def decode(
     """
     check_latent("autoencoder decoder", z, cfg.latent)
     p, act = params["decoder"], activation(cfg.activation)
-    x = with_labels("autoencoder decoder", z, labels, cfg.classes)
+    x = with_labels("autoencoder decoder", z, labels, cfg.classes)  # (batch, latent + classes)
     if cfg.kind == "mlp":
         for layer in p["layers"]:
             x = act(linear(layer, x))
-        return linear(p["output"], x).reshape(x.shape[0], *cfg.shape)
-    x = act(linear(p["project"], x)).reshape(x.shape[0], *cfg.smallest)
+        return linear(p["output"], x).reshape(x.shape[0], *cfg.shape)  # (batch, *shape)
+    x = act(linear(p["project"], x)).reshape(x.shape[0], *cfg.smallest)  # (batch, channels, height', width')
     for layer in p["layers"]:
-        x = act(_up(layer, x))
-    return _up(p["output"], x)
+        x = act(_up(layer, x))  # twice the size
+    return _up(p["output"], x)  # (batch, *shape)
 
 
 def draw(q: Gaussian, key: Tensor) -> Tensor:
-    """z ~ q, differentiable by it: mean + deviation * noise (Kingma & Welling 2014, section 2.4). (batch, latent).
+    """Sample of q, (batch, latent), differentiable by its mean and variance. Kingma & Welling 2014, section 2.4:
 
-    key: (2,), or one an example (batch, 2).
+        z = mean + std epsilon,   epsilon ~ N(0, 1)
+
+    key: (2,), or one per example (batch, 2).
     """
     shape = q.mean.shape if key.ndim == 1 else q.mean.shape[1:]
     return q.mean + torch.exp(0.5 * q.log_variance) * random.normal(key, shape, q.mean.dtype)
 
 
 def images(output: Tensor, cfg: Config) -> Tensor:
-    """The expected pixels, of the shape of the decoder's output: probabilities of logits, or the means themselves."""
+    """Expected pixels, of the shape of the decoder's output: probabilities of logits, or the means themselves."""
     return output.sigmoid() if cfg.output == "logits" else output
 
 
@@ -214,28 +216,28 @@ def apply(
     key: Tensor | None = None,
     train: bool = False,
 ) -> dict[str, Tensor]:
-    """There and back: `output` (batch, *shape), and either `mean` and `log_variance` of q or `code` (batch, latent).
+    """Encode and decode: `output` (batch, *shape), and `mean` and `log_variance` of q or `code` (batch, latent).
 
-    In training a Gaussian code is drawn, else it is the mean. With a learned variance also `output_log_variance`
-    (batch,), the same for all.
+    In training a Gaussian code is sampled, otherwise it is the mean. With a learned variance also `output_log_variance`
+    (batch,), the same for all examples.
 
     Args:
         x: (batch, *shape).
         labels: integers (batch,), needed if there are classes.
-        key: (2,) or one an example (batch, 2); needed in training if the code is Gaussian.
+        key: (2,) or one per example (batch, 2); needed in training if the code is Gaussian.
 
     Raises:
         ValueError: x of another shape, labels missing or misshapen, no key.
     """
     code = encode(params, x, cfg, labels=labels)
-    found = code._asdict() if cfg.gaussian else {"code": code}
+    out = code._asdict() if cfg.gaussian else {"code": code}
     if cfg.gaussian and train and key is None:
         raise ValueError("autoencoder: training draws codes; pass key=")
     if cfg.gaussian:
-        code = draw(code, key) if train else code.mean
+        code = draw(code, key) if train else code.mean  # (batch, latent)
     if cfg.learned_variance:
-        found["output_log_variance"] = params["decoder"]["log_variance"].expand(x.shape[0])
-    return {**found, "output": decode(params, code, cfg, labels=labels)}
+        out["output_log_variance"] = params["decoder"]["log_variance"].expand(x.shape[0])  # (batch,)
+    return {**out, "output": decode(params, code, cfg, labels=labels)}
 
 
 def _linear_layers(widths: tuple[int, ...]) -> list[dict]:
@@ -250,10 +252,10 @@ def _linear_spec(d_in: int, d_out: int) -> dict:
 
 
 def _up_spec(d_in: int, d_out: int, gain: float) -> dict:
-    # With stride 2 a pixel is reached by 2 x 2 of the 4 x 4 weights: variance gain / inputs, as He et al. 2015.
+    # With stride 2 a pixel gets 2 x 2 of the 4 x 4 weights: variance gain / inputs, as He et al. 2015.
     return conv_spec(d_in, d_out, 4, transposed=True, init=initializers.normal((gain / (4 * d_in)) ** 0.5))
 
 
 def _up(p: dict, x: Tensor) -> Tensor:
-    """Maps of twice the size."""
+    """Feature maps of twice the size: (batch, d_in, height, width) -> (batch, d_out, 2 height, 2 width)."""
     return conv_transpose(p, x, stride=2, padding=1)

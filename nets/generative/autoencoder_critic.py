@@ -1,11 +1,11 @@
-"""Critics that are auto-encoders: the score of an image is the error of its reconstruction, an energy.
+"""Autoencoders as critics: the score of an image is its reconstruction error, an energy.
 
-    E(x) = mean |x - Dec(Enc(x))|^eta over the pixels      low for what the critic takes for real
+    E(x) = mean |x - Dec(Enc(x))|^eta over the pixels      low for images that the critic takes for real
 
-EBGAN, Zhao et al. 2017, arXiv:1609.03126: DCGAN's critic and generator, back to back, and squares (eta 2). Its code
-Enc(x) is what the pulling-away term pushes apart. BEGAN, Berthelot et al. 2017, arXiv:1703.10717: 3 x 3 convolutions
-with ELU and no norm, and absolute values (eta 1). The generator has the form of the decoder. A linear layer makes the
-code of both, so that it can be narrow; a tanh ends both decoders.
+EBGAN, Zhao et al. 2017, arXiv:1609.03126: DCGAN's critic and generator, one after the other, and squares (eta 2); the
+pulling-away term is a function of its code Enc(x). BEGAN, Berthelot et al. 2017, arXiv:1703.10717: 3 x 3 convolutions
+with ELU and no norm, and absolute values (eta 1). The generator has the form of the decoder. In both a linear layer
+ends the encoder, so that the code can be narrow, and a tanh the decoder.
 """
 
 from dataclasses import dataclass
@@ -23,24 +23,22 @@ from nets.generative.dcgan import WEIGHT
 
 @dataclass(frozen=True)
 class Config:
-    """Images of size x size pixels.
-
-    style: the layers of "ebgan" or "began", as above.
-    latent: numbers of z. BEGAN takes as many as the code has.
-    code: numbers of Enc(x).
-    width: channels at the full size (BEGAN's n; they grow by n a stage) or at half of it (EBGAN; they double).
-    stages: how often the size is halved.
-    eta: power of the error, 1 or 2.
-    """
-
     style: str = "ebgan"
+    """Layers of both players: ebgan or began."""
     size: int = 8
+    """Height and width of the images, in pixels."""
     channels: int = 1
+    """Channels of the images."""
     latent: int = 64
+    """Dimension of z. BEGAN's equals that of the code."""
     code: int = 32
+    """Dimension of the code Enc(x)."""
     width: int = 32
+    """Channels at the full size (BEGAN's n; each stage adds n) or at half of it (EBGAN; each stage doubles them)."""
     stages: int = 2
+    """Number of halvings of the size."""
     eta: int = 2
+    """Power of the reconstruction error, 1 or 2."""
 
     def __post_init__(self):
         if self.style not in ("ebgan", "began"):
@@ -48,34 +46,34 @@ class Config:
         if self.eta not in (1, 2):
             raise ValueError(f"autoencoder_critic: eta {self.eta}; expected 1 or 2")
         if self.stages < 1 or self.size % 2**self.stages:
-            size = f"images of {self.size} pixels a side"
+            size = f"images of {self.size} pixels per side"
             raise ValueError(f"autoencoder_critic: {size} cannot be halved {self.stages} times")
 
     @property
     def base(self) -> int:
-        """Pixels a side of the smallest maps."""
+        """Size of the smallest feature maps, in pixels."""
         return self.size // 2**self.stages
 
     def dcgan(self, latent: int) -> dcgan.Config:
-        """EBGAN's encoder, and its decoder from `latent` numbers."""
+        """Configuration of EBGAN's encoder, and of its decoder from codes of `latent` dimensions."""
         return dcgan.Config(self.size, self.channels, latent, self.width, self.stages)
 
 
 PRESETS = {
-    # On small images all that EBGAN generates soon looks alike if its critic has batch norm.
+    # On small images EBGAN's generator soon collapses if its critic has batch norm.
     "ebgan-digits": Config("began", code=10, width=16, stages=1),
     "ebgan-mnist": Config("began", 28, latent=100, width=32),
     "ebgan-small": Config(size=32, channels=3, latent=100, code=64, width=64, stages=3),
     "began-digits": Config("began", latent=32, code=16, width=16, stages=1, eta=1),
     "began-mnist": Config("began", 28, latent=64, code=64, eta=1),
     "began-small": Config("began", 32, 3, latent=64, code=64, width=64, eta=1),
-    # Section 4.1: 128 filters and a code of 64 numbers for 128 x 128 pixels, 8 x 8 at the least.
+    # Section 4.1: 128 filters and codes of 64 dimensions for 128 x 128 pixels, 8 x 8 at the smallest.
     "began": Config("began", 128, 3, latent=64, code=64, width=128, stages=4, eta=1),
 }
 
 
 def generator_spec(cfg: Config) -> dict:
-    """As the decoder's, from `latent` numbers."""
+    """Parameters of `generator`: those of a decoder from `latent` dimensions."""
     return _decoder_spec(cfg, cfg.latent)
 
 
@@ -88,16 +86,16 @@ def generator(
     key: Tensor | None = None,
     train: bool = False,
 ) -> Tensor:
-    """Images in (-1, 1) from noise. z: (batch, latent) -> (batch, channels, size, size).
+    """Images in (-1, 1) from noise: z (batch, latent) -> (batch, channels, size, size).
 
     labels and key are without effect here. Raises ValueError if z has another width.
     """
     check_latent("autoencoder_critic generator", z, cfg.latent)
-    return _decoded(params, z, cfg, train)
+    return _decode(params, z, cfg, train)
 
 
 def critic_spec(cfg: Config) -> dict:
-    """`encoder`, with `code` its linear layer, and `decoder`."""
+    """`encoder`, whose `code` is its linear layer, and `decoder`."""
     if cfg.style == "ebgan":
         parts = dcgan.critic_spec(cfg.dcgan(cfg.code))
         encoder = {"convs": parts["convs"], "norms": parts["norms"]}
@@ -119,24 +117,24 @@ def encode(params: dict, x: Tensor, cfg: Config, *, train: bool = False) -> Tens
     """Enc(x): (batch, channels, size, size) -> (batch, code). Raises ValueError on images of another shape."""
     check_images("autoencoder_critic", x, cfg.channels, 1)
     if tuple(x.shape[2:]) != (cfg.size, cfg.size):
-        found = f"the images are {x.shape[2]} x {x.shape[3]}"
-        raise ValueError(f"autoencoder_critic: {found}; expected {cfg.size} x {cfg.size}")
+        sides = f"the images are {x.shape[2]} x {x.shape[3]}"
+        raise ValueError(f"autoencoder_critic: {sides}; expected {cfg.size} x {cfg.size}")
     p = params["encoder"]
     if cfg.style == "ebgan":
         return linear(p["code"], dcgan.features(p, x, cfg.dcgan(cfg.code), train=train))
-    x = F.elu(_conv3(p["input"], x))
+    x = F.elu(_conv3(p["input"], x))  # (batch, width, size, size)
     for i, scale in enumerate(p["scales"]):
         for layer in scale:
             x = F.elu(_conv3(layer, x))
         if i < cfg.stages:
-            x = F.elu(_conv3(p["smaller"][i], x, stride=2))
-    return linear(p["code"], x.flatten(1))
+            x = F.elu(_conv3(p["smaller"][i], x, stride=2))  # half the height and width
+    return linear(p["code"], x.flatten(1))  # (batch, code)
 
 
 def decode(params: dict, code: Tensor, cfg: Config, *, train: bool = False) -> Tensor:
     """Dec(code): (batch, code) -> images (batch, channels, size, size) in (-1, 1)."""
     check_latent("autoencoder_critic decoder", code, cfg.code)
-    return _decoded(params["decoder"], code, cfg, train)
+    return _decode(params["decoder"], code, cfg, train)
 
 
 def critic_outputs(
@@ -148,7 +146,7 @@ def critic_outputs(
     key: Tensor | None = None,
     train: bool = False,
 ) -> dict[str, Tensor]:
-    """`scores` (batch,), the energies; `features` (batch, code), Enc(x); `reconstructions`, of the shape of x.
+    """`scores` (batch,), the energies E(x); `features` (batch, code), Enc(x); `reconstructions`, of the shape of x.
 
     Args:
         x: (batch, channels, size, size).
@@ -158,15 +156,15 @@ def critic_outputs(
         ValueError: images of other channels or another size.
     """
     code = encode(params, x, cfg, train=train)
-    again = decode(params, code, cfg, train=train)
-    error = (x - again).flatten(1)
-    # |e| is e sign(e). Not abs: torch 2.13 cannot compile the gradient of its gradient.
-    scores = (error * error.sign().detach() if cfg.eta == 1 else error.square()).mean(1)
-    return {"features": code, "reconstructions": again, "scores": scores}
+    reconstructions = decode(params, code, cfg, train=train)
+    error = (x - reconstructions).flatten(1)  # (batch, values)
+    # |e| = e sign(e). Not abs: torch 2.13 cannot compile the gradient of its gradient.
+    scores = (error * error.sign().detach() if cfg.eta == 1 else error.square()).mean(1)  # (batch,)
+    return {"features": code, "reconstructions": reconstructions, "scores": scores}
 
 
 def critic(params: dict, x: Tensor, cfg: Config, **options) -> Tensor:
-    """The scores (batch,) of `critic_outputs`, which takes the same arguments."""
+    """Scores (batch,) of `critic_outputs`; the arguments are the same."""
     return critic_outputs(params, x, cfg, **options)["scores"]
 
 
@@ -184,12 +182,12 @@ def _decoder_spec(cfg: Config, latent: int) -> dict:
     }
 
 
-def _decoded(p: dict, code: Tensor, cfg: Config, train: bool) -> Tensor:
+def _decode(p: dict, code: Tensor, cfg: Config, train: bool) -> Tensor:
     if cfg.style == "ebgan":
         return dcgan.generator(p, code, cfg.dcgan(code.shape[1]), train=train)
-    x = linear(p["project"], code).reshape(code.shape[0], cfg.width, cfg.base, cfg.base)
+    x = linear(p["project"], code).reshape(code.shape[0], cfg.width, cfg.base, cfg.base)  # (batch, width, base, base)
     for i, scale in enumerate(p["scales"]):
-        x = F.interpolate(x, scale_factor=2) if i > 0 else x  # the nearest neighbour
+        x = F.interpolate(x, scale_factor=2, mode="nearest") if i > 0 else x  # twice the height and width
         for layer in scale:
             x = F.elu(_conv3(layer, x))
-    return _conv3(p["output"], x).tanh()
+    return _conv3(p["output"], x).tanh()  # (batch, channels, size, size)

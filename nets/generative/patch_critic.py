@@ -1,8 +1,8 @@
-"""A critic that judges patches: the convolutional part of pix2pix and CycleGAN.
+"""PatchGAN critic, a score per patch: that of pix2pix and CycleGAN.
 
-Isola et al. 2017 (arXiv:1611.07004), section 3.2.2: a few 4x4 convolutions whose every output has seen only one patch
-of the image, so that the objective is about texture and is the same everywhere. With `layers` halvings a patch has 16
-(1), 34 (2), 70 (3), 142 (4) or 286 (5) pixels a side.
+Isola et al. 2017 (arXiv:1611.07004), section 3.2.2: a few 4x4 convolutions, each of whose outputs depends on one patch
+of the image only, so that the objective is about texture and the same at every position. With 1 to 5 halvings
+(`layers`) the patches are 16, 34, 70, 142 or 286 pixels wide.
 """
 
 from torch import Tensor
@@ -16,7 +16,7 @@ NORMS = ("batch", "instance", "none")
 
 
 def norm_spec(kind: str, channels: int) -> dict:
-    """The `norm` of a convolution's output; only batch norm has parameters."""
+    """Parameters of `norm`; only batch norm has any."""
     return {"norm": batch_norm_spec(channels, init=SCALE)} if kind == "batch" else {}
 
 
@@ -35,22 +35,23 @@ def check_norm(name: str, kind: str) -> None:
 
 def patch_critic_spec(channels: int, width: int = 64, layers: int = 3, kind: str = "batch") -> dict:
     """`layers` convolutions that halve the image, one that does not, and `head`. The first has no norm."""
-    # A bias in front of a norm would be taken out again.
+    # A norm would cancel a bias before it.
     widths = [width * min(2**i, 8) for i in range(layers + 1)]
     first = {"conv": conv_spec(channels, width, 4, init=WEIGHT)}
-    others = [
+    later = [
         {"conv": conv_spec(d_in, d_out, 4, bias=kind == "none", init=WEIGHT), **norm_spec(kind, d_out)}
         for d_in, d_out in zip(widths, widths[1:], strict=False)
     ]
-    return {"head": conv_spec(widths[-1], 1, 4, init=WEIGHT), "layers": [first, *others]}
+    return {"head": conv_spec(widths[-1], 1, 4, init=WEIGHT), "layers": [first, *later]}
 
 
 def patch_critic(params: dict, x: Tensor, kind: str = "batch", *, name: str = "patch critic", train: bool) -> dict:
-    """Scores of patches, and the maps that they are made from.
+    """Scores of patches, and the penultimate feature maps.
 
     Args:
-        x: (batch, channels, height, width), at least 3 * 2**layers pixels a side.
-        name: of the net, for errors.
+        x: (batch, channels, height, width), sides of at least 3 * 2**layers pixels.
+        kind: norm of the layers, one of NORMS.
+        name: name of the net in error messages.
 
     Returns:
         "scores" (batch, 1, h, w) and "features" (batch, 8 * width, h + 1, w + 1), where h is height / 2**layers - 2.
@@ -61,6 +62,6 @@ def patch_critic(params: dict, x: Tensor, kind: str = "batch", *, name: str = "p
     layers = params["layers"]
     check_images(name, x, layers[0]["conv"]["weight"].shape[1], 3 * 2 ** (len(layers) - 1))
     for i, p in enumerate(layers):
-        x = conv(p["conv"], x, stride=2 if i < len(layers) - 1 else 1, padding=1)
+        x = conv(p["conv"], x, stride=2 if i < len(layers) - 1 else 1, padding=1)  # half the height and width
         x = F.leaky_relu(norm(p, x, kind if i else "none", train), 0.2)
-    return {"features": x, "scores": conv(params["head"], x, padding=1)}
+    return {"features": x, "scores": conv(params["head"], x, padding=1)}  # scores (batch, 1, h, w)

@@ -1,18 +1,18 @@
-"""pix2pix: one picture from another, learned from pairs.
+"""pix2pix: image-to-image translation learned from pairs.
 
 Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (arXiv:1611.07004). The generator
-is a U-Net: it halves the source `depth` times and doubles it again, and each doubling also sees what the halving of
-the same size gave. The critic looks at patches of (source, target). The objective is
+is a U-Net: it halves the source `depth` times and doubles it again; the feature maps of each halving are also an input
+of the doubling from the same size (skip connections). The critic scores patches of (source, target). The objective is
 
     G* = arg min_G max_D  E[log D(x, y)] + E[log(1 - D(x, G(x)))] + 100 E|y - G(x)|_1
 
-There is no latent: what is random is dropout in the first three doublings, which the authors keep when they sample
+There is no latent: the only noise is dropout in the first three doublings, which the authors keep when they sample
 (`noise=True`).
 
 Layers are those of the authors' code: no norm in the middle of the U, where batches of one would be normalised to zero,
-and the ReLU of a doubling also applies to what comes across. The public PyTorch-GAN collection differs: dropout in the
-halvings too, leaky values come across, the last doubling is a nearest-neighbour one, and its critic halves a fourth
-time.
+and the ReLU of a doubling also applies to the skip connection. The public PyTorch-GAN collection differs: dropout in
+the halvings too, skip connections after a leaky ReLU, nearest neighbours in the last doubling, and a critic that halves
+a fourth time.
 """
 
 from dataclasses import dataclass
@@ -30,18 +30,21 @@ from nets.generative.patch_critic import check_norm, norm, norm_spec, patch_crit
 @dataclass(frozen=True)
 class Config:
     source_channels: int = 3
+    """Channels of the source images."""
     channels: int = 3
-    """Of what is generated."""
+    """Channels of the generated images."""
     width: int = 64
-    """Channels after the first halving; then twice as many each time, up to eight times."""
+    """Channels after the first halving; they double with each further one, up to eight times the width."""
     depth: int = 8
-    """How often the image is halved: sizes are multiples of 2**depth."""
+    """Number of halvings; heights and widths are multiples of 2**depth."""
     norm: str = "instance"
-    """batch as in the paper; instance (without scale and shift) is what that amounts to with one image a batch."""
+    """batch as in the paper; instance, without scale and shift, is the same for batches of one image; or none."""
     dropout: float = 0.5
+    """Dropout rate of the first three doublings."""
     critic_width: int = 64
+    """Channels after the critic's first halving."""
     critic_layers: int = 3
-    """Halvings of the critic; 3 makes the paper's patches of 70 pixels a side."""
+    """Halvings of the critic; 3 gives the paper's patches of 70 x 70 pixels."""
 
     def __post_init__(self):
         check_norm("pix2pix", self.norm)
@@ -62,7 +65,7 @@ PRESETS = {
 """paper and instance for 256 x 256 pixels, small for 64 x 64."""
 
 DROPPED = 3
-"""How many doublings have dropout."""
+"""Number of doublings with dropout, the first ones."""
 
 
 def generator_spec(cfg: Config) -> dict:
@@ -96,19 +99,19 @@ def generator(
     train: bool = False,
     noise: bool | None = None,
 ) -> Tensor:
-    """The translation of images.
+    """Translated images.
 
     Args:
-        z: the source, (batch, source_channels, height, width), in [-1, 1].
-        labels: there are none.
-        key: (2,), or one an example (batch, 2).
-        noise: whether dropout is on, by default in training only.
+        z: source images, (batch, source_channels, height, width), in [-1, 1].
+        labels: without effect here.
+        key: (2,), or one per example (batch, 2); needed with noise.
+        noise: apply dropout; by default in training only.
 
     Returns:
         (batch, channels, height, width), in [-1, 1].
 
     Raises:
-        ValueError: images with other channels, or whose sizes are no multiples of 2**depth; no key where one is needed.
+        ValueError: images with other channels, or sides that are no multiples of 2**depth; no key where one is needed.
     """
     check_images("pix2pix", z, cfg.source_channels, 2**cfg.depth)
     if z.shape[2] % 2**cfg.depth or z.shape[3] % 2**cfg.depth:
@@ -118,14 +121,14 @@ def generator(
         )
     noise = train if noise is None else noise
     keys = dropout_keys("pix2pix", cfg.dropout, key, DROPPED, noise)
-    last, x, maps = cfg.depth - 1, z, []
+    last, x, skips = cfg.depth - 1, z, []
     for i, p in enumerate(params["down"]):
-        x = conv(p["conv"], F.leaky_relu(x, 0.2) if i else x, stride=2, padding=1)
+        x = conv(p["conv"], F.leaky_relu(x, 0.2) if i else x, stride=2, padding=1)  # half the height and width
         x = norm(p, x, cfg.norm if 0 < i < last else "none", train)
-        maps.append(x)
+        skips.append(x)
     for i, p in enumerate(params["up"]):
-        x = torch.cat([maps[last - i], x], 1) if i else x
-        x = conv_transpose(p["conv"], x.relu(), stride=2, padding=1)
+        x = torch.cat([skips[last - i], x], 1) if i else x  # twice the channels
+        x = conv_transpose(p["conv"], x.relu(), stride=2, padding=1)  # twice the height and width
         if i < last:
             x = norm(p, x, cfg.norm, train)
             x = dropout(x, cfg.dropout, keys[i], noise) if i < DROPPED else x
@@ -133,7 +136,7 @@ def generator(
 
 
 def critic_spec(cfg: Config) -> dict:
-    """See `nets.generative.patch_critic`."""
+    """Parameters of `nets.generative.patch_critic` for source and target side by side in the channels."""
     return patch_critic_spec(cfg.source_channels + cfg.channels, cfg.critic_width, cfg.critic_layers, cfg.norm)
 
 
@@ -146,7 +149,7 @@ def critic_outputs(
     key: Tensor | None = None,
     train: bool = False,
 ) -> dict:
-    """ "scores" (batch, 1, h, w), one a patch, and the "features" in front of them. Arguments as in `critic`."""
+    """`scores` (batch, 1, h, w), one per patch, and penultimate `features`. Arguments as in `critic`."""
     source, target = x
     if source.shape[::2] != target.shape[::2] or source.shape[3:] != target.shape[3:]:
         raise ValueError(f"pix2pix: source {tuple(source.shape)} and target {tuple(target.shape)} differ in size")
@@ -162,11 +165,11 @@ def critic(
     key: Tensor | None = None,
     train: bool = False,
 ) -> Tensor:
-    """How real each patch of a pair is: (batch, 1, h, w).
+    """Scores of the patches of (source, target) pairs, high for real ones: (batch, 1, h, w).
 
     Args:
         x: (source, target), (batch, source_channels, height, width) and (batch, channels, height, width).
-        labels, key: not used.
+        labels, key: without effect here.
 
     Raises:
         ValueError: pairs of different sizes, other channels, or too small.

@@ -1,15 +1,15 @@
-"""The U-Net of diffusion models: from a noisy image and the time to the noise in it (or what else it is trained for).
+"""The U-Net of diffusion models: from a noisy image and the time to the noise in it (or another prediction target).
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), appendix B: residual blocks with group
-norm at every level, which all see the time; attention between the places of the coarser maps; what each block on the
-way down gave is also the input of one on the way up. Of its successors:
+norm at every level, all conditional on the time; attention between the positions of the coarser feature maps; the
+output of each block on the way down is also an input of one on the way up (skip connections). From later papers:
 
 - `learned_variance`: Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models" (arXiv:2102.09672);
 - `scale_shift`, `head_width`, and the class's embedding, a summand of the time's: Dhariwal & Nichol 2021, "Diffusion
   Models Beat GANs on Image Synthesis" (arXiv:2105.05233);
 - a label for "no class": Ho & Salimans 2022, "Classifier-Free Diffusion Guidance" (arXiv:2207.12598).
 
-The numbers are those of `UNet2DModel` of diffusers, whose files `from_pretrained` reads.
+It equals `UNet2DModel` of diffusers, whose files `from_pretrained` reads.
 """
 
 import re
@@ -44,39 +44,39 @@ from nets.weights import Rename, WeightsError, fill, locate, read, read_config
 @dataclass(frozen=True)
 class Config:
     channels: int = 3
-    """Of the images."""
+    """Channels of the images."""
     widths: tuple[int, ...] = (128, 256, 256, 256)
-    """Channels at each level, from fine to coarse; every level has half the height and width of the one before."""
+    """Channels of each level, from fine to coarse; every level has half the height and width of the one before."""
     blocks: int = 2
-    """Residual blocks a level on the way down; on the way up there is one more."""
+    """Residual blocks per level on the way down; on the way up there is one more."""
     attention: tuple[int, ...] = (1,)
-    """The levels (0 is the finest) whose residual blocks are each followed by attention; the middle always has it."""
+    """Levels (0 is the finest) whose residual blocks are each followed by attention; the middle always has it."""
     head_width: int = 0
-    """Channels of a head of attention; 0 is one head of all channels."""
+    """Channels per attention head; 0 for one head of all channels."""
     classes: int = 0
-    """If any, the labels are 0 to classes - 1, and `classes` stands for no class."""
+    """Number of classes, with labels 0 to classes - 1, and label `classes` for no class; 0 for an unconditional net."""
     learned_variance: bool = False
-    """Give twice the channels, the second half for the variance."""
+    """Output twice the channels, the second half for the variance."""
     scale_shift: bool = False
-    """Let the time scale and shift after the second norm of a residual block, not be a summand before it."""
+    """Scale and shift by the time embedding after the second norm of a residual block, not add it before."""
     dropout: float = 0.0
-    """In front of the last convolution of each residual block."""
+    """Dropout rate before the last convolution of each residual block."""
     groups: int = 32
-    """Of the norms."""
+    """Groups of the norms."""
     eps: float = 1e-6
-    """Of the norms."""
+    """Epsilon of the norms."""
     padding: str = "symmetric"
-    """Of the convolutions with stride 2: symmetric, or as the code of Ho et al. has it, tensorflow: on the right and at
-    the bottom only."""
+    """Padding of the convolutions with stride 2: symmetric, or tensorflow, on the right and at the bottom only, as in
+    the code of Ho et al."""
     frequency_shift: int = 1
-    """`shift` of `nets.blocks.unet_blocks.time_embedding`: 1 as Ho et al., 0 as Dhariwal & Nichol have it."""
+    """`shift` of `nets.blocks.unet_blocks.time_embedding`: 1 in Ho et al., 0 in Dhariwal & Nichol."""
     cosine_first: bool = False
-    """In the time's embedding; Dhariwal & Nichol's order."""
+    """Order of the time embedding: cosines before sines, as in Dhariwal & Nichol."""
     zero: bool = True
     """Start the last convolution of the net, of every residual block and of every attention at 0, as Ho et al. do: the
     blocks start as the identity (or the shortcut), the net's output at 0."""
     method: str = "auto"
-    """As in `core.attention.attention`."""
+    """Method of `core.attention.attention`: auto, explicit or fused."""
 
     def __post_init__(self):
         for name in ("channels", "blocks", "groups"):
@@ -88,7 +88,7 @@ class Config:
             )
         least = 2 * self.frequency_shift + 2
         if self.widths[0] % 2 or self.widths[0] < least:
-            raise ValueError(f"unet: the time's embedding takes an even first width >= {least}, found {self.widths[0]}")
+            raise ValueError(f"unet: the time embedding needs an even first width >= {least}, found {self.widths[0]}")
         levels = len(self.widths)
         if not set(self.attention) <= set(range(levels)):
             raise ValueError(f"unet: attention at levels {self.attention}; expected some of 0 to {levels - 1}")
@@ -104,11 +104,11 @@ class Config:
 
     @property
     def outputs(self) -> int:
-        """Channels that the net gives."""
+        """Channels of the output."""
         return 2 * self.channels if self.learned_variance else self.channels
 
     def heads(self, level: int) -> int:
-        """Of the attention at a level."""
+        """Attention heads at a level."""
         return self.widths[level] // self.head_width if self.head_width else 1
 
 
@@ -118,13 +118,13 @@ PRESETS = {
     "small": Config(3, (64, 128, 128)),
     "cifar": Config(dropout=0.1, padding="tensorflow"),
 }
-"""digits for 8 x 8 pixels, mnist for 28 x 28, small and cifar (the paper's) for 32 x 32."""
+"""Sizes for images: digits for 8 x 8 pixels, mnist for 28 x 28, small and cifar (the paper's) for 32 x 32."""
 
 
 def spec(cfg: Config) -> dict:
     """`input`, `down.i` from fine to coarse, `middle`, `up.i` from coarse to fine, `norm`, `output`; `time`, `classes`.
 
-    A level has `residuals`, `attentions` if any, and `sample`, the convolution that leads to the next level.
+    A level has `residuals`, `attentions` if any, and `sample`, the convolution before the next level.
     """
     widths, d_time, last = cfg.widths, 4 * cfg.widths[0], len(cfg.widths) - 1
 
@@ -139,14 +139,14 @@ def spec(cfg: Config) -> dict:
         parts["residuals"] = [one(d_in, widths[i]) for d_in in inputs]
         return parts | ({"sample": conv_spec(widths[i], widths[i], 3, init=XAVIER)} if further else {})
 
-    # The channels of what each residual block on the way up gets: those so far, and those that come across.
-    x, across, down, up = widths[0], [widths[0]], [], []
+    # Input channels of each residual block on the way up: those of the level below and of the skip connection.
+    x, skips, down, up = widths[0], [widths[0]], [], []
     for i, width in enumerate(widths):
         down.append(level(i, [x] + [width] * (cfg.blocks - 1), i < last))
-        across += [width] * (cfg.blocks + (i < last))
+        skips += [width] * (cfg.blocks + (i < last))
         x = width
     for i in reversed(range(len(widths))):
-        inputs = [below + across.pop() for below in [x] + [widths[i]] * cfg.blocks]
+        inputs = [below + skips.pop() for below in [x] + [widths[i]] * cfg.blocks]
         up.append(level(i, inputs, i > 0))
         x = widths[i]
     inner = one(widths[last], widths[last])
@@ -172,7 +172,7 @@ def apply(
     key: Tensor | None = None,
     train: bool = False,
 ) -> Tensor:
-    """What is predicted of each image: (batch, cfg.outputs, height, width).
+    """Prediction for each image: (batch, cfg.outputs, height, width).
 
     Args:
         x: (batch, channels, height, width), sides divisible by 2**(levels - 1).
@@ -180,20 +180,20 @@ def apply(
             integers integers.
         labels: integers (batch,) in [0, classes], the last for no class; needed if there are classes. Their range is
             not checked, as that would wait for the device.
-        key: (2,), or one an example (batch, 2); needed in training with dropout.
+        key: (2,), or one per example (batch, 2); needed in training with dropout.
 
     Raises:
-        ValueError: images of other channels or sizes that do not divide, one time an image missing, labels missing,
-            misshapen, or given without classes, no key where one is needed.
+        ValueError: images of other channels or sizes that do not divide, not one time per image, labels missing,
+            misshapen, or passed to a net without classes, no key where one is needed.
     """
     times = 2 ** (len(cfg.widths) - 1)
     check_images("unet", x, cfg.channels, 1)
     if any(side % times for side in x.shape[2:]):
         raise ValueError(f"unet: the images are {x.shape[2]} x {x.shape[3]}; expected sides divisible by {times}")
     if tuple(time.shape) != (len(x),):
-        raise ValueError(f"unet: expected a time an image, ({len(x)},), found {tuple(time.shape)}")
+        raise ValueError(f"unet: expected one time per image, ({len(x)},), found {tuple(time.shape)}")
     if labels is not None and not cfg.classes:
-        raise ValueError("unet: labels were given, but the net has no classes")
+        raise ValueError("unet: labels for a net without classes; expected None")
     if cfg.classes:
         check_labels("unet", labels, len(x))
     if train and cfg.dropout and key is None:
@@ -202,7 +202,7 @@ def apply(
     options = {"groups": cfg.groups, "eps": cfg.eps}
 
     waves = time_embedding(time, cfg.widths[0], shift=cfg.frequency_shift, cosine_first=cfg.cosine_first)
-    e = time_vector(params["time"], waves.to(x.dtype))
+    e = time_vector(params["time"], waves.to(x.dtype))  # (batch, d_time)
     e = F.silu(e + embedding(params["classes"], labels) if cfg.classes else e)
 
     def one(p: dict, x: Tensor, drop: Callable | None) -> Tensor:
@@ -211,16 +211,16 @@ def apply(
     def attend(p: dict, x: Tensor, level: int) -> Tensor:
         return attention(p, x, cfg.heads(level), method=cfg.method, **options)
 
-    y = conv(params["input"], x, padding=1)
-    across = [y]
+    y = conv(params["input"], x, padding=1)  # (batch, widths[0], height, width)
+    skips = [y]
     for i, p in enumerate(params["down"]):
         for j, block in enumerate(p["residuals"]):
             y = one(block, y, drops[i][j])
             y = attend(p["attentions"][j], y, i) if "attentions" in p else y
-            across.append(y)
+            skips.append(y)
         if "sample" in p:
-            y = downsample(p["sample"], y, cfg.padding)
-            across.append(y)
+            y = downsample(p["sample"], y, cfg.padding)  # half the height and width
+            skips.append(y)
 
     y = one(params["middle"]["first"], y, drops[-1][-2])
     y = attend(params["middle"]["attention"], y, -1)
@@ -228,11 +228,13 @@ def apply(
 
     for i, p in zip(reversed(range(len(cfg.widths))), params["up"], strict=True):
         for j, block in enumerate(p["residuals"]):
-            y = one(block, torch.cat([y, across.pop()], 1), drops[i][cfg.blocks + j])
+            y = torch.cat([y, skips.pop()], 1)  # the channels of both
+            y = one(block, y, drops[i][cfg.blocks + j])  # widths[i] channels
             y = attend(p["attentions"][j], y, i) if "attentions" in p else y
-        y = upsample(p["sample"], y) if "sample" in p else y
+        y = upsample(p["sample"], y) if "sample" in p else y  # twice the height and width
 
-    return conv(params["output"], F.silu(group_norm(params["norm"], y, **options)), padding=1)
+    y = F.silu(group_norm(params["norm"], y, **options))
+    return conv(params["output"], y, padding=1)  # (batch, outputs, height, width)
 
 
 # Files of diffusers.
@@ -252,7 +254,7 @@ NAMES = (
     (r"^norm", "conv_norm_out"),
     (r"^output", "conv_out"),
 )
-"""What to replace in our names, one after the other, to get those of diffusers."""
+"""Replacements in our names, one after the other, that give those of diffusers."""
 
 MIDDLE = {"attention": "attentions.0", "first": "resnets.0", "second": "resnets.1"}
 
@@ -261,7 +263,7 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> those of a diffusers UNet2DModel."""
     table = {}
     for ours in tree.names(spec(cfg)):
-        theirs = re.sub(r"^middle\.(\w+)", lambda found: f"mid_block.{MIDDLE[found[1]]}", ours)
+        theirs = re.sub(r"^middle\.(\w+)", lambda match: f"mid_block.{MIDDLE[match[1]]}", ours)
         for pattern, replacement in NAMES:
             theirs = re.sub(pattern, replacement, theirs)
         several = tuple(theirs.replace(".qkv.", f".to_{x}.") for x in "qkv")
@@ -281,10 +283,13 @@ EXPECTED = {
     "time_embedding_type": "positional",
     "upsample_type": "conv",
 }
-"""What diffusers can have otherwise; these are also its defaults."""
+"""Entries of diffusers' configurations that have one supported value, which is also their default there."""
+
+CHOICES = {"downsample_padding": (1, 0), "resnet_time_scale_shift": ("default", "scale_shift")}
+"""Entries with two supported values, the default first."""
 
 
-def config_of(found: dict[str, Any], what: str = "U-Net") -> Config:
+def config_of(config: dict[str, Any], source: str = "U-Net") -> Config:
     """The Config of a diffusers UNet2DModel's config.json.
 
     Its number of classes is taken to count "no class".
@@ -293,47 +298,50 @@ def config_of(found: dict[str, Any], what: str = "U-Net") -> Config:
         WeightsError: naming the first entry that this net has no form of.
     """
 
-    def refuse(name: str, wanted: object) -> None:
-        raise WeightsError(f"{what}: {name} is {found.get(name)!r}; expected {wanted!r}")
+    def refuse(name: str, expected: object) -> None:
+        raise WeightsError(f"{source}: {name} is {config.get(name)!r}; expected {expected!r}")
 
-    for name, wanted in EXPECTED.items():
-        if found.get(name, wanted) != wanted:
-            refuse(name, wanted)
+    for name, expected in EXPECTED.items():
+        if config.get(name, expected) != expected:
+            refuse(name, expected)
+    for name, values in CHOICES.items():
+        if config.get(name, values[0]) not in values:
+            refuse(name, values)
     for name in ("block_out_channels", "down_block_types", "up_block_types"):
-        if not isinstance(found.get(name), (list, tuple)):
+        if not isinstance(config.get(name), (list, tuple)):
             refuse(name, [])
-    scale_shift = found.get("resnet_time_scale_shift", "default") == "scale_shift"
-    groups, kinds = found.get("norm_num_groups", 32), tuple(found["down_block_types"])
-    if found.get("attn_norm_num_groups") not in (groups, None if not scale_shift else groups):
+    scale_shift = config.get("resnet_time_scale_shift") == "scale_shift"
+    groups, kinds = config.get("norm_num_groups", 32), tuple(config["down_block_types"])
+    if config.get("attn_norm_num_groups") not in (groups, None if not scale_shift else groups):
         refuse("attn_norm_num_groups", groups)
     if not set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"}:
         refuse("down_block_types", ("DownBlock2D", "AttnDownBlock2D"))
     mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
-    if tuple(found["up_block_types"]) != mirrored:
+    if tuple(config["up_block_types"]) != mirrored:
         refuse("up_block_types", mirrored)
-    channels, outputs = found.get("in_channels", 3), found.get("out_channels", 3)
+    channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
     if outputs not in (channels, 2 * channels):
         refuse("out_channels", channels)
     return Config(
-        channels,
-        tuple(found["block_out_channels"]),
-        found.get("layers_per_block", 2),
-        tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")),
-        found.get("attention_head_dim", 8) or 0,
-        max((found.get("num_class_embeds") or 0) - 1, 0),
-        outputs != channels,
-        scale_shift,
-        found.get("dropout", 0.0),
-        groups,
-        found.get("norm_eps", 1e-5),
-        "symmetric" if found.get("downsample_padding", 1) else "tensorflow",
-        found.get("freq_shift", 0),
-        found.get("flip_sin_to_cos", True),
+        channels=channels,
+        widths=tuple(config["block_out_channels"]),
+        blocks=config.get("layers_per_block", 2),
+        attention=tuple(i for i, kind in enumerate(kinds) if kind.startswith("Attn")),
+        head_width=config.get("attention_head_dim", 8) or 0,
+        classes=max((config.get("num_class_embeds") or 0) - 1, 0),
+        learned_variance=outputs != channels,
+        scale_shift=scale_shift,
+        dropout=config.get("dropout", 0.0),
+        groups=groups,
+        eps=config.get("norm_eps", 1e-5),
+        padding="symmetric" if config.get("downsample_padding", 1) else "tensorflow",
+        frequency_shift=config.get("freq_shift", 0),
+        cosine_first=config.get("flip_sin_to_cos", True),
     )
 
 
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names of attention's matrices in the first files of diffusers, such as google/ddpm-cifar10-32."""
+"""Names of the attention matrices in the first files of diffusers, such as google/ddpm-cifar10-32."""
 
 
 def from_pretrained(source: str) -> tuple[dict, Config]:
@@ -344,6 +352,8 @@ def from_pretrained(source: str) -> tuple[dict, Config]:
     """
     cfg = config_of(read_config(source), source)
     state = read(str(locate(source, ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))))
+    # Prefixes of DistributedDataParallel and of torch.compile.
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
     for old, new in OLDER.items():
         state = {name.replace(old, new): value for name, value in state.items()}
     return fill(spec(cfg), state, rename_table(cfg), source), cfg

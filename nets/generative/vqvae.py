@@ -1,14 +1,14 @@
-"""VQ-VAE: an autoencoder of images whose code is a map of integers, the rows of a codebook.
+"""VQ-VAE: an autoencoder of images whose code is an image of integers, indices into a codebook.
 
-van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning", arXiv:1711.00937. Each place of
-the encoder's maps takes the nearest of K vectors (eq. 1 and 2); the decoder sees that vector, and its gradient goes
-straight through to the encoder's:
+van den Oord, Vinyals and Kavukcuoglu 2017, "Neural Discrete Representation Learning", arXiv:1711.00937. Each vector of
+the encoder's feature maps is replaced by the nearest of K (eq. 1 and 2), which is the decoder's input; the gradient is
+passed straight through to the encoder:
 
     k = argmin_j |z - e_j|^2,        decoder's input = z + stop(e_k - z)
 
 The codebook is learned by gradient descent (its loss and the commitment are in `train.losses.variational`) or as moving
-averages of the vectors that chose each row (appendix A.1). The averages are Stats, as batch norm's statistics are: in
-training `apply` reports their increments by taps, and `core.stats.update` or the train step applies them. An image of
+averages of the vectors nearest to each row (appendix A.1). The averages are Stats, as batch norm's statistics are: in
+training `apply` reports their increments by taps, and `core.stats.update` or the train step applies them. The images of
 integers can be learned in turn by `nets.generative.pixelcnn`.
 """
 
@@ -30,25 +30,26 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
-    """Images of any size that can be halved `stages` times; a code has a place for each 2**stages pixels a side.
-
-    width: channels of the maps.
-    blocks, inside: how many residual blocks the encoder and the decoder have, and the channels inside of each.
-    codes, code: rows of the codebook (the paper's K) and numbers of a row (D).
-    codebook: "ema", moving averages, or "loss", a parameter.
-    decay, smoothing: of the averages. Sizes are smoothed as if each code had been chosen `smoothing` times more.
-    """
-
     channels: int = 1
+    """Channels of the images, of any size that can be halved `stages` times."""
     width: int = 32
+    """Channels of the feature maps."""
     stages: int = 1
+    """Number of halvings: one code per 2**stages x 2**stages pixels."""
     blocks: int = 2
-    inside: int = 32
+    """Residual blocks of the encoder, and of the decoder."""
+    hidden: int = 32
+    """Hidden channels of a residual block."""
     codes: int = 64
+    """Rows of the codebook (the paper's K)."""
     code: int = 16
+    """Dimension of a row (the paper's D)."""
     codebook: str = "ema"
+    """ema, moving averages, or loss, a parameter."""
     decay: float = 0.99
+    """Decay of the moving averages."""
     smoothing: float = 1e-5
+    """Laplace smoothing of the sizes, as if each code had been used that many times more."""
 
     def __post_init__(self):
         if self.codebook not in ("ema", "loss"):
@@ -64,13 +65,17 @@ PRESETS = {
     "mnist": Config(width=64, stages=2, codes=128, code=32),
     "small": Config(3, 128, 2, codes=512, code=64),
     # Section 4.1: 256 hidden units throughout, 512 codes.
-    "paper": Config(3, 256, 2, inside=256, codes=512, code=64),
+    "paper": Config(3, 256, 2, hidden=256, codes=512, code=64),
 }
 
 
 class Quantised(NamedTuple):
-    """codes (...) integers; nearest (..., code), rows of the codebook; vectors: the same numbers, but their gradient
-    is z's and not the codebook's."""
+    """Quantised vectors.
+
+    codes: (...) integers, indices of the nearest rows.
+    nearest: (..., code), these rows of the codebook.
+    vectors: (..., code), the same values, whose gradient is passed to z instead of the codebook.
+    """
 
     codes: Tensor
     nearest: Tensor
@@ -83,7 +88,7 @@ def spec(cfg: Config) -> dict:
     if cfg.codebook == "loss":
         codebook = {"weight": Param((cfg.codes, cfg.code), rows, ("vocabulary", "width"))}
     else:
-        # As if each row had been chosen once.
+        # As if each row had been used once.
         codebook = {
             "count": Stat((), initializers.zeros),
             "size": Stat((cfg.codes,), initializers.ones),
@@ -107,7 +112,7 @@ def spec(cfg: Config) -> dict:
 
 
 def encode(params: dict, x: Tensor, cfg: Config) -> Tensor:
-    """A vector for each place, not yet quantised: (batch, channels, height, width) -> (batch, height', width', code).
+    """Vectors before quantisation: (batch, channels, height, width) -> (batch, height', width', code).
 
     Raises ValueError if the images have other channels or cannot be halved `stages` times.
     """
@@ -117,23 +122,23 @@ def encode(params: dict, x: Tensor, cfg: Config) -> Tensor:
         raise ValueError(f"vqvae encoder: {size} cannot be halved {cfg.stages} times")
     p = params["encoder"]
     for layer in p["layers"]:
-        x = F.relu(conv(layer, x, stride=2, padding=1))
+        x = F.relu(conv(layer, x, stride=2, padding=1))  # half the height and width
     for block in p["blocks"]:
         x = _block(block, x)
-    return conv(p["output"], F.relu(x)).movedim(1, -1)
+    return conv(p["output"], F.relu(x)).movedim(1, -1)  # (batch, height', width', code)
 
 
 def decode(params: dict, codes: Tensor, cfg: Config) -> Tensor:
-    """Images from integers: (batch, height', width') -> (batch, channels, height, width), not bounded.
+    """Images from codes: (batch, height', width') -> (batch, channels, height, width), not bounded.
 
     Raises ValueError unless the codes are integers of three axes.
     """
     if codes.ndim != 3 or codes.is_floating_point():
-        found = f"{codes.dtype} {tuple(codes.shape)}"
-        raise ValueError(f"vqvae decoder: expected codes (batch, height, width), integers, found {found}")
+        kind = f"{codes.dtype} {tuple(codes.shape)}"
+        raise ValueError(f"vqvae decoder: expected codes (batch, height, width), integers, found {kind}")
     p = params["decoder"]
-    rows = embedding({"weight": codebook(params["codebook"], cfg.smoothing)}, codes)
-    return _decoded(p, rows.to(p["input"]["weight"].dtype))
+    rows = embedding({"weight": codebook(params["codebook"], cfg.smoothing)}, codes)  # (batch, height', width', code)
+    return _decode_vectors(p, rows.to(p["input"]["weight"].dtype))
 
 
 def apply(
@@ -145,76 +150,77 @@ def apply(
     key: Tensor | None = None,
     train: bool = False,
 ) -> dict[str, Tensor]:
-    """There and back.
-
-    Gives `codes` (batch, height', width'), `encodings` (batch, height', width', code), what the encoder said,
-    `nearest`, of the same shape, rows of the codebook, and `output` (batch, channels, height, width). The loss of a
-    codebook that is a parameter is a function of `nearest`, the commitment one of `encodings`.
+    """Encode, quantise and decode.
 
     Args:
         x: (batch, channels, height, width).
         labels, key: without effect here.
         train: report to the moving averages, if there are any, by taps on the output.
 
+    Returns:
+        `codes` (batch, height', width'); `encodings` (batch, height', width', code), the encoder's output; `nearest`,
+        of the same shape, rows of the codebook; `output` (batch, channels, height, width). The loss of a codebook that
+        is a parameter is a function of `nearest`, the commitment one of `encodings`.
+
     Raises:
         ValueError: images of other channels or a size that cannot be halved.
     """
-    p, z = params["codebook"], encode(params, x, cfg)
-    found = quantise(codebook(p, cfg.smoothing), z)
-    output = _decoded(params["decoder"], found.vectors)
+    p, z = params["codebook"], encode(params, x, cfg)  # z: (batch, height', width', code)
+    quantised = quantise(codebook(p, cfg.smoothing), z)
+    output = _decode_vectors(params["decoder"], quantised.vectors)
     if train and "sum" in p:
-        new = update(p, z, found.codes, cfg.decay)
+        new = update(p, z, quantised.codes, cfg.decay)
         output = tap(output, p["sum"], new["sum"] - p["sum"])
         output = tap(output, p["size"], new["size"] - p["size"])
         # From a batched value, so that each of a vmapped batch counts.
         output = tap(output, p["count"], torch.ones_like(new["size"].sum()))
-    return {"codes": found.codes, "encodings": z, "nearest": found.nearest, "output": output}
+    return {"codes": quantised.codes, "encodings": z, "nearest": quantised.nearest, "output": output}
 
 
 def codebook(p: dict, smoothing: float = 1e-5) -> Tensor:
-    """The rows e_i (codes, code): a parameter, or the averages m_i / N_i (appendix A.1), as constants.
+    """Rows e_i (codes, code): a parameter, or the averages m_i / N_i (appendix A.1), as constants.
 
-    N_i are the smoothed sizes (N_i + s) / (N + s K) N, with N the sum of all: a code that is never chosen does not
-    divide by 0.
+    N_i are the smoothed sizes (N_i + s) / (N + s K) N, with N the sum of all: a code that is never used does not divide
+    by 0.
 
     p: `params["codebook"]`.
     """
     if "weight" in p:
         return p["weight"]
     size, total = p["size"].detach(), p["size"].detach().sum()
-    smoothed = (size + smoothing) / (total + smoothing * len(size)) * total
+    smoothed = (size + smoothing) / (total + smoothing * len(size)) * total  # (codes,)
     return p["sum"].detach() / smoothed[:, None]
 
 
 def distances(codebook: Tensor, z: Tensor) -> Tensor:
-    """|z - e_j|^2 to each row: (codes, code) and (..., code) -> (..., codes)."""
+    """Squared distances |z - e_j|^2 to each row: (codes, code) and (..., code) -> (..., codes)."""
     return z.square().sum(-1, keepdim=True) + _relative_distances(codebook, z)
 
 
 def quantise(codebook: Tensor, z: Tensor) -> Quantised:
-    """The nearest row of the codebook for each vector. van den Oord et al. 2017, eq. 1 and 2.
+    """Nearest row of the codebook for each vector. van den Oord et al. 2017, eq. 1 and 2.
 
-    The gradient of `vectors` is handed to z as it is (section 3.2), that of `nearest` goes to the rows.
+    The gradient of `vectors` is passed to z unchanged (section 3.2), that of `nearest` to the rows.
 
     Args:
         codebook: (codes, code).
         z: (..., code).
 
     Raises:
-        ValueError: the vectors have other numbers than the rows.
+        ValueError: the vectors have another dimension than the rows.
     """
     if z.ndim < 1 or z.shape[-1] != codebook.shape[-1]:
-        found = f"vectors {tuple(z.shape)} and rows {tuple(codebook.shape)}"
-        raise ValueError(f"quantise: expected vectors (..., {codebook.shape[-1]}), found {found}")
-    codes = _relative_distances(codebook.detach(), z.detach()).argmin(-1)
-    nearest = embedding({"weight": codebook}, codes).to(z.dtype)
+        shapes = f"vectors {tuple(z.shape)} and rows {tuple(codebook.shape)}"
+        raise ValueError(f"quantise: expected vectors (..., {codebook.shape[-1]}), found {shapes}")
+    codes = _relative_distances(codebook.detach(), z.detach()).argmin(-1)  # (...)
+    nearest = embedding({"weight": codebook}, codes).to(z.dtype)  # (..., code)
     return Quantised(codes, nearest, z + (nearest - z).detach())
 
 
 def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
-    """The moving averages after a batch. Appendix A.1, with n_i vectors z that chose row i:
+    """Moving averages after a batch. Appendix A.1, with n_i vectors z whose nearest row is i:
 
-    N_i <- decay N_i + (1 - decay) n_i,        m_i <- decay m_i + (1 - decay) sum of these z
+        N_i <- decay N_i + (1 - decay) n_i,        m_i <- decay m_i + (1 - decay) sum of these z
 
     A pure function of the state {"count", "size", "sum"}; the result carries no derivative.
 
@@ -223,30 +229,29 @@ def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
         z: (..., code).
         codes: (...) integers.
     """
-    z, codes = z.detach().flatten(0, -2), codes.flatten()
+    z, codes = z.detach().flatten(0, -2), codes.flatten()  # (vectors, code), (vectors,)
     # As a matrix: sums in no fixed order (index_add) would make a GPU's run differ from itself.
-    chosen = (torch.arange(len(p["size"]), device=z.device)[:, None] == codes).to(p["sum"].dtype)
+    one_hot = (torch.arange(len(p["size"]), device=z.device)[:, None] == codes).to(p["sum"].dtype)  # (codes, vectors)
     size, total = p["size"].detach(), p["sum"].detach()
     return {
         "count": p["count"].detach() + 1,
-        "size": decay * size + (1 - decay) * chosen.sum(1),
-        "sum": decay * total + (1 - decay) * (chosen @ z.to(total.dtype)),
+        "size": decay * size + (1 - decay) * one_hot.sum(1),  # (codes,)
+        "sum": decay * total + (1 - decay) * (one_hot @ z.to(total.dtype)),  # (codes, code)
     }
 
 
 def revive(p: dict, z: Tensor, key: Tensor, threshold: float = 1.0, size: Tensor | None = None) -> dict:
-    """The codebook with every row that is chosen too seldom replaced by one of the vectors z, drawn at random.
+    """Random restarts: the codebook with rarely used rows replaced by random ones of the vectors z.
 
-    Dhariwal et al. 2020, "Jukebox", arXiv:2005.00341, section 3.1 (random restarts). A new row starts as if
-    chosen once.
-    With an infinite threshold all rows are replaced: a start from data.
+    Dhariwal et al. 2020, "Jukebox", arXiv:2005.00341, section 3.1. A new row starts as if used once. With an infinite
+    threshold all rows are replaced: an initialisation from data.
 
     Args:
         p: `params["codebook"]`.
         z: (..., code), the encoder's vectors of a batch.
         key: (2,).
-        threshold: rows of a smaller size are replaced. Sizes count vectors a batch; an even use is vectors / codes.
-        size: (codes,), how often each row was chosen; needed where the codebook is a parameter, which has no averages.
+        threshold: rows of a smaller size are replaced. Sizes count vectors per batch; even use is vectors / codes.
+        size: (codes,), uses of each row; needed where the codebook is a parameter, which has no averages.
 
     Raises:
         ValueError: a codebook without averages and no sizes.
@@ -254,54 +259,56 @@ def revive(p: dict, z: Tensor, key: Tensor, threshold: float = 1.0, size: Tensor
     if size is None and "size" not in p:
         raise ValueError("revive: this codebook keeps no averages of its use; pass size=, (codes,)")
     dead = (p["size"] if size is None else size) < threshold
-    z = z.detach().flatten(0, -2)
-    drawn = z[random.randint(key, dead.shape, 0, len(z)).long()]
+    z = z.detach().flatten(0, -2)  # (vectors, code)
+    rows = z[random.randint(key, dead.shape, 0, len(z)).long()]  # (codes, code)
     if "weight" in p:
-        return {"weight": torch.where(dead[:, None], drawn.to(p["weight"].dtype), p["weight"])}
+        return {"weight": torch.where(dead[:, None], rows.to(p["weight"].dtype), p["weight"])}
     return {
         "count": p["count"],
         "size": torch.where(dead, torch.ones_like(p["size"]), p["size"]),
-        "sum": torch.where(dead[:, None], drawn.to(p["sum"].dtype), p["sum"]),
+        "sum": torch.where(dead[:, None], rows.to(p["sum"].dtype), p["sum"]),
     }
 
 
 def usage(codes: Tensor, cfg: Config) -> Tensor:
-    """How often each row was chosen: integers of any shape -> (codes,), counts as float32."""
+    """Uses of each row of the codebook: integers of any shape -> (codes,), counts as float32."""
     codes = codes.flatten().long()
     return codes.new_zeros(cfg.codes).index_add(0, codes, torch.ones_like(codes)).to(torch.float32)
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the use of the codebook: 1 to codes, as many as would be in even use. counts: (codes,)."""
+    """Perplexity of the codebook's use, exp(-sum_i p_i log p_i): from 1 to the number of codes. counts: (codes,)."""
     p = counts / counts.sum()
     return torch.exp(torch.special.entr(p).sum())
 
 
 def _relative_distances(codebook: Tensor, z: Tensor) -> Tensor:
-    """|e_j|^2 - 2 z . e_j: without |z|^2, the same for all rows, which would take digits from their differences."""
+    """|e_j|^2 - 2 z . e_j: without |z|^2, the same for all rows, in whose rounding their differences would be lost."""
     wide = torch.promote_types(torch.promote_types(codebook.dtype, z.dtype), torch.float32)
     codebook, z = codebook.to(wide), z.to(wide)
-    return codebook.square().sum(-1) - 2 * (z @ codebook.mT)
+    return codebook.square().sum(-1) - 2 * (z @ codebook.mT)  # (..., codes)
 
 
-def _decoded(p: dict, vectors: Tensor) -> Tensor:
-    x = conv(p["input"], vectors.movedim(-1, 1), padding=1)
+def _decode_vectors(p: dict, vectors: Tensor) -> Tensor:
+    """(batch, height', width', code) -> (batch, channels, height, width)."""
+    x = conv(p["input"], vectors.movedim(-1, 1), padding=1)  # (batch, width, height', width')
     for block in p["blocks"]:
         x = _block(block, x)
     for layer in p["layers"]:
-        x = conv_transpose(layer, F.relu(x), stride=2, padding=1)
+        x = conv_transpose(layer, F.relu(x), stride=2, padding=1)  # twice the height and width
     return x
 
 
 def _block_spec(cfg: Config) -> dict:
-    return {"conv1": conv_spec(cfg.width, cfg.inside, 3, init=HE), "conv2": conv_spec(cfg.inside, cfg.width, 1)}
+    return {"conv1": conv_spec(cfg.width, cfg.hidden, 3, init=HE), "conv2": conv_spec(cfg.hidden, cfg.width, 1)}
 
 
 def _block(p: dict, x: Tensor) -> Tensor:
-    """x + conv 1x1 (relu (conv 3x3 (relu x))), section 4.1."""
-    return x + conv(p["conv2"], F.relu(conv(p["conv1"], F.relu(x), padding=1)))
+    """x + conv 1x1 (relu (conv 3x3 (relu x))), section 4.1. x: (batch, width, height', width')."""
+    y = conv(p["conv1"], F.relu(x), padding=1)  # (batch, hidden, height', width')
+    return x + conv(p["conv2"], F.relu(y))
 
 
 def _up_spec(d_in: int, d_out: int) -> dict:
-    # With stride 2 a pixel is reached by 2 x 2 of the 4 x 4 weights.
+    # With stride 2 a pixel gets 2 x 2 of the 4 x 4 weights: He's variance of 2 / inputs.
     return conv_spec(d_in, d_out, 4, transposed=True, init=initializers.normal((2 / (4 * d_in)) ** 0.5))

@@ -1,13 +1,13 @@
-"""Beam search: of all texts so far, only the most probable few go on at each place.
+"""Beam search: at each position only the few most probable texts so far are continued.
 
 A text y of n tokens, its end among them, scores
 
     log p(y) / n**alpha                     length_penalty alpha, as transformers and fairseq have it
     log p(y) / ((5 + n) / 6)**alpha         Wu et al. 2016, "Google's Neural Machine Translation System", eq. 14
 
-Each place: of all continuations of a sentence's beams, take the best 2 * beams. Those among the first half that end are
-finished; they leave their place, and the best that have not ended are the beams of the next place. The best finished
-texts are kept, as many as there are beams. A sentence is done when no beam may overtake them, and leaves the batch.
+At each position, of all continuations of a sentence's beams, take the best 2 * beams. Those among the first half that
+end are finished and leave the beams; the best that have not ended are the beams of the next position. A sentence has
+up to `beams` finished texts, the best ones; it is done when no beam may overtake them, and leaves the batch.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from nets.language.decoding import (
     check_scores,
     check_start,
     remaining,
-    starting_places,
+    starting_positions,
     take,
     with_room,
     without_end,
@@ -38,7 +38,7 @@ class Beams(NamedTuple):
 
     tokens: (sentences, beams, t) so far.
     scores: (sentences, beams) log-probability; -inf for none.
-    best_tokens: (sentences, beams, t), padding behind the end.
+    best_tokens: (sentences, beams, t), the end token, then padding.
     best_lengths, best_scores: (sentences, beams); 0 and -inf for none.
     """
 
@@ -65,26 +65,28 @@ def beam_search(
     padding: int = 0,
     position: int | Tensor = 0,
     shared: Tree = None,
-    places_axis: int | None = None,
+    positions_axis: int | None = None,
     batch_sizes: Sequence[int] | None = None,
 ) -> Decoded:
     """The n best texts of each example, best first, among those that a beam search meets.
 
     Args:
         step: (cache, tokens (rows,), position) -> (logits (rows, vocabulary), cache), perhaps compiled. `first` is read
-            with one row a sentence; later, row r is beam r % beams of sentence r // beams, and the cache's rows are
+            with one row per sentence; later, row r is beam r % beams of sentence r // beams, and the cache's rows are
             reordered as the beams are.
-        cache, first: one row an example, as in `nets.language.decoding.sample`.
-        min_length: no end before so many tokens; the other tokens keep their probabilities.
+        cache, first: one row per example, as in `nets.language.decoding.sample`.
+        beams: texts of each sentence that are continued at each position.
+        min_length: number of tokens before which no text ends; the other tokens keep their probabilities.
+        n_best: texts to return per example, up to `beams`.
         length_penalty: alpha above; longer texts gain as it grows, 0 compares log-probabilities.
         normalization: "length" or "gnmt", the two divisors above.
-        early_stopping: when a sentence is done, all its beams having finished once. True: then. False: when the best
-            beam, if it ended as long as it is, would not be among the finished. "never": when no beam may come among
-            the n best at any length up to `max_length`, which is exact. As in transformers.
-        end, max_length, padding, position, places_axis, batch_sizes: as in `nets.language.decoding.sample`. A text that
-            reaches `max_length` is finished without an end.
-        shared: what all beams of a sentence share, such as an encoder's output: a tree of tensors with one row a
-            sentence, not a beam. The step's fourth argument; not reordered, but finished sentences leave it.
+        early_stopping: when a sentence is done, once as many of its texts have finished as there are beams. True: then.
+            False: when the best beam, if it ended at its present length, would not be among the finished. "never": when
+            no beam may come among the n best at any length up to `max_length`, which is exact. As in transformers.
+        end, max_length, padding, position, positions_axis, batch_sizes: as in `nets.language.decoding.sample`. A text
+            that reaches `max_length` is finished without an end.
+        shared: tree of tensors that all beams of a sentence share, such as an encoder's output, with one row per
+            sentence, not per beam. The step's fourth argument; not reordered, but finished sentences leave it.
 
     Returns:
         Decoded with tokens (batch, n_best, time). Where fewer texts exist, length 0 and score -inf.
@@ -103,41 +105,41 @@ def beam_search(
     def divisor(length: int) -> float:
         return (length if normalization == "length" else (5 + length) / 6) ** length_penalty
 
-    position, farthest, chunk = starting_places(position, first, cache, places_axis)
+    position, farthest, chunk = starting_positions(position, first, cache, positions_axis)
     batch, device = first.shape[0], first.device
     examples = torch.arange(batch, device=device)
-    spread = examples.repeat_interleave(beams)
+    spread = examples.repeat_interleave(beams)  # (batch * beams,)
     tokens, done = first.long(), torch.zeros(batch, dtype=torch.bool, device=device)
-    state, found = None, []
+    state, finished = None, []
     for t in range(max_length if batch else 0):
-        cache = with_room(cache, places_axis, farthest + t + 1, chunk)
-        logits, cache = call(step, cache, tokens, position + t, shared)
+        cache = with_room(cache, positions_axis, farthest + t + 1, chunk)
+        logits, cache = call(step, cache, tokens, position + t, shared)  # (rows, vocabulary)
         state = _start(batch, beams, logits) if state is None else state
-        values, ids = _best(logits, min(2 * beams, logits.shape[1]), end if t < min_length else None)
+        values, ids = _best(logits, min(2 * beams, logits.shape[1]), end if t < min_length else None)  # (rows, k)
         values, ids = take((values, ids), spread) if t == 0 else (values, ids)
         state, parents = _advance(state, values, ids, done, end, t + 1 == max_length, divisor(t + 1), padding)
 
-        # A beam's score only falls; over its length it may rise, at most as far as the longest text there may be.
+        # A beam's score only falls; over its length it may rise, but no further than at the maximal length.
         longest = max_length if early_stopping == "never" and length_penalty > 0.0 else t + 1
-        least = state.best_scores[:, n_best - 1 if early_stopping == "never" else beams - 1]
+        least = state.best_scores[:, n_best - 1 if early_stopping == "never" else beams - 1]  # (sentences,)
         done = done | ~(state.scores[:, 0] / divisor(longest) > least)
         if early_stopping is True:
             done = done | (least > -torch.inf)
 
-        keep = remaining(done, batch_sizes)
-        sentences = torch.arange(len(done), device=device) if keep is None else keep
-        if keep is not None:
-            leaves = torch.ones_like(done).index_fill(0, keep, False).nonzero()[:, 0]
-            found.append((examples[leaves], take(state, leaves)))
-            if not len(keep):
+        going = remaining(done, batch_sizes)
+        sentences = torch.arange(len(done), device=device) if going is None else going
+        if going is not None:
+            leaves = torch.ones_like(done).index_fill(0, going, False).nonzero()[:, 0]
+            finished.append((examples[leaves], take(state, leaves)))
+            if not len(going):
                 break
-            state, shared, examples, done, parents = take((state, shared, examples, done, parents), keep)
+            state, shared, examples, done, parents = take((state, shared, examples, done, parents), going)
         rows = sentences[:, None].expand_as(parents) if t == 0 else sentences[:, None] * beams + parents
-        order = rows.flatten()
+        order = rows.flatten()  # (sentences * beams,)
         cache = take(cache, order)
         position = position[order] if position.ndim else position
         tokens = state.tokens[:, :, -1].flatten().contiguous()  # a compiled step would not know the strides
-    return _collect(found, first, n_best, padding)
+    return _collect(finished, first, n_best, padding)
 
 
 def _start(sentences: int, beams: int, like: Tensor) -> Beams:
@@ -151,63 +153,64 @@ def _start(sentences: int, beams: int, like: Tensor) -> Beams:
 def _advance(
     state: Beams, values: Tensor, ids: Tensor, done: Tensor, end: int | None, final: bool, divisor: float, padding: int
 ) -> tuple[Beams, Tensor]:
-    """One place on, by the best continuations of each row, log-probabilities and ids (rows, k).
+    """One position on, by the best continuations of each row, log-probabilities and ids (rows, k).
 
     Returns:
-        The new beams, and which of its sentence's beams each of them goes on from, (sentences, beams).
+        The new beams, and the beam of its sentence that each of them continues, (sentences, beams).
     """
     sentences, beams, t = state.tokens.shape
-    totals = state.scores.reshape(-1, 1) + values
-    totals, places = totals.reshape(sentences, -1).topk(2 * beams, dim=1)
-    parents = places // values.shape[1]
-    ids = ids.reshape(sentences, -1).gather(1, places)
-    tokens = torch.cat([_texts(state.tokens, parents), ids[:, :, None]], dim=2)
+    totals = state.scores.reshape(-1, 1) + values  # (rows, k)
+    totals, indices = totals.reshape(sentences, -1).topk(2 * beams, dim=1)  # (sentences, 2 beams)
+    parents = indices // values.shape[1]
+    ids = ids.reshape(sentences, -1).gather(1, indices)  # (sentences, 2 beams)
+    tokens = torch.cat([_texts(state.tokens, parents), ids[:, :, None]], dim=2)  # (sentences, 2 beams, t + 1)
     ends = torch.full_like(ids, final, dtype=torch.bool) if final or end is None else ids == end
 
     finished = torch.where(ends[:, :beams] & ~done[:, None], totals[:, :beams] / divisor, -torch.inf)
-    best_scores, order = torch.cat([state.best_scores, finished], dim=1).topk(beams, dim=1)
+    best_scores, order = torch.cat([state.best_scores, finished], dim=1).topk(beams, dim=1)  # (sentences, beams)
     lengths = torch.where(finished > -torch.inf, t + 1, 0)
     best_lengths = torch.cat([state.best_lengths, lengths], dim=1).gather(1, order)
     before = torch.cat([state.best_tokens, state.best_tokens.new_full((sentences, beams, 1), padding)], dim=2)
-    best_tokens = _texts(torch.cat([before, tokens[:, :beams]], dim=1), order)
+    best_tokens = _texts(torch.cat([before, tokens[:, :beams]], dim=1), order)  # (sentences, beams, t + 1)
 
-    scores, order = torch.where(ends, -torch.inf, totals).topk(beams, dim=1)
+    scores, order = torch.where(ends, -torch.inf, totals).topk(beams, dim=1)  # (sentences, beams)
     state = Beams(_texts(tokens, order), scores, best_tokens, best_lengths, best_scores)
     return state, parents.gather(1, order)
 
 
 def _texts(tokens: Tensor, order: Tensor) -> Tensor:
     """The texts (sentences, any, t) in this order (sentences, n) of each sentence."""
-    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))  # (sentences, n, t)
 
 
 def _best(logits: Tensor, k: int, forbidden: int | None) -> tuple[Tensor, Tensor]:
-    """The k best log-probabilities of each row and their ids, (rows, k)."""
-    logs = without_end(torch.log_softmax(logits, dim=-1), forbidden)
-    rows, vocabulary = logs.shape
+    """The k largest log-probabilities of each row and their ids, (rows, k)."""
+    log_p = without_end(torch.log_softmax(logits, dim=-1), forbidden)
+    rows, vocabulary = log_p.shape
     whole = vocabulary // _BLOCK * _BLOCK
-    if logs.device.type != "cpu" or whole // _BLOCK <= 2 * k:
-        return logs.topk(k, dim=1)
+    if log_p.device.type != "cpu" or whole // _BLOCK <= 2 * k:
+        return log_p.topk(k, dim=1)
     # On a CPU topk is slow and a maximum fast: the k best are in the k blocks with the largest maxima, or the rest.
-    blocks = logs[:, :whole].unflatten(1, (-1, _BLOCK))
-    chosen = blocks.amax(-1).topk(k, dim=1, sorted=False).indices
-    some = torch.cat([blocks[torch.arange(rows)[:, None], chosen].flatten(1), logs[:, whole:]], dim=1)
-    values, places = some.topk(k, dim=1)
-    in_block = chosen.gather(1, (places // _BLOCK).clamp(max=k - 1)) * _BLOCK + places % _BLOCK
-    return values, torch.where(places < k * _BLOCK, in_block, places + (whole - k * _BLOCK))
+    blocks = log_p[:, :whole].unflatten(1, (-1, _BLOCK))  # (rows, blocks, _BLOCK)
+    largest = blocks.amax(-1).topk(k, dim=1, sorted=False).indices  # (rows, k)
+    candidates = [blocks[torch.arange(rows)[:, None], largest].flatten(1), log_p[:, whole:]]
+    values, indices = torch.cat(candidates, dim=1).topk(k, dim=1)
+    in_block = largest.gather(1, (indices // _BLOCK).clamp(max=k - 1)) * _BLOCK + indices % _BLOCK
+    return values, torch.where(indices < k * _BLOCK, in_block, indices + (whole - k * _BLOCK))
 
 
-def _collect(found: list[tuple[Tensor, Beams]], first: Tensor, n_best: int, padding: int) -> Decoded:
-    time = max((int(state.best_lengths[:, :n_best].max()) for _, state in found), default=0)
+def _collect(finished: list[tuple[Tensor, Beams]], first: Tensor, n_best: int, padding: int) -> Decoded:
+    """The n best texts of all examples, in the order of the batch."""
+    time = max((int(state.best_lengths[:, :n_best].max()) for _, state in finished), default=0)
     batch = first.shape[0]
     tokens = torch.full((batch, n_best, time), padding, dtype=torch.int64, device=first.device)
     lengths = torch.zeros(batch, n_best, dtype=torch.int64, device=first.device)
-    scores = found[0][1].scores.new_zeros(batch, n_best) if found else torch.zeros(0, n_best, device=first.device)
-    for examples, state in found:
+    scores = finished[0][1].scores.new_zeros(batch, n_best) if finished else torch.zeros(0, n_best, device=first.device)
+    for examples, state in finished:
         check_scores(state.scores)
         check_scores(state.best_scores)
-        some = min(time, state.best_tokens.shape[2])
-        tokens[examples, :, :some] = state.best_tokens[:, :n_best, :some]
+        width = min(time, state.best_tokens.shape[2])
+        tokens[examples, :, :width] = state.best_tokens[:, :n_best, :width]
         lengths[examples] = state.best_lengths[:, :n_best]
         scores[examples] = state.best_scores[:, :n_best]
     return Decoded(torch.where((lengths > 0)[:, :, None], tokens, padding), lengths, scores)

@@ -1,13 +1,12 @@
-"""From scores to tokens: pure functions that any decoder can use.
+"""Decoding: pure functions from logits to tokens, for any net that writes one token at a time.
 
-Every net that writes one token at a time is here a pure function
+Such a net is here a pure function
 
     step(cache, tokens, position) -> (logits, cache)
 
-of the last token of each row (rows,), the place it stands at (a number, or one a row) and a cache, a tree of tensors
-with a leading axis of rows: keys and values, the state of a recurrent net, or all tokens so far. The logits
-(rows, vocabulary) are the scores of the next token. `greedy` and `sample` are here, beams in
-`nets.language.beam_search`.
+of the last token of each row (rows,), its position (one for all, or one per row) and a cache, a tree of tensors with a
+leading axis of rows: keys and values, the state of a recurrent net, or all tokens so far. The logits (rows, vocabulary)
+are those of the next token. `greedy` and `sample` are here, beams in `nets.language.beam_search`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +23,11 @@ Step = Callable[..., tuple[Tensor, Tree]]
 
 
 class Decoded(NamedTuple):
-    """What was written; `beam_search` has one more axis, (batch, n best, ...).
+    """Decoded texts; `beam_search` has one more axis, (batch, n best, ...).
 
-    tokens: (batch, time) int64, the end token with them, padding behind it; time is that of the longest.
-    lengths: (batch,) how many of them are no padding.
-    scores: (batch,) log-probability of the tokens under the net; after `beam_search`, over the length penalty.
+    tokens: (batch, time) int64, with the end token, then padding; time is the length of the longest.
+    lengths: (batch,) tokens before the padding.
+    scores: (batch,) log-probability of the tokens under the net; from `beam_search`, over the length penalty.
     """
 
     tokens: Tensor
@@ -39,13 +38,14 @@ class Decoded(NamedTuple):
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Scores with every token that may not be drawn at -inf.
+    """Logits over the temperature, with every token that may not be drawn at -inf.
 
     Args:
         logits: (..., vocabulary).
-        temperature: the scores are divided by it; above 0.
-        top_k: only the k best tokens stay (Fan et al. 2018).
-        top_p: of these, only the smallest set of best tokens whose probability reaches p (Holtzman et al. 2020).
+        temperature: divisor of the logits; above 0.
+        top_k: keep the k most probable tokens only (Fan et al. 2018, arXiv:1805.04833).
+        top_p: of these, keep only the smallest set of most probable tokens whose probabilities add up to p (Holtzman et
+            al. 2020, arXiv:1904.09751).
 
     Raises:
         ValueError: an option outside its range.
@@ -58,7 +58,7 @@ def filter_logits(
         raise ValueError(f"top_p {top_p} is outside (0, 1]")
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        least = logits.topk(top_k, dim=-1).values[..., -1:]  # (..., 1)
         logits = torch.where(logits < least, -torch.inf, logits)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
@@ -69,6 +69,36 @@ def filter_logits(
     return logits
 
 
+def occurrences(tokens: Tensor, lengths: Tensor, vocabulary: int) -> Tensor:
+    """Tokens that occur in each text: ids (batch, time) -> boolean (batch, vocabulary).
+
+    lengths: (batch,); what follows the first `lengths[i]` tokens of row i is ignored.
+    """
+    counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (batch, time)
+    counts = torch.zeros(len(tokens), vocabulary, dtype=torch.int32, device=tokens.device)
+    return counts.scatter_add(1, tokens, counted.to(torch.int32)) > 0  # (batch, vocabulary)
+
+
+def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+    """Penalised sampling: smaller logits of tokens that occurred already. Keskar et al. 2019, arXiv:1909.05858, 4.1.
+
+        x_i / penalty where x_i > 0,   x_i penalty where x_i < 0,   for every token i in `present`
+
+    The paper divides both kinds, which makes a token with a negative logit more probable; this is transformers' form.
+
+    Args:
+        logits: (..., vocabulary).
+        present: boolean, of the same shape; see `occurrences`.
+        penalty: 1 changes nothing, the paper takes 1.2; below 1 it rewards repetition.
+
+    Raises:
+        ValueError: a penalty that is not above 0.
+    """
+    if not penalty > 0.0:
+        raise ValueError(f"repetition_penalty {penalty} is not above 0")
+    return torch.where(present, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 def choose(
     logits: Tensor,
     key: Tensor | None = None,
@@ -77,12 +107,13 @@ def choose(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """The next token of each example: the best one at temperature 0, otherwise drawn from the filtered scores.
+    """Next token of each example: the most probable at temperature 0, otherwise sampled from the filtered logits.
 
     Args:
         logits: (batch, vocabulary).
         key: (2,); example i draws from `fold_in(key, i)`, so that it gets the same token in a batch of any size. Or one
-            key an example, (batch, 2).
+            key per example, (batch, 2).
+        temperature, top_k, top_p: as in `filter_logits`.
 
     Returns:
         (batch,) int64.
@@ -96,14 +127,14 @@ def choose(
         raise ValueError("drawing a token at a temperature above 0 needs key=")
     if key.ndim > 2 or (key.ndim == 2 and key.shape[0] != logits.shape[0]):
         raise ValueError(f"expected a key (2,) or ({logits.shape[0]}, 2), found {tuple(key.shape)}")
-    keys = random.sites(key, logits.shape[0]) if key.ndim == 1 else key
-    # argmax(logits + Gumbel noise) is a draw from softmax(logits).
-    noise = random.gumbel(keys, (logits.shape[-1],), torch.float32)
+    keys = random.sites(key, logits.shape[0]) if key.ndim == 1 else key  # (batch, 2)
+    # argmax(logits + Gumbel noise) is a sample of softmax(logits).
+    noise = random.gumbel(keys, (logits.shape[-1],), torch.float32)  # (batch, vocabulary)
     return (filter_logits(logits.float(), temperature, top_k, top_p) + noise).argmax(-1)
 
 
 def greedy(step: Step, cache: Tree, first: Tensor, **options) -> Decoded:
-    """The best token at each place. Arguments and errors as in `sample`, without a key and its filters."""
+    """The most probable token at each position. Arguments and errors as in `sample`, without a key and its filters."""
     return _write(step, cache, first, lambda logits, t, examples: logits.argmax(-1), **options)
 
 
@@ -118,7 +149,7 @@ def sample(
     top_p: float | None = None,
     **options,
 ) -> Decoded:
-    """Tokens drawn one after the other, until each example has written `end` or `max_length` tokens.
+    """Sample tokens one after the other, until each example has written `end` or `max_length` tokens.
 
     Finished examples leave the batch. An example gets the same tokens in a batch of any size.
 
@@ -126,19 +157,20 @@ def sample(
         step: (cache, tokens (rows,), position) -> (logits (rows, vocabulary), cache), perhaps compiled.
         cache: tree of tensors (batch, ...), as the step expects them before `first` is read.
         first: (batch,) integers, the token each example goes on from: a start token, or the last one of its prompt.
-        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key an example, (batch, 2):
+        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key per example, (batch, 2):
             `fold_in(key[i], t)`.
-        temperature, top_k, top_p: as in `choose`.
-        end: the token that ends a text; None for none.
-        max_length: at most so many new tokens, the end counted.
-        min_length: no end before so many tokens.
-        padding: what stands behind the end; 0.
-        position: the place of `first`, a number or (batch,); 0. The step gets it plus t.
-        shared: a tree of tensors (batch, ...) that the step reads and does not change, such as the keys and values of
+        temperature, top_k, top_p: as in `filter_logits`; temperature 0 is greedy.
+        end: id of the token that ends a text; None for none.
+        max_length: maximal number of new tokens, with the end token.
+        min_length: number of tokens before which no text ends. Default 0.
+        padding: token id that fills positions after `end`. Default 0.
+        position: position of `first`, a number or (batch,). The step gets it plus t. Default 0.
+        shared: tree of tensors (batch, ...) that the step reads and does not change, such as the keys and values of
             an encoder's output: its fourth argument.
-        places_axis: the axis of places of every leaf of the cache. When they are full, as many zeros again as the
+        positions_axis: axis of positions of every leaf of the cache. When they are full, as many zeros again as the
             cache had at first are added; so it starts short and its attention is never much longer than the text.
-        batch_sizes: the batch shrinks to one of these sizes only, so that a step compiled for fixed shapes meets few.
+        batch_sizes: sizes to which the batch may shrink, so that a step compiled for fixed shapes meets few. Default
+            any.
 
     Raises:
         ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
@@ -146,7 +178,7 @@ def sample(
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def pick(logits: Tensor, t: int, examples: Tensor) -> Tensor:
-        if temperature == 0.0 or key is None:  # which `choose` complains about
+        if temperature == 0.0 or key is None:  # `choose` raises on the latter
             return choose(logits, None, **filters)
         keys = random.fold_in(random.fold_in(key, t), examples) if key.ndim == 1 else random.fold_in(key[examples], t)
         return choose(logits, keys, **filters)
@@ -168,33 +200,34 @@ def _write(
     padding: int = 0,
     position: int | Tensor = 0,
     shared: Tree = None,
-    places_axis: int | None = None,
+    positions_axis: int | None = None,
     batch_sizes: Sequence[int] | None = None,
 ) -> Decoded:
+    """Decode with `pick(logits, t, examples) -> tokens`; `examples` are the indices of the rows that go on."""
     check_start(cache, shared, first, end, max_length, min_length)
     batch, device = first.shape[0], first.device
-    position, farthest, chunk = starting_places(position, first, cache, places_axis)
+    position, farthest, chunk = starting_positions(position, first, cache, positions_axis)
     token, examples = first.long(), torch.arange(batch, device=device)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     columns, lengths, scores = [], torch.zeros_like(examples), None
     for t in range(max_length if batch else 0):
-        cache = with_room(cache, places_axis, farthest + t + 1, chunk)
-        logits, cache = call(step, cache, token, position + t, shared)
+        cache = with_room(cache, positions_axis, farthest + t + 1, chunk)
+        logits, cache = call(step, cache, token, position + t, shared)  # (rows, vocabulary)
         allowed = without_end(logits, end if t < min_length else None)
-        token = torch.where(done, padding, pick(allowed, t, examples))
-        chances = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        token = torch.where(done, padding, pick(allowed, t, examples))  # (rows,)
+        log_p = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]  # (rows,)
         if scores is None:
-            scores = chances.new_zeros(batch)
-        scores = scores.index_add(0, examples, torch.where(done, 0.0, chances))
+            scores = log_p.new_zeros(batch)
+        scores = scores.index_add(0, examples, torch.where(done, 0.0, log_p))  # (batch,)
         lengths = lengths.index_add(0, examples, (~done).long())
         columns.append(token.new_full((batch,), padding).index_copy(0, examples, token))
         done = done | (token == end) if end is not None else done
-        keep = remaining(done, batch_sizes)
-        if keep is not None:
-            if not len(keep):
+        rows = remaining(done, batch_sizes)
+        if rows is not None:
+            if not len(rows):
                 break
-            cache, shared, token, done, examples = take((cache, shared, token, done, examples), keep)
-            position = position[keep] if position.ndim else position
+            cache, shared, token, done, examples = take((cache, shared, token, done, examples), rows)
+            position = position[rows] if position.ndim else position
     if not columns:
         return Decoded(first.new_zeros(batch, 0).long(), lengths, torch.zeros(batch, device=device))
     check_scores(scores)
@@ -202,7 +235,7 @@ def _write(
 
 
 def check_start(cache: Tree, shared: Tree, first: Tensor, end: int | None, max_length: int, min_length: int) -> None:
-    """Raise ValueError, in one line, for what cannot be the start of decoding."""
+    """Raise ValueError, in one line, for arguments that decoding cannot start from."""
     if first.ndim != 1 or first.is_floating_point() or first.dtype == torch.bool:
         raise ValueError(f"decoding: expected first tokens (batch,) integers, found {tuple(first.shape)} {first.dtype}")
     if max_length < 1 or not 0 <= min_length < max_length:
@@ -212,8 +245,8 @@ def check_start(cache: Tree, shared: Tree, first: Tensor, end: int | None, max_l
     for part, leaves in (("cache", tree.items(cache)), ("shared", tree.items(shared))):
         for name, leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != first.shape[0]:
-                found = f"'{name}' of {part} is {tuple(leaf.shape)}"
-                raise ValueError(f"decoding: {found}; expected {first.shape[0]} rows, one an example")
+                shape = f"'{name}' of {part} is {tuple(leaf.shape)}"
+                raise ValueError(f"decoding: {shape}; expected {first.shape[0]} rows, one per example")
 
 
 def check_scores(scores: Tensor) -> None:
@@ -221,8 +254,8 @@ def check_scores(scores: Tensor) -> None:
         raise ValueError("decoding: the step gave logits with NaN, or with -inf for every token")
 
 
-def starting_places(position: int | Tensor, first: Tensor, cache: Tree, axis: int | None) -> tuple[Tensor, int, int]:
-    """The position as a tensor, () or (batch,), the largest as a number, and how many places the cache has."""
+def starting_positions(position: int | Tensor, first: Tensor, cache: Tree, axis: int | None) -> tuple[Tensor, int, int]:
+    """The position as a tensor, () or (batch,), the largest as a number, and the positions that the cache has."""
     position = torch.as_tensor(position, dtype=torch.int64, device=first.device)
     if position.ndim and position.shape != first.shape:
         raise ValueError(f"decoding: expected a position, or {len(first)}, found {tuple(position.shape)}")
@@ -231,16 +264,16 @@ def starting_places(position: int | Tensor, first: Tensor, cache: Tree, axis: in
     sizes = {leaf.shape[axis] if 0 < axis < leaf.ndim else 0 for leaf in tree.leaves(cache)}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
-            f"decoding: axis {axis} is not the places of every leaf of the cache; it is {sorted(sizes)} long"
+            f"decoding: axis {axis} is not the positions of every leaf of the cache; its sizes are {sorted(sizes)}"
         )
     return position, int(position.max()), sizes.pop()
 
 
-def with_room(cache: Tree, axis: int | None, places: int, chunk: int) -> Tree:
-    """The cache with at least so many places along the axis; zeros are added in chunks."""
+def with_room(cache: Tree, axis: int | None, positions: int, chunk: int) -> Tree:
+    """The cache with at least `positions` positions along the axis; zeros are added in chunks."""
     if axis is None:
         return cache
-    missing = places - tree.leaves(cache)[0].shape[axis]
+    missing = positions - tree.leaves(cache)[0].shape[axis]
     if missing <= 0:
         return cache
     added = -(-missing // chunk) * chunk
@@ -261,7 +294,7 @@ def without_end(scores: Tensor, end: int | None) -> Tensor:
 
 
 def remaining(done: Tensor, batch_sizes: Sequence[int] | None) -> Tensor | None:
-    """The places of a batch that go on, and finished ones that fill it to a size that is allowed; None for all."""
+    """Indices of the rows that go on, and of finished ones that fill the batch to an allowed size; None for all."""
     flags = done.tolist()
     going = [i for i, stops in enumerate(flags) if not stops]
     if going and batch_sizes is not None:

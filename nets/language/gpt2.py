@@ -8,6 +8,7 @@ one more at the end). In both the output layer is the token embedding again:
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,21 +19,30 @@ from core import initializers, random
 from core.attention import Cache, empty_cache
 from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
 from nets.blocks.transformer_block import block, block_spec, cached_block
-from nets.language.decoding import choose
+from nets.language.decoding import choose, occurrences, penalise_repetition
 from nets.weights import Rename, WeightsError, fill, read, read_config
 
 
 @dataclass(frozen=True)
 class Config:
     vocabulary: int = 50257
+    """Tokens that the embedding and the output layer know."""
     context: int = 1024
+    """Maximal number of tokens in a sequence."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 12
+    """Attention heads per block."""
     width: int = 768
+    """Size of the hidden states; the MLPs have four times as many hidden units."""
     dropout: float = 0.1
+    """Dropout rate of the embeddings, the attention weights and both residual branches."""
     bias: bool = True
-    norm_first: bool = True  # False is GPT of 2018
-    attention: str = "auto"  # as in core.attention.attention
+    """Biases in the linear layers and the norms."""
+    norm_first: bool = True
+    """Norm before each branch (GPT-2) or after each residual sum (GPT of 2018)."""
+    attention: str = "auto"
+    """Method of `core.attention.attention`: auto, explicit or fused."""
 
     def __post_init__(self):
         for name in ("vocabulary", "context", "layers", "heads", "width"):
@@ -57,7 +67,7 @@ PRESETS = {
 
 
 def spec(cfg: Config) -> dict:
-    """Normal(0, 0.02) everywhere; matrices that write into the residual stream get 0.02 / sqrt(2 layers) (GPT-2)."""
+    """N(0, 0.02^2) everywhere; GPT-2's matrices that write into the residual stream get 0.02 / sqrt(2 layers)."""
     init = initializers.normal(0.02)
     residual = initializers.normal(0.02 / math.sqrt(2 * cfg.layers)) if cfg.norm_first else init
     one_block = block_spec(cfg.width, cfg.heads, 4 * cfg.width, bias=cfg.bias, init=init, residual_init=residual)
@@ -78,73 +88,69 @@ def _check_tokens(tokens: Tensor) -> None:
 
 def _check_length(cfg: Config, time: int) -> None:
     if time > cfg.context:
-        raise ValueError(f"gpt2: {time} tokens are more than the context of {cfg.context}")
+        raise ValueError(f"gpt2: {time} tokens exceed the context of {cfg.context}")
 
 
 def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """The last hidden layer. tokens: (batch, time) integers -> (batch, time, width)."""
+    """Last hidden states: tokens (batch, time) integers -> (batch, time, width). Arguments as in `apply`."""
     _check_tokens(tokens)
     _check_length(cfg, tokens.shape[1])
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"gpt2: training with dropout {cfg.dropout} draws random numbers; pass key=")
-    x = embedding(params["tokens"], tokens) + params["positions"]["weight"][: tokens.shape[1]]
+    batch, time = tokens.shape
+    x = embedding(params["tokens"], tokens) + params["positions"]["weight"][:time]  # (batch, time, width)
     drops = [None] * cfg.layers
     if dropping:
         weights_key, values_key = random.sites(key, 2).unbind(0)
-        batch, time = tokens.shape
         on_weights = dropout_sites(weights_key, cfg.layers, (batch, cfg.heads, time, time), cfg.dropout)
         first, *on_values = dropout_sites(values_key, 1 + 2 * cfg.layers, tuple(x.shape), cfg.dropout)
         drops = list(zip(on_weights, on_values[0::2], on_values[1::2], strict=True))
         x = first(x)
+    options = {"norm_first": cfg.norm_first, "causal": True, "method": cfg.attention}
     for p, drop in zip(params["blocks"], drops, strict=True):
-        x = block(
-            p,
-            x,
-            cfg.heads,
-            norm_first=cfg.norm_first,
-            causal=True,
-            drops=drop,
-            method=cfg.attention,
-        )
+        x = block(p, x, cfg.heads, drops=drop, **options)
     return layer_norm(params["norm"], x) if cfg.norm_first else x
 
 
 def logits(params: dict, x: Tensor) -> Tensor:
-    """Hidden states (..., width) -> scores of the next token (..., vocabulary)."""
-    return x @ params["tokens"]["weight"].T
+    """Logits of the next token: hidden states (..., width) -> (..., vocabulary)."""
+    return x @ params["tokens"]["weight"].T  # (..., vocabulary)
 
 
 def apply(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
-    """Scores of each next token.
+    """Logits of the next token at every position.
 
     Args:
-        tokens: (batch, time) integers below `cfg.vocabulary`; time at most `cfg.context`.
-        key: (2,) or one an example (batch, 2); needed in training if there is dropout.
+        tokens: (batch, time) integers below `cfg.vocabulary`; time up to `cfg.context`.
+        key: (2,) or one per example (batch, 2); needed in training with dropout.
 
     Returns:
         logits, (batch, time, vocabulary).
+
+    Raises:
+        ValueError: tokens of another shape or longer than the context, no key where one is needed.
     """
     return logits(params, features(params, tokens, cfg, key=key, train=train))
 
 
-def empty_caches(params: dict, cfg: Config, batch: int, places: int) -> list[Cache]:
-    """One cache a layer with room for `places` tokens, of the parameters' dtype and device."""
-    _check_length(cfg, places)
+def empty_caches(params: dict, cfg: Config, batch: int, positions: int) -> list[Cache]:
+    """One cache per layer with room for `positions` tokens, of the parameters' dtype and device."""
+    _check_length(cfg, positions)
     like = params["tokens"]["weight"]
     depth = cfg.width // cfg.heads
-    return [empty_cache(batch, cfg.heads, places, depth, like.dtype, like.device) for _ in range(cfg.layers)]
+    return [empty_cache(batch, cfg.heads, positions, depth, like.dtype, like.device) for _ in range(cfg.layers)]
 
 
 def decode(
     params: dict, tokens: Tensor, caches: list[Cache], position: Tensor, cfg: Config, *, donate: bool = False
 ) -> tuple[Tensor, list[Cache]]:
-    """Scores after the next tokens, given all tokens before them in the caches.
+    """Logits after the next tokens, given all tokens before them in the caches.
 
     Args:
         tokens: (batch, time); a whole prompt at position 0, later one token at a time.
-        position: (batch,) the place of each example's first new token.
-        donate: the buffers of the caches may be overwritten; they must not be used again. Otherwise they are copied.
+        position: (batch,) position of each example's first new token.
+        donate: overwrite the buffers of the caches, which must not be used again; otherwise they are copied.
 
     Returns:
         logits (batch, time, vocabulary) and the new caches.
@@ -154,8 +160,8 @@ def decode(
     # Few kernels count most in eager mode; compiled, the explicit form is faster for a single query on a CPU.
     method = "fused" if cfg.attention == "auto" and not torch.compiler.is_compiling() else cfg.attention
     options = {"norm_first": cfg.norm_first, "method": method, "donate": donate}
-    places = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    x = embedding(params["tokens"], tokens) + embedding(params["positions"], places)
+    positions = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (batch, time)
+    x = embedding(params["tokens"], tokens) + embedding(params["positions"], positions)  # (batch, time, width)
     updated = []
     for p, cache in zip(params["blocks"], caches, strict=True):
         x, cache = cached_block(p, x, cache, position, cfg.heads, **options)
@@ -164,11 +170,11 @@ def decode(
     return logits(params, x), updated
 
 
-def _restart(history: Tensor, lengths: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The last `keep` tokens of each example (fewer where there are fewer), moved to the front, and how many."""
-    kept = lengths.clamp(max=keep)
-    index = (lengths - kept)[:, None] + torch.arange(keep, device=history.device)
-    return history.gather(1, index.clamp(max=history.shape[1] - 1)), kept
+def _restart(history: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of each example, up to `room`, moved to the front, (batch, room), and their number, (batch,)."""
+    count = lengths.clamp(max=room)
+    index = (lengths - count)[:, None] + torch.arange(room, device=history.device)  # (batch, room)
+    return history.gather(1, index.clamp(max=history.shape[1] - 1)), count
 
 
 def stream(
@@ -182,19 +188,28 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    end: int | None = None,
+    padding: int = 0,
     decode: Callable = decode,
 ) -> Iterator[Tensor]:
-    """Yield the next token of each example, `steps` times, through a key-value cache.
+    """Yield the next token of each example, up to `steps` times, through a key-value cache.
 
     When the longest example has filled the context, the last half of each (more, if few tokens are to come) is read
     again as a new prompt, so a text may go on for longer than the context. Up to there an example gets the same tokens
     in a batch of any size; past it, this depends on the longest one.
 
     Args:
-        prompt: (batch, time) integers, at least one a row; of one longer than the context, the end is read.
-        lengths: (batch,) how many tokens of each row are its prompt, if not all; what lies behind is ignored.
-        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key an example, (batch, 2).
+        prompt: (batch, time) integers, at least one per row; of one longer than the context, the end is read. One row
+            (1, time) with several keys (n, 2) is sampled n times.
+        lengths: (batch,) length of each row's prompt, by default all of the row; what follows it is ignored.
+        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key per example, (batch, 2).
         temperature, top_k, top_p: as in `nets.language.decoding.choose`; temperature 0 is greedy.
+        repetition_penalty: penalty of tokens that the prompt or the text so far contains, as in
+            `nets.language.decoding.penalise_repetition`. Default 1, none.
+        end: id of the token that ends a text; the stream stops once every example has ended. Default None: after
+            `steps` tokens.
+        padding: token id that fills positions after `end`. Default 0.
         decode: this module's `decode`, or a compiled form of it.
 
     Yields:
@@ -204,47 +219,63 @@ def stream(
         ValueError: at the first token: an empty prompt, lengths that do not fit it, or an option outside its range.
     """
     _check_tokens(prompt)
+    if end is not None and not 0 <= end < cfg.vocabulary:
+        raise ValueError(f"gpt2: the end token is {end}; expected an id below {cfg.vocabulary}, or None")
+    if key is not None and key.ndim == 2 and len(prompt) == 1:
+        prompt = prompt.expand(len(key), -1)  # (n, time)
+        lengths = lengths.expand(len(key)) if lengths is not None and len(lengths) == 1 else lengths
     batch, time = prompt.shape
     lengths = torch.full((batch,), time, device=prompt.device) if lengths is None else lengths.to(torch.int64)
     if lengths.shape != (batch,) or int(lengths.max()) > time:
-        raise ValueError(f"gpt2: expected {batch} lengths of at most {time}, found {lengths.tolist()}")
+        raise ValueError(f"gpt2: expected {batch} lengths up to {time}, found {lengths.tolist()}")
     if int(lengths.min()) < 1:
         raise ValueError("gpt2: generation needs a prompt of at least one token")
     prompt = prompt.to(torch.int64)
-    history = torch.cat([prompt, prompt.new_zeros(batch, steps)], dim=1)
+    history = torch.cat([prompt, prompt.new_zeros(batch, steps)], dim=1)  # (batch, time + steps)
     rows = torch.arange(batch, device=prompt.device)
-    # The last token that is drawn is never read, so it needs no place.
-    places = min(cfg.context, time + steps - 1)
-    room = places - min(steps - 1, places // 2)  # how much of the past fits beside the tokens to come
-    restarts = time + steps - 1 > places
-    token, longest = prompt[:, 0], places  # as if the cache were full, so that the prompt is read first
+    done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    present = None if repetition_penalty == 1.0 else occurrences(prompt, lengths, cfg.vocabulary)
+    # The last token that is drawn is never read, so it needs no position.
+    positions = min(cfg.context, time + steps - 1)
+    room = positions - min(steps - 1, positions // 2)  # how much of the past fits beside the tokens to come
+    restarts = time + steps - 1 > positions
+    token, longest = prompt[:, 0], positions  # as if the cache were full, so that the prompt is read first
     for t in range(steps):
-        if longest == places:
-            window, position = (prompt, lengths) if t == 0 and time <= places else _restart(history, lengths, room)
+        if longest == positions:
+            window, position = (prompt, lengths) if t == 0 and time <= positions else _restart(history, lengths, room)
             start = torch.zeros_like(position)
-            caches = empty_caches(params, cfg, batch, places)
+            caches = empty_caches(params, cfg, batch, positions)
             scores, caches = decode(params, window, caches, start, cfg, donate=True)
-            scores, longest = scores[rows, position - 1], int(position.max())
+            scores, longest = scores[rows, position - 1], int(position.max())  # (batch, vocabulary)
         else:
             scores, caches = decode(params, token[:, None], caches, position, cfg, donate=True)
-            scores, position, longest = scores[:, -1], position + 1, longest + 1
+            scores, position, longest = scores[:, -1], position + 1, longest + 1  # (batch, vocabulary)
+        if present is not None:
+            scores = penalise_repetition(scores, present, repetition_penalty)
         step_key = None if key is None else random.fold_in(key, t)
-        token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)  # (batch,)
+        if end is not None:
+            token = torch.where(done, padding, token)
+            done = done | (token == end)
+        if present is not None:
+            present = present.scatter(1, token[:, None], True)
         if restarts:
             history[rows, lengths] = token
             lengths = lengths + 1
         yield token
+        if end is not None and bool(done.all()):
+            return
 
 
 def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, **options) -> Tensor:
-    """The new tokens, (batch, steps); the options are those of `stream`."""
+    """New tokens, (batch, steps), or with `end` as many as the longest text has. The options are those of `stream`."""
     if steps < 1:
         raise ValueError(f"gpt2: steps is {steps}; expected at least 1")
-    return torch.stack(list(stream(params, prompt, cfg, steps, **options)), dim=1)
+    return torch.stack(list(stream(params, prompt, cfg, steps, **options)), dim=1)  # (batch, steps)
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> those of transformers' GPT2Model and OpenAIGPTModel, whose matrices are stored transposed."""
+    """Our names -> those of transformers' GPT2Model and OpenAIGPTModel, which store matrices transposed."""
     tokens, positions = ("wte", "wpe") if cfg.norm_first else ("tokens_embed", "positions_embed")
     table = {"tokens.weight": Rename(f"{tokens}.weight"), "positions.weight": Rename(f"{positions}.weight")}
     layers = {
@@ -268,22 +299,27 @@ def published_config(config: dict) -> Config:
     """Our configuration from the `config.json` of transformers.
 
     Raises:
-        WeightsError: another kind of model, or a variant that computes something else.
+        WeightsError: another kind of model, or an entry with a value that makes another function, by name.
     """
     kind = config.get("model_type")
     if kind not in ("gpt2", "openai-gpt"):
         raise WeightsError(f"the configuration is of model_type '{kind}', expected 'gpt2' or 'openai-gpt'")
     fixed = {
         "activation_function": "gelu_new",
+        "add_cross_attention": False,
         "afn": "gelu",
         "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
     }
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise WeightsError(f"the configuration has {name}={config[name]!r}; only {value!r} is supported")
+    rates = {name: config.get(name, 0.1) for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+    if len(set(rates.values())) > 1:
+        different = ", ".join(f"{name}={rate!r}" for name, rate in rates.items())
+        raise WeightsError(f"the configuration has {different}; only one dropout rate for all three is supported")
     if config.get("n_inner") not in (None, 4 * config.get("n_embd", 768)):
         raise WeightsError(f"the configuration has n_inner={config['n_inner']}; expected 4 * n_embd")
     base = PRESETS["gpt2" if kind == "gpt2" else "gpt"]
@@ -298,15 +334,25 @@ def published_config(config: dict) -> Config:
         raise WeightsError(f"the configuration makes no model: {error}") from error
 
 
+def _without_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Old files also hold each layer's causal mask, which is no parameter: left out, once it is known to be one."""
+    for name, x in state.items():
+        if name.endswith(".attn.bias") and not (x.ndim > 1 and torch.equal(x.bool(), torch.ones_like(x).tril().bool())):
+            raise WeightsError(f"GPT weights: '{name}' of shape {tuple(x.shape)} is not a causal mask")
+        if name.endswith(".attn.masked_bias") and not (x.numel() == 1 and float(x) < -9e3):
+            raise WeightsError(f"GPT weights: '{name}' of shape {tuple(x.shape)} is not the -1e4 of a masked score")
+    return {name: x for name, x in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+
+
 def from_published(state: dict[str, Tensor], cfg: Config) -> dict:
     """Parameters from the tensors of a published GPT or GPT-2.
 
     Raises:
         WeightsError: naming the first tensor that is missing, left over or misshapen.
     """
-    state = {name.removeprefix("transformer."): value for name, value in state.items()}
-    # Old files also hold the causal mask; it is no parameter.
-    state = {n: x for n, x in state.items() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
+    # Prefixes of the model with its head, of DistributedDataParallel and of torch.compile.
+    state = {re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name): x for name, x in state.items()}
+    state = _without_masks(state)
     head = state.pop("lm_head.weight", None)
     params = fill(spec(cfg), state, rename_table(cfg), "GPT-2 weights" if cfg.norm_first else "GPT weights")
     if head is not None and not torch.equal(head.to(torch.float32), params["tokens"]["weight"]):

@@ -1,10 +1,11 @@
 """Marian: published translation models, those of transformers' MarianMTModel, as `nets.language.transformer`.
 
-Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++" (arXiv:1804.00344). They are the paper's
-transformer with all sines in front of all cosines, and a bias of the logits; their targets begin with the padding
-token.
+Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++" (arXiv:1804.00344). They are the
+transformer of Vaswani et al. 2017 with all sines before all cosines, and a bias of the logits; their targets begin with
+the padding token.
 """
 
+import re
 from itertools import product
 
 import torch
@@ -53,7 +54,7 @@ def published_config(config: dict) -> Config:
     """Our configuration from the `config.json` of transformers.
 
     Raises:
-        WeightsError: another kind of model, or a variant that computes something else.
+        WeightsError: another kind of model, or an entry with a value that makes another function, by name.
     """
     if config.get("model_type") != "marian":
         raise WeightsError(f"the configuration is of model_type '{config.get('model_type')}', expected 'marian'")
@@ -91,7 +92,7 @@ def published_config(config: dict) -> Config:
 
 
 def _untie(state: dict[str, Tensor], cfg: Config) -> None:
-    """Leave one of the tied tables, under its name in the rename table."""
+    """Reduce tied tables to one, under its name in the rename table."""
     head, shared = "lm_head.weight", "model.shared.weight"
     inputs = [f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
     if not cfg.shared:
@@ -110,19 +111,20 @@ def from_published(state: dict[str, Tensor], cfg: Config) -> dict:
     Raises:
         WeightsError: naming the first tensor that is missing, left over or misshapen.
     """
-    state = dict(state)
+    # Prefixes of DistributedDataParallel and of torch.compile.
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}
     _untie(state, cfg)
     if "final_logits_bias" in state:
         state["final_logits_bias"] = state["final_logits_bias"].flatten()
     # Old files also hold the positions; they are no parameters.
     for name in (f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")):
-        found = state.pop(name, None)
-        if found is None:
+        table = state.pop(name, None)
+        if table is None:
             continue
-        wanted = sinusoids(torch.arange(cfg.context), cfg.width, halves=True)
-        if found.shape != wanted.shape or (found - wanted).abs().max() > 1e-2:
+        expected = sinusoids(torch.arange(cfg.context), cfg.width, halves=True)  # (context, width)
+        if table.shape != expected.shape or (table - expected).abs().max() > 1e-2:
             raise WeightsError(
-                f"{WHAT}: '{name}' of shape {tuple(found.shape)} are not the sines and cosines of Marian"
+                f"{WHAT}: '{name}' of shape {tuple(table.shape)} are not the sines and cosines of Marian"
             )
     return fill(spec(cfg), state, rename_table(cfg), WHAT)
 

@@ -1,9 +1,11 @@
-"""Published weights: every kind of file is read, and whatever is wrong with one is said in a line."""
+"""Published weights: every kind of file is read, and each fault of one is a line that names it."""
 
+import argparse
 import json
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +17,18 @@ from safetensors.torch import save_file
 
 from core import random, spec, tree
 from core.layers import batch_norm_spec, linear_spec
-from nets.weights import Rename, WeightsError, fill, locate, read, read_config
+from nets.weights import (
+    ENTRIES,
+    PREFIXES,
+    SUFFIXES,
+    Rename,
+    WeightsError,
+    fill,
+    locate,
+    read,
+    read_config,
+    strip_prefixes,
+)
 
 SPEC = {"head": linear_spec(3, 2), "norm": batch_norm_spec(3)}
 TABLE = {
@@ -29,7 +42,7 @@ TABLE = {
 
 
 def tensors():
-    """What a file of these weights holds, in another library's names and layout."""
+    """The content of a file of these weights, in another library's names and layout."""
     shapes = {"bn.beta": (3,), "bn.gamma": (3,), "bn.mean": (3,), "bn.var": (3,), "fc.b": (2,), "fc.w": (3, 2)}
     keys = random.split(random.key(0), len(shapes)).unbind(0)
     return {name: random.normal(key, shape) for (name, shape), key in zip(shapes.items(), keys, strict=True)}
@@ -149,6 +162,12 @@ class Writes:
         return os.mkdir, (str(self.path),)
 
 
+def program(path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
+
+
 def index(folder: Path, text: str):
     (folder / "model.safetensors.index.json").write_text(text)
 
@@ -167,9 +186,20 @@ FAULTS = {
     "garbled pickle": (lambda d: (d / BIN).write_bytes(b"not a pickle"), UNREADABLE),
     "empty file": (lambda d: (d / SAFE).touch(), UNREADABLE),
     "empty pickle": (lambda d: (d / BIN).touch(), UNREADABLE),
-    "a list": (lambda d: torch.save([torch.zeros(2)], d / BIN), "something other than named tensors"),
-    "numbers": (lambda d: torch.save({"epoch": 3}, d / BIN), "something other than named tensors"),
+    "a list": (lambda d: torch.save([torch.zeros(2)], d / BIN), "something other than named tensors: a list; expected"),
+    "numbers": (
+        lambda d: torch.save({"epoch": 3, "model": {"lr": 0.1}}, d / BIN),
+        "something other than named tensors: the entries 'epoch', 'model'; expected tensors by name, alone or as one",
+    ),
     "no names": (lambda d: torch.save({0: torch.zeros(2)}, d / BIN), "something other than named tensors"),
+    "a module": (
+        lambda d: torch.save(torch.nn.Linear(2, 2), d / BIN),
+        r"it holds a torch.nn.modules.linear.Linear, which could run code; save its tensors alone with torch.save\(mod",
+    ),
+    "a program": (
+        lambda d: program(d / BIN),
+        r"it is a program in TorchScript; save its tensors alone with torch.save\(mod",
+    ),
     "index is not JSON": (lambda d: index(d, "{"), "not readable as JSON"),
     "index is a list": (lambda d: index(d, "[]"), "holds no JSON object"),
     "index without map": (lambda d: index(d, "{}"), "no 'weight_map'"),
@@ -190,12 +220,42 @@ def test_a_damaged_file_is_named_in_one_line(fault, tmp_path):
     with pytest.raises(WeightsError, match=message) as raised:
         read(str(tmp_path))
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)  # torch advises to switch it off
 
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "weights.npz").touch()
     with pytest.raises(WeightsError, match="no weights file; expected one of .safetensors"):
         read(str(tmp_path / "weights.npz"))
+    (tmp_path / "weights.tar").touch()
+    with pytest.raises(WeightsError, match="no weights file; expected one of .*, .ckpt, .pth.tar"):
+        read(str(tmp_path / "weights.tar"))
+
+
+# Checkpoints that hold more than tensors, under names with prefixes.
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".safetensors"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_tensors_of_a_checkpoint(entry, suffix, tmp_path):
+    path = tmp_path / f"last{suffix}"
+    content = {entry: tensors(), "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}}
+    torch.save(content, path)
+    torch.testing.assert_close(read(str(path)), tensors(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "module._orig_mod.", "model.backbone.module."])
+def test_prefixes_of_wrappers(prefix, tmp_path):
+    state = {prefix + name: x for name, x in tensors().items()}
+    stripped, what = strip_prefixes(state)
+    assert what == prefix
+    torch.testing.assert_close(stripped, tensors(), rtol=0, atol=0)
+    torch.save(state, tmp_path / "a.pt")
+    torch.testing.assert_close(read(str(tmp_path / "a.pt")), tensors(), rtol=0, atol=0)
+    # Some formats have such a prefix in their own names.
+    torch.testing.assert_close(read(str(tmp_path / "a.pt"), prefixes=()), state, rtol=0, atol=0)
+    mixed = {**state, "step": torch.zeros(())}
+    assert strip_prefixes(mixed) == (mixed, "") and strip_prefixes({}) == ({}, "")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff"])
@@ -232,30 +292,38 @@ def test_code_in_a_pickle_does_not_run(form, tmp_path):
 
 def test_fill_renames_and_transposes():
     state = tensors()
-    found = fill(SPEC, state, TABLE)
-    assert torch.equal(found["head"]["weight"], state["fc.w"].T) and found["head"]["weight"].is_contiguous()
+    values = fill(SPEC, state, TABLE)
+    assert torch.equal(values["head"]["weight"], state["fc.w"].T) and values["head"]["weight"].is_contiguous()
     for ours, theirs in (("bias", "bn.beta"), ("mean", "bn.mean"), ("var", "bn.var"), ("weight", "bn.gamma")):
-        assert torch.equal(found["norm"][ours], state[theirs])
-    # A Stat that the file does not have starts as it always does.
-    assert found["norm"]["count"] == 0
-    spec.check(SPEC, found)
-    assert list(found) == sorted(found) and list(found["norm"]) == sorted(found["norm"])
+        assert torch.equal(values["norm"][ours], state[theirs])
+    # A Stat that the file does not have keeps its initial value.
+    assert values["norm"]["count"] == 0
+    spec.check(SPEC, values)
+    assert list(values) == sorted(values) and list(values["norm"]) == sorted(values["norm"])
 
 
 def test_fill_gives_values_of_its_own():
     state = {name: torch.nn.Parameter(x.to(torch.bfloat16)) for name, x in tensors().items()}
-    found = fill(SPEC, state, TABLE)
-    for name, leaf in tree.items(found):
+    values = fill(SPEC, state, TABLE)
+    for name, leaf in tree.items(values):
         assert leaf.dtype == torch.float32 and not leaf.requires_grad, name
     with torch.no_grad():
         state["fc.b"].zero_()
-    assert (found["head"]["bias"] != 0).all()
+    assert (values["head"]["bias"] != 0).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fc.w": None}, r"test: 'fc.w' is missing; expected for 'head.weight' \(2, 3\)"),
+        (
+            {"fc.w": None},
+            r"test: 'fc.w' is missing; expected for 'head.weight' \(2, 3\); the file has 'fc.b', .* and 2 more$",
+        ),
+        (
+            {"fc.w": None, "head.w": torch.zeros(3, 2)},
+            r"'fc.w' is missing; expected for 'head.weight' \(2, 3\); the file has 'head.w'$",
+        ),
+        (dict.fromkeys(tensors()), r"'fc.b' is missing; expected for 'head.bias' \(2,\); the file has no tensors$"),
         ({"fc.w": torch.zeros(2, 3)}, r"'fc.w' has shape \(2, 3\), expected \(3, 2\) for 'head.weight'"),
         ({"bn.var": torch.zeros(4)}, r"'bn.var' has shape \(4,\), expected \(3,\) for 'norm.var'"),
         ({"fc.b": torch.zeros(2, dtype=torch.int8)}, "'fc.b' holds torch.int8, expected floating-point"),
@@ -274,8 +342,8 @@ def test_fill_joins_several_tensors_along_the_first_axis(transposed):
     state = {name: x for name, x in zip(("q.b", "k.b"), torch.arange(5.0).split([3, 2]), strict=True)}
     weight = torch.arange(20.0).reshape(5, 4)
     state |= {name: x.T if transposed else x for name, x in zip(("q.w", "k.w"), weight.split([3, 2]), strict=True)}
-    found = fill(linear_spec(4, 5), state, table)
-    assert torch.equal(found["weight"], weight) and torch.equal(found["bias"], torch.arange(5.0))
+    values = fill(linear_spec(4, 5), state, table)
+    assert torch.equal(values["weight"], weight) and torch.equal(values["bias"], torch.arange(5.0))
 
     with pytest.raises(WeightsError, match="'k.w' is missing; expected for 'weight'"):
         fill(linear_spec(4, 5), {name: x for name, x in state.items() if name != "k.w"}, table)

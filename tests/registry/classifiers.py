@@ -1,4 +1,4 @@
-"""Nets that see images and tell classes."""
+"""Image classifiers."""
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from nets.classifiers import (
 )
 from tests.registry.face import Net, images, net, published, register, vectors
 
-# A net of this file: until a larger one does, it shows that the laws hold for Stats, taps and outputs that are trees.
+# A net of this file, for Stats, taps and an output that is a tree.
 
 CONVOLUTIONAL = {
     "conv1": conv_spec(3, 6, 3, bias=False),
@@ -51,7 +51,7 @@ def convolutional(params: Tree, x: Tensor, key: Tensor | None, train: bool) -> T
     return {"features": pooled, "logits": linear(params["head"], pooled)}
 
 
-# The bias of a convolution in front of batch norm is taken out by the norm.
+# Batch norm cancels the bias of the convolution before it.
 register(Net("convolutional", CONVOLUTIONAL, convolutional, images(3, 8), zero=("conv2.bias",)))
 
 net("mlp", mlp, mlp.Config((6, 8, 7, 3), activation="tanh"), vectors(6))
@@ -65,7 +65,7 @@ net("resnet, padding", resnet, resnet.Config((1, 1), shortcut="padding", **RESNE
 published(
     resnet,
     {
-        # As torchvision's (tests/nets/classifiers/test_resnet.py).
+        # As torchvision's (tests/registry/classifier_references.py).
         "resnet18": 11_689_512,
         "resnet34": 21_797_672,
         "resnet50": 25_557_032,
@@ -80,12 +80,12 @@ published(
 )
 
 CONVNEXT = {"depths": (1, 2), "widths": (4, 6), "layer_scale": 0.1, "classes": 5}
-net("convnext", convnext, convnext.Config(**CONVNEXT, stochastic_depth=0.5), images(3, 9), draws=True)
-net("convnext, no depth", convnext, convnext.Config(**CONVNEXT, stochastic_depth=0.0), images(3, 8))
+net("convnext", convnext, convnext.Config(**CONVNEXT, stochastic_depth=0.0), images(3, 9))
+net("convnext, stochastic depth", convnext, convnext.Config(**CONVNEXT, stochastic_depth=0.5), images(3, 8), draws=True)
 published(
     convnext,
     {
-        # As torchvision's (tests/nets/classifiers/test_convnext.py).
+        # As torchvision's (tests/registry/classifier_references.py).
         "convnext_tiny": 28_589_128,
         "convnext_small": 50_223_688,
         "convnext_base": 88_591_464,
@@ -101,7 +101,7 @@ net("vit, dropout", vit, vit.Config(**VIT, **RATES), images(3, 8), draws=True)
 published(
     vit,
     {
-        # As torchvision's, and timm's for the small ones (tests/nets/classifiers/test_vit.py).
+        # As torchvision's, and timm's for the small ones (tests/registry/classifier_references.py).
         "vit_ti_16": 5_717_416,
         "vit_s_16": 22_050_664,
         "vit_b_16": 86_567_656,
@@ -150,12 +150,12 @@ net(
 V1 = {"": 4_231_976, "-0.75": 2_585_560, "-0.5": 1_331_592, "-0.25": 470_072}
 published(mobilenet_v1, {f"mobilenet_v1{width}": count for width, count in V1.items()})
 
-# A shift of what a block gives out is taken out by the norm behind the next 1x1 convolution.
+# The norm after the next 1x1 convolution cancels a shift of a block's output.
 PROJECTED = ("stages.*.project.norm.bias",)
 net(
     "mobilenet_v2",
     mobilenet_v2,
-    mobilenet_v2.Config(1.0, (mobilenet_v2.Stage(1, 8, 1, 1), mobilenet_v2.Stage(2, 8, 2, 2)), last=12, **MOBILENET),
+    mobilenet_v2.Config(1.0, (mobilenet_v2.Stage(1, 8, 1, 1), mobilenet_v2.Stage(2, 8, 1, 2)), last=12, **MOBILENET),
     images(3, 8),
     draws=True,
     zero=PROJECTED,
@@ -167,8 +167,8 @@ net(
     mobilenet_v3,
     mobilenet_v3.Config(
         (
-            (mobilenet_v3.Block(3, 8, 8, True, "relu"),),
-            (mobilenet_v3.Block(5, 16, 8, False, "hard_swish", 2), mobilenet_v3.Block(3, 16, 8, True, "hard_swish")),
+            (mobilenet_v3.Block(3, 8, 8, False, "relu"),),
+            (mobilenet_v3.Block(5, 16, 8, True, "hard_swish", 2),),
         ),
         8,
         **MOBILENET,
@@ -190,7 +190,7 @@ net("densenet, dropout", densenet, densenet.Config((1, 2), dropout=0.3, **DENSEN
 published(
     densenet,
     {
-        # As torchvision's (tests/nets/classifiers/test_densenet.py).
+        # As torchvision's (tests/registry/classifier_references.py).
         "densenet121": 7_978_856,
         "densenet161": 28_681_000,
         "densenet169": 14_149_480,
@@ -198,8 +198,8 @@ published(
     },
 )
 
-# Wide enough, and on small enough maps, that the max pooling behind a stage also meets windows of zeros: else the shift
-# of its norms is a constant, which the next norm takes out again.
+# Wide enough, with feature maps small enough, that the max pooling after a stage also meets windows of zeros: else the
+# shift of its norms is a constant, which the next norm cancels.
 INCEPTION_BLOCK = (12, 3, 12, 3, 12, 12)
 GOOGLENET = {
     "stem": (4, 6),
@@ -212,6 +212,6 @@ GOOGLENET = {
 net("googlenet", googlenet, googlenet.Config(**GOOGLENET), images(3, 16), draws=True)
 published(googlenet, {"googlenet": 13_004_888})
 
-INCEPTION = {"width": 2, "pooled": (2,), "inside": (), "last": 1, "aux_kernel": 1, "std": 0.3, "aux_std": 0.3}
+INCEPTION = {"width": 2, "pooled": (2,), "channels_7x7": (), "last": 1, "aux_kernel": 1, "std": 0.3, "aux_std": 0.3}
 net("inception", inception, inception.Config(**INCEPTION, classes=5), images(3, 107), draws=True)
 published(inception, {"inception_v3": 27_161_264})

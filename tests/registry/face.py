@@ -1,4 +1,4 @@
-"""How a net is registered: `net`, `player`, `published`, and the makers of example batches."""
+"""Registration of a net: `net`, `player`, `published`, and functions that make example batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ Batch = Callable[[Tensor, int], Tree]
 
 @dataclass(frozen=True, repr=False)
 class Net:
-    """A net as the laws see it.
+    """A net in the form that the laws use.
 
     Args:
         spec: its parameters, in a small configuration.
         apply: (params and Stats, x, key or None, train) -> a tensor or a tree of tensors, batch leading.
         batch: (key, n) -> x, an example batch of n; floating-point leaves are cast to the precision under test.
-        draws: whether training draws random numbers, and so needs a key.
+        draws: training draws random numbers, and so needs a key.
         zero: patterns (as in a shell) of the leaves whose gradient in training is identically zero.
     """
 
@@ -37,13 +37,13 @@ class Net:
 
     @property
     def mixes(self) -> bool:
-        """Whether training mixes the examples of a batch: batch norm does."""
+        """Training mixes the examples of a batch: there is batch norm."""
         return any(isinstance(leaf, spec.Stat) for leaf in tree.leaves(self.spec))
 
 
 @dataclass(frozen=True)
 class Published:
-    """The presets of a module, and the number of parameters that each of some was published with."""
+    """The presets of a module, and the parameter counts that some of them were published with."""
 
     spec: Callable[[Any], Tree]
     presets: dict[str, Any]
@@ -88,7 +88,10 @@ def two_players(module: ModuleType) -> Callable[[Any], Tree]:
 
 def published(module: ModuleType, counts: dict[str, int], spec: Callable[[Any], Tree] | None = None) -> None:
     """Register the presets of a module. The counts are without Stats; a weight used twice counts once."""
-    PUBLISHED[module.__name__.removeprefix("nets.")] = Published(spec or module.spec, module.PRESETS, counts)
+    name = module.__name__.rpartition(".")[2]
+    if unknown := counts.keys() - module.PRESETS.keys():
+        raise ValueError(f"'{name}' has no presets {', '.join(sorted(unknown))}")
+    PUBLISHED[name] = Published(spec or module.spec, module.PRESETS, counts)
 
 
 # Example batches.

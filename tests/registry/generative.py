@@ -75,7 +75,7 @@ player("cyclegan generator", cyclegan, "generator", cyclegan.Config(**CYCLEGAN),
 NEAREST = cyclegan.Config(**CYCLEGAN, upsample="nearest")
 player("cyclegan generator, nearest", cyclegan, "generator", NEAREST, images(2, 8))
 player("cyclegan critic", cyclegan, "critic_outputs", cyclegan.Config(**CYCLEGAN), images(2, 12))
-# The same, less the biases in front of norms, which these take out.
+# The same, less the biases before norms, which cancel them.
 published(cyclegan, {"paper": 11_378_179 - 5_248 + 2_764_737 - 896}, two_players(cyclegan))
 
 AUTOENCODER = {"size": 8, "channels": 2, "latent": 4, "code": 5, "width": 3}
@@ -153,7 +153,7 @@ conditional("autoencoder, convolutional, classes", autoencoder, CONDITIONAL, ima
 # 784, 400 and 20 numbers there and back, the 20 twice.
 published(autoencoder, {"mnist": 785 * 400 + 2 * 401 * 20 + 21 * 400 + 401 * 784})
 
-VQVAE = {"channels": 2, "width": 4, "blocks": 1, "inside": 3, "codes": 5, "code": 3}
+VQVAE = {"channels": 2, "width": 4, "blocks": 1, "hidden": 3, "codes": 5, "code": 3}
 net("vqvae", vqvae, vqvae.Config(**VQVAE), images(2, 4))
 net("vqvae, codebook by loss", vqvae, vqvae.Config(**VQVAE, codebook="loss"), images(2, 4))
 published(vqvae, {})

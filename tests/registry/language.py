@@ -6,7 +6,7 @@ from tests.registry.face import both, net, published, tokens
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
 net("gpt2", gpt2, gpt2.Config(**GPT, dropout=0.2), tokens(31, 10), draws=True)
 net("gpt2, no bias", gpt2, gpt2.Config(**GPT, dropout=0.0, bias=False), tokens(31, 10))
-net("gpt", gpt2, gpt2.Config(**GPT, dropout=0.1, norm_first=False), tokens(31, 10), draws=True)
+net("gpt2, norm last", gpt2, gpt2.Config(**GPT, dropout=0.1, norm_first=False), tokens(31, 10), draws=True)
 published(
     gpt2,
     {
@@ -25,11 +25,11 @@ published(
 # Token 0 is padding, here also between others.
 SENTENCES = {"source_vocabulary": 13, "target_vocabulary": 13, "heads": 2, "width": 8, "hidden": 12, "context": 9}
 PAIRS = both(tokens(13, 7), tokens(13, 5))
-net("transformer", transformer, transformer.Config(**SENTENCES, layers=2, dropout=0.0), PAIRS)
-SENTENCES |= {"layers": 1}
-net("transformer, dropout", transformer, transformer.Config(**SENTENCES, attention_dropout=0.2), PAIRS, draws=True)
-PRENORM = transformer.Config(**SENTENCES, dropout=0.2, norm_first=True, positions="halves", scale=False)
+PRENORM = transformer.Config(**SENTENCES, layers=2, dropout=0.2, norm_first=True, positions="halves", scale=False)
 net("transformer, norm first", transformer, PRENORM, PAIRS, draws=True)
+SENTENCES |= {"layers": 1}
+net("transformer", transformer, transformer.Config(**SENTENCES, dropout=0.0), PAIRS)
+net("transformer, dropout", transformer, transformer.Config(**SENTENCES, attention_dropout=0.2), PAIRS, draws=True)
 SENTENCES |= {"target_vocabulary": 11, "shared": False, "output_bias": True, "positions": "learned"}
 SEPARATE = transformer.Config(**SENTENCES, dropout=0.0, activation="silu", final_norms=True)
 net("transformer, separate embeddings", transformer, SEPARATE, both(tokens(13, 7), tokens(11, 5)))

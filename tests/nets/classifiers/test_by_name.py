@@ -14,7 +14,7 @@ TINY = resnet.Config((1, 1), width=4, stem="cifar", classes=5)
 
 
 def side(family, name):
-    """Pixels of the images that a preset is tried on: few, and not those that it is published for."""
+    """Side of the images that a preset is tried on: small, and not that of the published ones."""
     return {"alexnet": 64, "inception": 107, "lenet": 20, "mlp": 5, "vit": 42 if name == "vit_h_14" else 64}.get(
         family, 40
     )
@@ -24,20 +24,28 @@ def side(family, name):
 
 
 def test_every_family_is_there_and_no_two_presets_share_a_name(request):
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in (request.config.rootpath / "nets").glob("*.py")}
+    paths = (request.config.rootpath / "nets" / "classifiers").glob("*.py")
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     assert set(by_name.FAMILIES) == {name for name, text in texts.items() if "\ndef feature_maps(" in text}
     names = [name for _, name in PRESETS]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(("family", "name"), PRESETS, ids=[name for _, name in PRESETS])
-def test_every_preset_takes_other_images_and_classes(family, name):
-    """All on the meta device: shapes without values."""
-    size = side(family, name)
-    net, cfg = by_name.configured(name, channels=1, classes=7, size=size)
-    assert (net, type(cfg)) == (by_name.FAMILIES[family], type(by_name.find(name)[1]))
-    params, x = spec.abstract(net.spec(cfg)), torch.empty(2, 1, size, size, device="meta")
-    assert net.apply(params, x, cfg).shape == (2, 7)
+def test_every_preset_takes_other_images_and_classes(family, name, monkeypatch):
+    """All on the meta device, in the pass by which `configured` tries the images."""
+    net, size, shapes = by_name.FAMILIES[family], side(family, name), []
+    apply = net.apply
+
+    def recorded(params, x, cfg):
+        out = apply(params, x, cfg)
+        shapes.append((tuple(x.shape), tuple(out.shape)))
+        return out
+
+    monkeypatch.setattr(net, "apply", recorded)
+    module, cfg = by_name.configured(name, channels=1, classes=7, size=size)
+    assert (module, type(cfg)) == (net, type(by_name.find(name)[1]))
+    assert shapes == [((1, 1, size, size), (1, 7))]
 
 
 @pytest.mark.parametrize("family", by_name.FAMILIES)
@@ -127,17 +135,17 @@ def test_head_names():
     ],
     ids=["resnet", "lenet", "vit"],
 )
-def test_only_the_head_is_drawn_anew(net, cfg):
+def test_only_the_head_is_drawn(net, cfg):
     old = spec.init(random.key(0), net.spec(cfg))
     model = net.spec(dataclasses.replace(cfg, classes=3))
-    params, drawn = by_name.adopt(model, old, random.key(1))
+    params, new_names = by_name.adopt(model, old, random.key(1))
     spec.check(model, params)
-    assert drawn == ["head.bias", "head.weight"]
+    assert new_names == ["head.bias", "head.weight"]
     fresh = tree.flatten(spec.init(random.key(1), model))
     for name, x in tree.items(params):
-        assert torch.equal(x, fresh[name] if name in drawn else tree.get(old, name)), name
-    again, drawn = by_name.adopt(net.spec(cfg), old, random.key(1))
-    assert not drawn and tree.names(again) == tree.names(old)
+        assert torch.equal(x, fresh[name] if name in new_names else tree.get(old, name)), name
+    again, new_names = by_name.adopt(net.spec(cfg), old, random.key(1))
+    assert not new_names and tree.names(again) == tree.names(old)
 
 
 def test_adopt_draws_auxiliary_heads_that_are_missing_and_drops_those_that_are_left_over():
@@ -145,17 +153,24 @@ def test_adopt_draws_auxiliary_heads_that_are_missing_and_drops_those_that_are_l
     sizes = {"stem": (4, 6), "stages": ((block,), (block,) * 2, (block,)), "aux_sizes": (4, 8), "classes": 5}
     bare, full = googlenet.Config(**sizes, aux=False), googlenet.Config(**sizes)
     old = spec.init(random.key(0), googlenet.spec(bare))
-    params, drawn = by_name.adopt(googlenet.spec(full), old, random.key(1))
+    params, new_names = by_name.adopt(googlenet.spec(full), old, random.key(1))
     spec.check(googlenet.spec(full), params)
-    assert drawn and all(name.startswith("aux.") for name in drawn)
-    back, drawn = by_name.adopt(googlenet.spec(bare), params, random.key(1))
-    assert not drawn and all(torch.equal(x, y) for x, y in zip(tree.leaves(back), tree.leaves(old), strict=True))
+    assert new_names and all(name.startswith("aux.") for name in new_names)
+    back, new_names = by_name.adopt(googlenet.spec(bare), params, random.key(1))
+    assert not new_names and all(torch.equal(x, y) for x, y in zip(tree.leaves(back), tree.leaves(old), strict=True))
 
 
-def test_adopt_for_a_perceptron():
+def test_adopt_draws_the_head_of_a_net_without_one():
+    old, _ = tree.partition(spec.init(random.key(0), resnet.spec(TINY)), lambda name, _: not name.startswith("head."))
+    params, new_names = by_name.adopt(resnet.spec(TINY), old, random.key(1))
+    spec.check(resnet.spec(TINY), params)
+    assert new_names == ["head.bias", "head.weight"]
+
+
+def test_adopt_for_an_mlp():
     old = spec.init(random.key(0), mlp.spec(mlp.Config((4, 3, 2))))
-    params, drawn = by_name.adopt(mlp.spec(mlp.Config((4, 3, 6))), old, random.key(1))
-    assert drawn == ["layers.1.bias", "layers.1.weight"] and params["layers"][1]["weight"].shape == (6, 3)
+    params, new_names = by_name.adopt(mlp.spec(mlp.Config((4, 3, 6))), old, random.key(1))
+    assert new_names == ["layers.1.bias", "layers.1.weight"] and params["layers"][1]["weight"].shape == (6, 3)
     assert torch.equal(params["layers"][0]["weight"], old["layers"][0]["weight"])
 
 

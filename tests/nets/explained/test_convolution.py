@@ -41,8 +41,8 @@ def case(kernel, options, size=(9, 10)):
     return normal(0, 2, 4, *size), normal(1, 8, 4 // options.get("groups", 1), *kernel)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -50,8 +50,8 @@ def close(found, expected):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_torchs_convolution_with_its_gradients(way, kernel, options):
     x, weight = case(kernel, options)
-    found, expected = (f(x, weight, **options) for f in (WAYS[way], F.conv2d))
-    close(found, expected)
+    actual, expected = (f(x, weight, **options) for f in (WAYS[way], F.conv2d))
+    close(actual, expected)
     dy = normal(2, *expected.shape)
     ours, theirs = (
         grad(lambda x, w, f=f: (f(x, w, **options) * dy).sum(), argnums=(0, 1))(x, weight)
@@ -72,9 +72,9 @@ def test_shapes_at_the_edge(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_single_precision(way):
     x, weight = (t.float() for t in case((3, 3), {}))
-    found = WAYS[way](x, weight, padding=1)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, F.conv2d(x, weight, padding=1), rtol=1e-5, atol=1e-5)
+    actual = WAYS[way](x, weight, padding=1)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, F.conv2d(x, weight, padding=1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "matrix"])
@@ -105,20 +105,20 @@ def test_compiled(way):
 def test_backward_written_out(kernel, options):
     x, weight = case(kernel, options)
     dy = normal(2, *F.conv2d(x, weight, **options).shape)
-    found = input_gradient((9, 10), weight, dy, **options)
-    close(found, torch.nn.grad.conv2d_input(x.shape, weight, dy, **options))
+    actual = input_gradient((9, 10), weight, dy, **options)
+    close(actual, torch.nn.grad.conv2d_input(x.shape, weight, dy, **options))
     m = matrix(weight, (9, 10), **options)
-    close(found, (m.T @ dy.flatten(1).T).T.view(x.shape))
-    found = weight_gradient(x, kernel, dy, **options)
-    close(found, torch.nn.grad.conv2d_weight(x, weight.shape, dy, **options))
+    close(actual, (m.T @ dy.flatten(1).T).T.view(x.shape))
+    actual = weight_gradient(x, kernel, dy, **options)
+    close(actual, torch.nn.grad.conv2d_weight(x, weight.shape, dy, **options))
 
 
 @pytest.mark.parametrize("options", TRANSPOSED, ids=str)
 @pytest.mark.parametrize("kernel", [(3, 3), (4, 5)], ids=str)
 def test_transposed(kernel, options):
     x, weight = normal(0, 2, 8, 5, 6), normal(1, 8, 4 // options.get("groups", 1), *kernel)
-    found, expected = (f(x, weight, **options) for f in (transposed, F.conv_transpose2d))
-    close(found, expected)
+    actual, expected = (f(x, weight, **options) for f in (transposed, F.conv_transpose2d))
+    close(actual, expected)
     dy = normal(2, *expected.shape)
     ours, theirs = (
         grad(lambda x, w, f=f: (f(x, w, **options) * dy).sum(), argnums=(0, 1))(x, weight)
@@ -209,7 +209,7 @@ def test_refused_in_one_line(way, x, weight, options, message):
         (lambda x, w: transposed(x, w, 2, 0, (0, 2)), "output_padding is (0, 2); expected less than stride (2, 2)"),
         (
             lambda x, w: transposed(x, w, padding=4),
-            "padding (4, 4) cuts off all that kernel (3, 3) makes of x (2, 4, 5",
+            "padding (4, 4) crops the whole output of kernel (3, 3) and x (2, 4, 5",
         ),
         (lambda x, w: transposed(x[0], w), "x has shape (4, 5, 5); expected four axes"),
         (lambda x, w: input_gradient((8, 8), w, x), "dy has shape (2, 4, 5, 5); expected (2, 4, 6, 6)"),

@@ -55,7 +55,7 @@ def generator_order(params):
 
 
 def fill(module, convs):
-    """Biases that we do not have stay what they are: the norm takes them out."""
+    """Copy our weights. Biases that we do not have stay, since the norms cancel them; their count is returned."""
     modules = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     for m, p in zip(modules, convs, strict=True):
         for name, x in p.items():
@@ -108,7 +108,7 @@ def test_wrong_configurations(change, message):
     ("shape", "message"),
     [
         ((1, 16, 16), r"expected images \(batch, 3, height, width\), found \(2, 1, 16, 16\)"),
-        ((3, 4, 16), "4 x 16; expected at least 8 a side"),
+        ((3, 4, 16), "4 x 16; expected at least 8"),
         ((3, 16, 18), "16 x 18; expected multiples of 4"),
     ],
 )

@@ -11,7 +11,7 @@ from tests.nets.parity import assert_same, randomise
 
 
 def torch_generator(cfg):
-    """The projection as a transposed convolution of a 1 x 1 image; everything without biases but the last layer."""
+    """The projection is a transposed convolution of a 1 x 1 image; only the last layer has a bias."""
     widths, k = cfg.widths[::-1], cfg.kernel
     layers = [nn.ConvTranspose2d(cfg.latent, widths[0], cfg.base, bias=False)]
     for i, width in enumerate(widths):
@@ -23,7 +23,7 @@ def torch_generator(cfg):
 
 
 def torch_critic(cfg):
-    """The score as a convolution of the last maps to 1 x 1."""
+    """The score is a convolution of the last feature maps to 1 x 1."""
     norms = {"batch": nn.BatchNorm2d, "layer": lambda n: nn.GroupNorm(1, n), "none": lambda n: nn.Identity()}
     norms["instance"] = lambda n: nn.InstanceNorm2d(n, affine=True)
     layers, d_in = [], cfg.channels
@@ -69,9 +69,9 @@ def of_critic(module):
     }
 
 
-def check_player(model, apply, read, module, x):
+def check_player(model, apply, fill, module, x):
     """Outputs in eval and in training mode, and the running statistics after it."""
-    values = read(randomise(module))
+    values = fill(randomise(module))
     spec.check(model, values)
     params, running = spec.split(model, values)
     assert_same(apply(values, x, train=False), module.eval()(x_of(module, x)).detach(), "eval")
@@ -82,7 +82,7 @@ def check_player(model, apply, read, module, x):
 
     increments, out = torch.func.grad(loss, has_aux=True)(running) if tree.leaves(running) else ({}, loss({})[1])
     assert_same(out, module.train()(x_of(module, x)).detach(), "training")
-    _, after = spec.split(model, read(module))
+    _, after = spec.split(model, fill(module))
     assert_same(stats.update(running, increments), after, "statistics ", 1e-5)
 
 
@@ -160,7 +160,7 @@ def test_heads():
     }
 
 
-def test_labels_change_what_is_made_and_how_it_is_judged():
+def test_labels_change_images_and_scores():
     cfg = dcgan.Config(classes=3)
     g, c = (spec.init(random.key(0), make(cfg)) for make in (dcgan.generator_spec, dcgan.critic_spec))
     z, ones, twos = random.normal(random.key(1), (2, 64)), torch.tensor([1, 1]), torch.tensor([2, 1])
@@ -174,14 +174,14 @@ def test_labels_change_what_is_made_and_how_it_is_judged():
 def test_penalty(norm):
     cfg = dcgan.Config(width=3, norm=norm)
     params = spec.init(random.key(0), dcgan.critic_spec(cfg), torch.float64)
-    # Weights of 0.02 would make every slope next to nothing.
+    # Weights of 0.02 would make every gradient nearly 0.
     params = tree.map(lambda p: 10 * p if p.ndim > 1 else p, params)
     x = random.normal(random.key(1), (3, 1, 8, 8), torch.float64)
     check_penalty(lambda params, x: dcgan.critic(params, x, cfg), params, x)
 
 
 def test_penalty_through_the_statistics_of_the_batch():
-    """Batch norm in training mixes the examples; the gradient inside a gradient is still torch.autograd's."""
+    """Batch norm in training mixes the examples; the gradient of a gradient still equals torch.autograd's."""
     cfg = dcgan.Config(width=3)
     values = spec.init(random.key(0), dcgan.critic_spec(cfg), torch.float64)
     params, running = spec.split(dcgan.critic_spec(cfg), values)
@@ -193,11 +193,11 @@ def test_penalty_through_the_statistics_of_the_batch():
     step = torch.func.grad(lambda p: torch.func.grad(score, argnums=1)(p, x).square().sum())
     leaves, inputs = [p.clone().requires_grad_() for p in tree.leaves(params)], x.clone().requires_grad_()
     (slopes,) = torch.autograd.grad(score(tree.unflatten(params, leaves), inputs), inputs, create_graph=True)
-    wanted = torch.autograd.grad(slopes.square().sum(), leaves, allow_unused=True)
+    expected = torch.autograd.grad(slopes.square().sum(), leaves, allow_unused=True)
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
-    for found in (step(params), compiled(params)):
-        for a, b in zip(tree.leaves(found), wanted, strict=True):
+    for gradient in (step(params), compiled(params)):
+        for a, b in zip(tree.leaves(gradient), expected, strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
     torch._dynamo.reset()
 
@@ -206,7 +206,7 @@ def test_penalty_through_the_statistics_of_the_batch():
     ("options", "message"),
     [
         ({"norm": "group"}, "norm 'group'; expected one of batch, instance, layer, none"),
-        ({"size": 10}, "images of 10 pixels a side cannot be halved 2 times"),
+        ({"size": 10}, "images of 10 pixels per side cannot be halved 2 times"),
         ({"kernel": 7}, "kernel 7; expected 3, 4 or 5"),
         ({"heads": (("scores", 2),)}, "need names of their own"),
     ],

@@ -48,26 +48,26 @@ class Critic(nn.Module):
         return self.model(x if labels is None else torch.cat([x, self.embedding(labels)], 1))[:, 0]
 
 
-def first_weight(module, linear, ahead):
-    """Their embedding in front of the first layer is one matrix on our one-hot labels, which come last."""
+def first_weight(module, linear, labels_first):
+    """Their embedding before the first layer is one matrix on our one-hot labels, which come last."""
     weight = linear.weight.detach()
     if not hasattr(module, "embedding"):
         return weight
     classes = module.embedding.num_embeddings
     labels, others = (
-        (weight[:, :classes], weight[:, classes:]) if ahead else (weight[:, -classes:], weight[:, :-classes])
+        (weight[:, :classes], weight[:, classes:]) if labels_first else (weight[:, -classes:], weight[:, :-classes])
     )
     return torch.cat([others, labels @ module.embedding.weight.detach().T], 1)
 
 
 def of_generator(module, cfg):
-    """Our parameters from a `Generator`: a bias in front of batch norm moves its running mean."""
+    """Our parameters from a `Generator`: a bias before batch norm moves its running mean."""
     values = spec.init(random.key(0), mlp_gan.generator_spec(cfg))
     modules = [m for m in module.model if isinstance(m, (nn.Linear, nn.BatchNorm1d))]
     norms = dict(zip(modules[:-1], modules[1:], strict=True))
     linears = [m for m in modules if isinstance(m, nn.Linear)]
     for i, (p, layer) in enumerate(zip([*values["layers"], {"linear": values["out"]}], linears, strict=True)):
-        p["linear"]["weight"] = first_weight(module, layer, ahead=True) if i == 0 else layer.weight.detach()
+        p["linear"]["weight"] = first_weight(module, layer, labels_first=True) if i == 0 else layer.weight.detach()
         if "norm" in p:
             m = norms[layer]
             p["norm"] |= {"weight": m.weight.detach(), "bias": m.bias.detach()}
@@ -80,7 +80,7 @@ def of_generator(module, cfg):
 
 def of_critic(module):
     layers = [{"bias": m.bias.detach(), "weight": m.weight.detach()} for m in module.model if isinstance(m, nn.Linear)]
-    layers[0]["weight"] = first_weight(module, module.model[0], ahead=False)
+    layers[0]["weight"] = first_weight(module, module.model[0], labels_first=False)
     return {"layers": layers[:-1], "out": layers[-1]}
 
 
@@ -103,9 +103,9 @@ def test_generator_parity(classes):
     increments, x = torch.func.grad(loss, has_aux=True)(running)
     assert_same(x, module.train()(z, labels).detach(), "training")
     _, after = spec.split(mlp_gan.generator_spec(cfg), of_generator(module, cfg))
-    # The shift by the bias stays, so only what the batch adds to the mean is compared.
-    found = stats.update(running, increments)
-    for ours, theirs in zip(found["layers"][1:], after["layers"][1:], strict=True):
+    # Their bias is a constant shift of the mean.
+    running_after = stats.update(running, increments)
+    for ours, theirs in zip(running_after["layers"][1:], after["layers"][1:], strict=True):
         assert_same(ours["norm"]["mean"], theirs["norm"]["mean"], "mean", 1e-4)
         assert_same(ours["norm"]["var"], theirs["norm"]["var"], "var", 1e-5)
         assert ours["norm"]["count"] == 1

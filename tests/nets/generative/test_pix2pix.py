@@ -1,4 +1,4 @@
-"""pix2pix against the published architecture as torch modules, and what its players promise."""
+"""pix2pix against the published architecture as torch modules; patches, noise, gradient penalty."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ TINY = pix2pix.Config(width=4, depth=4, critic_width=4, critic_layers=2, dropout
 
 
 class Level(nn.Module):
-    """The U as the authors build it, from the inside: a level gives out its input beside what is below it."""
+    """The U as the authors build it, from the middle: a level returns its input beside the lower levels' output."""
 
     def __init__(self, outer, inner, below, kind, source=None):
         super().__init__()
@@ -83,8 +83,8 @@ def fill_critic(module, params):
     fill_conv(modules[-1], params["head"])
 
 
-def drawn(model):
-    """Other values than those that norms and biases start with."""
+def random_values(model):
+    """Initial values plus noise, so that no norm or bias is at 1 or 0."""
     values = spec.init(random.key(0), model, torch.float64)
     hashes = {name: spec.name_hash(name) for name in tree.names(values)}
 
@@ -109,35 +109,35 @@ def test_parity_with_the_published_modules(norm, train):
         ("critic", critic_module, fill_critic, pair()),
     ):
         model = getattr(pix2pix, f"{part}_spec")(cfg)
-        params = drawn(model)
+        params = random_values(model)
         module = make(cfg).double().train(train)
         fill(module, params)
         assert sum(p.numel() for p in module.parameters()) == tree.count(spec.split(model, model)[0])
         expected = module(x if part == "generator" else torch.cat(x, 1))
-        found = getattr(pix2pix, part)(params, x, cfg, train=train)
+        actual = getattr(pix2pix, part)(params, x, cfg, train=train)
         assert expected.std() > 1e-3
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_batch_norm_measures_what_torch_measures():
+def test_batch_norm_statistics_equal_torch():
     cfg = dataclasses.replace(TINY, norm="batch")
     model, x = pix2pix.generator_spec(cfg), pair()[0]
-    params = drawn(model)
+    params = random_values(model)
     module = generator_module(cfg).double().train()
     fill_generator(module, params)
     module(x)
     weights, running = spec.split(model, params)
-    taken = torch.func.grad(lambda s: pix2pix.generator(tree.merge(weights, s), x, cfg, train=True).sum())(running)
-    found = stats.update(running, taken)["down"][1]["norm"]
-    torch.testing.assert_close(found["mean"], module.below.down_norm.running_mean.float())
-    torch.testing.assert_close(found["var"], module.below.down_norm.running_var.float())
+    increments = torch.func.grad(lambda s: pix2pix.generator(tree.merge(weights, s), x, cfg, train=True).sum())(running)
+    actual = stats.update(running, increments)["down"][1]["norm"]
+    torch.testing.assert_close(actual["mean"], module.below.down_norm.running_mean.float())
+    torch.testing.assert_close(actual["var"], module.below.down_norm.running_var.float())
 
 
 @pytest.mark.parametrize(("layers", "patch"), [(1, 16), (2, 34), (3, 70)])
-def test_a_score_sees_one_patch(layers, patch):
-    """By the extent of a score's gradient; without norm, which would look at the whole image."""
+def test_a_score_depends_on_one_patch(layers, patch):
+    """By the extent of a score's gradient; without norm, whose statistics are of the whole image."""
     cfg = pix2pix.Config(source_channels=1, channels=1, critic_width=2, critic_layers=layers, norm="none")
-    params = drawn(pix2pix.critic_spec(cfg))
+    params = random_values(pix2pix.critic_spec(cfg))
     image = random.normal(random.key(2), (1, 1, 128, 128), torch.float64)
 
     def score(x):
@@ -159,7 +159,7 @@ def test_paper_sizes():
 
 def test_noise_without_training():
     cfg = dataclasses.replace(TINY, dropout=0.5)
-    params, x = drawn(pix2pix.generator_spec(cfg)), pair()[0]
+    params, x = random_values(pix2pix.generator_spec(cfg)), pair()[0]
     still = pix2pix.generator(params, x, cfg)
     noisy = [pix2pix.generator(params, x, cfg, key=random.key(seed), noise=True) for seed in (1, 1, 2)]
     assert torch.equal(noisy[0], noisy[1]) and not torch.allclose(noisy[0], noisy[2])
@@ -170,9 +170,9 @@ def test_noise_without_training():
 
 
 def test_gradient_penalty_through_the_critic_compiles():
-    """A gradient inside a gradient, of each example."""
+    """A gradient of per-example gradients."""
     torch._dynamo.reset()
-    params, (source, target) = drawn(pix2pix.critic_spec(TINY)), pair(size=24)
+    params, (source, target) = random_values(pix2pix.critic_spec(TINY)), pair(size=24)
 
     def penalty(params):
         def score(s, t):
@@ -182,8 +182,8 @@ def test_gradient_penalty_through_the_critic_compiles():
         return (slopes.reshape(len(source), -1).norm(dim=1) - 1).square().mean()
 
     expected = torch.func.grad(penalty)(params)
-    found = torch.compile(torch.func.grad(penalty), backend="aot_eager", fullgraph=True)(params)
-    for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+    actual = torch.compile(torch.func.grad(penalty), backend="aot_eager", fullgraph=True)(params)
+    for a, b in zip(tree.leaves(actual), tree.leaves(expected), strict=True):
         torch.testing.assert_close(a, b)
     assert any(g.abs().max() > 1e-6 for g in tree.leaves(expected))
 
@@ -211,7 +211,7 @@ def test_wrong_images():
             pix2pix.generator(generator, x, TINY)
     with pytest.raises(ValueError, match=r"source \(2, 3, 24, 16\) and target \(2, 3, 16, 16\) differ in size"):
         pix2pix.critic(critic, (images[2], images[3]), TINY)
-    with pytest.raises(ValueError, match="8 x 16; expected at least 12 a side"):
+    with pytest.raises(ValueError, match="8 x 16; expected at least 12"):
         pix2pix.critic(critic, (images[1], images[1]), TINY)
     with pytest.raises(ValueError, match=r"expected images \(batch, 6, height, width\), found \(2, 4, 16, 16\)"):
         pix2pix.critic(critic, (images[0], images[3]), TINY)

@@ -1,4 +1,4 @@
-"""PixelCNN: what a pixel may know, the net with masks written out, and draws against exact probabilities."""
+"""PixelCNN: receptive fields, the net with masks written out, and samples against exact probabilities."""
 
 from dataclasses import replace
 from itertools import product
@@ -32,23 +32,23 @@ def images(n, cfg=CFG, seed=3):
 
 
 class Masked(nn.Conv2d):
-    """The whole kernel, with zeros where the stack may not look. Mask A leaves the pixel's own place out too."""
+    """Whole kernel with zeros outside the stack's receptive field. Mask A leaves the pixel itself out too."""
 
     def __init__(self, d_in, d_out, kernel, stack, mask):
         super().__init__(d_in, d_out, kernel, padding=kernel // 2)
-        half, seen = kernel // 2, torch.zeros(kernel, kernel)
+        half, visible = kernel // 2, torch.zeros(kernel, kernel)
         if stack == "vertical":
-            seen[: half + (mask == "B")] = 1
+            visible[: half + (mask == "B")] = 1
         else:
-            seen[half, : half + (mask == "B")] = 1
-        self.register_buffer("seen", seen)
+            visible[half, : half + (mask == "B")] = 1
+        self.register_buffer("visible", visible)
 
     def forward(self, x):
-        return self._conv_forward(x, self.weight * self.seen, self.bias)
+        return self._conv_forward(x, self.weight * self.visible, self.bias)
 
     def fill(self, p):
-        """From our smaller kernel, whose numbers are those that the mask lets through."""
-        rows, columns = self.seen.any(1).nonzero()[:, 0], self.seen.any(0).nonzero()[:, 0]
+        """Weights from our smaller kernel, which holds those that the mask keeps."""
+        rows, columns = self.visible.any(1).nonzero()[:, 0], self.visible.any(0).nonzero()[:, 0]
         weight = torch.ones_like(self.weight)
         weight[:, :, rows[:, None], columns] = p["weight"]
         self.weight.data, self.bias.data = weight, p["bias"]
@@ -76,16 +76,16 @@ def test_equals_masked_convolutions():
 
 
 @pytest.mark.parametrize("first_kernel", [3, 5])
-def test_a_pixel_knows_all_before_it_and_nothing_else(first_kernel):
-    """Each pixel in turn is changed: the logits behind it change, every one, and no others. So no blind spot either."""
+def test_a_pixel_depends_on_all_before_it_and_nothing_else(first_kernel):
+    """Each pixel in turn is changed: all logits after it change and no others. So there is no blind spot."""
     cfg = replace(CFG, layers=6, first_kernel=first_kernel, classes=0)
     params, codes = values(cfg), images(1)
-    places = codes.numel()
-    changed = codes.flatten().repeat(places, 1)
-    changed = changed.diagonal_scatter((changed.diagonal() + 1) % 6).reshape(places, *cfg.shape)
+    positions = codes.numel()
+    changed = codes.flatten().repeat(positions, 1)
+    changed = changed.diagonal_scatter((changed.diagonal() + 1) % 6).reshape(positions, *cfg.shape)
     moved = pixelcnn.apply(params, changed, cfg) - pixelcnn.apply(params, codes, cfg)
-    found = moved.abs().amax(-1).flatten(1) > 1e-13
-    assert torch.equal(found, torch.ones(places, places, dtype=torch.bool).triu(1))
+    actual = moved.abs().amax(-1).flatten(1) > 1e-13
+    assert torch.equal(actual, torch.ones(positions, positions, dtype=torch.bool).triu(1))
 
 
 def test_logits_do_not_depend_on_the_rows_below():
@@ -99,7 +99,7 @@ TINY = pixelcnn.Config((2, 2), 3, width=3, layers=2, first_kernel=3, hidden=4, c
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_have_the_exact_probabilities(temperature):
-    """All 81 images of 2 x 2 pixels of 3 values: their probabilities sum to 1, and draws occur as often as they say."""
+    """All 81 images of 2 x 2 pixels of 3 values: probabilities sum to 1, and samples have these frequencies."""
     params, count = values(TINY, scale=1.5), 4000
     every = torch.tensor(list(product(range(3), repeat=4))).reshape(81, 2, 2)
     logits = pixelcnn.apply(params, every, TINY, labels=torch.ones(81, dtype=torch.int64))
@@ -108,8 +108,8 @@ def test_samples_have_the_exact_probabilities(temperature):
     torch.testing.assert_close(p.sum(), torch.ones_like(p.sum()))
 
     labels = torch.ones(count, dtype=torch.int64)
-    drawn = pixelcnn.sample(params, random.key(5), TINY, count, labels, temperature)
-    which = (drawn.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1)
+    samples = pixelcnn.sample(params, random.key(5), TINY, count, labels, temperature)
+    which = (samples.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1)
     counts = torch.bincount(which, minlength=81)
     often = p * count > 5
     chi_square = ((counts - p * count).square() / (p * count))[often].sum()
@@ -120,9 +120,9 @@ def test_samples_have_the_exact_probabilities(temperature):
 
 def test_sample_is_the_same_for_any_count_and_greedy_at_temperature_0():
     params, labels = values(CFG), torch.tensor([2, 0, 1, 1])
-    drawn = pixelcnn.sample(params, random.key(0), CFG, 4, labels)
-    assert torch.equal(pixelcnn.sample(params, random.key(0), CFG, 2, labels[:2]), drawn[:2])
-    assert not torch.equal(drawn[2], drawn[3]) and tuple(drawn.shape) == (4, 4, 5)
+    samples = pixelcnn.sample(params, random.key(0), CFG, 4, labels)
+    assert torch.equal(pixelcnn.sample(params, random.key(0), CFG, 2, labels[:2]), samples[:2])
+    assert not torch.equal(samples[2], samples[3]) and tuple(samples.shape) == (4, 4, 5)
     best = pixelcnn.sample(params, random.key(0), CFG, 4, labels, temperature=0.0)
     assert torch.equal(pixelcnn.apply(params, best, CFG, labels=labels).argmax(-1), best)
 

@@ -102,20 +102,20 @@ class Critic(nn.Module):
 
 
 def filled(model, module):
-    """Our tree from a module whose names are ours, but for batch norm's statistics and the tables by class."""
+    """Our tree from a module with our names, except for batch norm's statistics and the tables by class."""
     theirs = {"count": "num_batches_tracked", "mean": "running_mean", "var": "running_var"}
-    state, found = module.state_dict(), {}
+    state, leaves = module.state_dict(), {}
     for name in tree.names(model):
         *path, leaf = name.replace("by_class.", "").split(".")
-        found[name] = state.pop(".".join([*path, theirs.get(leaf, leaf)])).clone().double()
+        leaves[name] = state.pop(".".join([*path, theirs.get(leaf, leaf)])).clone().double()
     assert not state
-    values = tree.nest(found, spec.init(random.key(0), model))
+    values = tree.nest(leaves, spec.init(random.key(0), model))
     spec.check(model, values)
     return values
 
 
-def made(kind):
-    """In double precision, and with attention that is far from even, so that its every detail shows."""
+def random_module(kind):
+    """Double precision, with attention far from uniform, so that every detail of it matters."""
     torch.manual_seed(0)
     module = randomise(kind()).double()
     with torch.no_grad():
@@ -125,15 +125,15 @@ def made(kind):
 
 
 def test_generator_parity():
-    module, z = made(Generator), random.normal(random.key(0), (4, 6), torch.float64)
+    module, z = random_module(Generator), random.normal(random.key(0), (4, 6), torch.float64)
     values = filled(sagan.generator_spec(CFG), module)
     assert_same(sagan.generator(values, z, CFG, labels=LABELS), module.eval()(z, LABELS).detach(), "eval", 1e-12)
-    found = sagan.generator(values, z, CFG, labels=LABELS, train=True)
-    assert_same(found, module.train()(z, LABELS).detach(), "training", 1e-12)
+    actual = sagan.generator(values, z, CFG, labels=LABELS, train=True)
+    assert_same(actual, module.train()(z, LABELS).detach(), "training", 1e-12)
 
 
 def test_critic_parity():
-    module, x = made(Critic), random.normal(random.key(0), (4, 2, 16, 16), torch.float64)
+    module, x = random_module(Critic), random.normal(random.key(0), (4, 2, 16, 16), torch.float64)
     values = filled(sagan.critic_spec(CFG), module)
     assert_same(sagan.critic(values, x, CFG, labels=LABELS), module(x, LABELS).detach(), "scores", 1e-12)
 
@@ -168,9 +168,9 @@ def test_penalty(norm):
     [
         ({"norm": "batch"}, "norm 'batch'; expected one of instance, layer, none"),
         ({"pool": "max"}, "pool 'max'; expected mean or sum"),
-        ({"size": 36}, "images of 36 pixels a side cannot be halved 3 times"),
+        ({"size": 36}, "images of 36 pixels per side cannot be halved 3 times"),
         ({"halvings": 5}, "5 halvings do not fit 4 blocks and 32 pixels"),
-        ({"attention": 4}, r"attention at 4 pixels; both players have maps of \[8, 16\]"),
+        ({"attention": 4}, r"attention at 4 pixels; both players have feature maps of \[8, 16\]"),
     ],
     ids=["norm", "pool", "size", "halvings", "attention"],
 )

@@ -1,4 +1,4 @@
-"""StyleGAN against its equations as torch modules; growing, mixing, truncation and what the critic compares."""
+"""StyleGAN against its equations as torch modules; growing, mixing, truncation, the minibatch standard deviation."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import grad, vmap
+from torch.func import grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 from core import random, spec, tree
@@ -20,8 +20,8 @@ Z = random.normal(random.key(3), (4, 6), torch.float64)
 IMAGES = random.normal(random.key(4), (4, 2, 16, 16), torch.float64)
 
 
-def drawn(model):
-    """Other values than the zeros that biases and the scales of noise start with."""
+def random_values(model):
+    """Initial values plus noise, so that no bias or scale of noise is 0."""
     values = spec.init(random.key(0), model, torch.float64)
     hashes = {name: spec.name_hash(name) for name in tree.names(values)}
 
@@ -31,7 +31,7 @@ def drawn(model):
     return tree.map_with_names(moved, values)
 
 
-GENERATOR, CRITIC = drawn(stylegan.generator_spec(TINY)), drawn(stylegan.critic_spec(TINY))
+GENERATOR, CRITIC = random_values(stylegan.generator_spec(TINY)), random_values(stylegan.critic_spec(TINY))
 
 
 # Modules, in the authors' order of operations.
@@ -93,7 +93,7 @@ class Generator(nn.Module):
         return w
 
     def forward(self, styles, noise, level, alpha):
-        """All levels of images, of which two are blended, as the authors grow theirs."""
+        """Images of all levels, the last two blended, as in the authors' growing."""
         x, images = self.constant.expand(styles.shape[0], -1, -1, -1), []
         for i in range(2 * level + 2):
             x = self.layers[i](x, styles[:, i], noise[i])
@@ -120,18 +120,18 @@ class Critic(nn.Module):
             if i == level:
                 small = F.leaky_relu(self.images[i - 1](F.avg_pool2d(image, 2)), 0.2)
                 x = alpha * x + (1 - alpha) * small
-        deviations = deviation_one_by_one(x, group)
-        x = torch.cat([x, deviations.reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)], 1)
+        stds = std_one_by_one(x, group)
+        x = torch.cat([x, stds.reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)], 1)
         x = F.leaky_relu(self.convs[0][0](x), 0.2).flatten(1)
         return self.head(F.leaky_relu(self.hidden(x), 0.2))[:, 0]
 
 
-def deviation_one_by_one(x, group):
-    groups, found = len(x) // group, torch.empty(len(x), dtype=x.dtype)
+def std_one_by_one(x, group):
+    groups, stds = len(x) // group, torch.empty(len(x), dtype=x.dtype)
     for i in range(len(x)):
         members = x[[j for j in range(len(x)) if j % groups == i % groups]]
-        found[i] = (members.var(0, unbiased=False) + 1e-8).sqrt().mean()
-    return found
+        stds[i] = (members.var(0, unbiased=False) + 1e-8).sqrt().mean()
+    return stds
 
 
 @pytest.mark.parametrize(("level", "alpha"), [(0, 1.0), (1, 0.3), (2, 1.0), (2, 0.8)])
@@ -142,12 +142,12 @@ def test_parity(level, alpha):
         styles = module.styles(Z)[:, None].expand(4, 2 * level + 2, 5)
         expected = module(styles, noise, level, alpha)
         assert expected.std() > 0.1
-        found = stylegan.generator(GENERATOR, Z, TINY, level=level, alpha=alpha, noise=noise)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        actual = stylegan.generator(GENERATOR, Z, TINY, level=level, alpha=alpha, noise=noise)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
         images = stylegan.reals(IMAGES, level, 1.0, TINY)
         expected = Critic(CRITIC)(images, level, alpha, TINY.group)
-        found = stylegan.critic(CRITIC, images, TINY, level=level, alpha=alpha)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        actual = stylegan.critic(CRITIC, images, TINY, level=level, alpha=alpha)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 # Growing.
@@ -159,34 +159,36 @@ def test_fading_begins_with_the_level_below():
         noise = stylegan.noises(random.key(0), 1, level, torch.float64)
         coarse = stylegan.generator(GENERATOR, Z, TINY, level=level - 1, noise=noise[:-2])
         fine = stylegan.generator(GENERATOR, Z, TINY, level=level, alpha=0.0, noise=noise)
-        torch.testing.assert_close(fine, style_blocks.doubled(coarse))
+        torch.testing.assert_close(fine, style_blocks.upsample_nearest(coarse))
         images = stylegan.reals(IMAGES, level, 0.0, TINY)
         below = stylegan.reals(IMAGES, level - 1, 1.0, TINY)
-        torch.testing.assert_close(images, style_blocks.doubled(below))
+        torch.testing.assert_close(images, style_blocks.upsample_nearest(below))
         scores = stylegan.critic(CRITIC, images, TINY, level=level, alpha=0.0)
         torch.testing.assert_close(scores, stylegan.critic(CRITIC, below, TINY, level=level - 1))
 
 
 def test_growth_is_the_published_schedule():
     cfg = stylegan.Config(32)
-    found = [stylegan.growth(shown, 100, cfg) for shown in (0, 99, 100, 150, 199, 200, 299, 300, 350, 400, 10_000)]
+    actual = [stylegan.growth(shown, 100, cfg) for shown in (0, 99, 100, 150, 199, 200, 299, 300, 350, 400, 10_000)]
     expected = [(1, 1.0), (1, 1.0), (2, 0.0), (2, 0.5), (2, 0.99), (2, 1.0), (2, 1.0), (3, 0.0), (3, 0.5)]
-    assert found == [*expected, (3, 1.0), (3, 1.0)]
+    assert actual == [*expected, (3, 1.0), (3, 1.0)]
     assert stylegan.growth(0, 100, cfg, first=3) == (3, 1.0) == stylegan.growth(150, 100, cfg, first=3)
 
 
 def test_fading_does_not_recompile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
+    cfg = dataclasses.replace(TINY, size=8, mapping_layers=1)
+    g, c = random_values(stylegan.generator_spec(cfg)), random_values(stylegan.critic_spec(cfg))
 
     def both(g, c, alpha):
-        images = stylegan.generator(g, Z, TINY, key=random.key(1), train=True, level=1, alpha=alpha)
-        return images, stylegan.critic(c, images, TINY, level=1, alpha=alpha)
+        images = stylegan.generator(g, Z, cfg, key=random.key(1), train=True, alpha=alpha)
+        return images, stylegan.critic(c, images, cfg, alpha=alpha)
 
     compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=False)
     for alpha in (0.0, 0.25, 1.0):
-        found, expected = compiled(GENERATOR, CRITIC, torch.tensor(alpha)), both(GENERATOR, CRITIC, alpha)
-        for a, b in zip(found, expected, strict=True):
+        actual, expected = compiled(g, c, torch.tensor(alpha)), both(g, c, alpha)
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
 
@@ -194,7 +196,7 @@ def test_fading_does_not_recompile():
 # Styles and noise.
 
 
-def test_mapping_sees_directions_only():
+def test_mapping_depends_on_directions_only():
     w = stylegan.mapping(GENERATOR, Z, TINY)
     torch.testing.assert_close(stylegan.mapping(GENERATOR, 7 * Z, TINY), w, rtol=1e-6, atol=1e-8)
     assert not torch.allclose(stylegan.mapping(GENERATOR, -Z, TINY), w)
@@ -230,8 +232,8 @@ def test_truncation():
 
 def test_mixed_styles_change_at_the_crossover():
     first, second = torch.zeros(3, 5), torch.ones(3, 5)
-    found = stylegan.mixed(first, second, torch.tensor([0, 2, 6]), 6)
-    assert found[..., 0].tolist() == [[1.0] * 6, [0.0, 0, 1, 1, 1, 1], [0.0] * 6]
+    actual = stylegan.mixed(first, second, torch.tensor([0, 2, 6]), 6)
+    assert actual[..., 0].tolist() == [[1.0] * 6, [0.0, 0, 1, 1, 1, 1], [0.0] * 6]
     assert torch.equal(stylegan.mixed(first, second, 3, 6)[0, :, 0], torch.tensor([0.0, 0, 0, 1, 1, 1]))
 
 
@@ -239,12 +241,12 @@ def test_training_mixes_as_often_as_it_should():
     """Where styles are not mixed, training is evaluation with the same key."""
     params = spec.init(random.key(0), stylegan.generator_spec(TINY), torch.float64)
     z = random.normal(random.key(6), (400, 6), torch.float64)
-    for chance in (0.0, 0.4, 1.0):
-        cfg = dataclasses.replace(TINY, mixing=chance)
+    for mixing in (0.0, 0.4, 1.0):
+        cfg = dataclasses.replace(TINY, mixing=mixing)
         options = {"key": random.key(2), "level": 1}
         plain, trained = (stylegan.generator(params, z, cfg, train=train, **options) for train in (False, True))
         share = ((plain - trained).abs().amax((1, 2, 3)) > 1e-9).double().mean()
-        assert share == chance if chance in (0.0, 1.0) else abs(share - chance) < 0.08
+        assert share == mixing if mixing in (0.0, 1.0) else abs(share - mixing) < 0.08
 
 
 def test_noise():
@@ -258,7 +260,7 @@ def test_noise():
     together = torch.cat([x.flatten() for x in noise])
     assert abs(together.mean()) < 0.1 and abs(together.std() - 1) < 0.1
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(noise) if a.shape == b.shape)
-    # As nets start, noise is not heard.
+    # Initially noise has no effect.
     params = spec.init(random.key(0), stylegan.generator_spec(TINY), torch.float64)
     assert torch.equal(stylegan.generator(params, Z, TINY), stylegan.generator(params, Z, TINY, key=random.key(1)))
 
@@ -269,18 +271,18 @@ def test_blocks():
     squares = style_blocks.pixel_norm(x).square().mean(1)
     torch.testing.assert_close(squares, torch.ones_like(squares), rtol=0, atol=1e-6)
     for group in (1, 2, 3, 6, 9):
-        found = style_blocks.minibatch_deviation(x, group)
-        assert found.shape == (6, 4, 4, 5) and torch.equal(found[:, :3], x)
-        expected = deviation_one_by_one(x, min(group, 6)).reshape(6, 1, 1, 1).expand(6, 1, 4, 5)
-        torch.testing.assert_close(found[:, 3:], expected)
-    assert style_blocks.minibatch_deviation(x[:1].expand(4, -1, -1, -1), 4)[:, 3].max() == pytest.approx(1e-4)
+        actual = style_blocks.minibatch_std(x, group)
+        assert actual.shape == (6, 4, 4, 5) and torch.equal(actual[:, :3], x)
+        expected = std_one_by_one(x, min(group, 6)).reshape(6, 1, 1, 1).expand(6, 1, 4, 5)
+        torch.testing.assert_close(actual[:, 3:], expected)
+    assert style_blocks.minibatch_std(x[:1].expand(4, -1, -1, -1), 4)[:, 3].max() == pytest.approx(1e-4)
 
 
 # The critic in a batch, and under gradients of gradients.
 
 
 def penalty(params, images, alpha):
-    """R1, Mescheder et al. 2018: the mean squared length of the scores' slopes."""
+    """R1, Mescheder et al. 2018: the mean squared norm of the scores' gradients."""
     slopes = grad(lambda x: stylegan.critic(params, x, TINY, level=1, alpha=alpha).sum())(images)
     return slopes.square().sum((1, 2, 3)).mean()
 
@@ -293,25 +295,25 @@ def test_r1_is_that_of_autograd_and_compiles():
     scores = stylegan.critic(leaves, images, TINY, level=1, alpha=0.6)
     (slopes,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     value = slopes.square().sum((1, 2, 3)).mean()
-    # The last biases have no part in a slope.
+    # The last biases have no influence on a gradient by the images.
     expected = torch.autograd.grad(value, tree.leaves(leaves), allow_unused=True)
-    value = value.detach()
-    for f in (penalty, torch.compile(penalty, backend="aot_eager", fullgraph=True)):
-        torch.testing.assert_close(f(CRITIC, real, torch.tensor(0.6)), value)
-    compiled = torch.compile(grad(penalty), backend="aot_eager", fullgraph=True)(CRITIC, real, torch.tensor(0.6))
+    step = torch.compile(grad_and_value(penalty), backend="aot_eager", fullgraph=True)
+    gradient, compiled = step(CRITIC, real, torch.tensor(0.6))
+    torch.testing.assert_close(penalty(CRITIC, real, torch.tensor(0.6)), value.detach())
+    torch.testing.assert_close(compiled, value.detach())
     assert value > 0
-    for found, wanted in zip(tree.leaves(compiled), expected, strict=True):
-        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)
+    for actual, g in zip(tree.leaves(gradient), expected, strict=True):
+        torch.testing.assert_close(actual, torch.zeros_like(actual) if g is None else g)
 
 
 def test_groups_under_vmap():
-    stacked = tree.stack([CRITIC, drawn(stylegan.critic_spec(TINY)), tree.map(lambda x: 2 * x, CRITIC)])
+    stacked = tree.stack([CRITIC, random_values(stylegan.critic_spec(TINY)), tree.map(lambda x: 2 * x, CRITIC)])
     together = vmap(lambda p: stylegan.critic(p, IMAGES, TINY))(stacked)
     for scores, params in zip(together, tree.unstack(stacked), strict=True):
         torch.testing.assert_close(scores, stylegan.critic(params, IMAGES, TINY))
 
 
-# Faults.
+# Errors.
 
 
 @pytest.mark.parametrize(

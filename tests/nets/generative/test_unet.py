@@ -46,7 +46,7 @@ def images(dtype=torch.float64):
     return random.normal(random.key(0), (3, 2, 8, 12), dtype)
 
 
-def made(options):
+def module_of(options):
     torch.manual_seed(0)
     return randomise(diffusers.UNet2DModel(**SIZES | options)).eval()
 
@@ -70,11 +70,11 @@ def filled(cfg, state):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "dropout"])
 @pytest.mark.parametrize("options", [HO, DHARIWAL], ids=["ho", "dhariwal"])
 def test_parity(options, train):
-    """Outputs and gradients; in training with our masks in their places."""
-    module, x, key = made(options).double(), images(), random.split(random.key(1), 3)
+    """Outputs and gradients; in training with our dropout masks in their modules."""
+    module, x, key = module_of(options).double(), images(), random.split(random.key(1), 3)
     cfg = dataclasses.replace(unet.config_of(module.config), dropout=0.3)
     convention = {"shift": cfg.frequency_shift, "cosine_first": cfg.cosine_first}
-    # Theirs is in single precision whatever the net is in; it has a test of its own.
+    # Theirs is always in single precision; it has a test of its own.
     module.time_proj = As(lambda t: time_embedding(t.double(), 8, **convention))
     if train:
         n = cfg.blocks
@@ -91,11 +91,11 @@ def test_parity(options, train):
         y = unet.apply(params, x, TIME.double(), cfg, labels=labels, key=key, train=train)
         return y.sin().sum(), y
 
-    gradient, found = torch.func.grad(loss, has_aux=True)(filled(cfg, module.state_dict()))
-    assert_same(found, expected.detach(), "output", 1e-12)
-    wanted = filled(cfg, {name: p.grad for name, p in module.named_parameters()})
-    largest = max(float(g.abs().max()) for g in tree.leaves(wanted))
-    for (name, a), b in zip(tree.items(gradient), tree.leaves(wanted), strict=True):
+    gradient, actual = torch.func.grad(loss, has_aux=True)(filled(cfg, module.state_dict()))
+    assert_same(actual, expected.detach(), "output", 1e-12)
+    expected = filled(cfg, {name: p.grad for name, p in module.named_parameters()})
+    largest = max(float(g.abs().max()) for g in tree.leaves(expected))
+    for (name, a), b in zip(tree.items(gradient), tree.leaves(expected), strict=True):
         assert (a - b).abs().max() <= 1e-12 * largest, name
 
 
@@ -103,15 +103,15 @@ def test_parity(options, train):
 @pytest.mark.parametrize("cosine_first", [False, True])
 def test_time_embedding_parity(shift, cosine_first):
     time = torch.cat([torch.arange(1000), torch.tensor([0.5, 998.7])])
-    wanted = diffusers.models.embeddings.get_timestep_embedding(time, 32, cosine_first, shift)
-    found = time_embedding(time, 32, shift=shift, cosine_first=cosine_first)
-    assert found.dtype == torch.float32
+    expected = diffusers.models.embeddings.get_timestep_embedding(time, 32, cosine_first, shift)
+    actual = time_embedding(time, 32, shift=shift, cosine_first=cosine_first)
+    assert actual.dtype == torch.float32
     # A unit in the last place of the largest angles is 6e-5.
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1.3e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1.3e-4)
     precise = time_embedding(time.double(), 32, shift=shift, cosine_first=cosine_first)
-    torch.testing.assert_close(precise, wanted.double(), rtol=0, atol=1.3e-4)
+    torch.testing.assert_close(precise, expected.double(), rtol=0, atol=1.3e-4)
     torch.testing.assert_close(
-        time_embedding(time[:1000].long(), 32, shift=shift, cosine_first=cosine_first)[7], found[7]
+        time_embedding(time[:1000].long(), 32, shift=shift, cosine_first=cosine_first)[7], actual[7]
     )
 
 
@@ -135,15 +135,15 @@ def test_size_is_that_of_the_published_net():
 
 
 def test_from_pretrained(tmp_path):
-    """In single precision, and nothing of theirs replaced."""
-    module = made(DHARIWAL)
+    """Single precision, without any of their modules replaced."""
+    module = module_of(DHARIWAL)
     module.save_pretrained(tmp_path)
     params, cfg = unet.from_pretrained(str(tmp_path))
     with torch.no_grad():
         expected = module(images(torch.float32), TIME, LABELS).sample
     assert_same(unet.apply(params, images(torch.float32), TIME, cfg, labels=LABELS), expected, "output")
-    # The first files of diffusers have other names for attention's matrices.
-    state = module.state_dict()
+    # The first files of diffusers have other names for the attention matrices; a wrapped module's have a prefix.
+    state = {f"module.{name}": x for name, x in module.state_dict().items()}
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, old in older.items():
         state = {name.replace(f".{new}.", f".{old}."): x for name, x in state.items()}
@@ -164,6 +164,8 @@ def test_from_pretrained(tmp_path):
         ),
         ({"up_block_types": ("UpBlock2D",) * 3}, r"up_block_types is .*; expected \('AttnUpBlock2D', "),
         ({"attn_norm_num_groups": None}, "attn_norm_num_groups is None; expected 4"),
+        ({"resnet_time_scale_shift": "ada_group"}, r"is 'ada_group'; expected \('default', 'scale_shift'\)"),
+        ({"downsample_padding": 2}, r"downsample_padding is 2; expected \(1, 0\)"),
         ({"block_out_channels": None}, r"block_out_channels is None; expected \[\]"),
         ({"out_channels": 3}, "out_channels is 3; expected 2"),
     ],
@@ -176,17 +178,17 @@ def test_published_nets_of_another_form(change, message):
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_starts_as_zero(scale_shift):
-    """And without the last norm and convolution as what came in, up to the convolutions that change its form."""
+    """The output is 0; with a last convolution of ones it is no function of the time, which enters by the blocks."""
     cfg = dataclasses.replace(TINY, zero=True, scale_shift=scale_shift)
     params = spec.init(random.key(0), unet.spec(cfg), torch.float64)
     assert (unet.apply(params, images(), TIME, cfg) == 0).all()
     params["output"] = tree.map(torch.ones_like, params["output"])
     first, other = (unet.apply(params, images(), time, cfg) for time in (TIME, TIME + 5))
-    assert torch.equal(first, other) and first.std() > 0  # the time comes in with the blocks
+    assert torch.equal(first, other) and first.std() > 0
 
 
 def test_derivatives_both_ways():
-    """What the likelihood by the probability-flow equation takes: v . (J u) = (J^T v) . u."""
+    """v . (J u) = (J^T v) . u, as the likelihood by the probability-flow equation needs."""
     params = spec.init(random.key(0), unet.spec(TINY), torch.float64)
     x, (u, v) = images(), random.normal(random.key(3), (2, 3, 2, 8, 12), torch.float64)
 
@@ -199,12 +201,12 @@ def test_derivatives_both_ways():
 
 
 def test_half_precision_keeps_the_time():
-    """999 is no bfloat16: as an integer it stays what it is."""
+    """999 is no bfloat16 number: an integer time is not rounded."""
     params = spec.init(random.key(0), unet.spec(TINY), torch.float64)
-    wanted = unet.apply(params, images(), TIME, TINY)
-    found = unet.apply(tree.cast(params, torch.bfloat16), images().bfloat16(), TIME, TINY)
-    assert found.dtype == torch.bfloat16
-    assert_same(found.double(), wanted, "output", 0.05)
+    expected = unet.apply(params, images(), TIME, TINY)
+    actual = unet.apply(tree.cast(params, torch.bfloat16), images().bfloat16(), TIME, TINY)
+    assert actual.dtype == torch.bfloat16
+    assert_same(actual.double(), expected, "output", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +233,8 @@ def test_wrong_configurations(options, message):
     [
         ({}, {"x": torch.empty(3, 1, 8, 8)}, r"expected images \(batch, 2, height, width\)"),
         ({}, {"x": torch.empty(3, 2, 8, 9)}, "the images are 8 x 9; expected sides divisible by 2"),
-        ({}, {"time": torch.tensor(5)}, r"expected a time an image, \(3,\), found \(\)"),
-        ({}, {"labels": LABELS}, "labels were given, but the net has no classes"),
+        ({}, {"time": torch.tensor(5)}, r"expected one time per image, \(3,\), found \(\)"),
+        ({}, {"labels": LABELS}, "labels for a net without classes; expected None"),
         ({"classes": 3}, {}, "conditional on classes; pass labels="),
         ({"dropout": 0.5}, {"train": True}, r"training with dropout 0.5 draws random numbers; pass key="),
     ],
@@ -240,6 +242,6 @@ def test_wrong_configurations(options, message):
 )
 def test_wrong_input(change, options, message):
     cfg = dataclasses.replace(TINY, **change)
-    given = {"x": images(torch.float32), "time": TIME} | options
+    arguments = {"x": images(torch.float32), "time": TIME} | options
     with pytest.raises(ValueError, match=f"unet: .*{message}"):
-        unet.apply(spec.abstract(unet.spec(cfg)), given.pop("x"), given.pop("time"), cfg, **given)
+        unet.apply(spec.abstract(unet.spec(cfg)), arguments.pop("x"), arguments.pop("time"), cfg, **arguments)
