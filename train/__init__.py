@@ -1,1 +1,1 @@
-"""What training needs: data, losses, optimizers, steps, checkpoints, logs, plots; imports core only."""
+"""Training: data, losses, optimizers, steps, runs, plots; imports core only."""

@@ -9,14 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core import random, spec, stats, transforms, tree
+from core import random, spec, transforms, tree
 from core.per_example import Reports, combine, reports
+from core.stats import update as update_stats
 from core.tree import Tree
+from train.losses.weighted import WeightedLoss, positive
 from train.optimizers import Optimizer, apply_updates, donated_update
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step, and all that a checkpoint holds."""
+    """The state of a run between two steps; checkpoints hold it whole."""
 
     params: Tree
     stats: Tree
@@ -33,8 +37,27 @@ class Policy(NamedTuple):
 
     compute: torch.dtype | None = None
 
+    def cast(self, values: Tree) -> Tree:
+        """The floating-point leaves in the dtype to compute in."""
+        return values if self.compute is None else tree.cast(values, self.compute)
+
 
 FULL_PRECISION = Policy()
+
+
+class Gradient(NamedTuple):
+    """A way from a batch to a gradient, as pure functions; a batch may be cut into micro-batches.
+
+    part: `(state, batch, keys) -> contribution` of some examples, a tree. `keys` is (examples, 2).
+    add: `(contribution, contribution) -> contribution` of both.
+    result: `(state, contribution of the whole batch) -> (gradient, stats, metrics)`.
+
+    `state` is a TrainState, perhaps without its optimizer state.
+    """
+
+    part: Callable[[TrainState, Tree, Tensor], Tree]
+    add: Callable[[Tree, Tree], Tree]
+    result: Callable[[TrainState, Tree], tuple[Tree, Tree, dict[str, Tensor]]]
 
 
 def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
@@ -50,21 +73,20 @@ def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
 def start(key: Tensor, values: Tree, model: Tree, optimizer: Optimizer) -> TrainState:
     """The state before the first step from given values of the spec `model`, such as published weights."""
     spec.check(model, values)
-    params, measured = spec.split(model, values)
-    return TrainState(
-        params, measured, optimizer.init(params), key, torch.zeros((), dtype=torch.int64, device=key.device)
-    )
+    params, stats = spec.split(model, values)
+    return TrainState(params, stats, optimizer.init(params), key, torch.zeros((), dtype=torch.int64, device=key.device))
 
 
-def step_keys(key: Tensor, step: Tensor, examples: int) -> Tensor:
-    """(examples, 2): the key of each example of the batch of a step."""
-    return random.sites(random.fold_in(key, step), examples)
+def step_keys(key: Tensor, step: Tensor, examples: int, first: int | Tensor = 0) -> Tensor:
+    """(examples, 2): one key per example of the batch of a step, from example number `first` on."""
+    indices = torch.arange(examples, dtype=torch.int32, device=key.device) + first
+    return random.fold_in(random.fold_in(key, step), indices)
 
 
 def compiled(f: Callable, backend: str = "inductor", *, channels_last: bool = False) -> Callable:
-    """`f` through torch.compile, one graph for each set of shapes; what `f` raises while traced keeps its words.
+    """`f` through torch.compile, one graph per set of shapes; exceptions raised by `f` while tracing pass unchanged.
 
-    channels_last: on a CPU, let inductor choose how images lie in memory. For an `f` without gradients: small U-Nets
+    channels_last: on a CPU, let inductor choose the memory layout of images. For an `f` without gradients: small U-Nets
         are 7 to 15 percent faster by it (tests/benchmarks/diffusion_sampling.py).
     """
     graph = None
@@ -77,7 +99,7 @@ def compiled(f: Callable, backend: str = "inductor", *, channels_last: bool = Fa
         try:
             return graph(*args)
         except torch._dynamo.exc.TorchDynamoException:
-            # Dynamo hides what f itself raises (a ValueError of the loss, say); uncompiled it has its own words.
+            # Dynamo hides what f itself raises (a ValueError of the loss, say); called again, f raises it plainly.
             f(*args)
             raise
 
@@ -99,10 +121,6 @@ def _options(backend: str, args: tuple, channels_last: bool) -> dict | None:
     return {"layout_optimization": channels_last, "realize_opcount_threshold": 16}
 
 
-def _slice(batch: Tree, start: int, size: int) -> Tree:
-    return tree.map(lambda x: x[start : start + size], batch)
-
-
 def make_step(
     loss: Callable,
     optimizer: Optimizer,
@@ -119,125 +137,234 @@ def make_step(
     """The train step of a loss and an optimizer.
 
     Args:
-        loss: `loss(params, batch, keys) -> scalar`, or `(scalar, metrics)` with a dict of 0-D tensors: the *mean* over
-            the batch. `params` are merged with the Stats; `keys` is (examples, 2), a key an example.
+        loss: `loss(params, batch, keys) -> value`, or `(value, metrics)` with a dict of 0-D tensors. `params` are
+            merged with the Stats; `keys` is (examples, 2), one key per example. The value is one of
+
+            - (examples,), a loss per example: their mean is minimised;
+            - `train.losses.WeightedLoss`, minimised is sum(values) / sum(weights): for means over tokens;
+            - a scalar, the mean over the batch.
         policy: see `Policy`.
-        micro_batches: into how many equal parts a batch is cut, one after the other, to bound memory. The masks of
-            dropout do not depend on it; the gradient is the mean of the parts'.
+        micro_batches: number of equal parts that a batch is cut into, one after the other, to bound memory (gradient
+            accumulation). The masks of dropout do not depend on it. Losses per example, weighted or not, give the
+            gradient of the whole batch; metrics of the loss are averaged by the same weights. A scalar carries no
+            weight: its result is the mean of the parts' means, another one where the parts differ in their numbers of
+            tokens (`ignore_id`).
         donate: the step may overwrite the state it is given (parameters, optimizer state), which must then not be
             used again. Fewer allocations and torch's fused kernels; the same values to the last ulp.
         update_norm: report the norm of the change of the parameters; costs a copy of them when donating.
-        watch: look at the gradient of every example on the way: `watch(reports of the whole batch) -> metrics`, tensors
-            of any shape. The loss must then return (examples,), the loss of each example, and the gradient is that of
-            their mean. Not for nets with Stats: batch norm mixes the examples.
+        watch: look at the per-example gradients on the way: `watch(reports of the whole batch) -> metrics`, tensors of
+            any shape. The loss must return (examples,); its own metrics are left out. Not for nets with Stats: batch
+            norm mixes the examples.
         want: what is reported to `watch`, see `core.per_example.reports`.
         compile: through torch.compile, `fullgraph`; `backend` as there.
 
     Returns:
-        `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors: `loss`, `grad_norm`, `update_norm`, and the
-        loss's own, or those of `watch`.
+        `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors, in float32 or wider: `loss`, `grad_norm`,
+        `update_norm`, and the loss's own, or those of `watch`.
 
     Raises:
-        ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, or
-            the loss is no scalar; `watch` and the net has Stats.
-        PerExampleError: from the step: `watch`, and a parameter's gradients per example cannot be had; it is named.
+        ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, the
+            loss has another shape; Stats among the parameters, which would be trained; `watch` and the net has Stats.
+        PerExampleError: from the step: `watch`, and a parameter has no exact per-example gradients; it is named.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches is {micro_batches}; expected at least 1")
 
-    def evaluate(params: Tree, measured: Tree, batch: Tree, keys: Tensor):
-        if policy.compute is not None:
-            params, batch = tree.cast(params, policy.compute), tree.cast(batch, policy.compute)
-        out = loss(tree.merge(params, measured), batch, keys)
-        value, metrics = out if isinstance(out, tuple) else (out, {})
-        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value, metrics
+    def part_size(examples: int) -> int:
+        if examples % micro_batches:
+            raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
+        return examples // micro_batches
 
-    def gradients(params: Tree, measured: Tree, batch: Tree, keys: Tensor):
-        def objective(params: Tree, measured: Tree):
-            return evaluate(params, measured, batch, keys)
+    evaluate = evaluation(loss, policy)
+    gradient = mean_gradient(evaluate) if watch is None else per_example_gradient(evaluate, watch, want)
+    size = None if micro_batches == 1 else part_size
+    options = {"donate": donate, "update_norm": update_norm, "compile": compile, "backend": backend}
+    return step_of_gradient(gradient, optimizer, size, **options)
 
-        (value, metrics), (grads, increments) = transforms.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
-            params, measured
-        )
-        return grads, increments, {"loss": value, **metrics}
 
-    def watched(params: Tree, measured: Tree, batch: Tree, keys: Tensor) -> Reports:
-        if tree.leaves(measured):
-            raise ValueError(f"watch: the net has Stats ('{tree.names(measured)[0]}'), so its examples are not apart")
-        return reports(lambda p, inputs: evaluate(p, {}, *inputs)[0], params, (batch, keys), want)
+def step_of_gradient(
+    gradient: Gradient,
+    optimizer: Optimizer,
+    part_size: Callable[[int], int] | None = None,
+    *,
+    donate: bool = False,
+    update_norm: bool = True,
+    compile: bool = True,
+    backend: str = "inductor",
+) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Tensor]]]:
+    """The train step of a gradient and an optimizer.
 
-    def watched_gradients(parts: list[Reports], measured: Tree):
-        found = parts[0] if len(parts) == 1 else combine(parts)
-        return found.mean, measured, {"loss": found.losses.mean(), **watch(found)}
+    Args:
+        part_size: from the number of examples of a batch to that of a micro-batch, which divides it. None: the whole
+            batch in one compiled region, with the update unless it is donated.
+        donate, update_norm, compile, backend: as in `make_step`.
+    """
 
-    def whole_gradients(params: Tree, measured: Tree, key: Tensor, step: Tensor, batch: Tree):
-        keys = step_keys(key, step, _size(batch))
-        if watch is not None:
-            return watched_gradients([watched(params, measured, batch, keys)], measured)
-        grads, increments, metrics = gradients(params, measured, batch, keys)
-        return grads, stats.update(measured, increments), metrics
+    def maybe_compiled(f: Callable) -> Callable:
+        return compiled(f, backend) if compile else f
 
-    def mean_gradients(total: Tree, measured: Tree):
-        grads, increments, metrics = total
-        # Each batch-norm layer divides its increments by its own count, so only the others are divided here.
-        grads, metrics = tree.map(lambda x: x / micro_batches, (grads, metrics))
-        return grads, stats.update(measured, increments), metrics
+    def part(state: TrainState, batch: Tree, first: int | Tensor = 0):
+        return gradient.part(state, batch, step_keys(state.key, state.step, _size(batch), first))
 
-    def update(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates)
+    def whole(state: TrainState, batch: Tree):
+        return gradient.result(state, part(state, batch))
+
+    def update(state: TrainState, grads: Tree, stats: Tree, metrics: dict):
+        state, updates = advance(optimizer, state, grads, stats)
         metrics = {**metrics, "grad_norm": tree.norm(grads)}
-        metrics = {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics
-        return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
+        return state, {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics
 
     overwrite = donated_update(optimizer)
 
-    def update_in_place(state: TrainState, grads: Tree, measured: Tree, metrics: dict):
+    def update_in_place(state: TrainState, grads: Tree, stats: Tree, metrics: dict):
         # Outside of the compiled region: inductor would fuse the norms into kernels that then run slower.
         metrics = {**metrics, "grad_norm": tree.norm(grads)}
         before = [x.clone() for x in tree.leaves(state.params)] if update_norm else []
         params, opt_state = overwrite(grads, state.opt_state, state.params)
         if update_norm:
             metrics["update_norm"] = tree.norm(torch._foreach_sub(tree.leaves(params), before))
-        return TrainState(params, measured, opt_state, state.key, state.step + 1), metrics
+        return TrainState(params, stats, opt_state, state.key, state.step + 1), metrics
 
-    def maybe_compiled(f: Callable) -> Callable:
-        return compiled(f, backend) if compile else f
+    def finish(compute: Callable) -> Callable:
+        """`(state, x) -> (state, metrics)`, where `compute(state, x)` gives gradient, Stats and metrics."""
+        if not donate:
+            return maybe_compiled(lambda state, x: update(state, *compute(state, x)))
+        run = maybe_compiled(compute)
+        return lambda state, x: update_in_place(state, *run(_lean(state), x))
 
-    def whole(state: TrainState, batch: Tree):
-        return update(state, *whole_gradients(state.params, state.stats, state.key, state.step, batch))
+    if part_size is None:
+        return finish(whole)
 
-    if micro_batches == 1 and not donate:
-        return maybe_compiled(whole)
-    if micro_batches == 1:
-        compiled_gradients = maybe_compiled(whole_gradients)
-
-        def donating(state: TrainState, batch: Tree):
-            return update_in_place(state, *compiled_gradients(state.params, state.stats, state.key, state.step, batch))
-
-        return donating
-
-    # Several micro-batches: one compiled region a part, so that the graph does not grow with their number.
-    compiled_keys = maybe_compiled(step_keys)
-    compiled_gradients = maybe_compiled(gradients if watch is None else watched)
-    compiled_mean = maybe_compiled(mean_gradients if watch is None else watched_gradients)
-    finish = update_in_place if donate else maybe_compiled(update)
+    # One compiled region per part, so that the graph does not grow with their number.
+    run_part, finish_parts = maybe_compiled(part), finish(gradient.result)
 
     def in_parts(state: TrainState, batch: Tree):
-        examples = _size(batch)
-        if examples % micro_batches:
-            raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
-        size, keys = examples // micro_batches, compiled_keys(state.key, state.step, examples)
-        total, parts = None, []
+        examples, total = _size(batch), None
+        size = part_size(examples)
         for i in range(0, examples, size):
-            part = compiled_gradients(state.params, state.stats, _slice(batch, i, size), keys[i : i + size])
-            if watch is not None:
-                parts.append(part)
-            else:
-                total = part if total is None else tree.map(torch.add, total, part)
-        return finish(state, *compiled_mean(total if watch is None else parts, state.stats))
+            first = torch.tensor(i, dtype=torch.int32, device=state.key.device)
+            contribution = run_part(_lean(state), _slice(batch, i, size), first)
+            total = contribution if total is None else gradient.add(total, contribution)
+        return finish_parts(state, total)
 
     return in_parts
+
+
+def _lean(state: TrainState) -> TrainState:
+    """The state without that of the optimizer, which a compiled gradient would check at each call."""
+    return state._replace(opt_state=())
+
+
+def advance(optimizer: Optimizer, state: TrainState, grads: Tree, stats: Tree) -> tuple[TrainState, Tree]:
+    """(the next state, the updates of the parameters)."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = apply_updates(state.params, updates)
+    return TrainState(params, stats, opt_state, state.key, state.step + 1), updates
+
+
+def evaluation(loss: Callable, policy: Policy) -> Callable[[Tree, Tree, Tree, Tensor], tuple]:
+    """`(params, stats, batch, keys) -> (value, metrics)` of a loss under a policy; both in float32 or wider."""
+
+    def evaluate(params: Tree, stats: Tree, batch: Tree, keys: Tensor):
+        out = loss(tree.merge(policy.cast(params), stats), policy.cast(batch), keys)
+        value, metrics = out if isinstance(out, tuple) and not isinstance(out, WeightedLoss) else (out, {})
+        for name, metric in metrics.items():
+            if not isinstance(metric, Tensor):
+                kind = type(metric).__name__
+                raise TypeError(f"the loss's metric '{name}' is {kind}; expected a 0-D tensor")
+        return tree.map(widen, (value, metrics))
+
+    return evaluate
+
+
+def mean_gradient(evaluate: Callable) -> Gradient:
+    """The gradient of a mean, by one backward pass per part; the mean over two parts is that of both by weight:
+
+    g <- g_1 + w_2 / (w_1 + w_2) (g_2 - g_1),  so too the metrics and the increments of the Stats
+    """
+
+    def part(state: TrainState, batch: Tree, keys: Tensor):
+        check_split(state)
+
+        def objective(params: Tree, stats: Tree):
+            value, metrics = evaluate(params, stats, batch, keys)
+            mean, weight = _mean(value, len(keys))
+            return mean, (metrics, weight)
+
+        (value, (metrics, weight)), (grads, increments) = transforms.value_and_grad(
+            objective, argnums=(0, 1), has_aux=True
+        )(state.params, state.stats)
+        return weight, (grads, increments, {"loss": value, **metrics})
+
+    def add(one: Tree, other: Tree):
+        (first, means), (second, others) = one, other
+        weight = first + second
+        share = second / positive(weight)
+        return weight, tree.map(lambda x, y: torch.lerp(x, y, share.to(x.dtype)), means, others)
+
+    def result(state: TrainState, contribution: Tree):
+        _, (grads, increments, metrics) = contribution
+        return grads, update_stats(state.stats, increments), metrics
+
+    return Gradient(part, add, result)
+
+
+def per_example_gradient(evaluate: Callable, watch: Callable, want: tuple[str, ...]) -> Gradient:
+    """The gradient of the mean, and reports on the per-example gradients for `watch`."""
+    losses = losses_of(evaluate)
+
+    def part(state: TrainState, batch: Tree, keys: Tensor):
+        check_split(state)
+        if tree.leaves(state.stats):
+            name = tree.names(state.stats)[0]
+            raise ValueError(f"watch: the net has Stats ('{name}'), so its examples are not apart")
+        return reports(losses, state.params, (batch, keys), want)
+
+    def result(state: TrainState, contribution: Reports):
+        return contribution.mean, state.stats, {"loss": contribution.losses.mean(), **watch(contribution)}
+
+    return Gradient(part, lambda one, other: combine([one, other]), result)
+
+
+def losses_of(evaluate: Callable) -> Callable[[Tree, tuple], Tensor]:
+    """`(params, (batch, keys)) -> (examples,)`, as `core.per_example` takes it, of a net without Stats."""
+
+    def losses(params: Tree, inputs: tuple) -> Tensor:
+        value, _ = evaluate(params, {}, *inputs)
+        if isinstance(value, WeightedLoss):
+            raise ValueError("the loss has weights; per-example gradients are of (examples,), one loss per example")
+        return value
+
+    return losses
+
+
+def check_split(state: TrainState) -> None:
+    """Raise ValueError if there are Stats among the parameters: their gradient is an increment, and no gradient."""
+    for name, leaf in tree.items(state.params):
+        if name.split(".")[-1] == "count" and leaf.ndim == 0:
+            raise ValueError(f"'{name}' is a Stat among the parameters; make the state by `create` or `start`")
+
+
+def _mean(value: Tensor | WeightedLoss, examples: int) -> tuple[Tensor, Tensor]:
+    """(the mean, its weight), both 0-D."""
+    if isinstance(value, WeightedLoss):
+        for name, x in zip(value._fields, value, strict=True):
+            if x.shape != (examples,):
+                raise ValueError(f"the loss's {name} have shape {tuple(x.shape)}; expected ({examples},)")
+        return value.mean, value.weights.detach().sum().to(value.values.dtype)
+    if not isinstance(value, Tensor) or value.shape not in ((), (examples,)):
+        output = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss returned {output}; expected a scalar, or one loss per example, ({examples},)")
+    return value if value.ndim == 0 else value.mean(), torch.full((), examples, dtype=value.dtype, device=value.device)
+
+
+def widen(x: Tensor) -> Tensor:
+    """A value to be logged: float32 in place of half precision, integers and booleans."""
+    return x.float() if isinstance(x, Tensor) and (x.dtype in HALF or not x.is_floating_point()) else x
+
+
+def _slice(batch: Tree, start: int, size: int) -> Tree:
+    return tree.map(lambda x: x[start : start + size], batch)
 
 
 def _size(batch: Tree) -> int:

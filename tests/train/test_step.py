@@ -102,14 +102,14 @@ def test_equals_a_plain_torch_loop(name, compile, donate):
         reference.step()
         state, metrics = step(state, batch)
         changes = [p - before[name] for name, p in module.named_parameters()]
-        wanted = {
+        expected = {
             "accuracy": (logits.argmax(-1) == batch["y"]).float().mean(),
             "grad_norm": nn.utils.get_total_norm([p.grad for p in module.parameters()]),
             "loss": loss,
             "update_norm": nn.utils.get_total_norm(changes),
         }
         assert all(x.ndim == 0 for x in metrics.values()) and state.step == i + 1
-        torch.testing.assert_close(tree.sort(metrics), wanted, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(tree.sort(metrics), expected, rtol=2e-5, atol=1e-6)
     for name, p in module.named_parameters():
         torch.testing.assert_close(tree.get(state.params, name), p.detach(), rtol=1e-5, atol=1e-6)
     assert state.stats["norm"]["count"] == 4
@@ -119,7 +119,7 @@ def test_equals_a_plain_torch_loop(name, compile, donate):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_donated_equals_pure_to_the_last_ulp(name, micro_batches):
+def test_donated_equals_pure_up_to_rounding(name, micro_batches):
     optimizer, data = CASES[name][0], batches(3)
     options = dict(compile=False, micro_batches=micro_batches)
     pure, pure_metrics = run(make_step(make_loss(0.3), optimizer, **options), initial(optimizer, True), data)
@@ -129,10 +129,13 @@ def test_donated_equals_pure_to_the_last_ulp(name, micro_batches):
     assert [x.data_ptr() for x in tree.leaves((donated.params, donated.opt_state))] == pointers
     torch.testing.assert_close(donated, pure, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(metrics, pure_metrics, rtol=1e-5, atol=1e-6)
-    # One step from equal states: the last place only.
+    # One step from equal states. Each form rounds the decayed parameter twice and its update about eight times, by half
+    # an eps of the term; where the two nearly cancel, that is several units in the last place of their sum.
+    before = initial(optimizer).params
     steps = [make_step(make_loss(), optimizer, donate=donate, **options) for donate in (False, True)]
     pure, donated = (run(step, initial(optimizer), data[:1])[0].params for step in steps)
-    torch.testing.assert_close(donated, pure, rtol=2**-23, atol=0)
+    for p, x, y in zip(*map(tree.leaves, (before, pure, donated)), strict=True):
+        assert ((y - x).abs() <= 2**-23 * (2 * p.abs() + 8 * (x - p).abs())).all()
 
 
 @pytest.mark.parametrize(("micro_batches", "compile"), [(2, False), (4, False), (2, True)])
@@ -178,24 +181,24 @@ def test_the_key_of_an_example_depends_on_step_and_index_alone():
     assert torch.equal(keys[2], random.fold_in(random.fold_in(KEY, 0), 2))
     later = step_keys(state.key, state.step + 1, 8)
     assert not (keys == later).all(-1).any() and len(keys.unique(dim=0)) == 8
-    seen = []
+    calls = []
 
     def loss(params, batch, keys):
-        seen.append(keys)
+        calls.append(keys)
         return linear(params["first"], batch["x"]).mean()
 
     make_step(loss, optimizer, compile=False)(state, batches(1)[0])
-    assert torch.equal(seen[0], keys)
+    assert torch.equal(calls[0], keys)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_bfloat16_policy_keeps_master_values(micro_batches, donate):
-    optimizer, seen = optimizers.adamw(1e-2), []
+    optimizer, calls = optimizers.adamw(1e-2), []
 
     def loss(params, batch, keys):
         leaves = {name: x.dtype for name, x in tree.items({"params": params, "batch": batch})}
-        seen.append(leaves)
+        calls.append(leaves)
         return F.cross_entropy(apply(params, batch["x"], keys, 0.0), batch["y"])
 
     options = dict(policy=Policy(torch.bfloat16), micro_batches=micro_batches, donate=donate, compile=False)
@@ -203,9 +206,9 @@ def test_bfloat16_policy_keeps_master_values(micro_batches, donate):
     dtypes = tree.map(lambda x: x.dtype, before)
     wide, wide_metrics = make_step(make_loss(), optimizer, compile=False)(before, batches(1)[0])
     state, metrics = make_step(loss, optimizer, **options)(before, batches(1)[0])
-    for name, dtype in seen[0].items():
-        kept = name.startswith("params.norm.") and name.split(".")[-1] in ("count", "mean", "var")
-        assert dtype == (torch.int64 if name == "batch.y" else torch.float32 if kept else torch.bfloat16), name
+    for name, dtype in calls[0].items():
+        stat = name.startswith("params.norm.") and name.split(".")[-1] in ("count", "mean", "var")
+        assert dtype == (torch.int64 if name == "batch.y" else torch.float32 if stat else torch.bfloat16), name
     assert tree.map(lambda x: x.dtype, state) == dtypes and metrics["loss"].dtype == torch.float32
     torch.testing.assert_close(metrics["loss"], wide_metrics["loss"], rtol=0.05, atol=0.05)
     if micro_batches == 1:
@@ -290,8 +293,8 @@ def bad(out):
         ),
         (make_loss(), lambda b: {**b, "z": torch.tensor(1.0)}, ValueError, r"leading axis: .* 'z' \(\)", 2),
         (make_loss(), lambda b: {}, ValueError, "leading axis", 1),
-        (bad(lambda y: y), lambda b: b, ValueError, r"the function returned shape \(8, 8\); expected a scalar", 1),
-        (bad(lambda y: (y.sum(), {"n": 3})), lambda b: b, TypeError, "leaf 'n' is int; expected a tensor", 2),
+        (bad(lambda y: y), lambda b: b, ValueError, r"returned shape \(8, 8\); expected a scalar", 1),
+        (bad(lambda y: (y.sum(), {"n": 3})), lambda b: b, TypeError, "metric 'n' is int; expected a 0-D tensor", 2),
         (make_loss(), lambda b: {**b, "x": b["x"][:, :5]}, ValueError, "linear: expected a last axis of 6", 1),
     ],
 )

@@ -1,4 +1,4 @@
-"""A train step that watches the gradient of every example takes the same step."""
+"""A train step that watches the per-example gradients takes the same step."""
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ def mean_loss(params, batch, keys):
     return losses(params, batch, keys).mean()
 
 
-def watch(found):
-    return {"norms": found.total_norm, "trace": noise.total(noise.estimate(found)).trace}
+def watch(reports):
+    return {"norms": reports.total_norm, "trace": noise.total(noise.estimate(reports)).trace}
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_watched_step_is_the_step(micro_batches, donate, compile):
     state, metrics = run(make_step(mean_loss, ADAMW, compile=False, **options), initial(ADAMW, dtype=F64), data)
     step = make_step(losses, ADAMW, watch=watch, compile=compile, backend="aot_eager", **options)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        seen, found = run(step, initial(ADAMW, dtype=F64), data)
-    torch.testing.assert_close(seen, state, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close({name: found[name] for name in metrics}, metrics, rtol=1e-9, atol=1e-12)
-    assert found["norms"].shape == (8,) and found.keys() == {*metrics, "norms", "trace"}
+        watched, actual = run(step, initial(ADAMW, dtype=F64), data)
+    torch.testing.assert_close(watched, state, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close({name: actual[name] for name in metrics}, metrics, rtol=1e-9, atol=1e-12)
+    assert actual["norms"].shape == (8,) and actual.keys() == {*metrics, "norms", "trace"}
     torch._dynamo.reset()
 
 
@@ -68,6 +68,24 @@ def test_bfloat16_policy(micro_batches):
     assert half["norms"].dtype == half["loss"].dtype == torch.float32
     torch.testing.assert_close(half["norms"], full["norms"], rtol=0.05, atol=0)
     assert not torch.equal(half["norms"], full["norms"])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_bfloat16_policy_has_the_forward_pass_of_training(micro_batches):
+    """A net that takes rounded parameters back to float32: both passes use the rounded ones."""
+
+    def upcast(params, batch, keys):
+        hidden = torch.tanh(F.linear(batch["x"].float(), params["first"]["weight"].float()) * 4)
+        logits = (hidden @ params["last"]["weight"].float().T) + params["last"]["bias"].float()
+        return F.cross_entropy(logits, batch["y"], reduction="none")
+
+    options = {"micro_batches": micro_batches, "compile": False, "policy": Policy(torch.bfloat16)}
+    (batch,) = batches(1)
+    state, metrics = make_step(upcast, ADAMW, **options)(initial(ADAMW), batch)
+    watched, actual = make_step(upcast, ADAMW, watch=watch, **options)(initial(ADAMW), batch)
+    # Sums of eight float32 in another order; the gradients are rounded to bfloat16.
+    torch.testing.assert_close(actual["loss"], metrics["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual["grad_norm"], metrics["grad_norm"], rtol=2**-8, atol=0)
 
 
 def test_other_quantities():

@@ -1,9 +1,10 @@
-"""A GAN as a few choices: what both players minimise, made of `objectives`, `regularisers` and spectral norm.
+"""A GAN as a few choices: the losses of both players, made of `objectives`, `regularisers` and spectral norm.
 
 critic_loss, generator_loss = losses(Game("wasserstein", regulariser="gradient-penalty"), generate, outputs)
 step = make_step(critic_loss, generator_loss, ...)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,26 +19,27 @@ from core.tree import Tree
 from train.adversarial import objectives
 from train.adversarial.objectives import OBJECTIVES, PAIRINGS, Objective
 from train.adversarial.regularisers import REGULARISERS
+from train.step import widen
 
 ENERGIES = ("energy", "equilibrium")
 
 
 @dataclass(frozen=True)
 class Game:
-    """What a paper on GANs decides, apart from the nets and the optimizers.
+    """The choices of a paper on GANs, apart from the nets and the optimizers.
 
     Attributes:
         objective: a name of `objectives.OBJECTIVES`; for energies "energy" (EBGAN) or "equilibrium" (BEGAN).
         pairing: none, average or paired, as in `objectives.relativistic`.
         regulariser: "none" or a name of `regularisers.REGULARISERS`, added to the critic's loss.
-        weight: of the regulariser; its paper's if None.
+        weight: weight of the regulariser; its paper's if None.
         spectral, spectral_generator: divide the critic's, the generator's weights by their spectral norms.
-        pulling_away: weight of EBGAN's term in the generator's loss.
-        margin: EBGAN's.
+        pulling_away: weight of EBGAN's pulling-away term in the generator's loss.
+        margin: EBGAN's margin.
         diversity, balance_rate: BEGAN's gamma and lambda_k.
-        classify: both players minimise the cross-entropy of the classes that the critic tells too (ACGAN).
-        categories, codes: how many values a categorical code has that the generator gets and the critic is to tell, and
-            how many continuous ones there are (InfoGAN); 0 for none.
+        classify: both players also minimise the cross-entropy of the critic's class prediction (ACGAN).
+        categories, codes: number of values of the categorical code, and number of continuous codes, that the generator
+            gets and the critic should recover (InfoGAN); 0 for none.
     """
 
     objective: str = "non-saturating"
@@ -62,12 +64,24 @@ class Game:
         ):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} '{getattr(self, name)}' is unknown; expected one of {', '.join(options)}")
+        for name, high in (
+            ("weight", math.inf),
+            ("pulling_away", math.inf),
+            ("margin", math.inf),
+            ("diversity", 1),
+            ("balance_rate", 1),
+            ("categories", math.inf),
+            ("codes", math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= high:
+                raise ValueError(f"{name} is {value}; expected at least 0{', up to 1' if high == 1 else ''}")
         if self.objective in ENERGIES and self.pairing != "none":
             raise ValueError(f"objective '{self.objective}' has no pairs of scores; expected pairing none")
 
 
 class Latents(NamedTuple):
-    """What a generator begins from: z (batch, latent), of which the last numbers are the codes.
+    """The generator's inputs: z (batch, latent), of which the last dimensions are the codes.
 
     category: (batch,) integers; codes: (batch, codes) in [-1, 1]; None without.
     """
@@ -78,26 +92,28 @@ class Latents(NamedTuple):
 
 
 def latents(game: Game, key: Tensor, count: int, width: int) -> Latents:
-    """Standard normal numbers, then the category as one of n, then the codes: z (count, width) in all.
+    """Standard normal noise, then the category as one of n, then the codes: z (count, width) in all.
 
     Raises ValueError if the codes leave no room for noise.
     """
     noise = width - game.categories - game.codes
     if noise < 1:
-        raise ValueError(f"{game.categories} categories and {game.codes} codes leave no room in {width} latent numbers")
+        taken = f"{game.categories} categories and {game.codes} codes"
+        raise ValueError(f"{taken} leave no room in {width} latent dimensions")
     keys = random.sites(key, 3).unbind(0)
     parts, category, codes = [random.normal(keys[0], (count, noise))], None, None
     if game.categories:
         category = random.randint(keys[1], (count,), 0, game.categories).long()
-        parts.append((category[:, None] == torch.arange(game.categories, device=key.device)).float())
+        values = torch.arange(game.categories, device=key.device)
+        parts.append((category[:, None] == values).float())  # one-hot, (count, categories)
     if game.codes:
         codes = random.uniform(keys[2], (count, game.codes), minval=-1.0, maxval=1.0)
         parts.append(codes)
-    return Latents(torch.cat(parts, 1), category, codes)
+    return Latents(torch.cat(parts, 1), category, codes)  # z: (count, noise + categories + codes)
 
 
 def memory(game: Game, key: Tensor, critic: Tree, generator: Tree) -> Tree:
-    """What the losses of this game carry from step to step, at the beginning; the trees are the players' parameters."""
+    """The first memory of the game's losses (see `adversarial.step`); the trees are the players' parameters."""
     parts = {"k": torch.zeros((), device=key.device)} if game.objective == "equilibrium" else {}
     parts |= {"vectors": spectral_vectors(key, critic)} if game.spectral else {}
     return parts | ({"generator_vectors": spectral_vectors(key, generator)} if game.spectral_generator else {})
@@ -112,12 +128,13 @@ def losses(
     """(critic_loss, generator_loss) as `train.adversarial.step.make_step` takes them; a batch is (real, labels).
 
     Args:
-        latent: numbers that the generator begins from.
-        generate: (params, latents, labels, key) -> examples, in training.
-        outputs: (params, examples, labels, key) -> what the critic says of them in training: `scores` (batch,), and as
+        latent: latent dimensions, the codes included.
+        generate: (params, latents, labels, key) -> examples, in training mode.
+        outputs: (params, examples, labels, key) -> the critic's outputs in training mode: `scores` (batch,), and as
             the game needs them `classes`, `category` and `codes` (logits, logits, means) and `features`.
 
-    The metrics of the critic are `real` and `fake`, its mean scores, and each term of its loss by name.
+    The metrics of the critic are `real` and `fake`, its mean scores, and each term of its loss by name. Latents have
+    the dtype of the real examples; the critic's outputs are taken to float32 where they are in half precision.
 
     Raises ValueError if the codes leave no room for noise.
     """
@@ -130,15 +147,22 @@ def losses(
             return objectives.equilibrium(memory["k"])
         return objectives.choose(game.objective, game.pairing)
 
-    def told(said: dict[str, Tensor], given: Latents, labels: Tensor) -> dict[str, Tensor]:
-        """What is lost where the critic does not tell what the generator was given."""
+    def latents_like(key: Tensor, real: Tensor) -> Latents:
+        inputs = latents(game, key, len(real), latent)
+        return inputs._replace(z=inputs.z.to(real.dtype)) if real.is_floating_point() else inputs
+
+    def judge(params: Tree, x: Tensor, labels: Tensor, key: Tensor) -> dict[str, Tensor]:
+        return {name: widen(value) for name, value in outputs(params, x, labels, key).items()}
+
+    def auxiliary(on_fake: dict[str, Tensor], inputs: Latents, labels: Tensor) -> dict[str, Tensor]:
+        """Auxiliary losses: the critic must recover the class, category and codes."""
         terms = {}
         if game.classify:
-            terms["classes"] = F.cross_entropy(said["classes"], labels)
-        if given.category is not None:
-            terms["category"] = -objectives.categorical_information(said["category"], given.category)
-        if given.codes is not None:
-            terms["codes"] = -0.1 * objectives.gaussian_information(said["codes"], given.codes)
+            terms["classes"] = F.cross_entropy(on_fake["classes"], labels)
+        if inputs.category is not None:
+            terms["category"] = -objectives.categorical_information(on_fake["category"], inputs.category)
+        if inputs.codes is not None:
+            terms["codes"] = -0.1 * objectives.gaussian_information(on_fake["codes"], inputs.codes)
         return terms
 
     def total(terms: dict[str, Tensor], metrics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,22 +171,22 @@ def losses(
     def critic_loss(own: Tree, other: Tree, batch: tuple, key: Tensor, memory: Tree):
         real, labels = batch
         keys = random.sites(key, 5).unbind(0)
-        given = latents(game, keys[0], len(real), latent)
+        inputs = latents_like(keys[0], real)
         generator = spectral_norm(other, memory["generator_vectors"], steps=0)[0] if game.spectral_generator else other
-        fake = generate(generator, given, labels, keys[1])
+        fake = generate(generator, inputs, labels, keys[1])
         if game.spectral:
             own, vectors = spectral_norm(own, memory["vectors"])
             memory = {**memory, "vectors": vectors}
-        on_real, on_fake = outputs(own, real, labels, keys[2]), outputs(own, fake, labels, keys[3])
+        on_real, on_fake = judge(own, real, labels, keys[2]), judge(own, fake, labels, keys[3])
         scores = on_real["scores"], on_fake["scores"]
-        terms = {"objective": objective(memory).critic(*scores), **told(on_fake, given, labels)}
+        terms = {"objective": objective(memory).critic(*scores), **auxiliary(on_fake, inputs, labels)}
         if game.classify:
             terms["real_classes"] = F.cross_entropy(on_real["classes"], labels)
         if game.regulariser != "none":
             options = {} if game.weight is None else {"weight": game.weight}
             regularise = REGULARISERS[game.regulariser]
             terms["penalty"] = regularise(
-                lambda x: outputs(own, x, labels, keys[2])["scores"], real, fake, keys[4], **options
+                lambda x: judge(own, x, labels, keys[2])["scores"], real, fake, keys[4], **options
             )
         metrics = {"real": scores[0].mean().detach(), "fake": scores[1].mean().detach()}
         if game.objective == "equilibrium":
@@ -175,17 +199,17 @@ def losses(
     def generator_loss(own: Tree, other: Tree, batch: tuple, key: Tensor, memory: Tree):
         real, labels = batch
         keys = random.sites(key, 4).unbind(0)
-        given = latents(game, keys[0], len(real), latent)
+        inputs = latents_like(keys[0], real)
         if game.spectral_generator:
             own, vectors = spectral_norm(own, memory["generator_vectors"])
             memory = {**memory, "generator_vectors": vectors}
-        fake = generate(own, given, labels, keys[1])
+        fake = generate(own, inputs, labels, keys[1])
         critic = spectral_norm(other, memory["vectors"], steps=0)[0] if game.spectral else other
-        said, goal = outputs(critic, fake, labels, keys[2]), objective(memory)
-        real_scores = outputs(critic, real, labels, keys[3])["scores"] if goal.needs_real else None
-        terms = {"objective": goal.generator(said["scores"], real_scores), **told(said, given, labels)}
+        on_fake, goal = judge(critic, fake, labels, keys[2]), objective(memory)
+        real_scores = judge(critic, real, labels, keys[3])["scores"] if goal.needs_real else None
+        terms = {"objective": goal.generator(on_fake["scores"], real_scores), **auxiliary(on_fake, inputs, labels)}
         if game.pulling_away:
-            terms["pulling_away"] = game.pulling_away * objectives.pulling_away(said["features"])
+            terms["pulling_away"] = game.pulling_away * objectives.pulling_away(on_fake["features"])
         value, metrics = total(terms, {})
         return value, (metrics, memory)
 

@@ -1,4 +1,4 @@
-"""What the critic and the generator of a GAN minimise, as functions of the critic's scores.
+"""Objectives of GANs: the losses of critic and generator, as functions of the critic's scores.
 
 Scores are unbounded, (batch,) or (batch, 1, height, width) of a patch critic, high for what the critic believes real;
 C(x) is that of a real x, C(y) of a generated y. Each loss is a scalar, the mean over examples and patches.
@@ -12,7 +12,7 @@ C(x) is that of a real x, C(y) of a generated y. Each loss is a scalar, the mean
 | `hinge`          | max(0, 1 - C(x)) + max(0, 1 + C(y))        | -C(y)                        |
 
 with s the sigmoid. Where the critic is an auto-encoder its score is an energy, *low* for what is real: `energy` (EBGAN)
-and `equilibrium` (BEGAN).
+and `equilibrium` (BEGAN). Scores in half precision are taken to float32 first.
 """
 
 import math
@@ -35,38 +35,54 @@ class Objective(NamedTuple):
     needs_real: bool = False
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean(dtype=torch.promote_types(values.dtype, torch.float32))
+def _objective(critic: Callable, generator: Callable, needs_real: bool = False) -> Objective:
+    """An Objective of scores in float32 or wider."""
+
+    def wide_critic(real: Tensor, fake: Tensor) -> Tensor:
+        return critic(_wide(real), _wide(fake))
+
+    def wide_generator(fake: Tensor, real: Tensor | None = None) -> Tensor:
+        return generator(_wide(fake), None if real is None else _wide(real))
+
+    return Objective(wide_critic, wide_generator, needs_real)
 
 
-def _real_against_fake(real: Tensor, fake: Tensor) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _logistic(real: Tensor, fake: Tensor) -> Tensor:
+    """-log s(C(x)) - log(1 - s(C(y)))"""
     # -log s(c) = softplus(-c) and -log(1 - s(c)) = softplus(c), neither of which overflows.
-    return _mean(F.softplus(-real)) + _mean(F.softplus(fake))
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-# Goodfellow et al. 2014, arXiv:1406.2661, eq. 1: the generator descends what the critic ascends ...
-MINIMAX = Objective(_real_against_fake, lambda fake, real=None: -_mean(F.softplus(fake)))
+# Goodfellow et al. 2014, arXiv:1406.2661, eq. 1: the generator descends what the critic ascends, log(1 - s(C(y))) ...
+MINIMAX = _objective(_logistic, lambda fake, real: -F.softplus(fake).mean())
 # ... or, after its section 3, ascends log s(C(y)): the same fixed point, and a gradient when the critic is sure.
-NON_SATURATING = Objective(_real_against_fake, lambda fake, real=None: _mean(F.softplus(-fake)))
+NON_SATURATING = _objective(_logistic, lambda fake, real: F.softplus(-fake).mean())
 # Arjovsky et al. 2017, arXiv:1701.07875, eq. 2: the dual of the earth mover's distance, over 1-Lipschitz critics only.
-WASSERSTEIN = Objective(lambda real, fake: _mean(fake) - _mean(real), lambda fake, real=None: -_mean(fake))
+WASSERSTEIN = _objective(
+    lambda real, fake: fake.mean() - real.mean(),  # C(y) - C(x)
+    lambda fake, real: -fake.mean(),  # -C(y)
+)
 # Lim and Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, eqs. 16 and 17.
-HINGE = Objective(
-    lambda real, fake: _mean(F.relu(1 - real)) + _mean(F.relu(1 + fake)),
-    lambda fake, real=None: -_mean(fake),
+HINGE = _objective(
+    lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),  # max(0, 1 - C(x)) + max(0, 1 + C(y))
+    lambda fake, real: -fake.mean(),  # -C(y)
 )
 
 
-def least_squares(fake_label: float = 0.0, real_label: float = 1.0, wanted: float = 1.0) -> Objective:
+def least_squares(fake_label: float = 0.0, real_label: float = 1.0, target: float = 1.0) -> Objective:
     """((C(x) - b)^2 + (C(y) - a)^2) / 2, and (C(y) - c)^2 / 2 (Mao et al. 2017, arXiv:1611.04076, eq. 2).
 
     Args:
-        fake_label, real_label, wanted: a, b, c; the paper's two choices are (0, 1, 1), its eq. 9, and (-1, 1, 0), its
+        fake_label, real_label, target: a, b, c; the paper's two choices are (0, 1, 1), its eq. 9, and (-1, 1, 0), its
             eq. 8, which minimises Pearson's chi-squared divergence.
     """
-    return Objective(
-        lambda real, fake: (_mean((real - real_label).square()) + _mean((fake - fake_label).square())) / 2,
-        lambda fake, real=None: _mean((fake - wanted).square()) / 2,
+    return _objective(
+        lambda real, fake: ((real - real_label).square().mean() + (fake - fake_label).square().mean()) / 2,
+        lambda fake, real: (fake - target).square().mean() / 2,
     )
 
 
@@ -98,7 +114,7 @@ def relativistic(objective: Objective, pairing: str = "average") -> Objective:
 
     def critic(real: Tensor, fake: Tensor) -> Tensor:
         if pairing == "average":
-            return objective.critic(real - fake.mean(0), fake - real.mean(0))
+            return objective.critic(real - fake.mean(0), fake - real.mean(0))  # C(x) - mean C(y), C(y) - mean C(x)
         if real.shape != fake.shape:
             raise ValueError(f"pairs need as many real as fake scores: got {tuple(real.shape)} and {tuple(fake.shape)}")
         return objective.critic(real - fake, fake - real) / 2
@@ -108,7 +124,7 @@ def relativistic(objective: Objective, pairing: str = "average") -> Objective:
             raise ValueError("a relativistic generator's loss needs the real scores too")
         return critic(fake, real)
 
-    return Objective(critic, generator, needs_real=True)
+    return _objective(critic, generator, needs_real=True)
 
 
 def choose(name: str, pairing: str = "none") -> Objective:
@@ -135,9 +151,9 @@ def energy(margin: float) -> Objective:
     """
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}")
-    return Objective(
-        lambda real, fake: _mean(real) + _mean(F.relu(margin - fake)),
-        lambda fake, real=None: _mean(fake),
+    return _objective(
+        lambda real, fake: real.mean() + F.relu(margin - fake).mean(),  # E(x) + max(0, m - E(y))
+        lambda fake, real: fake.mean(),  # E(y)
     )
 
 
@@ -150,24 +166,28 @@ def pulling_away(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}, expected (2 or more, width)")
     count = len(embeddings)
-    unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-    others = 1 - torch.eye(count, dtype=unit.dtype, device=unit.device)
-    return ((unit @ unit.T).square() * others).sum() / (count * (count - 1))
+    unit = F.normalize(_wide(embeddings), dim=1)
+    others = 1 - torch.eye(count, dtype=unit.dtype, device=unit.device)  # 1 where i != j
+    cosines = unit @ unit.T  # (n, n)
+    return (cosines.square() * others).sum() / (count * (count - 1))
 
 
 def equilibrium(k: Tensor) -> Objective:
     """E(x) - k E(y) for the critic, E(y) for the generator (BEGAN, Berthelot et al. 2017, arXiv:1703.10717, sec. 3.4).
 
     Args:
-        k: how much weight the critic gives to generated examples; starts at 0, `next_equilibrium` moves it.
+        k: weight of the generated examples in the critic's loss; starts at 0, `next_equilibrium` moves it.
     """
-    return Objective(lambda real, fake: _mean(real) - k * _mean(fake), lambda fake, real=None: _mean(fake))
+    return _objective(
+        lambda real, fake: real.mean() - k * fake.mean(),  # E(x) - k E(y)
+        lambda fake, real: fake.mean(),  # E(y)
+    )
 
 
 def next_equilibrium(
     k: Tensor, real_energies: Tensor, fake_energies: Tensor, *, diversity: float = 0.5, rate: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """(k, M) after a step: control that holds E(y) / E(x) at the diversity ratio, and how far training has come.
+    """(k, M) after a step: control that holds E(y) / E(x) at the diversity ratio, and BEGAN's measure of convergence.
 
     k <- clip(k + rate (diversity E(x) - E(y)), 0, 1),    M = E(x) + |diversity E(x) - E(y)|    (section 3.4)
 
@@ -178,13 +198,13 @@ def next_equilibrium(
     """
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity must be in [0, 1], got {diversity}")
-    real, fake = _mean(real_energies.detach()), _mean(fake_energies.detach())
+    real, fake = _wide(real_energies.detach()).mean(), _wide(fake_energies.detach()).mean()
     balance = diversity * real - fake
-    return (k + rate * balance).clamp(0, 1), real + balance.abs()
+    return (k + rate * balance).clamp(0, 1), real + balance.abs()  # k, M
 
 
 def categorical_information(logits: Tensor, codes: Tensor) -> Tensor:
-    """A lower bound, in nats, on the mutual information between a uniform categorical code and the image.
+    """Lower bound, in nats, on the mutual information between a uniform categorical code and the image.
 
     I(c; x) >= E[log Q(c | x)] + H(c),   H(c) = log categories      (InfoGAN, Chen et al. 2016, arXiv:1606.03657, eq. 4)
 
@@ -192,14 +212,12 @@ def categorical_information(logits: Tensor, codes: Tensor) -> Tensor:
 
     Args:
         logits: (batch, categories), Q's.
-        codes: (batch,) integers, those that the generator was given.
+        codes: (batch,) integers, the inputs of the generator.
     """
     if logits.ndim != 2 or codes.shape != logits.shape[:1]:
-        found = f"logits {tuple(logits.shape)} and codes {tuple(codes.shape)}"
-        raise ValueError(f"expected logits (batch, categories) and codes (batch,), got {found}")
-    return math.log(logits.shape[1]) - F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), codes
-    )
+        shapes = f"logits {tuple(logits.shape)} and codes {tuple(codes.shape)}"
+        raise ValueError(f"expected logits (batch, categories) and codes (batch,), got {shapes}")
+    return math.log(logits.shape[1]) - F.cross_entropy(_wide(logits), codes)  # H(c) + E[log Q(c | x)]
 
 
 def gaussian_information(
@@ -215,8 +233,9 @@ def gaussian_information(
         entropy: of one code in nats; log 2 is that of the paper's codes, uniform in [-1, 1].
     """
     if mean.ndim != 2 or codes.shape != mean.shape:
-        found = f"mean {tuple(mean.shape)} and codes {tuple(codes.shape)}"
-        raise ValueError(f"expected mean and codes of one shape (batch, codes), got {found}")
-    log_variance = torch.zeros_like(mean) if log_variance is None else log_variance
+        shapes = f"mean {tuple(mean.shape)} and codes {tuple(codes.shape)}"
+        raise ValueError(f"expected mean and codes of one shape (batch, codes), got {shapes}")
+    mean = _wide(mean)
+    log_variance = torch.zeros_like(mean) if log_variance is None else _wide(log_variance)
     density = -0.5 * ((codes - mean).square() * torch.exp(-log_variance) + log_variance + math.log(2 * math.pi))
-    return _mean((density + entropy).sum(1))
+    return (density + entropy).sum(1).mean()

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core import random, stats, transforms, tree
+from core import random, transforms, tree
+from core.stats import update as update_stats
 from core.tree import Tree
 from train import step as single
-from train.optimizers import Optimizer, apply_updates
-from train.step import TrainState, compiled
+from train.optimizers import Optimizer
+from train.step import FULL_PRECISION, Policy, TrainState, advance, check_split, compiled, widen
 
 Loss = Callable[[Tree, Tree, Tree, Tensor, Tree], tuple[Tensor, tuple[dict[str, Tensor], Tree]]]
 
@@ -25,7 +26,7 @@ Loss = Callable[[Tree, Tree, Tree, Tensor, Tree], tuple[Tensor, tuple[dict[str, 
 class State(NamedTuple):
     """Both players, and what else their losses carry from step to step: `memory`, a tree of tensors, perhaps empty.
 
-    Such are the vectors of spectral norm, BEGAN's k, CycleGAN's buffer of images.
+    Examples are the vectors of spectral norm, BEGAN's k, CycleGAN's buffer of images.
     """
 
     critic: TrainState
@@ -57,6 +58,7 @@ def make_step(
     critic_optimizer: Optimizer,
     generator_optimizer: Optimizer,
     *,
+    policy: Policy = FULL_PRECISION,
     critic_steps: int = 1,
     constrain: Callable[[Tree], Tree] | None = None,
     unroll: bool = False,
@@ -69,56 +71,62 @@ def make_step(
         critic_loss, generator_loss: `loss(own, other, batch, key, memory) -> (scalar, (metrics, memory))`: the values,
             merged with their Stats, of the player whose loss it is and of the other; a key (2,) of that step and
             player. Only `own` is differentiated and has its Stats updated.
-        critic_steps: of the critic for one of the generator.
-        constrain: what becomes of the critic's parameters after each of its steps, such as clipping (WGAN).
-        unroll: compile all of it as one graph, which grows with the steps of the critic, instead of one graph for a
-            step of each player. Five steps of a small WGAN-GP take three minutes to compile, one step and the
-            generator's a quarter of that, and run as fast.
+        policy: mixed precision, as in `train.step.make_step`: the losses get both players' parameters and the batch's
+            floating-point leaves in another dtype; the memory keeps its own.
+        critic_steps: steps of the critic per step of the generator.
+        constrain: applied to the critic's parameters after each of its steps, such as clipping (WGAN).
+        unroll: compile all of it as one graph, which grows with the steps of the critic, instead of one graph per
+            player. Five steps of a small WGAN-GP take three minutes to compile, one step and the generator's a quarter
+            of that, and run as fast.
         compile: through torch.compile, `fullgraph`; `backend` as there.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. Each leaf of the batch is (critic_steps, examples, ...): the critic's
-        batches, of which the generator sees the last. The metrics, 0-D, are `critic/loss`, `critic/grad_norm` and what
-        the loss reports, `critic/...` of the critic's last step, and as many of `generator/...`.
+        batches, of which the generator sees the last. The metrics, 0-D and in float32 or wider, are `critic/loss`,
+        `critic/grad_norm` and those of the loss, `critic/...` of the critic's last step, and likewise `generator/...`.
 
     Raises:
-        ValueError: from the step: the batch has not `critic_steps` parts.
+        ValueError: from the step: the batch has not `critic_steps` parts; Stats among a player's parameters.
     """
     if critic_steps < 1:
         raise ValueError(f"critic_steps is {critic_steps}; expected at least 1")
 
-    def gradients(loss: Loss, player: TrainState, other: Tree, batch: Tree, memory: Tree):
-        key = random.fold_in(player.key, player.step)
+    def values(player: TrainState) -> Tree:
+        return tree.merge(policy.cast(player.params), player.stats)
 
-        def objective(params: Tree, measured: Tree):
-            return loss(tree.merge(params, measured), other, batch, key, memory)
+    def turn(loss: Loss, optimizer: Optimizer, player: TrainState, other: TrainState, batch: Tree, memory: Tree):
+        """One player's step: (player, metrics, memory)."""
+        check_split(player)
+        key = random.fold_in(player.key, player.step)
+        others, batch = values(other), policy.cast(batch)
+
+        def objective(params: Tree, stats: Tree):
+            own = tree.merge(policy.cast(params), stats)
+            value, (metrics, new) = loss(own, others, batch, key, memory)
+            # In its own dtype: the next step would be compiled anew for another one.
+            new = tree.map(lambda old, x: x.to(old.dtype), memory, new)
+            return widen(value), (tree.map(widen, metrics), new)
 
         (value, (metrics, memory)), (grads, increments) = transforms.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(player.params, player.stats)
-        metrics = {"loss": value, "grad_norm": tree.norm(grads), **metrics}
-        return grads, stats.update(player.stats, increments), metrics, memory
-
-    def advanced(player: TrainState, optimizer: Optimizer, grads: Tree, measured: Tree) -> TrainState:
         # The second derivative of a convolution comes transposed, and so would the state of the optimizer.
         grads = tree.map(torch.Tensor.contiguous, grads)
-        updates, opt_state = optimizer.update(grads, player.opt_state, player.params)
-        return TrainState(apply_updates(player.params, updates), measured, opt_state, player.key, player.step + 1)
-
-    def values(player: TrainState) -> Tree:
-        return tree.merge(player.params, player.stats)
+        metrics = {"loss": value, "grad_norm": tree.norm(grads), **metrics}
+        player, _ = advance(optimizer, player, grads, update_stats(player.stats, increments))
+        return player, metrics, memory
 
     def critic_turn(state: State, batch: Tree):
-        found = gradients(critic_loss, state.critic, values(state.generator), batch, state.memory)
-        grads, measured, metrics, memory = found
-        critic = advanced(state.critic, critic_optimizer, grads, measured)
+        critic, metrics, memory = turn(
+            critic_loss, critic_optimizer, state.critic, state.generator, batch, state.memory
+        )
         critic = critic if constrain is None else critic._replace(params=constrain(critic.params))
         return State(critic, state.generator, memory), metrics
 
     def generator_turn(state: State, batch: Tree):
-        found = gradients(generator_loss, state.generator, values(state.critic), batch, state.memory)
-        grads, measured, metrics, memory = found
-        generator = advanced(state.generator, generator_optimizer, grads, measured)
+        generator, metrics, memory = turn(
+            generator_loss, generator_optimizer, state.generator, state.critic, batch, state.memory
+        )
         return State(state.critic, generator, memory), metrics
 
     def maybe_compiled(f: Callable) -> Callable:
@@ -140,15 +148,20 @@ def make_step(
     def step(state: State, batch: Tree):
         sizes = {len(leaf) for leaf in tree.leaves(batch)}
         if sizes != {critic_steps}:
-            raise ValueError(f"the batch has {sorted(sizes)} parts; expected {critic_steps}, one a step of the critic")
+            raise ValueError(
+                f"the batch has {sorted(sizes)} parts; expected {critic_steps}, one per step of the critic"
+            )
         return run(state, batch)
 
     return step
 
 
 def _usual_strides(state: State) -> State:
-    """What a compiled step returns may have other strides in axes of length 1, where they do not matter, than what it
-    was given: it would not know its own result again, and be compiled once more."""
+    """The state in the strides that a first state has.
+
+    A compiled step may return others in axes of length 1, where they do not matter; it would be compiled once more for
+    its own result.
+    """
 
     def usual(x: Tensor) -> Tensor:
         return x.view(-1).view(x.shape) if x.ndim > 1 and 1 in x.shape and x.is_contiguous() else x

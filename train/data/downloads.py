@@ -6,7 +6,7 @@ from train.data import DataError
 
 
 def folder_of(name: str, directory: Path | str | None = None) -> Path:
-    """Where a set is kept: the directory, or a folder in the user's cache if it is None."""
+    """The folder of a set: the directory, or one in the user's cache if it is None."""
     import pooch
 
     return Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / name
@@ -17,7 +17,7 @@ def fetch(address: str, checksum: str, folder: Path, members: tuple[str, ...] | 
 
     Args:
         checksum: "md5:..." or "sha256:...".
-        members: what of an archive is unpacked beside it: nothing if empty, all if None.
+        members: files of an archive that are unpacked beside it: none if empty, all if None.
 
     Raises DataError: no connection, or another checksum.
     """
@@ -30,6 +30,6 @@ def fetch(address: str, checksum: str, folder: Path, members: tuple[str, ...] | 
         kind, _, value = checksum.partition(":")
         sum_of = {"md5": "MD5", "sha256": "SHA-256"}[kind]
         raise DataError(f"{address} is not the published file: its {sum_of} sum differs from {value}") from None
-    except Exception as error:  # whatever the network library raises
+    except Exception as error:  # the network library raises anything
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot fetch {address}: {first}") from None

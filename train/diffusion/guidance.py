@@ -1,4 +1,4 @@
-"""Samples of a class: a conditional and an unconditional prediction put together (Ho and Salimans 2022)."""
+"""Classifier-free guidance: a conditional and an unconditional prediction combined (Ho and Salimans 2022)."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ def guided(conditional: Model, unconditional: Model, scale: float) -> Model:
     """The model unconditional + scale (conditional - unconditional), for any sampler (arXiv:2207.12598, eq. 6).
 
     Args:
-        conditional, unconditional: `(x, time) -> output`. Of twice the channels, the half that is the variance is the
-            conditional model's.
-        scale: 0 is the unconditional model, 1 the conditional one, more is further from the former; the paper's 1 + w.
+        conditional, unconditional: `(x, time) -> output`. With twice the channels, the variance half is the conditional
+            model's.
+        scale: 0 is the unconditional model, 1 the conditional one, above 1 extrapolates; the paper's 1 + w.
     """
 
     def model(x: Tensor, time: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def guided_together(model, classes: Tensor, no_class: Tensor, scale: float) -> M
 
     Args:
         model: `(x, time, classes) -> output`.
-        classes: (batch, ...) what to draw.
-        no_class: of the same shape, what the model takes for "any".
+        classes: (batch, ...) classes to sample.
+        no_class: of the same shape, the model's code for no class.
     """
     if classes.shape != no_class.shape:
         raise ValueError(f"classes {tuple(classes.shape)} and no_class {tuple(no_class.shape)} must have one shape")
@@ -41,5 +41,6 @@ def guided_together(model, classes: Tensor, no_class: Tensor, scale: float) -> M
 
 def _combine(conditional: Tensor, unconditional: Tensor, x: Tensor, scale: float) -> Tensor:
     channels = x.shape[1]
+    # unconditional + scale (conditional - unconditional)
     mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
-    return torch.cat([mixed, conditional[:, channels:]], 1)
+    return torch.cat([mixed, conditional[:, channels:]], 1)  # (batch, channels or twice the channels, ...)

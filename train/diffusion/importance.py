@@ -1,8 +1,8 @@
-"""Which times to train on: more often those whose loss is large (Nichol and Dhariwal 2021, arXiv:2102.09672, sec. 3.3).
+"""Importance sampling of times (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.3).
 
-p_t is proportional to sqrt(E[L_t^2]), the mean over the last losses seen at t, and the loss is weighted by
+p_t is proportional to sqrt(E[L_t^2]), the mean over the last losses at t, and the loss is weighted by
 1 / (steps p_t): the same expectation as with uniform times, and less noise where the terms differ as much as the
-variational bound's. Until each time has been seen often enough, times are uniform.
+variational bound's. Until each time has a full history, times are uniform.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,18 @@ from core import random
 
 
 class LossHistory(NamedTuple):
-    """losses (steps, length) float64: the last ones at each time, a ring. counts (steps,) int64: how many were seen."""
+    """losses (steps, length) float64: the last ones at each time, a ring buffer. counts (steps,) int64: all so far."""
 
     losses: Tensor
     counts: Tensor
 
 
 def init(steps: int, length: int = 10) -> LossHistory:
-    """No losses seen yet.
+    """An empty history.
 
     Args:
-        steps: of the schedule.
-        length: losses kept for each time; 10 in the paper.
+        steps: steps of the schedule.
+        length: losses per time; 10 in the paper.
     """
     if steps < 1 or length < 1:
         raise ValueError(f"a history needs at least 1 step and 1 loss each, got {steps} and {length}")
@@ -36,14 +36,14 @@ def probabilities(history: LossHistory, uniform: float = 0.001) -> Tensor:
     """p_t, (steps,) float64.
 
     Args:
-        uniform: the share of uniform times, so that no p_t is 0 and no weight infinite.
+        uniform: fraction of uniform times, so that no p_t is 0 and no weight infinite.
     """
     steps, length = history.losses.shape
-    size = history.losses.square().mean(1).sqrt()
+    size = history.losses.square().mean(1).sqrt()  # sqrt(E[L_t^2]), (steps,)
     total = size.sum()
-    chosen = (1 - uniform) * size / torch.where(total > 0, total, 1) + uniform / steps
+    p = (1 - uniform) * size / torch.where(total > 0, total, 1) + uniform / steps
     ready = (history.counts >= length).all() & (total > 0)
-    return torch.where(ready, chosen, torch.full_like(chosen, 1 / steps))
+    return torch.where(ready, p, torch.full_like(p, 1 / steps))
 
 
 def draw(history: LossHistory, key: Tensor, count: int, uniform: float = 0.001) -> tuple[Tensor, Tensor]:
@@ -62,10 +62,10 @@ def update(history: LossHistory, time: Tensor, losses: Tensor) -> LossHistory:
     steps, length = history.losses.shape
     same = time[:, None] == time[None, :]
     rank, total = same.tril(-1).sum(1), same.sum(1)
-    place = time * length + (history.counts[time] + rank) % length
-    # Of more losses at one time than it keeps, the last stay; the others go to a place that is cut off.
-    place = torch.where(rank >= total - length, place, steps * length)
+    slot = time * length + (history.counts[time] + rank) % length  # (batch,)
+    # Of more losses at one time than fit, the last stay; the others go to a slot that is cut off.
+    slot = torch.where(rank >= total - length, slot, steps * length)
     flat = torch.cat([history.losses.flatten(), history.losses.new_zeros(1)])
-    flat = flat.index_put((place,), losses.detach().to(flat.dtype))
+    flat = flat.index_put((slot,), losses.detach().to(flat.dtype))
     counts = history.counts.index_add(0, time, torch.ones_like(time))
     return LossHistory(flat[:-1].reshape(steps, length), counts)

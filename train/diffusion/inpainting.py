@@ -1,4 +1,4 @@
-"""Fill in what a mask leaves free, with a model that was trained on whole images (Lugmayr et al. 2022)."""
+"""Inpainting: fill the unknown part of an image, with a model trained on whole images (Lugmayr et al. 2022)."""
 
 from collections.abc import Callable
 
@@ -24,15 +24,15 @@ def inpaint(
 ) -> Tensor:
     """Run all steps from x, with the known part replaced by its own noised version after each.
 
-    That is RePaint (arXiv:2201.09865, algorithm 1, jumps of one step): what is filled in only learns of the known part
+    That is RePaint (arXiv:2201.09865, algorithm 1, jumps of one step): the unknown part only learns of the known part
     in the next step, so a step may be repeated from its own result, noised again.
 
     Args:
         x: (batch, channels, ...) standard normal.
-        image: of the shape of x, in [-1, 1]; counts where known, and is there in the result.
+        image: of the shape of x, in [-1, 1]; where known, it is part of the result.
         mask: 1 or True where the image is known. (height, width), or with channel and batch axes, of full size or 1.
-        key: one (2,) or one an example (batch, 2).
-        repeats: how often each step but the last is made; 1 is replacement alone, the paper repeats 10 times.
+        key: one (2,), or one per example (batch, 2).
+        repeats: runs of each step but the last; 1 is replacement alone, the paper repeats 10 times.
         step, callback: as for `train.diffusion.samplers.sample`.
 
     Raises:
@@ -44,7 +44,7 @@ def inpaint(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     step = sampler.step if step is None else step
-    table, memory, drawn = sampler.table.to(x.device), torch.zeros_like(x), None
+    table, memory, noise = sampler.table.to(x.device), torch.zeros_like(x), None
     steps = len(table)
     for i in range(steps):
         now, after = sampler.alpha_bars[i : i + 2].tolist()
@@ -52,11 +52,12 @@ def inpaint(
         for j in range(times):
             for_step, for_known, for_repeat = random.sites(random.fold_in(random.fold_in(key, i), j), 3)
             if sampler.noisy:
-                drawn = draw_noise(for_step, x)
-            x, memory = step(model, table[i], x, before, drawn)
+                noise = draw_noise(for_step, x)
+            x, memory = step(model, table[i], x, before, noise)
+            # sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise
             known = after**0.5 * image + (1 - after) ** 0.5 * draw_noise(for_known, x)
             x = torch.where(mask, known, x)
-            if j < times - 1:
+            if j < times - 1:  # back to the noise before the step
                 x = (now / after) ** 0.5 * x + (1 - now / after) ** 0.5 * draw_noise(for_repeat, x)
         if callback is not None:
             callback(i, x, memory)

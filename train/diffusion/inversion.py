@@ -1,4 +1,4 @@
-"""From images to the noise that `ddim` makes them of, and from one noise to another."""
+"""DDIM inversion, from images to the noise that `ddim` makes them of, and interpolation between noises."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def ddim_inversion(
 ) -> Sampler:
     """`ddim` with eta 0 run backwards: from an image to noise that `ddim` with clip=False makes into nearly that image.
 
-    A step to a noisier time asks the model at that time, but about the x before the step. So the noise is only nearly
-    right; the more steps, the nearer. Nothing is clipped: what was clipped could not be found again.
+    A step to a noisier time calls the model at that time, but on the x before the step. So the noise is only
+    approximate; the more steps, the better. Nothing is clipped: clipping cannot be inverted.
     """
     check_choice("predicts", predicts, PREDICTIONS)
     time, alpha_bars = levels_of(schedule, steps, spacing)
@@ -23,7 +23,7 @@ def ddim_inversion(
 
     def step(model: Model, row: Tensor, x: Tensor, memory: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         time, alpha, sigma, to_image, to_noise = unpack(row, x)
-        # What the model says is read as at its own time; without noise in x, an image could not be turned into noise.
+        # The prediction is read as at its own time; without noise in x, an image could not be turned into noise.
         _, predicted, _ = predict(model, time, x, to_image, to_noise, predicts, False)
         image = convert("noise", "image", predicted, x, alpha, sigma)
         return to_image * image + to_noise * predicted, image
@@ -33,10 +33,10 @@ def ddim_inversion(
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
-    """From a to b (batch, ...) along the arc between them, example by example; a and b are noise to interpolate.
+    """Spherical interpolation from a to b (batch, ...), per example; a and b are noise.
 
-    sin((1 - f) w) / sin w a + sin(f w) / sin w b, with w the angle (Shoemake 1985). The straight line, which comes to
-    the same, where w is nearly 0. Between noises it keeps the length that noise has; a straight line shortens it.
+    sin((1 - f) w) / sin w a + sin(f w) / sin w b, with w the angle (Shoemake 1985). The straight line, which is its
+    limit, where w is nearly 0. The norm stays that of noise; along a straight line it shrinks.
 
     Args:
         fraction: a number, or (batch,).
@@ -52,4 +52,4 @@ def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
     sine = torch.where(near, 1, angle.sin())
     of_a = torch.where(near, 1 - fraction, torch.sin((1 - fraction) * angle) / sine)
     of_b = torch.where(near, fraction, torch.sin(fraction * angle) / sine)
-    return of_a * a + of_b * b
+    return of_a * a + of_b * b  # (batch, ...)

@@ -1,7 +1,7 @@
-"""How probable a model finds images, in bits per dimension: by its variational bound, or by its probability-flow ODE.
+"""Likelihood of images in bits per dimension: the variational bound, and the probability-flow ODE.
 
 The two are of different distributions: the bound is of ancestral sampling (`ddpm` in all steps), the flow's of the
-deterministic samplers. Neither clips what it compares but the bound's predicted image, as `ddpm` does.
+deterministic samplers. Only the bound clips, its predicted image, as `ddpm` does.
 """
 
 import math
@@ -35,7 +35,7 @@ class Bound(NamedTuple):
 
 
 def prior_bits(schedule: Schedule, image: Tensor) -> Tensor:
-    """KL(q(x_T | image) || N(0, 1)), bits per dimension, (batch,): what is left of the image after the last noising."""
+    """KL(q(x_T | image) || N(0, 1)), bits per dimension, (batch,): the image's trace after the last noising."""
     last = schedule.alpha_bars[-1].to(image)
     zero = torch.zeros_like(image)
     return _bits(gaussian_divergence(last.sqrt() * image, zero + (1 - last).log(), zero, zero))
@@ -54,18 +54,20 @@ def variational_bound(
     levels: int = 256,
     callback: Callable[[int], None] | None = None,
 ) -> Bound:
-    """An upper bound on -log2 p(image) / dimensions (Ho et al. 2020, arXiv:2006.11239, eq. 5).
+    """Upper bound on -log2 p(image) / dimensions (Ho et al. 2020, arXiv:2006.11239, eq. 5).
 
-    Each term is estimated with one draw of its noise.
+    L = KL(q(x_T | image) || p(x_T)) + sum_{t > 0} KL(q(x_{t-1} | x_t, image) || p(x_{t-1} | x_t)) - log p(image | x_0)
+
+    Each term is estimated with one sample of its noise.
 
     Args:
         image: (batch, channels, ...), `levels` values in [-1, 1]: 8 bits are k / 127.5 - 1.
-        key: one (2,) or one an example (batch, 2).
-        draws: None for all times, one call of the model each; or how many uniform times to draw for each example, whose
-            mean times the number of steps estimates their sum.
+        key: one (2,), or one per example (batch, 2).
+        draws: None for all times, one call of the model each; or the number of uniform times per example, whose mean
+            times the number of steps estimates their sum.
         predicts, variance: as for `train.diffusion.losses.diffusion_loss`.
         clip: the predicted images into [-1, 1].
-        callback: called after the i-th time as `callback(i)`.
+        callback: `callback(i)`, called after time number i.
 
     Raises:
         ValueError: less than 1 draw, or a choice that is not there.
@@ -94,10 +96,10 @@ def variational_bound(
 
 
 def dequantise(key: Tensor, image: Tensor, levels: int = 256) -> Tensor:
-    """The image plus noise uniform over the width 2 / (levels - 1) of each element's bin, its value in the middle.
+    """The image plus uniform noise over each element's bin, 2 / (levels - 1) wide around its value.
 
     Args:
-        key: one (2,) or one an example (batch, 2).
+        key: one (2,), or one per example (batch, 2).
     """
     width = 2 / (levels - 1)
     return image + width * (random.uniform(key, image.shape[key.ndim - 1 :], image.dtype) - 0.5)
@@ -148,17 +150,17 @@ def flow_log_density(
 
     With alpha = cos(a) and sigma = sin(a) the ODE is dx / da = velocity (Salimans and Ho 2022, arXiv:2202.00512,
     appendix D), so log p(x) = log N(x_T; 0, 1) + integral of the trace of its Jacobian from x to x_T, the noise that
-    the flow takes x to. The trace is Hutchinson's estimate e^T J e with random signs e, the same all along the way: the
-    mean over its draws is exact, a single image's figure is noisy. p is the model's density at time 0, where the
-    least noise has been added: the model knows of nothing before it.
+    the flow takes x to. The trace is Hutchinson's estimate e^T J e with random signs e, the same along the whole path:
+    unbiased, but noisy for a single image. p is the model's density at time 0, where the least noise has been added:
+    the model knows nothing before it.
 
     Args:
         x: (batch, channels, ...), continuous.
-        key: one (2,) or one an example (batch, 2), for the signs.
+        key: one (2,), or one per example (batch, 2), for the signs.
         steps: of Heun's method, between times of the schedule as "linspace" chooses them; two calls of the model and
-            two of its vector-Jacobian product each. The times are those with alpha_bar at least `FLOW_ENDS`, and steps
-            are at most one less.
-        probes: draws of e that are averaged.
+            two of its vector-Jacobian product each. The times are those with alpha_bar at least `FLOW_ENDS`, and there
+            are fewer steps than times.
+        probes: samples of e that are averaged.
         step: `flow_step(predicts)`, compiled.
         callback: called after step i as `callback(i)`.
 
@@ -180,14 +182,15 @@ def flow_log_density(
     now, after = [c[:-1] for c in columns], [c[1:] for c in columns]
     table = table_of((*now, *after, torch.atan2(sigma, alpha).diff())).to(x.device)
 
-    drawn = [random.uniform(k, x.shape[key.ndim - 1 :], x.dtype) for k in random.sites(key, probes)]
-    signs = torch.where(torch.stack(drawn) < 0.5, -1.0, 1.0).to(x.dtype)
+    uniform = torch.stack([random.uniform(k, x.shape[key.ndim - 1 :], x.dtype) for k in random.sites(key, probes)])
+    signs = torch.where(uniform < 0.5, -1.0, 1.0).to(x.dtype)  # (probes, batch, channels, ...)
     log_density = x.new_zeros(len(x))
     for i in range(steps):
         x, change = step(model, table[i], x, signs)
         log_density = log_density + change
         if callback is not None:
             callback(i)
+    # log N(x_T; 0, 1) + integral
     return log_density - 0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
@@ -199,11 +202,10 @@ def flow_step(predicts: str = "noise") -> FlowStep:
         model: Model, time: Tensor, alpha: Tensor, sigma: Tensor, x: Tensor, signs: Tensor
     ) -> tuple[Tensor, Tensor]:
         def velocity(x: Tensor) -> Tensor:
-            asked = time.to(torch.int64).expand(len(x))
-            prediction, _ = heads(model(x, asked), x)
+            prediction, _ = heads(model(x, time.to(torch.int64).expand(len(x))), x)
             return convert(predicts, "velocity", prediction, x, alpha.to(x.dtype), sigma.to(x.dtype))
 
-        # Examples do not meet in the model, so one product has the trace of each.
+        # The model does not mix examples, so one product has the trace of each: e^T J e.
         value, pull = vjp(velocity, x)
         traces = [(pull(sign)[0] * sign).flatten(1).sum(1) for sign in signs.unbind()]
         return value, torch.stack(traces).mean(0)
@@ -213,7 +215,7 @@ def flow_step(predicts: str = "noise") -> FlowStep:
         angle = angle.to(x.dtype)
         first, trace = slope(model, time, alpha, sigma, x, signs)
         second, next_trace = slope(model, next_time, next_alpha, next_sigma, x + angle * first, signs)
-        return x + angle / 2 * (first + second), angle / 2 * (trace + next_trace)
+        return x + angle / 2 * (first + second), angle / 2 * (trace + next_trace)  # Heun: the mean of both slopes
 
     return step
 

@@ -1,8 +1,8 @@
-"""What a diffusion model minimises, one number an example.
+"""Losses of diffusion models, one value per example.
 
 | weight     | loss at a time t                                                                                |
 | ---------- | ----------------------------------------------------------------------------------------------- |
-| `simple`   | mean squared error of what is predicted (Ho et al. 2020, arXiv:2006.11239, eq. 14)              |
+| `simple`   | mean squared error of the prediction (Ho et al. 2020, arXiv:2006.11239, eq. 14)              |
 | `min-snr`  | that times a weight: in the image's error min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556)  |
 | `bound`    | steps * L_t, L_t the variational bound's term in bits per dimension                             |
 | `hybrid`   | simple + 0.001 bound, which teaches the variance alone (Nichol and Dhariwal 2021, eq. 16)       |
@@ -52,19 +52,20 @@ def diffusion_loss(
     bound_weight: float = 0.001,
     levels: int = 256,
 ) -> Tensor:
-    """The loss of each example at one time: (batch,).
+    """The loss of each example at one time, (batch,), in float32 or wider.
 
     Args:
         model: `(x, time) -> output`, see `train.diffusion`.
         image: (batch, channels, ...) in [-1, 1].
-        key: one (2,) or one an example (batch, 2), for the time (uniform) and the noise that are not given.
+        key: one (2,), or one per example (batch, 2), for the time (uniform) and the noise where they are None.
         time: (batch,) int64.
         noise: the shape of `image`.
-        predicts: what the model's output is: "noise", "image" or "velocity".
+        predicts: prediction target of the model: "noise", "image" or "velocity".
         weight: one of `WEIGHTS`.
-        variance: of the model's steps, in `bound` only: "small", "large" or "learned". `hybrid` takes "learned".
-        gamma: of `min-snr`.
-        bound_weight: of `hybrid`; the papers' lambda.
+        variance: variance of the reverse steps, in `bound` only: "small", "large" or "learned". `hybrid` takes
+            "learned".
+        gamma: the bound on the weights of `min-snr`.
+        bound_weight: weight of the bound in `hybrid`; the papers' lambda.
         levels: grey levels of the images, for the term of the bound at time 0; see `discretised_log_likelihood`.
 
     Raises:
@@ -79,11 +80,12 @@ def diffusion_loss(
         raise ValueError("diffusion_loss needs a key, or both time and noise")
     keys = None if key is None else random.sites(key, 2)
     time = draw_time(keys[0], schedule, len(image)) if time is None else time
-    noise = draw_noise(keys[1], image) if noise is None else noise
+    # In half precision the model alone: its noise has few values and no tails.
+    dtype, image = image.dtype, _wide(image)
+    noise = draw_noise(keys[1], image) if noise is None else _wide(noise)
 
-    x = diffuse(schedule, image, time, noise)
-    output = _wide(model(x, time))
-    image, noise, x = _wide(image), _wide(noise), _wide(x)
+    x = diffuse(schedule, image, time, noise)  # sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise
+    output = _wide(model(x.to(dtype), time))
     prediction, fraction = heads(output, x)
 
     def bound(prediction: Tensor) -> Tensor:
@@ -94,6 +96,7 @@ def diffusion_loss(
 
     if weight == "bound":
         return bound(prediction)
+    # mean (prediction - target)^2
     error = _mean(prediction - target(predicts, image, noise, *scales(schedule, time, x)), square=True)
     if weight == "min-snr":
         error = error * min_snr_weights(schedule, predicts, gamma).to(error.device)[time].to(error.dtype)
@@ -103,9 +106,9 @@ def diffusion_loss(
 
 
 def min_snr_weights(schedule: Schedule, predicts: str, gamma: float = 5.0) -> Tensor:
-    """(steps,): what the squared error of `predicts` is multiplied with, so that the image's has min(SNR, gamma).
+    """(steps,): weights of the squared error of `predicts`, with which the image's error has min(SNR, gamma).
 
-    The noise's error is SNR times the image's and the velocity's SNR + 1 times (Hang et al. 2023).
+    The noise's error is SNR times the image's, and the velocity's SNR + 1 times (Hang et al. 2023).
     """
     check_choice("predicts", predicts, PREDICTIONS)
     if not gamma > 0:
@@ -133,8 +136,8 @@ def bound_term(
     and section 3.3).
 
     Args:
-        prediction, fraction: of the model at x, from `heads`.
-        clip: the predicted image into [-1, 1].
+        prediction, fraction: the model's output at x, from `heads`.
+        clip: clip the predicted image to [-1, 1].
     """
     alpha, sigma = scales(schedule, time, x)
     predicted = convert(predicts, "image", prediction, x, alpha, sigma)
@@ -152,11 +155,11 @@ def gaussian_divergence(mean: Tensor, log_variance: Tensor, other_mean: Tensor, 
     """KL(N(mean, variance) || N(other mean, other variance)) of each element, in nats; shapes broadcast."""
     difference = log_variance - other_log_variance
     distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
-    return 0.5 * (torch.exp(difference) - 1 - difference + distance)
+    return 0.5 * (torch.exp(difference) - 1 - difference + distance)  # (v/w - 1 - log v/w + (m - n)^2 / w) / 2
 
 
 def discretised_log_likelihood(image: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
-    """log of the Gaussian's mass in the bin of each element, in nats (Ho et al. 2020, eq. 13).
+    """Log of the Gaussian's mass in the bin of each element, in nats (Ho et al. 2020, eq. 13).
 
     Args:
         image: elements on the grid -1, -1 + w, ..., 1 with w = 2 / (levels - 1). A bin is w wide around its value; the
@@ -170,7 +173,7 @@ def discretised_log_likelihood(image: Tensor, mean: Tensor, log_variance: Tensor
     if levels < 2:
         raise ValueError(f"images have at least 2 levels, got {levels}")
     half = 1 / (levels - 1)
-    inverse = torch.exp(-0.5 * log_variance)
+    inverse = torch.exp(-0.5 * log_variance)  # 1 / standard deviation
     # In the lower tail, where the logarithm of the cumulative function is exact, a bin above the mean is mirrored.
     distance = (image - mean).abs()
     near, far = (half - distance) * inverse, (-half - distance) * inverse

@@ -1,4 +1,4 @@
-"""The noising process q, what a model may predict of it, and the Gaussian posterior that a step back should equal.
+"""The noising process q, the prediction targets of models, and the Gaussian posterior that reverse steps approximate.
 
 alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar) are the scales of image and noise in
 x = alpha image + sigma noise, alpha^2 + sigma^2 = 1. A prediction of one of
@@ -20,7 +20,7 @@ from train.diffusion.schedules import Schedule
 
 VARIANCES = ("small", "large", "learned")
 
-# (given, wanted): function of the given quantity, x, alpha, sigma.
+# (source, result): function of the source, x, alpha, sigma.
 _CONVERSIONS: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     ("noise", "image"): lambda noise, x, alpha, sigma: (x - sigma * noise) / alpha,
     ("noise", "velocity"): lambda noise, x, alpha, sigma: (noise - sigma * x) / alpha,
@@ -33,18 +33,15 @@ PREDICTIONS = ("noise", "image", "velocity")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """
-    Raises:
-        ValueError: `value` is none of the choices, which are listed.
-    """
+    """Raise ValueError, with all choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def at(values: Tensor, time: Tensor, like: Tensor) -> Tensor:
     """values (steps,) at time (batch,), as (batch, 1, ...) of the dtype of `like` (batch, ...), to multiply it with."""
-    picked = values.to(like.device)[time].to(like.dtype)
-    return picked.reshape(picked.shape + (1,) * (like.ndim - 1))
+    picked = values.to(like.device)[time].to(like.dtype)  # (batch,)
+    return picked.reshape(picked.shape + (1,) * (like.ndim - 1))  # (batch, 1, ...)
 
 
 def scales(schedule: Schedule, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,12 +50,12 @@ def scales(schedule: Schedule, time: Tensor, like: Tensor) -> tuple[Tensor, Tens
 
 
 def draw_noise(key: Tensor, like: Tensor) -> Tensor:
-    """Standard normal, shape and dtype of `like` (batch, ...), from one key (2,) or a key an example (batch, 2)."""
+    """Standard normal, shape and dtype of `like` (batch, ...), from one key (2,), or one per example (batch, 2)."""
     return random.normal(key, like.shape[key.ndim - 1 :], like.dtype)
 
 
 def draw_time(key: Tensor, schedule: Schedule, count: int) -> Tensor:
-    """Times (count,), int64, uniform over the schedule, from one key (2,) or a key an example (count, 2)."""
+    """Times (count,), int64, uniform over the schedule, from one key (2,), or one per example (count, 2)."""
     shape = (count,) if key.ndim == 1 else ()
     return random.randint(key, shape, 0, len(schedule.betas)).to(torch.int64)
 
@@ -70,23 +67,23 @@ def diffuse(schedule: Schedule, image: Tensor, time: Tensor, noise: Tensor) -> T
         image, noise: (batch, ...).
     """
     alpha, sigma = scales(schedule, time, image)
-    return alpha * image + sigma * noise
+    return alpha * image + sigma * noise  # sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise
 
 
-def convert(given: str, wanted: str, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a prediction of `given` says about `wanted`, each of `PREDICTIONS`.
+def convert(source: str, result: str, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """A prediction of `source` as one of `result`, each of `PREDICTIONS`.
 
     Args:
         prediction, x: (batch, ...).
         alpha, sigma: the scales of image and noise in x; see `scales`. They broadcast to x.
     """
-    check_choice("a prediction", given, PREDICTIONS)
-    check_choice("a prediction", wanted, PREDICTIONS)
-    return prediction if given == wanted else _CONVERSIONS[given, wanted](prediction, x, alpha, sigma)
+    check_choice("a prediction", source, PREDICTIONS)
+    check_choice("a prediction", result, PREDICTIONS)
+    return prediction if source == result else _CONVERSIONS[source, result](prediction, x, alpha, sigma)
 
 
 def target(predicts: str, image: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a model that predicts `predicts` is to say."""
+    """The target of a model that predicts `predicts`."""
     check_choice("predicts", predicts, PREDICTIONS)
     return {"noise": lambda: noise, "image": lambda: image, "velocity": lambda: alpha * noise - sigma * image}[
         predicts
@@ -112,7 +109,7 @@ def heads(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def posterior(alpha_bars: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q(y | x, image) for y with alpha_bar `previous`, one step back from x with `alpha_bars`; any number of noisings.
+    """q(y | x, image) for y with alpha_bar `previous`, a reverse step from x with `alpha_bars`; any number of noisings.
 
     Mean: to_image image + to_x x; variance: small, that of q itself. `large` is the variance of x given y. As a step's
     variance they are the two extremes: right for data that is a single point, and for unit Gaussian data (Ho et al.
@@ -121,11 +118,11 @@ def posterior(alpha_bars: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Ten
     Returns:
         (to_image, to_x, small, large), each of the shape of the arguments.
     """
-    kept = alpha_bars / previous
-    large = 1 - kept
-    to_image = previous.sqrt() * large / (1 - alpha_bars)
-    to_x = kept.sqrt() * (1 - previous) / (1 - alpha_bars)
-    return to_image, to_x, large * (1 - previous) / (1 - alpha_bars), large
+    alphas = alpha_bars / previous  # of this step alone
+    betas = 1 - alphas
+    to_image = previous.sqrt() * betas / (1 - alpha_bars)
+    to_x = alphas.sqrt() * (1 - previous) / (1 - alpha_bars)
+    return to_image, to_x, betas * (1 - previous) / (1 - alpha_bars), betas
 
 
 def before(schedule: Schedule) -> Tensor:
@@ -140,14 +137,14 @@ def posterior_mean(schedule: Schedule, image: Tensor, x: Tensor, time: Tensor) -
 
 
 def posterior_log_variance(schedule: Schedule, time: Tensor, like: Tensor) -> Tensor:
-    """log of the variance of q(x_{t-1} | x_t, image), (batch, 1, ...); at t = 0, where that is 0, that at t = 1."""
+    """Log of the variance of q(x_{t-1} | x_t, image), (batch, 1, ...); at t = 0, where that is 0, that at t = 1."""
     return at(_log_variances(schedule)[0], time, like)
 
 
 def model_log_variance(
     schedule: Schedule, time: Tensor, like: Tensor, variance: str, fraction: Tensor | None = None
 ) -> Tensor:
-    """log of the variance of a model's step back, broadcastable to `like` (batch, ...).
+    """Log of the variance of a model's reverse step, broadcastable to `like` (batch, ...).
 
     "small": that of the posterior. "large": beta; at t = 0 the small one, which is nearer to the width of a pixel's
     bin. "learned": fraction log large + (1 - fraction) log small (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15).
@@ -166,7 +163,7 @@ def model_log_variance(
 
 
 def interpolate_variance(small: Tensor, large: Tensor, fraction: Tensor | None) -> Tensor:
-    """The log variance that a fraction (see `heads`) stands for."""
+    """The log variance of a fraction (see `heads`): fraction log large + (1 - fraction) log small."""
     if fraction is None:
         raise ValueError("a learned variance needs a model that returns twice the channels of x")
     return fraction * large + (1 - fraction) * small

@@ -1,11 +1,11 @@
-"""From noise to images: a table of coefficients for the chosen times, one pure step function, and a loop.
+"""Samplers: a table of coefficients for some of the times, one pure step function, and a loop.
 
 | name           | a step                                                                                             |
 | -------------- | -------------------------------------------------------------------------------------------------- |
-| `ddpm`         | a draw from the model's Gaussian (Ho et al. 2020, arXiv:2006.11239, algorithm 2)                   |
+| `ddpm`         | a sample of the model's Gaussian (Ho et al. 2020, arXiv:2006.11239, algorithm 2)                   |
 | `ddim`         | towards the predicted image, new noise as eta says (Song et al. 2021, arXiv:2010.02502)            |
 | `dpm-solver++` | second order, by this prediction and the last, no noise (Lu et al. 2022, arXiv:2211.01095, 2M)     |
-| `heun`         | second order, by two predictions a step, no noise (Karras et al. 2022, arXiv:2206.00364, alg. 1)   |
+| `heun`         | second order, two predictions per step, no noise (Karras et al. 2022, arXiv:2206.00364, alg. 1)    |
 
 A step is `step(model, row, x, memory, noise) -> (x, memory)`, where `row` is a row of the table, `memory` the image
 that the step before predicted (zeros at first), and `noise` standard normal or None. All steps have the same shapes
@@ -47,11 +47,12 @@ def ddpm(
     """Ancestral sampling; over fewer steps than the schedule has, the posterior is that of the longer steps.
 
     Args:
-        steps: all of the schedule's if None.
-        predicts: what the model's output is: "noise", "image" or "velocity".
-        variance: of a step, "small", "large", or "learned" from a model of twice the channels. The last has none.
-        clip: each predicted image into [-1, 1].
-        spacing: which times; see `train.diffusion.tables.spaced`.
+        steps: sampling steps; all of the schedule's if None.
+        predicts: prediction target of the model: "noise", "image" or "velocity".
+        variance: variance of the reverse steps, "small", "large", or "learned" from a model of twice the channels. The
+            last step has none.
+        clip: clip each predicted image to [-1, 1].
+        spacing: spacing of the times; see `train.diffusion.tables.spaced`.
     """
     check_choice("predicts", predicts, PREDICTIONS)
     check_choice("variance", variance, VARIANCES)
@@ -69,6 +70,7 @@ def ddpm(
             log_variance = interpolate_variance(log_small, log_large, fraction)
         else:
             log_variance = log_small if variance == "small" else log_large
+        # mean of q(y | x, image) + standard deviation * noise
         return to_image * image + to_x * x + noisy * torch.exp(0.5 * log_variance) * noise, image
 
     columns = (time, now.sqrt(), (1 - now).sqrt(), to_image, to_x, log_small, large.log(), noisy)
@@ -104,6 +106,7 @@ def ddim(
     def step(model: Model, row: Tensor, x: Tensor, memory: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         time, alpha, sigma, to_image, to_noise, spread = unpack(row, x)
         image, predicted, _ = predict(model, time, x, alpha, sigma, predicts, clip)
+        # sqrt(alpha_bar') image + sqrt(1 - alpha_bar' - spread^2) noise predicted, + spread * new noise
         new = to_image * image + to_noise * predicted
         return (new + spread * noise if eta > 0 else new), image
 
@@ -129,7 +132,7 @@ def dpm_solver(
 
     Args:
         steps: fewer than the schedule has, but for spacing "trailing".
-        spacing: "leading" and "linspace" here choose one time more and leave out time 0, from which the last step would
+        spacing: "leading" and "linspace" here take one time more and leave out time 0, from which the last step would
             hardly move.
         predicts, clip: as for `ddpm`.
     """
@@ -162,9 +165,9 @@ def heun(
     """Heun's method on the probability-flow ODE, in the variance-preserving parametrisation.
 
     In y = x / alpha and s = sigma / alpha the ODE is dy / ds = noise (Karras et al. 2022, eqs. 1 and 3, with their
-    sigma = s). A step goes by the noise predicted here, asks again where that leads, and goes by the mean of the two.
-    The last step, to s = 0, goes by the first alone, as in the paper; the model is asked twice there too, at the same
-    time, so that all steps are one graph.
+    sigma = s). A step goes by the noise predicted here, predicts again where that leads, and goes by the mean of the
+    two. The last step, to s = 0, goes by the first alone, as in the paper; the model is called twice there too, at the
+    same time, so that all steps are one graph.
 
     Args:
         steps, predicts, clip, spacing: as for `ddpm`.
@@ -186,7 +189,7 @@ def heun(
         return new_alpha * (y + change * ((1 - half) * first + half * second)), image
 
     def later(values: Tensor) -> Tensor:
-        # At the last step the second question is put at the same time: at s = 0 there is no noise to ask for.
+        # At the last step the second prediction is made at the same time: at s = 0 there is no noise to predict.
         return torch.cat([values[1:], values[-1:]])
 
     now = (time, alphas[:-1], sigmas[:-1])
@@ -222,11 +225,11 @@ def sample(
 
     Args:
         model: `(x, time) -> output`; handed on to the step.
-        key: one (2,) or one an example (batch, 2); step i draws its noise from `fold_in(key, i)`. Needed if the sampler
-            is noisy.
+        key: one (2,), or one per example (batch, 2); step i draws its noise from `fold_in(key, i)`. Needed if the
+            sampler is noisy.
         noise: instead of the key, the noise of each step.
-        step: `sampler.step`, compiled, or what stands for it; see above.
-        callback: called after step i as `callback(i, x, image)`, for a progress bar or a film strip.
+        step: `sampler.step`, compiled, or a function in its place; see above.
+        callback: `callback(i, x, image)`, called after step i, for a progress bar or an animation.
 
     Raises:
         ValueError: a noisy sampler without key or noise, or noise for another number of steps.
@@ -237,11 +240,11 @@ def sample(
     if noise is not None and len(noise) != steps:
         raise ValueError(f"sample takes the noise of {steps} steps, got {len(noise)}")
     step = sampler.step if step is None else step
-    table, memory, drawn = sampler.table.to(x.device), torch.zeros_like(x), None
+    table, memory, new_noise = sampler.table.to(x.device), torch.zeros_like(x), None
     for i in range(steps):
         if sampler.noisy:
-            drawn = draw_noise(random.fold_in(key, i), x) if noise is None else noise[i]
-        x, memory = step(model, table[i], x, memory, drawn)
+            new_noise = draw_noise(random.fold_in(key, i), x) if noise is None else noise[i]
+        x, memory = step(model, table[i], x, memory, new_noise)
         if callback is not None:
             callback(i, x, memory)
     return x

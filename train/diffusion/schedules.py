@@ -1,4 +1,4 @@
-"""How much noise each step adds: `SCHEDULES[name](steps)`, in float64.
+"""Noise schedules: `SCHEDULES[name](steps)`, in float64.
 
 | name            | alpha_bar, the variance left of the image after a fraction u of the steps                      |
 | --------------- | ---------------------------------------------------------------------------------------------- |
@@ -46,7 +46,7 @@ def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], steps: int, largest: f
     """beta_t = min(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), largest), t from 0.
 
     Args:
-        alpha_bar: of the fraction of the steps done, decreasing from 1 in [0, 1].
+        alpha_bar: function of the fraction of the steps done, decreasing from 1 in [0, 1].
         largest: keeps the last betas below 1, where alpha_bar ends at 0.
     """
     _check_steps(steps)
@@ -59,7 +59,7 @@ def linear(steps: int, first: float = 1e-4, last: float = 0.02, scaled: bool = T
 
     Args:
         first, last: for 1000 steps, those of Ho et al.
-        scaled: multiply both by 1000 / steps, so that about as little of the image is left after any number of steps
+        scaled: multiply both by 1000 / steps, so that about the same small part of the image is left after all steps
             (alpha_bar 4e-5 after 1000). Unscaled, 100 steps end with alpha_bar 0.36, far from the pure noise that
             sampling starts with. Below 21 steps the scaled betas do not fit into (0, 1).
     """

@@ -1,4 +1,4 @@
-"""What samplers are built of: the times they visit, a table of coefficients, and a step's question to the model."""
+"""Parts of samplers: the times they visit, a table of coefficients, and a step's prediction."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,9 +15,9 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 
 class Sampler(NamedTuple):
-    """table (steps, columns) float64, a row a step, the model's time first. step: see `train.diffusion.samplers`.
+    """table (steps, columns) float64, one row per step, the model's time first. step: see `train.diffusion.samplers`.
 
-    alpha_bars (steps + 1,) float64: of x before each step, and after the last. noisy: whether steps take noise.
+    alpha_bars (steps + 1,) float64: those of x before each step, and after the last. noisy: the steps take noise.
     """
 
     table: Tensor
@@ -61,11 +61,12 @@ def levels_of(
 
 
 def table_of(columns: Sequence[Tensor]) -> Tensor:
+    """Columns (steps,) as one table (steps, columns), float64."""
     return torch.stack([column.to(torch.float64) for column in columns], 1)
 
 
 def unpack(row: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The row's numbers as 0-D tensors of x's dtype; the first, a time, as (batch,) int64."""
+    """The row's entries as 0-D tensors of x's dtype; the first, a time, as (batch,) int64."""
     time, *rest = row.unbind()
     return (time.to(torch.int64).expand(len(x)), *(value.to(x.dtype) for value in rest))
 
@@ -73,7 +74,7 @@ def unpack(row: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 def predict(
     model: Model, time: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, predicts: str, clip: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(image, noise, fraction of the variance or None) seen in x; where the image is clipped, the noise follows it."""
+    """(image, noise, fraction of the variance or None) predicted at x; the noise follows a clipped image."""
     prediction, fraction = heads(model(x, time), x)
     image = convert(predicts, "image", prediction, x, alpha, sigma)
     if not clip:

@@ -1,1 +1,1 @@
-"""Training that uses the gradient of each example: watched, private, streamed from disk."""
+"""Training with per-example gradients: watched, private; and passes over whole data sets."""

@@ -1,13 +1,13 @@
-"""One pass over a whole data set, for what a function says of each example, in memory that does not grow.
+"""One pass over a whole data set, accumulating a function's values per example in constant memory.
 
     def scores(batch):  # compiled or not; every batch has the same shape
-        found = reports(loss, params, batch)
-        return {"loss": found.losses, "norm": found.total_norm}
+        out = reports(loss, params, batch)
+        return {"loss": out.losses, "norm": out.total_norm}
 
-    wanted = {"norm": {"moments": moments(), "hardest": top(16)}}
-    found = stream(scores, data, 500, wanted, keep=("norm",), folder=folder)
-    found.results["norm"]["hardest"].indices  # (16,)
-    found.kept["norm"]  # (examples,), from the file norm.npy
+    accumulators = {"norm": {"moments": moments(), "hardest": top(16)}}
+    streamed = stream(scores, data, 500, accumulators, keep=("norm",), folder=folder)
+    streamed.results["norm"]["hardest"].indices  # (16,)
+    streamed.kept["norm"]  # (examples,), from the file norm.npy
 
 With a folder the pass can be stopped, or killed, and resumed: it ends with the same bits.
 """
@@ -34,15 +34,15 @@ from core.tree import Tree
 from train.data.batching import evaluation_batches
 from train.files import naming, plain, replacing
 from train.run.command_line import Stop
-from train.run.run import check_same
+from train.run.resume import check_same
 
 STATE = "stream.safetensors"
-SAMPLED = 256  # examples whose bytes tell one data set from another
+HASHED = 4096  # examples at a time
 
 
 class Streamed(NamedTuple):
-    """results[quantity][label] is what that accumulator found; kept[quantity] an array (examples, ...), read from its
-    file where there is a folder."""
+    """results[quantity][label] is the result of that accumulator; kept[quantity] an array (examples, ...), read from
+    its file where there is a folder."""
 
     results: dict[str, dict[str, Any]]
     kept: dict[str, np.ndarray]
@@ -62,33 +62,33 @@ def stream(
     title: str = "stream",
     quiet: bool = False,
 ) -> Streamed:
-    """Run `function` over all examples in order, and accumulate or keep what it gives.
+    """Run `function` over all examples in order, and accumulate or keep its values.
 
     Args:
         function: `function(batch) -> {quantity: values}`, values with leading axis N (for `moments`, a tree of such).
-            What it says of an example must not depend on the others: the last batch is filled up with copies of the
-            last example, whose values are dropped.
+            The values of an example must not depend on the others: the last batch is filled up with copies of the last
+            example, whose values are dropped.
         data: a tree of tensors with leading axis `examples`.
         batch: N.
         accumulators: {quantity: {label: accumulator}}, from `core.accumulators`; they run on the CPU.
-        keep: quantities (one tensor each) of which every example's values are kept.
-        folder: where the state is saved, and what is kept is written, memory-mapped, as `<quantity>.npy`; a file has
-            this name when it is whole. None has all in memory, and cannot resume.
+        keep: quantities (one tensor each) whose values of all examples are kept.
+        folder: where the state is saved, and the kept quantities are written, memory-mapped, as `<quantity>.npy`; a
+            file has this name when it is whole. None has all in memory, and cannot resume.
         resume: continue the pass in `folder`, if there is one; a finished one is only read.
         identity: plain data that a pass must have in common with the one it continues, such as a checkpoint's step.
         every: seconds between two saved states.
-        title: what the progress is called.
+        title: title of the progress bar.
         quiet: no progress.
 
     Raises:
-        ValueError: no examples, a quantity the function does not give or gives in another shape; the folder has a pass
-            and `resume` is False; the pass to continue was of other data, another function (it gives other values for
+        ValueError: no examples, a quantity that the function does not return or returns in another shape; the folder
+            has a pass and `resume` is False; the pass to continue was of other data, another function (other values for
             the first batch), or other settings: it is named.
         KeyboardInterrupt: Ctrl-C or SIGTERM; with a folder the state has been saved.
     """
     accumulators = {name: dict(by) for name, by in (accumulators or {}).items()}
-    wanted, count = sorted({*accumulators, *keep}), _examples(data)
-    first = _values(function, data, slice(0, min(batch, count)), batch, wanted)
+    names, count = sorted({*accumulators, *keep}), _examples(data)
+    first = _values(function, data, slice(0, min(batch, count)), batch, names)
     states = {name: {label: a.init(first[name]) for label, a in by.items()} for name, by in accumulators.items()}
     done, path = 0, None if folder is None else Path(folder)
     if path is not None:
@@ -96,7 +96,7 @@ def stream(
             {
                 "examples": count,
                 "batch": batch,
-                "data": _fingerprint(data, count),
+                "data": _identity(data),
                 "accumulators": {
                     name: {label: a.settings for label, a in by.items()} for name, by in accumulators.items()
                 },
@@ -114,7 +114,7 @@ def stream(
         for part in evaluation_batches(count, batch):
             if part.stop <= done:
                 continue
-            values = _values(function, data, part, batch, wanted) if part.start else first
+            values = _values(function, data, part, batch, names) if part.start else first
             indices = torch.arange(part.start, part.stop)
             states = {
                 name: {label: a.update(states[name][label], values[name], indices) for label, a in by.items()}
@@ -148,33 +148,33 @@ def _examples(data: Tree) -> int:
     return sizes.pop()
 
 
-def _values(function: Callable, data: Tree, part: slice, batch: int, wanted: list[str]) -> dict[str, Tree]:
-    """What the function says of the examples of a part, on the CPU; a shorter part is filled up, so that the shapes
-    stay as they are."""
+def _values(function: Callable, data: Tree, part: slice, batch: int, names: list[str]) -> dict[str, Tree]:
+    """Values of the examples of a part, on the CPU; a shorter part is filled up, so that the shapes stay the same."""
     size = part.stop - part.start
 
     def filled(x: Tensor) -> Tensor:
         x = x[part]
         return x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])
 
-    found = function(tree.map(filled, data))
+    out = function(tree.map(filled, data))
     values = {}
-    for name in wanted:
-        if name not in found:
-            raise ValueError(f"the function gives no '{name}'; it gives {', '.join(found) or 'nothing'}")
-        for leaf in tree.leaves(found[name]):
+    for name in names:
+        if name not in out:
+            raise ValueError(f"the function returns no '{name}', only {', '.join(out) or 'nothing'}")
+        for leaf in tree.leaves(out[name]):
             if leaf.ndim == 0 or leaf.shape[0] != batch:
-                raise ValueError(f"'{name}' has shape {tuple(leaf.shape)}, expected ({batch}, ...), a value an example")
-        values[name] = tree.map(lambda x: x[:size].detach().cpu(), found[name])
+                shape = tuple(leaf.shape)
+                raise ValueError(f"'{name}' has shape {shape}, expected ({batch}, ...), one value per example")
+        values[name] = tree.map(lambda x: x[:size].detach().cpu(), out[name])
     return values
 
 
 def _array(name: str, values: Mapping[str, Tree]) -> np.ndarray:
     """The values as numpy holds them, which has no bfloat16."""
-    found = values[name]
-    if not isinstance(found, Tensor):
-        raise ValueError(f"'{name}' is a {type(found).__name__}; only single tensors can be kept")
-    return (found.float() if found.dtype == torch.bfloat16 else found).numpy()
+    x = values[name]
+    if not isinstance(x, Tensor):
+        raise ValueError(f"'{name}' is a {type(x).__name__}; only single tensors can be kept")
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _partial(path: Path, name: str) -> Path:
@@ -196,13 +196,13 @@ def _rows(path: Path | None, name: str, count: int, like: np.ndarray, done: int)
             with naming(partial), open(partial, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         return array
-    found = partial if partial.exists() else whole
+    file = partial if partial.exists() else whole
     try:
-        array = np.load(found, mmap_mode="r+")
+        array = np.load(file, mmap_mode="r+")
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot resume: '{found}' is missing or damaged ({error})") from None
+        raise ValueError(f"cannot resume: '{file}' is missing or damaged ({error})") from None
     if array.shape != shape or array.dtype != like.dtype:
-        raise ValueError(f"cannot resume: '{found}' has {array.dtype} {array.shape}, expected {like.dtype} {shape}")
+        raise ValueError(f"cannot resume: '{file}' has {array.dtype} {array.shape}, expected {like.dtype} {shape}")
     return array
 
 
@@ -212,14 +212,14 @@ def _whole(path: Path, name: str) -> np.ndarray:
     return np.load(path / f"{name}.npy", mmap_mode="r")
 
 
-def _fingerprint(data: Tree, count: int) -> dict[str, Any]:
-    """What tells one data set from another: names, shapes, dtypes, and the bytes of some examples of each leaf."""
-    places = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).round().long().unique()
+def _identity(data: Tree) -> dict[str, Any]:
+    """Identity of a data set: name, shape, dtype and a hash of the content of each leaf."""
     leaves = {}
     for name, x in tree.items(data):
-        rows = x[places.to(x.device)].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest = hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
-        leaves[name] = {"dtype": x.dtype, "shape": tuple(x.shape), "digest": digest}
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in x.split(HASHED):
+            digest.update(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        leaves[name] = {"dtype": x.dtype, "shape": tuple(x.shape), "digest": digest.hexdigest()}
     return leaves
 
 
@@ -240,22 +240,22 @@ def _read(path: Path, settings: dict, states: dict, first: dict) -> tuple[int, d
         raise ValueError(f"cannot resume: '{path}' is no state of a pass ({error})") from None
     check_same(f"cannot resume '{path}': it has", stored, settings)
     check_same(f"cannot resume '{path}': now asked for", settings, stored)
-    found = tree.nest(leaves, {"states": states, "first": first})
+    saved = tree.nest(leaves, {"states": states, "first": first})
     for name, now in tree.items(first):
-        old, now = tree.get(found["first"], name).double(), now.double()
+        old, now = tree.get(saved["first"], name).double(), now.double()
         size = old[old.isfinite()].abs().max().item() if old.isfinite().any() else 0.0
         if old.shape != now.shape or not torch.allclose(old, now, rtol=1e-3, atol=1e-4 * size, equal_nan=True):
             raise ValueError(
-                f"cannot resume '{path}': it is of another function, which gave other values of '{name}' for the first "
+                f"cannot resume '{path}': it is of another function, which had other values of '{name}' for the first "
                 "batch"
             )
-    return done, found["states"]
+    return done, saved["states"]
 
 
 @contextlib.contextmanager
-def _interruptible(wanted: bool):
+def _interruptible(resumable: bool):
     """A Stop, where a signal can be caught and there is something to save; else one that nothing sets."""
-    if wanted and threading.current_thread() is threading.main_thread():
+    if resumable and threading.current_thread() is threading.main_thread():
         with Stop() as stop:
             yield stop
     else:
@@ -281,7 +281,7 @@ class _Progress:
             self._console = Console()
         if self._console.is_terminal:
             if self._bar is None:
-                self._bar = self._made()
+                self._bar = self._new_bar()
             self._bar.update(self._task, completed=done, text=f"{rate:,.0f} examples/s")
         elif now - self._shown >= self._every or done == self._count:
             self._shown, left = now, round((self._count - done) / rate)
@@ -289,7 +289,7 @@ class _Progress:
             ending = f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if done < self._count else ""
             self._console.print(line + ending, markup=False, highlight=False)
 
-    def _made(self) -> Any:
+    def _new_bar(self) -> Any:
         from rich import progress
 
         columns = (

@@ -1,4 +1,4 @@
-"""A run that watches the gradients of its examples: noise scale, norms of layers and histogram of norms, in its log.
+"""Per-example gradients in the log of a run: noise scale, norms per parameter, and histograms of the norms.
 
 step = make_step(losses, optimizer, watch=watching.watch)
 average = watching.begin(run.folder)                        # of a resumed run as it was left
@@ -8,7 +8,6 @@ watching.draw(run.folder)
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,11 @@ from core import tree
 from core.accumulators import histogram, log_edges
 from core.per_example import Reports
 from core.scores import noise
-from train import plots
+from train.plots import gradients as pictures
 from train.run.logs import RunLog, read_curves, read_metrics
 
 EDGES = log_edges(1e-6, 1e6, 240)  # of the histogram of norms
-COUNTED = histogram(EDGES)
+COUNTER = histogram(EDGES)
 DECAY = 0.95  # weight of the past in the moving average of the noise scale
 EVERY = 10  # steps between two histograms, and two records of the layers' norms
 NAMES = {"trace": "gradients/trace", "square": "gradients/square"}
@@ -30,16 +29,16 @@ LAYERS = "gradients/norm/"
 
 
 def count_norms(norms: Tensor) -> Tensor:
-    """(N,) -> (bins,): how many norms lie between two `EDGES`."""
-    state = COUNTED.init(norms)
-    return COUNTED.result(COUNTED.update(state, norms, torch.arange(len(norms), device=norms.device))).counts
+    """Histogram of the norms (N,) on `EDGES`: (bins,) counts."""
+    state = COUNTER.init(norms)
+    return COUNTER.result(COUNTER.update(state, norms, torch.arange(len(norms), device=norms.device))).counts
 
 
-def watch(found: Reports) -> dict[str, Tensor]:
-    """What a train step reports besides its own metrics: both parts of the noise scale, the counts of the norms, and
-    for each parameter the mean over the examples of its norm."""
-    layers = {LAYERS + name: norms.mean() for name, norms in tree.items(found.norm)}
-    return {**noise.total(noise.estimate(found))._asdict(), "norms": count_norms(found.total_norm), **layers}
+def watch(reports: Reports) -> dict[str, Tensor]:
+    """Metrics of a watched step: both parts of the noise scale, the histogram of the norms, and the mean norm of each
+    parameter."""
+    layers = {LAYERS + name: norms.mean() for name, norms in tree.items(reports.norm)}
+    return {**noise.total(noise.estimate(reports))._asdict(), "norms": count_norms(reports.total_norm), **layers}
 
 
 def begin(folder: Path) -> noise.Smoothed:
@@ -54,42 +53,28 @@ def begin(folder: Path) -> noise.Smoothed:
 def record(
     log: RunLog, step: int, metrics: dict[str, Tensor], average: noise.Smoothed
 ) -> tuple[noise.Smoothed, dict[str, Tensor]]:
-    """Log what `watch` saw at a step; returns the moving average with it, and the metrics without it."""
+    """Log the metrics of `watch` at a step: (the moving average with them, the other metrics)."""
     layers = {name: value for name, value in metrics.items() if name.startswith(LAYERS)}
-    found = noise.Noise(*(metrics[name].cpu() for name in noise.Noise._fields))
-    average = noise.update(average, found, DECAY)
-    said = {name: getattr(found, part) for part, name in NAMES.items()}
+    estimate = noise.Noise(*(metrics[name].cpu() for name in noise.Noise._fields))
+    average = noise.update(average, estimate, DECAY)
+    lines = {name: getattr(estimate, part) for part, name in NAMES.items()}
     if step % EVERY == 0:
         log.histogram(step, "gradients/norms", EDGES, metrics["norms"])
-        said = {**said, "gradients/noise_scale": noise.scale(noise.average(average)).total, **layers}
-    log.metrics(step, said)
-    seen = {*noise.Noise._fields, "norms", *layers}
-    return average, {name: value for name, value in metrics.items() if name not in seen}
-
-
-def draw_norms(axes: Any, steps: Any, counts: Any) -> None:
-    """A histogram of norms over time.
-
-    Args:
-        axes: one of `plots.panels`.
-        steps: (columns + 1,), where the columns begin and end.
-        counts: (columns, bins), of `count_norms`.
-    """
-    values = np.asarray(counts)
-    used = np.flatnonzero(values.sum(0))
-    first, last = (used[0], used[-1] + 1) if len(used) else (0, values.shape[1])
-    cells, edges, title = values.T[first:last], EDGES[first : last + 1], "Norms of single examples"
-    plots.heat_map(axes, cells, steps, edges, "step", "gradient norm", title, "examples", log_y=True, log_colour=True)
+        lines = {**lines, "gradients/noise_scale": noise.scale(noise.average(average)).total, **layers}
+    log.metrics(step, lines)
+    own = {*noise.Noise._fields, "norms", *layers}
+    return average, {name: value for name, value in metrics.items() if name not in own}
 
 
 def draw(folder: Path) -> None:
-    """`gradients.png`: the histogram of norms over time, and the noise scale; nothing if the log has no histogram."""
+    """Write `gradients.png`: the histogram of norms over time, and the noise scale.
+
+    Nothing if the log in `folder` has no histogram.
+    """
     records = [(r["step"], r["gradients/norms"]["counts"]) for r in read_metrics(folder) if "gradients/norms" in r]
     if not records:
         return
     steps, counts = np.array([step for step, _ in records]), np.array([counts for _, counts in records])
-    lines = read_curves(folder, "gradients/noise_scale")["gradients/noise_scale"]
-    scale = np.where(np.array(lines[1]) > 0, lines[1], np.nan)
-    with plots.panels(folder / "gradients.png", 1, 2, 5.8, 4.0) as (norms, noises):
-        draw_norms(norms, np.append(steps - EVERY / 2, steps[-1] + EVERY / 2), counts)
-        plots.curves(noises, {"": (lines[0], scale)}, "step", "examples", "Gradient noise scale", log=True)
+    edges = np.append(steps - EVERY / 2, steps[-1] + EVERY / 2)
+    scale = read_curves(folder, "gradients/noise_scale")["gradients/noise_scale"]
+    pictures.norms_and_noise_scale(folder / "gradients.png", edges, counts, EDGES, scale)

@@ -1,7 +1,6 @@
-"""Losses: classification and regression here; `variational`, and what other fields need, in modules of their own."""
+"""Losses of classification, regression and language models; those of other fields have modules of their own."""
 
 from train.losses.basic import (
-    accuracy,
     binary_cross_entropy_with_logits,
     cosine_distance,
     cross_entropy,
@@ -15,9 +14,10 @@ from train.losses.basic import (
     nll,
     smooth_l1,
 )
+from train.losses.weighted import WeightedLoss, token_cross_entropy
 
 __all__ = [
-    "accuracy",
+    "WeightedLoss",
     "binary_cross_entropy_with_logits",
     "cosine_distance",
     "cross_entropy",
@@ -30,4 +30,5 @@ __all__ = [
     "multiclass_hinge",
     "nll",
     "smooth_l1",
+    "token_cross_entropy",
 ]

@@ -1,8 +1,8 @@
-"""Losses and accuracy. Classes are on the last axis: logits (..., classes) go with labels (...).
+"""Losses of classification and regression. Classes are on the last axis: logits (..., classes) go with labels (...).
 
-`reduction` is "mean", "sum" or "none". Cross-entropies take logits in half precision to float32 first. Shapes are
-checked. The values of integer labels cannot be, without a look at the data that a compiled function may not take: a
-label outside [0, classes) that is not `ignore_id` is an error on CPU, and undefined elsewhere.
+`reduction` is "mean", "sum" or "none". Half precision is taken to float32 first. Shapes are checked. The values of
+integer labels cannot be, without a look at the data that a compiled function may not take: a label outside [0, classes)
+that is not `ignore_id` is an error on CPU, and undefined elsewhere.
 """
 
 import torch
@@ -25,7 +25,7 @@ def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
         raise ValueError(f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def _class_labels(scores: Tensor, labels: Tensor) -> None:
+def check_class_labels(scores: Tensor, labels: Tensor) -> None:
     if scores.ndim == 0 or labels.shape != scores.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of the logits without the classes on the last axis: "
@@ -40,7 +40,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _reduce_valid(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
-    """Reduce where not ignored; the mean of nothing is 0."""
+    """Reduce over the valid positions; without any, the mean is 0."""
     if valid is None:
         return _reduce(values, reduction)
     values = torch.where(valid, values, 0.0)
@@ -48,7 +48,7 @@ def _reduce_valid(values: Tensor, valid: Tensor | None, reduction: str) -> Tenso
 
 
 def nll(log_probs: Tensor, labels: Tensor, *, ignore_id: int | None = None, reduction: str = "mean") -> Tensor:
-    """Minus the log probability of the label.
+    """-log p(label).
 
     Args:
         log_probs: (..., classes).
@@ -56,9 +56,9 @@ def nll(log_probs: Tensor, labels: Tensor, *, ignore_id: int | None = None, redu
         ignore_id: positions with this label give 0 and do not count in the mean; if there is no other, the mean is 0
             (torch's is nan).
     """
-    _class_labels(log_probs, labels)
+    check_class_labels(log_probs, labels)
     skipped = -(2**31) if ignore_id is None else ignore_id  # torch's own default, -100, would hide a wrong label
-    flat = log_probs.reshape(-1, log_probs.shape[-1]), labels.reshape(-1).long()
+    flat = _wide(log_probs).reshape(-1, log_probs.shape[-1]), labels.reshape(-1).long()
     values = F.nll_loss(*flat, ignore_index=skipped, reduction="none").reshape(labels.shape)
     return _reduce_valid(values, None if ignore_id is None else labels != ignore_id, reduction)
 
@@ -93,6 +93,7 @@ def cross_entropy(
         values = nll(log_probs, labels, ignore_id=ignore_id, reduction="none")
         valid = None if ignore_id is None else labels != ignore_id
     if label_smoothing:
+        # -(1 - s) log p(label) - s / classes sum_c log p_c
         values = (1.0 - label_smoothing) * values - label_smoothing * log_probs.mean(-1)
     return _reduce_valid(values, valid, reduction)
 
@@ -109,19 +110,20 @@ def binary_cross_entropy_with_logits(
     """
     _same_shape(logits, labels, "logits and labels")
     x, y = _wide(logits), labels
+    # -(w y log sigmoid(x) + (1 - y) log(1 - sigmoid(x)))
     return _reduce(-(positive_weight * y * F.logsigmoid(x) + (1.0 - y) * F.logsigmoid(-x)), reduction)
 
 
 def mse(predictions: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """(prediction - target)^2, any one shape."""
     _same_shape(predictions, targets, "predictions and targets")
-    return _reduce((predictions - targets).square(), reduction)
+    return _reduce((_wide(predictions) - targets).square(), reduction)
 
 
 def l1(predictions: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """|prediction - target|, any one shape."""
     _same_shape(predictions, targets, "predictions and targets")
-    return _reduce((predictions - targets).abs(), reduction)
+    return _reduce((_wide(predictions) - targets).abs(), reduction)
 
 
 def huber(predictions: Tensor, targets: Tensor, *, delta: float = 1.0, reduction: str = "mean") -> Tensor:
@@ -129,7 +131,8 @@ def huber(predictions: Tensor, targets: Tensor, *, delta: float = 1.0, reduction
     _same_shape(predictions, targets, "predictions and targets")
     if not delta > 0:
         raise ValueError(f"delta must be positive, got {delta}")
-    error = (predictions - targets).abs()
+    error = (_wide(predictions) - targets).abs()
+    # e^2 / 2 where e < delta, else delta (e - delta / 2)
     return _reduce(torch.where(error < delta, 0.5 * error.square(), delta * (error - 0.5 * delta)), reduction)
 
 
@@ -144,6 +147,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, *, reduction: str = "mean") -> T
     The mean is over positions: torch's "batchmean" for two axes. Note torch's order, `kl_div(log_q, log_p)`.
     """
     _same_shape(log_p, log_q, "log_p and log_q")
+    log_p, log_q = _wide(log_p), _wide(log_q)
     impossible = log_p == -torch.inf
     safe_p, safe_q = torch.where(impossible, 0.0, log_p), torch.where(impossible, 0.0, log_q)
     return _reduce(torch.where(impossible, 0.0, safe_p.exp() * (safe_p - safe_q)).sum(-1), reduction)
@@ -155,13 +159,15 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor, *, reduction: str = "mean") 
     Appendix B of the VAE paper (arXiv:1312.6114). Both arguments are (..., dimensions); the mean is over positions.
     """
     _same_shape(mean, log_variance, "mean and log_variance")
+    mean, log_variance = _wide(mean), _wide(log_variance)
+    # (mean^2 + variance - 1 - log variance) / 2
     return _reduce(0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(-1), reduction)
 
 
 def hinge(scores: Tensor, labels: Tensor, *, margin: float = 1.0, reduction: str = "mean") -> Tensor:
     """max(0, margin - label * score), one shape, with labels -1 and 1."""
     _same_shape(scores, labels, "scores and labels")
-    return _reduce((margin - labels * scores).clamp(min=0), reduction)
+    return _reduce((margin - labels * _wide(scores)).clamp(min=0), reduction)  # max(0, m - y s)
 
 
 def multiclass_hinge(scores: Tensor, labels: Tensor, *, margin: float = 1.0, reduction: str = "mean") -> Tensor:
@@ -169,30 +175,14 @@ def multiclass_hinge(scores: Tensor, labels: Tensor, *, margin: float = 1.0, red
 
     Weston & Watkins' form, torch's multi_margin_loss. scores: (..., classes); labels: (...) integers.
     """
-    _class_labels(scores, labels)
-    label = labels.long().unsqueeze(-1)
-    excess = (margin - scores.gather(-1, label) + scores).clamp(min=0)
+    check_class_labels(scores, labels)
+    scores, label = _wide(scores), labels.long().unsqueeze(-1)  # (..., 1)
+    excess = (margin - scores.gather(-1, label) + scores).clamp(min=0)  # max(0, m - s_y + s_c), (..., classes)
     wrong = torch.arange(scores.shape[-1], device=scores.device) != label
     return _reduce(torch.where(wrong, excess, 0.0).mean(-1), reduction)
 
 
 def cosine_distance(a: Tensor, b: Tensor, *, eps: float = 1e-8, reduction: str = "mean") -> Tensor:
-    """1 - cos of the angle between vectors (..., dimensions)."""
+    """1 - cos(a, b) of vectors (..., dimensions)."""
     _same_shape(a, b, "a and b")
-    return _reduce(1.0 - F.cosine_similarity(a, b, dim=-1, eps=eps), reduction)
-
-
-def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1, ignore_id: int | None = None) -> Tensor:
-    """The fraction of positions whose label is among the `top` greatest logits; float32, 0-D.
-
-    Args:
-        logits: (..., classes).
-        labels: (...) integers.
-        ignore_id: positions with this label do not count; if there is no other, the accuracy is 0.
-    """
-    _class_labels(logits, labels)
-    if not 1 <= top <= logits.shape[-1]:
-        raise ValueError(f"top must be in [1, {logits.shape[-1]}], the number of classes, got {top}")
-    best = logits.argmax(-1, keepdim=True) if top == 1 else logits.topk(top, -1).indices
-    hit = (best == labels.unsqueeze(-1)).any(-1).to(torch.float32)
-    return _reduce_valid(hit, None if ignore_id is None else labels != ignore_id, "mean")
+    return _reduce(1.0 - F.cosine_similarity(_wide(a), _wide(b), dim=-1, eps=eps), reduction)

@@ -1,10 +1,10 @@
-"""Variational autoencoders: log likelihoods, divergences and bounds, one number an example.
+"""Variational autoencoders: log likelihoods, divergences and bounds, one value per example.
 
     log p(x) >= ELBO(x) = E_q(z|x)[log p(x | z)] - KL(q(z | x) || p(z)),        p(z) = N(0, I)
 
 Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114; Burda et al. 2016, "Importance Weighted
-Autoencoders", arXiv:1509.00519. All in nats, sums over the pixels and not means; (N,) leads, and what is minimised is
-minus the mean over it. Half precision is taken to float32 first. The losses of a codebook (VQ-VAE) are here too.
+Autoencoders", arXiv:1509.00519. All in nats, sums over the pixels and not means; (N,) leads, and the loss is minus the
+mean over it. Half precision is taken to float32 first. The losses of a codebook (VQ-VAE) are here too.
 """
 
 import math
@@ -23,7 +23,7 @@ LOG_2PI = math.log(2 * math.pi)
 def bernoulli_log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """sum over the pixels of x log p + (1 - x) log(1 - p), p = sigmoid(logits): (N, ...) both -> (N,).
 
-    x in [0, 1]; for numbers strictly between it is no likelihood, but the usual loss.
+    x in [0, 1]; for values strictly between it is no likelihood, but the usual loss.
     """
     _same_shape(logits, x, "logits and x")
     logits = _wide(logits)
@@ -36,12 +36,13 @@ def gaussian_log_likelihood(mean: Tensor, log_variance: Tensor | float, x: Tenso
 
     Args:
         mean, x: (N, ...), one shape.
-        log_variance: what broadcasts to it: one number for all, or one a pixel. 0 is half the squared error and a
+        log_variance: broadcasts to it: one number for all, or one per pixel. 0 is half the squared error and a
             constant.
     """
     _same_shape(mean, x, "mean and x")
     mean = _wide(mean)
     log_variance = torch.as_tensor(log_variance, dtype=mean.dtype, device=mean.device)
+    # log N(x; m, v) = -((x - m)^2 / v + log v + log 2 pi) / 2
     values = -0.5 * ((x - mean).square() * torch.exp(-log_variance) + log_variance + LOG_2PI)
     if values.shape != x.shape:
         raise ValueError(f"log_variance {tuple(log_variance.shape)} does not broadcast to x {tuple(x.shape)}")
@@ -60,14 +61,14 @@ def elbo(log_likelihood: Tensor, kl: Tensor, beta: float | Tensor = 1.0) -> Tens
     """log_likelihood - beta * sum of kl: (N,). The bound itself for beta 1.
 
     Args:
-        log_likelihood: (N,), of x given a draw of z.
-        kl: (N, latent), of `kl_divergence`.
-        beta: weight of the divergence (Higgins et al. 2017, "beta-VAE"), perhaps one that a schedule moves.
+        log_likelihood: (N,), log p(x | z) at a sample of z.
+        kl: (N, latent), from `kl_divergence`.
+        beta: weight of the divergence (Higgins et al. 2017, "beta-VAE"), constant or scheduled.
     """
     if log_likelihood.ndim != 1 or kl.ndim != 2 or len(kl) != len(log_likelihood):
-        found = f"{tuple(log_likelihood.shape)} and {tuple(kl.shape)}"
-        raise ValueError(f"elbo: expected a log likelihood (N,) and divergences (N, latent), found {found}")
-    return log_likelihood - beta * kl.sum(1)
+        shapes = f"{tuple(log_likelihood.shape)} and {tuple(kl.shape)}"
+        raise ValueError(f"elbo: expected a log likelihood (N,) and divergences (N, latent), found {shapes}")
+    return log_likelihood - beta * kl.sum(1)  # log p(x | z) - beta KL(q || p), (N,)
 
 
 def importance_weighted_bound(
@@ -80,15 +81,15 @@ def importance_weighted_bound(
 ) -> Tensor:
     """log 1/k sum_s p(x | z_s) p(z_s) / q(z_s | x), z_s ~ q: (N,). Burda et al. 2016, section 3.
 
-    In the mean it is at most log p(x), grows with k (theorem 1), and is the ELBO for k = 1. With few samples it is an
-    objective, with thousands an estimate of log p(x).
+    Its expectation is a lower bound on log p(x), grows with k (theorem 1), and is the ELBO for k = 1. With few samples
+    it is an objective, with thousands an estimate of log p(x).
 
     Args:
         log_likelihood: z (N, latent) -> log p(x | z) (N,); called under vmap.
-        mean, log_variance: (N, latent), of q.
-        key: (2,), or one an example (N, 2).
+        mean, log_variance: (N, latent), those of q.
+        key: (2,), or one per example (N, 2).
         samples: k.
-        chunk: so many samples at a time bound the memory; all by default. The draws do not depend on it.
+        chunk: samples at a time, to bound the memory; all by default. The samples do not depend on it.
 
     Raises:
         ValueError: no sample, or an empty chunk.
@@ -100,7 +101,7 @@ def importance_weighted_bound(
     mean, log_variance = _wide(mean), _wide(log_variance)
 
     def total(start: int) -> Tensor:
-        """log sum over a chunk's weights."""
+        """log sum of a chunk's weights p(x | z) p(z) / q(z | x)."""
         noise = _noise(key, mean, start, min(start + chunk, samples))
         z = mean + torch.exp(0.5 * log_variance) * noise
         # log p(z) - log q(z | x); the constants cancel.
@@ -114,7 +115,7 @@ def importance_weighted_bound(
 
 
 def activity(means: Tensor) -> Tensor:
-    """How much each latent says about x: the variance over data of its posterior mean. (N, latent) -> (latent,).
+    """Activity of each latent: the variance over data of its posterior mean. (N, latent) -> (latent,).
 
     Burda et al. 2016: a latent is active above `ACTIVE`.
     """
@@ -127,23 +128,23 @@ ACTIVE = 1e-2
 
 
 def active_units(means: Tensor, threshold: float = ACTIVE) -> Tensor:
-    """How many latents have an `activity` above the threshold; int64, 0-D. means: (N, latent)."""
+    """Number of latents with an `activity` above the threshold; int64, 0-D. means: (N, latent)."""
     return (activity(means) > threshold).sum()
 
 
 def codebook_loss(encodings: Tensor, nearest: Tensor) -> Tensor:
-    """mean (stop(z) - e)^2, which moves the rows of a codebook to the vectors that chose them: (N, ...) both -> (N,).
+    """mean (stop(z) - e)^2, which moves the rows of a codebook to the encodings nearest to them: (N, ...) both -> (N,).
 
-    The second term of van den Oord et al. 2017, arXiv:1711.00937, eq. 3; over all numbers of an example, a mean.
+    The second term of van den Oord et al. 2017, arXiv:1711.00937, eq. 3; a mean over all dimensions of an example.
     """
     _same_shape(encodings, nearest, "encodings and nearest")
     return _mean_square(encodings.detach(), nearest)
 
 
 def commitment_loss(encodings: Tensor, nearest: Tensor) -> Tensor:
-    """mean (z - stop(e))^2, which keeps the vectors near the rows they chose: (N, ...) both -> (N,).
+    """mean (z - stop(e))^2, which keeps the encodings near their rows: (N, ...) both -> (N,).
 
-    The third term of eq. 3, to be weighted: the paper has beta = 0.25 (section 3.2).
+    The third term of eq. 3; the paper weights it with beta = 0.25 (section 3.2).
     """
     _same_shape(encodings, nearest, "encodings and nearest")
     return _mean_square(encodings, nearest.detach())
@@ -151,10 +152,10 @@ def commitment_loss(encodings: Tensor, nearest: Tensor) -> Tensor:
 
 def _noise(key: Tensor, mean: Tensor, start: int, stop: int) -> Tensor:
     """Standard normal (samples, N, latent) of the samples from start to stop, each from a key of its own."""
-    which = torch.arange(start, stop, dtype=torch.int32, device=key.device)
+    numbers = torch.arange(start, stop, dtype=torch.int32, device=key.device)
     if key.ndim == 1:
-        return random.normal(random.fold_in(key, which), mean.shape, mean.dtype)
-    return random.normal(random.fold_in(key, which[:, None]), mean.shape[1:], mean.dtype)
+        return random.normal(random.fold_in(key, numbers), mean.shape, mean.dtype)
+    return random.normal(random.fold_in(key, numbers[:, None]), mean.shape[1:], mean.dtype)
 
 
 def _same_shape(a: Tensor, b: Tensor, names: str) -> None:

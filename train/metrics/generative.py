@@ -1,8 +1,7 @@
-"""How good generated examples are: distances between sets of features, and modes found of a known mixture.
+"""Metrics of generated examples: distances between sets of features, and covered modes of a known mixture.
 
-Features are (examples, width), of real and of generated examples by one and the same network; what the figures mean
-depends on that network, and on the numbers of examples: compare only figures of equal ones. All arithmetic is in
-float64.
+Features are (examples, width), of real and of generated examples by one and the same network. The figures depend on
+that network and on the numbers of examples: compare only those with equal ones. All arithmetic is in float64.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ def _features(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
         if x.ndim != 2 or len(x) < least:
             raise ValueError(f"the {name} features have shape {tuple(x.shape)}, expected ({least} or more, width)")
         if not torch.isfinite(x).all():
-            raise ValueError(f"the {name} features hold numbers that are not finite")
+            raise ValueError(f"the {name} features hold values that are not finite")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"the real features have width {real.shape[1]}, the fake ones {fake.shape[1]}")
     return real.double(), fake.double()
@@ -35,7 +34,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> Tensor:
         real, fake: (examples, width), 2 examples or more each; the order of the two does not matter.
 
     Raises:
-        ValueError: other shapes, widths that differ, or numbers that are not finite.
+        ValueError: other shapes, widths that differ, or values that are not finite.
     """
     real, fake = _features(real, fake, 2)
     means = [x.mean(0) for x in (real, fake)]
@@ -45,20 +44,21 @@ def frechet_distance(real: Tensor, fake: Tensor) -> Tensor:
         torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
         for x, mean in zip((real, fake), means, strict=True)
     ]
-    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # tr (S_1 S_2)^(1/2)
     traces = sum(root.square().sum() for root in roots)
+    # |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
     return ((means[0] - means[1]).square().sum() + traces - 2 * cross).clamp(min=0)
 
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """The distances of some rows of a after the others to all of b."""
-    centre = b.mean(0)  # keeps |a|^2 + |b|^2 - 2 a b, which cdist computes, from losing digits
+    """Distances of the rows of a to all of b, (up to 1024, rows of b) at a time."""
+    centre = b.mean(0)  # cdist computes |a|^2 + |b|^2 - 2 a b, which would lose digits far from 0
     for rows in (a - centre).split(1024):
         yield torch.cdist(rows, b - centre)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """The distance of each row to its k-th nearest neighbour; the row itself is the nearest and does not count."""
+    """Distance of each row to its k-th nearest neighbour, the row itself not counted: (rows,)."""
     return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
 
 
@@ -68,13 +68,14 @@ class PrecisionRecall(NamedTuple):
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """The share of the points that lie in one ball at least."""
+    """Fraction of the points that lie in at least one ball."""
     hits = [(d <= radii).any(1) for d in _distances(points, centres)]
     return torch.cat(hits).double().mean()
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
-    """Which share of the generated lies among the real, and of the real among the generated; each 0-D in [0, 1].
+    """Fraction of generated examples in the region of the real ones (precision), and of real ones in that of the
+    generated (recall); each 0-D in [0, 1].
 
     A set's region is the union of balls around its examples that reach to their k-th nearest neighbours in it
     (Kynkaanniemi et al. 2019, arXiv:1904.06991, eqs. 1 and 2).
@@ -99,9 +100,9 @@ class DensityCoverage(NamedTuple):
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
     """As precision and recall, but with balls around the real examples only, so that outliers count less; each 0-D.
 
-    density   1 / (k M) sum_j sum_i [y_j in B(x_i)]    in how many balls a generated example lies, against those that
-                                                       are expected; 1 where the two sets agree, and may exceed it
-    coverage  1 / N sum_i [some y_j in B(x_i)]         the share of real examples that have a generated one near
+    density   1 / (k M) sum_j sum_i [y_j in B(x_i)]    balls around a generated example over their expected number; 1
+                                                       where the two sets agree, and may exceed it
+    coverage  1 / N sum_i [some y_j in B(x_i)]         fraction of real examples with a generated one near
 
     (Naeem et al. 2020, arXiv:2002.09797, section 3). Arguments and errors as in `precision_recall`, but `fake` may
     hold any number of examples.
@@ -120,7 +121,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
 
 
 class Modes(NamedTuple):
-    """covered: how many modes have a good sample, 0-D integer; good: the share of good samples, 0-D float64;
+    """covered: number of modes with a good sample, 0-D integer; good: fraction of good samples, 0-D float64;
     counts: good samples of each mode (modes,)."""
 
     covered: Tensor
@@ -129,7 +130,7 @@ class Modes(NamedTuple):
 
 
 def modes(points: Tensor, centres: Tensor, deviation: float, *, within: float = 3.0) -> Modes:
-    """Which modes of a mixture of Gaussians were found; `train.data.points.mixtures` makes such mixtures.
+    """Covered modes of a mixture of Gaussians; `train.data.points.mixtures` makes such mixtures.
 
     A sample is good within 3 standard deviations of the centre next to it, and a mode is covered by one good sample
     (VEEGAN, Srivastava et al. 2017, arXiv:1705.07761, and PacGAN after it). Of samples of the mixture
@@ -138,19 +139,19 @@ def modes(points: Tensor, centres: Tensor, deviation: float, *, within: float = 
     Args:
         points: (samples, dimensions).
         centres: (modes, dimensions).
-        deviation: the standard deviation of each coordinate within a mode.
-        within: how many of them a good sample may be away.
+        deviation: standard deviation of each coordinate within a mode.
+        within: largest distance of a good sample from its centre, in standard deviations.
 
     Raises:
         ValueError: other shapes, or a deviation that is not above 0.
     """
-    if points.ndim != 2 or centres.ndim != 2 or points.shape[1] != centres.shape[1]:
-        found = f"points {tuple(points.shape)} and centres {tuple(centres.shape)}"
-        raise ValueError(f"expected points (samples, dimensions) and centres (modes, dimensions), got {found}")
+    if points.ndim != 2 or centres.ndim != 2 or points.shape[1] != centres.shape[1] or not len(points):
+        shapes = f"points {tuple(points.shape)} and centres {tuple(centres.shape)}"
+        raise ValueError(f"expected points (1 or more, dimensions) and centres (modes, dimensions), got {shapes}")
     if not deviation > 0 or not within > 0:
         raise ValueError(f"deviation {deviation} and within {within} must be positive")
-    offsets = points.double().unsqueeze(1) - centres.double()
-    distances = torch.linalg.vector_norm(offsets, dim=2)
+    offsets = points.double().unsqueeze(1) - centres.double()  # (samples, modes, dimensions)
+    distances = torch.linalg.vector_norm(offsets, dim=2)  # (samples, modes)
     nearest = distances.argmin(1, keepdim=True) == torch.arange(len(centres), device=points.device)
     counts = (nearest & (distances <= within * deviation)).sum(0)
     return Modes((counts > 0).sum(), counts.double().sum() / len(points), counts)

@@ -1,4 +1,4 @@
-"""How good translations are: BLEU and chrF by sacrebleu, sentences and tokens; the loss of smoothed targets."""
+"""Metrics of translations: BLEU, chrF, exact matches, token accuracy, divergence from smoothed targets."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from train.losses.basic import cross_entropy
 
 
 def smoothed_divergence(logits: Tensor, labels: Tensor, smoothing: float, padding: int) -> Tensor:
-    """Kullback-Leibler divergence of the prediction p from the smoothed target q, its mean over the tokens.
+    """Kullback-Leibler divergence of the prediction p from the smoothed target q, mean over the tokens, 0 without any.
 
     KL(q | p) = -sum q log p - H(q);  q = (1 - smoothing) * label + smoothing / classes
 
@@ -25,19 +25,20 @@ def smoothed_divergence(logits: Tensor, labels: Tensor, smoothing: float, paddin
     wrong = smoothing / classes
     right = 1 - smoothing + wrong
     entropy = -right * math.log(right) - (classes - 1) * wrong * math.log(wrong) if smoothing else 0.0
-    return cross_entropy(logits, labels, label_smoothing=smoothing, ignore_id=padding) - entropy
+    mean = cross_entropy(logits, labels, label_smoothing=smoothing, ignore_id=padding)  # -sum q log p
+    return mean - entropy * (labels != padding).any()
 
 
 def token_accuracy(logits: Tensor, labels: Tensor, padding: int) -> Tensor:
-    """The share of tokens that are right, given those before them: logits (..., classes), labels (...)."""
-    counted = labels != padding
-    hits = (logits.detach().argmax(-1) == labels) & counted
-    return hits.sum().float() / counted.sum().clamp(min=1)
+    """Fraction of right tokens, given those before them: logits (..., classes), labels (...)."""
+    valid = labels != padding
+    hits = (logits.detach().argmax(-1) == labels) & valid
+    return hits.sum().float() / valid.sum().clamp(min=1)
 
 
-def scores(found: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
-    """`bleu` and `chrf` of a whole test set, in [0, 100], each with sacrebleu's signature, and `exact_match`, the share
-    of sentences that are right word for word.
+def scores(translations: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
+    """`bleu` and `chrf` of a whole test set, in [0, 100], each with sacrebleu's signature, and `exact_match`, the
+    fraction of sentences equal to their reference.
 
     Papineni et al. 2002; Popović 2015; Post 2018, "A Call for Clarity in Reporting BLEU Scores" (arXiv:1804.08771).
 
@@ -45,13 +46,14 @@ def scores(found: Sequence[str], references: Sequence[str]) -> dict[str, float |
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    if len(found) != len(references) or not found:
-        raise ValueError(f"expected as many translations as references, found {len(found)} and {len(references)}")
+    if len(translations) != len(references) or not translations:
+        counts = f"{len(translations)} and {len(references)}"
+        raise ValueError(f"expected as many translations as references, found {counts}")
     bleu, chrf = BLEU(), CHRF()
     return {
-        "bleu": bleu.corpus_score(list(found), [list(references)]).score,
-        "chrf": chrf.corpus_score(list(found), [list(references)]).score,
-        "exact_match": sum(a == b for a, b in zip(found, references, strict=True)) / len(references),
+        "bleu": bleu.corpus_score(list(translations), [list(references)]).score,
+        "chrf": chrf.corpus_score(list(translations), [list(references)]).score,
+        "exact_match": sum(a == b for a, b in zip(translations, references, strict=True)) / len(references),
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
     }

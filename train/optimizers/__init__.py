@@ -8,8 +8,20 @@
 or, where the old params and state are not needed any more, with their buffers overwritten by torch's fused kernels:
 
     params, state = optimizers.donated_update(optimizer)(grads, state, params)
+
+`params` are floating-point tensors alone: `spec.split(model, values)` takes the running statistics (Stats) away.
+
+    protocol    what an optimizer is; chain, apply_updates, donated_update
+    rules       sgd, rmsprop, adagrad, adam, adamw, lion, muon
+    transforms  the links they are chained from, with the papers' equations
+    clipping    by value, by global norm, by a quantile of past norms
+    wrappers    by_path, freeze, masked, accumulate, ema
+    schedules   learning rates: warmup_cosine, noam, one_cycle, warmup_stable_decay, ...   (train.optimizers.schedules)
+    recipes     optimizers and schedules by name, for the flags of experiments             (train.optimizers.recipes)
+    kernels     the donated forms, by torch's fused kernels
 """
 
+from train.optimizers.clipping import clip_by_global_norm, clip_by_norm_quantile, clip_by_value
 from train.optimizers.protocol import (
     Optimizer,
     Predicate,
@@ -22,8 +34,6 @@ from train.optimizers.protocol import (
 from train.optimizers.rules import adagrad, adam, adamw, lion, muon, rmsprop, sgd
 from train.optimizers.transforms import (
     add_decayed_weights,
-    clip_by_global_norm,
-    clip_by_value,
     newton_schulz,
     scale_by_adagrad,
     scale_by_adam,
@@ -50,6 +60,7 @@ __all__ = [
     "by_path",
     "chain",
     "clip_by_global_norm",
+    "clip_by_norm_quantile",
     "clip_by_value",
     "donated_update",
     "ema",

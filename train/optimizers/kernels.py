@@ -1,8 +1,10 @@
 """Donated steps: the same mathematics as the chains in `rules`, by torch's fused and foreach kernels, in place.
 
 Every function here takes the pure chain and returns its donated form. The fused kernels walk the buffers of a leaf, its
-gradient and its moments side by side without a look at strides or dtypes, and have no tracing rule, so where those
-differ, or while compiling, the pure update is used instead.
+gradient and its moments side by side and ignore strides and dtypes, and they have no tracing rule. So where those
+differ, in half precision, or while compiling, the pure update is used instead.
+
+In the equations g is the gradient with its weight decay, θ the parameters, η the learning rate and λ the weight decay.
 """
 
 from collections.abc import Callable
@@ -12,21 +14,25 @@ from torch import Tensor
 
 from core import tree
 from core.tree import Tree
+from train.optimizers import protocol
 from train.optimizers.protocol import Optimizer, Predicate, Schedule, update_and_overwrite
 from train.optimizers.transforms import decays
 
 Donated = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
+_FUSABLE = (torch.float32, torch.float64)
+
+
 def _fusable(columns: list[list[Tensor]]) -> bool:
-    """Whether the fused kernels may have these: the gradients are the second column, made contiguous if need be."""
+    """True if the fused kernels apply to (parameters, gradients, *moments); makes the gradients contiguous."""
     if torch.compiler.is_compiling():
         return False
     params, grads, *moments = columns
     for i, p in enumerate(params):
         if not isinstance(p, Tensor) or type(grads[i]) is not Tensor or p.device.type not in ("cpu", "cuda"):
             return False
-        if not p.is_contiguous() or not p.is_floating_point() or grads[i].dtype != p.dtype:
+        if not p.is_contiguous() or p.dtype not in _FUSABLE or grads[i].dtype != p.dtype:
             return False
         if any(column[i].dtype != p.dtype or not column[i].is_contiguous() for column in moments):
             return False
@@ -36,14 +42,14 @@ def _fusable(columns: list[list[Tensor]]) -> bool:
 
 def _groups(columns: list[list[Tensor]], decay: list[float]) -> list[tuple[float, list[list[Tensor]]]]:
     """(weight decay, columns) for each set of leaves that one kernel call can take."""
-    found: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     for i, p in enumerate(columns[0]):
-        found.setdefault((p.device, p.dtype, decay[i]), []).append(i)
-    return [(key[2], [[column[i] for i in rows] for column in columns]) for key, rows in found.items()]
+        groups.setdefault((p.device, p.dtype, decay[i]), []).append(i)
+    return [(key[2], [[column[i] for i in rows] for column in columns]) for key, rows in groups.items()]
 
 
 def _rate(learning_rate: float | Schedule, state: Tree) -> float | Tensor:
-    """This step's learning rate, and one step further in the state of `scale_by_learning_rate`."""
+    """This step's learning rate; counts the step in the state of `scale_by_learning_rate`."""
     if not callable(learning_rate):
         return learning_rate
     rate = learning_rate(state.count)
@@ -52,7 +58,7 @@ def _rate(learning_rate: float | Schedule, state: Tree) -> float | Tensor:
 
 
 def _beside(p: Tensor, value: float | Tensor) -> float | Tensor:
-    """`value` where the kernel for `p` can read it; the parameters may lie on several devices."""
+    """`value` on the device of `p`; the parameters may lie on several devices."""
     return value.to(p.device) if isinstance(value, Tensor) else value
 
 
@@ -73,14 +79,14 @@ def adam(
 
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
         moments = state[0 if decoupled else 1]
-        columns = tree.aligned(params, grads, moments.mean, moments.square)
+        columns = protocol.columns(params, grads, moments.mean, moments.square)
         if not _fusable(columns):
             return plain(grads, state, params)
         with torch.no_grad():
             rate = _rate(learning_rate, state[2])
             step = moments.count.add_(1).to(torch.float32)  # the kernels only read it: one tensor serves all leaves
             for decay, (p, g, m, v) in _groups(columns, decays(params, weight_decay, mask)):
-                kernel(
+                kernel(  # m = β₁ m + (1 - β₁) g,  v = β₂ v + (1 - β₂) g²,  θ = θ - η m̂ / (sqrt(v̂) + ε)
                     p,
                     g,
                     m,
@@ -113,13 +119,13 @@ def sgd(
     plain = update_and_overwrite(pure)
 
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        columns = tree.aligned(params, grads, *([state[1].trace] if momentum else []))
+        columns = protocol.columns(params, grads, *([state[1].trace] if momentum else []))
         if not _fusable(columns):
             return plain(grads, state, params)
         with torch.no_grad():
             rate = _rate(learning_rate, state[2])
             for decay, (p, g, *buffers) in _groups(columns, decays(params, weight_decay, mask)):
-                torch._fused_sgd_(
+                torch._fused_sgd_(  # b = momentum b + g,  θ = θ - η b
                     p,
                     g,
                     buffers[0] if momentum else [],
@@ -146,11 +152,11 @@ def adagrad(
     weight_decay: float,
     mask: Predicate | None,
 ) -> Donated:
-    """Adagrad with eps outside of the root."""
+    """Adagrad with eps outside the root."""
     plain = update_and_overwrite(pure)
 
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        columns = tree.aligned(params, grads, state[1].total)
+        columns = protocol.columns(params, grads, state[1].total)
         if not _fusable(columns):
             return plain(grads, state, params)
         with torch.no_grad():
@@ -158,7 +164,7 @@ def adagrad(
             for decay, (p, g, total) in _groups(columns, decays(params, weight_decay, mask)):
                 step = torch.ones((), device=p[0].device)  # matters only together with lr_decay
                 steps = [step] * len(p)
-                torch._fused_adagrad_(
+                torch._fused_adagrad_(  # s = s + g²,  θ = θ - η g / (sqrt(s) + ε)
                     p,
                     g,
                     total,
@@ -175,12 +181,12 @@ def adagrad(
 
 
 def _decayed(updates: list[Tensor], params: list[Tensor], decay: list[float]) -> list[Tensor]:
-    """New tensors, `updates + decay * params` where decay is not zero."""
+    """u + λ θ as new tensors; u itself where its decay is zero."""
     return [torch.add(u, p, alpha=d) if d else u for u, p, d in zip(updates, params, decay, strict=True)]
 
 
 def _descend(params: list[Tensor], updates: list[Tensor], rate: float | Tensor) -> None:
-    torch._foreach_add_(params, torch._foreach_mul(updates, -rate))
+    torch._foreach_add_(params, torch._foreach_mul(updates, -rate))  # θ = θ - η u
 
 
 def rmsprop(
@@ -200,7 +206,7 @@ def rmsprop(
 
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
         _, moments, heavy, rate_state = state
-        columns = tree.aligned(params, grads, moments.square, *([moments.mean] if centered else []))
+        columns = protocol.columns(params, grads, moments.square, *([moments.mean] if centered else []))
         if not _fusable(columns) or not columns[0]:
             return plain(grads, state, params)
         p, g, v, *m = columns
@@ -208,20 +214,20 @@ def rmsprop(
             rate = _rate(learning_rate, rate_state)
             g = _decayed(g, p, decays(params, weight_decay, mask))
             torch._foreach_mul_(v, decay)
-            torch._foreach_addcmul_(v, g, g, 1 - decay)
+            torch._foreach_addcmul_(v, g, g, 1 - decay)  # v = ρ v + (1 - ρ) g²
             scale = v
             if centered:
-                torch._foreach_lerp_(m[0], g, 1 - decay)
-                scale = torch._foreach_addcmul(v, m[0], m[0], -1.0)
+                torch._foreach_lerp_(m[0], g, 1 - decay)  # m = ρ m + (1 - ρ) g
+                scale = torch._foreach_addcmul(v, m[0], m[0], -1.0)  # v - m²
                 torch._foreach_clamp_min_(scale, 0.0)
             scale = torch._foreach_sqrt(torch._foreach_add(scale, eps) if eps_in_sqrt else scale)
             if not eps_in_sqrt:
                 torch._foreach_add_(scale, eps)
-            updates = torch._foreach_div(g, scale)
+            updates = torch._foreach_div(g, scale)  # g / (sqrt(v) + ε)
             if momentum:
                 buffers = tree.leaves(heavy.trace)
                 torch._foreach_mul_(buffers, momentum)
-                torch._foreach_add_(buffers, updates)
+                torch._foreach_add_(buffers, updates)  # b = momentum b + g / (sqrt(v) + ε)
                 heavy.count.add_(1)
                 updates = buffers
             _descend(p, updates, rate)
@@ -243,15 +249,15 @@ def lion(
     plain = update_and_overwrite(pure)
 
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        columns = tree.aligned(params, grads, state[0].momentum)
+        columns = protocol.columns(params, grads, state[0].momentum)
         if not _fusable(columns) or not columns[0]:
             return plain(grads, state, params)
         p, g, m = columns
         with torch.no_grad():
             rate = _rate(learning_rate, state[2])
             signs = torch._foreach_lerp(m, g, 1 - beta1)
-            torch._foreach_sign_(signs)
-            torch._foreach_lerp_(m, g, 1 - beta2)
+            torch._foreach_sign_(signs)  # sign(β₁ m + (1 - β₁) g)
+            torch._foreach_lerp_(m, g, 1 - beta2)  # m = β₂ m + (1 - β₂) g
             _descend(p, _decayed(signs, p, decays(params, weight_decay, mask)), rate)
         return params, state
 

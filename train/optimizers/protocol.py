@@ -1,10 +1,14 @@
-"""What an optimizer is, how optimizers chain, and how one is run on buffers that it may overwrite."""
+"""The optimizer protocol: what an optimizer is, how optimizers chain, and how one runs on buffers it may overwrite.
+
+updates, state' = update(g, state, θ),   θ' = θ + updates
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import is_tensor_like
 
 from core import tree
 from core.tree import Tree
@@ -24,7 +28,7 @@ class Optimizer(NamedTuple):
     the updates, but overwrites the buffers of `params` and `state`; it is for the outermost loop, not for vmap.
 
     States are NamedTuples, tuples and dicts of tensors. Whatever changes from step to step is a tensor, so a compiled
-    step is compiled once.
+    step is compiled once. The arithmetic is in float32 or wider, whatever the dtype of a leaf.
     """
 
     init: Callable[[Tree], Tree]
@@ -32,9 +36,54 @@ class Optimizer(NamedTuple):
     donated: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None
 
 
+def check_params(params: Tree) -> None:
+    """Raise unless these are parameters, floating-point tensors without running statistics; the leaf is named.
+
+    Raises:
+        TypeError: a leaf that is not a floating-point tensor.
+        ValueError: a leaf `count`, the name under which `core.stats` keeps the number of updates of Stats. Their
+            gradient is an increment, which an optimizer would take for a direction.
+    """
+    for name, leaf in tree.items(params):
+        if not is_tensor_like(leaf) or not leaf.is_floating_point():
+            kind = leaf.dtype if is_tensor_like(leaf) else type(leaf).__name__
+            raise TypeError(f"optimizer: parameter '{name}' is {kind}; expected a floating-point tensor")
+        if name.rpartition(".")[2] == "count":
+            raise ValueError(
+                f"optimizer: '{name}' belongs to running statistics (Stats), which are not trained: split them off, "
+                "`params, stats = spec.split(model, values)`, and differentiate and update `params` alone"
+            )
+
+
+def columns(params: Tree, grads: Tree, *rest: Tree) -> list[list]:
+    """The leaves of `params`, `grads` and moments as lists of equal length, checked to fit.
+
+    Raises:
+        ValueError: gradients of another structure or shape than the parameters, or None among them; it names the leaf.
+    """
+    try:
+        out = tree.aligned(params, grads, *rest)
+    except ValueError as error:
+        raise ValueError(f"optimizer: parameters and gradients: {error}") from None
+    if not all(is_tensor_like(g) and g.shape == p.shape for p, g in zip(out[0], out[1], strict=True)):
+        for name, p, g in zip(tree.names(params), out[0], out[1], strict=True):
+            if not is_tensor_like(g) or g.shape != p.shape:
+                kind = f"has shape {tuple(g.shape)}" if is_tensor_like(g) else f"is {type(g).__name__}"
+                kind = "is None" if g is None else kind
+                expected = f"a tensor of shape {tuple(p.shape)}"
+                raise ValueError(f"optimizer: the gradient or update of '{name}' {kind}; expected {expected}")
+    return out
+
+
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """`params + updates`; each leaf keeps its dtype."""
-    return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
+    """`params + updates`; each leaf keeps its dtype.
+
+    Raises:
+        TypeError, ValueError: as `check_params` and `columns`.
+    """
+    if not torch.compiler.is_compiling():
+        check_params(params)
+    return tree.unflatten(params, [(p + u).to(p.dtype) for p, u in zip(*columns(params, updates), strict=True)])
 
 
 def identity() -> Optimizer:
@@ -52,13 +101,16 @@ def overwrite(target: Tree, source: Tree) -> None:
 def chain(*links: Optimizer) -> Optimizer:
     """Apply transformations one after the other; the state is the tuple of their states.
 
-    Donates if the last link does: the links before it run as pure updates.
+    Donates if the last link does: the links before it run as pure updates. Its `init` and `update` raise TypeError or
+    ValueError on parameters or gradients that do not fit, see `check_params` and `columns`.
     """
 
     def init(params: Tree) -> Tree:
+        check_params(params)
         return tuple(link.init(params) for link in links)
 
     def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        columns(params, updates)
         states = []
         for link, link_state in zip(links, state, strict=True):
             updates, link_state = link.update(updates, link_state, params)
@@ -66,6 +118,7 @@ def chain(*links: Optimizer) -> Optimizer:
         return updates, tuple(states)
 
     def donated(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        columns(params, updates)
         with torch.no_grad():
             for link, link_state in zip(links[:-1], state[:-1], strict=True):
                 updates, new = link.update(updates, link_state, params)
@@ -85,7 +138,7 @@ def update_and_overwrite(optimizer: Optimizer) -> Callable[[Tree, Tree, Tree], t
     def donated(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
         with torch.no_grad():
             updates, new = optimizer.update(grads, state, params)
-            for p, u in zip(tree.leaves(params), tree.leaves(updates), strict=True):
+            for p, u in zip(*columns(params, updates), strict=True):
                 p.add_(u)
             overwrite(state, new)
         return params, state
@@ -104,13 +157,31 @@ def donated_update(optimizer: Optimizer) -> Callable[[Tree, Tree, Tree], tuple[T
 
 def zero_count(params: Tree) -> Tensor:
     """A 0-D int32 zero on the device of the parameters."""
+    check_params(params)
     values = tree.leaves(params)
     return torch.zeros((), dtype=torch.int32, device=values[0].device if values else None)
 
 
-def zeros_like(params: Tree, dtype: torch.dtype | None = None) -> Tree:
-    """A zero for every parameter, in its own dtype or in `dtype`."""
-    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype, requires_grad=False), params)
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 or wider, the precision of the arithmetic.
+
+    In float16 an epsilon of 1e-8 is 0, and so is a learning rate of 1e-8 or the square of 1e-4.
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def zero_moment(params: Tree, dtype: torch.dtype | None = None) -> Tree:
+    """A zero per parameter in `dtype`; by default in the parameter's own, but in float32 at least.
+
+    In float16 the mean of squares vanishes, and in bfloat16 it does not decay: 0.999 v rounds to v.
+    """
+
+    def zero(p: Tensor) -> Tensor:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        return torch.zeros_like(p, dtype=wide if dtype is None else dtype, requires_grad=False)
+
+    check_params(params)
+    return tree.map(zero, params)
 
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:

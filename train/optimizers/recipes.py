@@ -1,5 +1,4 @@
-"""What the flags of an experiment choose by name: the rule of the optimizer, the course of its learning rate, leaves by
-patterns of their names."""
+"""Optimizers, learning-rate schedules and sets of leaves by name, for the flags of experiments."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -9,19 +8,23 @@ import torch
 from core import tree
 from core.tree import Tree
 from train import optimizers
-from train.optimizers import Optimizer, schedules
-from train.optimizers.protocol import Predicate
-from train.optimizers.schedules import Schedule
+from train.optimizers import schedules
+from train.optimizers.protocol import Optimizer, Predicate, Schedule
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 SCHEDULES = ("cosine", "step", "constant")
 
 
 def rate(name: str, peak: float, steps: int, warmup: int) -> Schedule:
-    """A learning rate that rises linearly to `peak` over `warmup` of all `steps`, and then goes one of `SCHEDULES`.
+    """Learning rate: linear warm-up to `peak` over the first `warmup` of `steps`, then one of `SCHEDULES`.
 
-    "cosine" ends at 0; "step" falls to a tenth after a half of what is left, and again after three quarters.
+    "cosine" ends at 0; "step" is divided by ten after half of the remaining steps, and again after three quarters.
+
+    Raises:
+        ValueError: an unknown schedule, or a warm-up longer than `steps`.
     """
+    if not 0 <= warmup <= steps:
+        raise ValueError(f"warmup must be in [0, steps], steps is {steps}, got {warmup}")
     left = steps - warmup
     if name == "cosine":
         after = schedules.cosine(peak, left)
@@ -47,10 +50,13 @@ def optimizer(
     Muon's updates are scaled so that AdamW's learning rate and weight decay fit them.
 
     Args:
-        decayed: (name, leaf) -> whether the weight decays.
-        hidden: (name, leaf) -> whether it is a hidden layer's matrix or convolution, for Muon.
-        dtype: of Muon's iteration. Processors without arithmetic in bfloat16 take thirty times as long for it as for
-            float32.
+        decayed: (name, leaf) -> whether the leaf has weight decay.
+        hidden: (name, leaf) -> whether the leaf is a hidden layer's matrix or convolution, for Muon.
+        dtype: that of Muon's iteration. Processors without bfloat16 arithmetic take thirty times as long for it as
+            for float32.
+
+    Raises:
+        ValueError: an unknown optimizer.
     """
     decay = {"weight_decay": weight_decay, "mask": decayed}
     if name == "sgd":
@@ -65,12 +71,12 @@ def optimizer(
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a leaf's name fits one of the patterns, as in a shell: "stem*", "*.bias"."""
+    """True if a leaf's name matches one of the shell patterns: "stem*", "*.bias"."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_patterns(model: Tree, patterns: Sequence[str]) -> None:
-    """Raise ValueError if no leaf of the spec fits one of the patterns: a misspelt one would be as good as none."""
+    """Raise ValueError if one of the patterns matches no leaf of the spec: a misspelt one would do nothing."""
     names = tree.names(model)
     for pattern in patterns:
         if not any(matches(name, (pattern,)) for name in names):

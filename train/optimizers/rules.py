@@ -2,7 +2,10 @@
 
 `learning_rate` is a number or a schedule. Defaults and conventions are torch.optim's; where optax differs, the argument
 that gives optax's is named. `mask(name, leaf)` limits weight decay to some leaves, usually
-`lambda name, leaf: leaf.ndim >= 2`.
+`lambda name, leaf: leaf.ndim >= 2`. `moment_dtype` is the dtype of the moments, by default the parameter's but float32
+at least.
+
+In the equations g is the gradient, θ the parameters, η the learning rate and λ the weight decay.
 """
 
 import torch
@@ -32,9 +35,9 @@ def sgd(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Stochastic gradient descent, with momentum as in torch: b = momentum * b + g, p = p - learning_rate * b.
+    """Stochastic gradient descent, with momentum as in torch; the weight decay is added to the gradient.
 
-    `weight_decay` is added to the gradient.
+    g ← g + λ θ,   b ← momentum b + (1 - dampening) g,   θ ← θ - η b   (Nesterov: θ - η (g + momentum b))
     """
     if not momentum and (nesterov or dampening):
         raise ValueError(f"nesterov and dampening need a momentum, got {momentum=}")
@@ -44,7 +47,7 @@ def sgd(
         heavy if momentum else identity(),
         scale_by_learning_rate(learning_rate),
     )
-    if dampening:  # torch's kernel must be told of the first step, which only the count knows
+    if dampening:  # torch's kernel needs to know the first step, which only the count tells
         return pure
     donated = kernels.sgd(
         pure, learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=mask
@@ -64,7 +67,12 @@ def rmsprop(
     eps_in_sqrt: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """RMSProp, see `scale_by_rms`; `weight_decay` is added to the gradient. optax: `decay=0.9, eps_in_sqrt=True`."""
+    """RMSProp (Hinton's lecture 6e), see `scale_by_rms`; the weight decay is added to the gradient.
+
+    g ← g + λ θ,   v ← ρ v + (1 - ρ) g²,   b ← momentum b + g / (sqrt(v) + ε),   θ ← θ - η b
+
+    optax: `decay=0.9, eps_in_sqrt=True`.
+    """
     pure = chain(
         add_decayed_weights(weight_decay, mask),
         scale_by_rms(decay, eps, centered=centered, eps_in_sqrt=eps_in_sqrt, moment_dtype=moment_dtype),
@@ -95,7 +103,9 @@ def adagrad(
     eps_in_sqrt: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Adagrad, see `scale_by_adagrad`; `weight_decay` is added to the gradient.
+    """Adagrad (Duchi et al. 2011), see `scale_by_adagrad`; the weight decay is added to the gradient.
+
+    g ← g + λ θ,   s ← s + g²,   θ ← θ - η g / (sqrt(s) + ε)
 
     torch's `lr_decay` is a schedule here. optax: `eps=1e-7, initial_accumulator=0.1, eps_in_sqrt=True`.
     """
@@ -120,7 +130,10 @@ def adam(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Adam (Kingma & Ba, arXiv:1412.6980); `weight_decay` is added to the gradient, see `adamw` for the other kind."""
+    """Adam (Kingma & Ba, arXiv:1412.6980), see `scale_by_adam`; the weight decay is added to the gradient.
+
+    g ← g + λ θ,   θ ← θ - η m̂ / (sqrt(v̂) + ε)
+    """
     pure = chain(
         add_decayed_weights(weight_decay, mask),
         scale_by_adam(beta1, beta2, eps, moment_dtype),
@@ -149,7 +162,10 @@ def adamw(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101): p shrinks by learning_rate * decay."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101).
+
+    θ ← θ - η (m̂ / (sqrt(v̂) + ε) + λ θ)
+    """
     pure = chain(
         scale_by_adam(beta1, beta2, eps, moment_dtype),
         add_decayed_weights(weight_decay, mask),
@@ -177,8 +193,12 @@ def lion(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Lion (Chen et al., arXiv:2302.06675), weight decay decoupled. The paper advises a third to a tenth of AdamW's
-    learning rate, and as many times its weight decay."""
+    """Lion (Chen et al., arXiv:2302.06675), with decoupled weight decay.
+
+    θ ← θ - η (sign(β₁ m + (1 - β₁) g) + λ θ),   m ← β₂ m + (1 - β₂) g
+
+    The paper advises a third to a tenth of AdamW's learning rate, and three to ten times its weight decay.
+    """
     pure = chain(
         scale_by_lion(beta1, beta2, moment_dtype),
         add_decayed_weights(weight_decay, mask),
@@ -205,14 +225,16 @@ def muon(
 ) -> Optimizer:
     """Muon for the hidden matrices, `fallback` (usually `adamw(3e-4)`) for every other leaf; see `scale_by_muon`.
 
-    Muon is made for hidden layers, so name the embeddings and the output layer in `matrices`:
+    m ← μ m + (1 - μ) g,   θ ← θ - η (NewtonSchulz(μ m + (1 - μ) g) + λ θ)
+
+    Muon is made for hidden layers, so exclude the embeddings and the output layer in `matrices`:
     `lambda name, leaf: leaf.ndim == 2 and not name.startswith(("wte", "wpe", "head"))`.
 
     Args:
-        matrices: which leaves are Muon's; by default all that have two dimensions.
+        matrices: (name, leaf) -> whether the leaf is Muon's; by default all with two dimensions.
         weight_decay: decoupled, of Muon's leaves only, and of these only where `mask(name, leaf)` if there is a mask.
         flatten: Muon's leaves are (rows, ...), such as convolutions, and their other axes together are the columns.
-        dtype: what Newton-Schulz is computed in; bfloat16 as published.
+        dtype: that of the Newton-Schulz iteration; bfloat16 as published.
     """
     orthogonal = chain(
         scale_by_muon(

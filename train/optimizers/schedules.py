@@ -2,15 +2,19 @@
 
 `count` is a 0-D integer tensor and the value a 0-D float32 tensor on its device, so a schedule inside a compiled step
 never recompiles it, and works under vmap. `steps` are counts of optimizer steps.
+
+A warm-up over w steps gives step t = count + 1 the part t / w of the peak, so that no step is lost: the first step uses
+peak / w, the last one of the warm-up the peak. optax and transformers give it count / w, and so nothing to the first
+step: their value after `count` steps is ours after `count - 1`. With `start`, the rise begins there in the same way.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Schedule = Callable[[Tensor], Tensor]
+from train.optimizers.protocol import Schedule
 
 
 def _positive(**values: float) -> None:
@@ -26,14 +30,14 @@ def _not_negative(**values: float) -> None:
 
 
 def _fraction(count: Tensor, steps: float) -> Tensor:
-    """How much of `steps` is over, in [0, 1]; all of it if there are none."""
+    """Fraction of `steps` that is over, in [0, 1]; 1 if there are none."""
     if steps == 0:
         return torch.ones_like(count, dtype=torch.float32)
     return (count.to(torch.float32) / steps).clamp(0.0, 1.0)
 
 
 def constant(value: float) -> Schedule:
-    """Always `value`."""
+    """`value` at every step."""
     return lambda count: torch.full_like(count, value, dtype=torch.float32)
 
 
@@ -48,14 +52,14 @@ def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
     _not_negative(steps=steps)
 
     def schedule(count: Tensor) -> Tensor:
-        wave = 0.5 * (1.0 + torch.cos(math.pi * _fraction(count, steps)))
+        wave = 0.5 * (1.0 + torch.cos(math.pi * _fraction(count, steps)))  # (1 + cos(π count / steps)) / 2
         return peak * (final + (1.0 - final) * wave)
 
     return schedule
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
-    """One schedule after the other: number i + 1 takes over at `boundaries[i]`, and counts from there.
+    """One schedule after the other: number i + 1 takes over at `boundaries[i]` and counts from there.
 
     Raises:
         ValueError: unless there is one boundary fewer than schedules and they increase.
@@ -75,27 +79,30 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
 
 def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
-    """Rise linearly from `start` to the first value of `schedule` over `steps`, then follow it from its beginning."""
+    """Linear warm-up from `start` to the first value of `schedule` over `steps`, then `schedule` from its beginning.
+
+    start + (schedule(0) - start) (count + 1) / steps
+    """
     _not_negative(steps=steps)
 
     def rise(count: Tensor) -> Tensor:
-        return start + (schedule(torch.zeros_like(count)) - start) * _fraction(count, steps)
+        return start + (schedule(torch.zeros_like(count)) - start) * _fraction(count + 1, steps)
 
     return join([rise, schedule], [steps])
 
 
 def warmup_cosine(peak: float, warmup_steps: int, steps: int, final: float = 0.0, start: float = 0.0) -> Schedule:
-    """A linear rise to `peak` over `warmup_steps`, then half a cosine to `final * peak` at `steps` (in all)."""
+    """Linear warm-up to `peak` over `warmup_steps`, then half a cosine to `final * peak` at `steps` (in all)."""
     _not_negative(warmup_steps=warmup_steps)
     if steps < warmup_steps:
-        raise ValueError(f"steps counts the warmup too: it must be at least {warmup_steps}, got {steps}")
+        raise ValueError(f"steps counts the warm-up too: it must be at least {warmup_steps}, got {steps}")
     return warmup(cosine(peak, steps - warmup_steps, final), warmup_steps, start)
 
 
 def noam(width: int, warmup_steps: int, factor: float = 1.0) -> Schedule:
     """factor * width^-0.5 * min(step^-0.5, step * warmup_steps^-1.5), step = count + 1.
 
-    Eq. 3 of "Attention is all you need" (arXiv:1706.03762).
+    Vaswani et al. 2017, "Attention is all you need" (arXiv:1706.03762), eq. 3.
     """
     _positive(width=width, warmup_steps=warmup_steps)
 
@@ -107,13 +114,13 @@ def noam(width: int, warmup_steps: int, factor: float = 1.0) -> Schedule:
 
 
 def step_decay(value: float, every: int, factor: float = 0.1) -> Schedule:
-    """`value`, times `factor` after each `every` steps."""
+    """`value`, times `factor` after every `every` steps: value * factor^floor(count / every)."""
     _positive(every=every, factor=factor)
     return lambda count: value * torch.pow(factor, (count // every).to(torch.float32))
 
 
 def milestones(value: float, at: Sequence[int], factor: float = 0.1) -> Schedule:
-    """`value`, times `factor` at each of the given counts."""
+    """`value`, times `factor` at each of the counts `at`."""
     _positive(factor=factor)
     _not_negative(**{"a milestone": min(at, default=0)})
 
@@ -133,7 +140,7 @@ def exponential(value: float, factor: float, steps: int = 1) -> Schedule:
 def one_cycle(
     peak: float, steps: int, rise: float = 0.3, start_divisor: float = 25.0, final_divisor: float = 1e4
 ) -> Schedule:
-    """Smith's one-cycle policy (arXiv:1708.07120) in two half cosines, as torch's OneCycleLR.
+    """One-cycle policy (Smith & Topin, arXiv:1708.07120) in two half cosines, as torch's OneCycleLR.
 
     From `peak / start_divisor` up to `peak` in the fraction `rise` of `steps`, then down to the start value divided by
     `final_divisor`, which the last step, count = steps - 1, uses.
@@ -163,11 +170,11 @@ def warmup_stable_decay(
     final: float = 0.0,
     decay: str = "linear",
 ) -> Schedule:
-    """A linear rise to `peak`, a plateau, and a fall to `final * peak` (MiniCPM, arXiv:2404.06395).
+    """Linear warm-up to `peak`, a plateau, and a decay to `final * peak` (MiniCPM, arXiv:2404.06395).
 
     Args:
-        decay: the shape of the fall over a fraction t: "linear", "cosine", or "sqrt", 1 - sqrt(t), the best found by
-            Hägele et al. (arXiv:2405.18392).
+        decay: the shape of the decay over a fraction t: "linear", "cosine", or "sqrt", 1 - sqrt(t), the best of those
+            that Hägele et al. compare (arXiv:2405.18392).
     """
     _not_negative(warmup_steps=warmup_steps, stable_steps=stable_steps, decay_steps=decay_steps)
 
@@ -181,6 +188,4 @@ def warmup_stable_decay(
     }
     if decay not in shapes:
         raise ValueError(f"decay must be one of {', '.join(shapes)}, got {decay!r}")
-    return join(
-        [linear(0.0, peak, warmup_steps), constant(peak), shapes[decay]], [warmup_steps, warmup_steps + stable_steps]
-    )
+    return warmup(join([constant(peak), shapes[decay]], [stable_steps]), warmup_steps)

@@ -1,18 +1,20 @@
-"""The pieces that optimizers are chained from. Each keeps its state in a NamedTuple, or `()` if it has none.
+"""The transformations that optimizers are chained from. Each keeps its state in a NamedTuple, or `()` if it has none.
 
-Moments are kept in the parameter's dtype, as optax does, or in `moment_dtype`.
+In the equations g is the gradient (or the update of the link before), θ the parameters and t = count + 1 the number of
+the step. Moments are kept in `moment_dtype`, by default the parameter's dtype but float32 at least; the arithmetic is
+in float32 or wider, and so are the updates.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core import tree
 from core.tree import Tree
-from train.optimizers.protocol import Optimizer, Predicate, Schedule, require, zero_count, zeros_like
+from train.optimizers.protocol import Optimizer, Predicate, Schedule, require, widened, zero_count, zero_moment
 
 
 class CountState(NamedTuple):
@@ -43,22 +45,46 @@ class MomentumState(NamedTuple):
     momentum: Tree
 
 
-def _beta(name: str, value: float) -> None:
+def _require_beta(name: str, value: float) -> None:
     require(0.0 <= value < 1.0, name, value, "in [0, 1)")
 
 
+def _stored(moments: Tree, dtype: torch.dtype | None) -> Tree:
+    """Moments as the state keeps them, in `dtype` if one was asked for."""
+    return moments if dtype is None else tree.cast(moments, dtype)
+
+
+def _mean(m: Tensor, g: Tensor, beta: float) -> Tensor:
+    """Exponential moving average beta m + (1 - beta) g, in float32 or wider."""
+    m = widened(m)
+    return torch.lerp(m, g.to(m.dtype), 1 - beta)
+
+
+def _mean_square(v: Tensor, g: Tensor, beta: float) -> Tensor:
+    """Exponential moving average beta v + (1 - beta) g², in float32 or wider."""
+    v = widened(v)
+    return beta * v + (1 - beta) * g.to(v.dtype).square()
+
+
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Optimizer:
-    """`-learning_rate * updates`; a schedule is asked with the count of finished steps, so first with 0."""
+    """-learning_rate * g. A schedule is called with the count of finished steps, so with 0 at first."""
     if callable(learning_rate):
 
         def update(updates: Tree, state: CountState, params: Tree) -> tuple[Tree, CountState]:
             rate = learning_rate(state.count)
-            return tree.map(lambda u: (u * -rate).to(u.dtype), updates), CountState(state.count + 1)
+
+            def scaled(u: Tensor) -> Tensor:
+                u = widened(u)
+                return (u * -rate).to(u.dtype)
+
+            return tree.map(scaled, updates), CountState(state.count + 1)
 
         return Optimizer(lambda params: CountState(zero_count(params)), update)
 
     require(learning_rate >= 0, "learning_rate", learning_rate, "at least 0")
-    return Optimizer(lambda params: (), lambda updates, state, _: (tree.map(lambda u: u * -learning_rate, updates), ()))
+    return Optimizer(
+        lambda params: (), lambda updates, state, _: (tree.map(lambda u: widened(u) * -learning_rate, updates), ())
+    )
 
 
 def decays(params: Tree, weight_decay: float, mask: Predicate | None) -> list[float]:
@@ -67,7 +93,7 @@ def decays(params: Tree, weight_decay: float, mask: Predicate | None) -> list[fl
 
 
 def add_decayed_weights(weight_decay: float, mask: Predicate | None = None) -> Optimizer:
-    """`updates + weight_decay * params`, only where `mask(name, leaf)` if there is a mask."""
+    """g + weight_decay * θ, only where `mask(name, leaf)` if there is a mask."""
     require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
 
     def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:
@@ -75,31 +101,9 @@ def add_decayed_weights(weight_decay: float, mask: Predicate | None = None) -> O
             return updates, state
 
         def decayed(name: str, p: Tensor, u: Tensor) -> Tensor:
-            return u + weight_decay * p if mask is None or mask(name, p) else u
+            return widened(u) + weight_decay * widened(p) if mask is None or mask(name, p) else u
 
         return tree.map_with_names(decayed, params, updates), state
-
-    return Optimizer(lambda params: (), update)
-
-
-def clip_by_value(limit: float) -> Optimizer:
-    """Clamp every number to [-limit, limit]."""
-    require(limit > 0, "limit", limit, "positive")
-    return Optimizer(
-        lambda _: (), lambda updates, state, _: (tree.map(lambda u: u.clamp(-limit, limit), updates), state)
-    )
-
-
-def clip_by_global_norm(limit: float, eps: float = 1e-6) -> Optimizer:
-    """Scale all gradients by min(1, limit / (norm + eps)), norm being that of the whole tree.
-
-    `eps` is that of torch's `clip_grad_norm_`; with `eps=0` it is optax's clip_by_global_norm.
-    """
-    require(limit > 0, "limit", limit, "positive")
-
-    def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:
-        scale = (limit / (tree.norm(updates) + eps)).clamp(max=1.0)
-        return tree.map(lambda u: (u * scale).to(u.dtype), updates), state
 
     return Optimizer(lambda params: (), update)
 
@@ -108,7 +112,7 @@ def set_to_zero() -> Optimizer:
     """Zero updates; the donated form does nothing at all."""
     return Optimizer(
         lambda params: (),
-        lambda updates, state, params: (zeros_like(updates), state),
+        lambda updates, state, params: (tree.map(torch.zeros_like, updates), state),
         lambda updates, state, params: (params, state),
     )
 
@@ -116,25 +120,26 @@ def set_to_zero() -> Optimizer:
 def trace(
     momentum: float, *, nesterov: bool = False, dampening: float = 0.0, moment_dtype: torch.dtype | None = None
 ) -> Optimizer:
-    """Momentum: b = momentum * b + (1 - dampening) * u; the update is b, or u + momentum * b with Nesterov.
-
-    As in torch, the first b is u itself, undampened.
+    """Momentum as in torch: b_t = momentum b_{t-1} + (1 - dampening) g; the update is b_t, or g + momentum b_t with
+    Nesterov (Sutskever et al. 2013). The first b is g itself, undampened.
     """
     require(momentum >= 0, "momentum", momentum, "at least 0")
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(f"nesterov needs a momentum and no dampening, got {momentum=}, {dampening=}")
 
     def init(params: Tree) -> TraceState:
-        return TraceState(zero_count(params), zeros_like(params, moment_dtype))
+        return TraceState(zero_count(params), zero_moment(params, moment_dtype))
 
     def update(updates: Tree, state: TraceState, params: Tree) -> tuple[Tree, TraceState]:
-        def step(u: Tensor, b: Tensor) -> Tensor:
+        def buffer(u: Tensor, b: Tensor) -> Tensor:
+            b = widened(b)
             u = u.to(b.dtype)
+            # b_t = momentum b_{t-1} + (1 - dampening) g
             return momentum * b + (torch.where(state.count == 0, u, (1 - dampening) * u) if dampening else u)
 
-        buffers = tree.map(step, updates, state.trace)
-        directions = tree.map(lambda u, b: u + momentum * b, updates, buffers) if nesterov else buffers
-        return directions, TraceState(state.count + 1, buffers)
+        buffers = tree.map(buffer, updates, state.trace)
+        directions = tree.map(lambda u, b: u.to(b.dtype) + momentum * b, updates, buffers) if nesterov else buffers
+        return directions, TraceState(state.count + 1, _stored(buffers, moment_dtype))
 
     return Optimizer(init, update)
 
@@ -150,25 +155,28 @@ def bias_correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:
 def scale_by_adam(
     beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, moment_dtype: torch.dtype | None = None
 ) -> Optimizer:
-    """m_hat / (sqrt(v_hat) + eps), algorithm 1 of Adam (Kingma & Ba, arXiv:1412.6980)."""
-    _beta("beta1", beta1)
-    _beta("beta2", beta2)
+    """Adam's direction m̂ / (sqrt(v̂) + eps), algorithm 1 of Kingma & Ba (arXiv:1412.6980)."""
+    _require_beta("beta1", beta1)
+    _require_beta("beta2", beta2)
+    require(eps >= 0, "eps", eps, "at least 0")
 
     def init(params: Tree) -> AdamState:
-        return AdamState(zero_count(params), zeros_like(params, moment_dtype), zeros_like(params, moment_dtype))
+        return AdamState(zero_count(params), zero_moment(params, moment_dtype), zero_moment(params, moment_dtype))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        count = state.count + 1
-        mean = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - beta1), state.mean, grads)
-        square = tree.map(lambda v, g: beta2 * v + (1 - beta2) * g.to(v.dtype).square(), state.square, grads)
-        wide = dict.fromkeys(torch.promote_types(v.dtype, torch.float32) for v in tree.leaves(square))
-        corrections = {d: (bias_correction(beta1, count, d), bias_correction(beta2, count, d)) for d in wide}
+        t = state.count + 1
+        mean = tree.map(lambda m, g: _mean(m, g, beta1), state.mean, grads)  # m_t = β₁ m_{t-1} + (1 - β₁) g
+        square = tree.map(lambda v, g: _mean_square(v, g, beta2), state.square, grads)  # v_t = β₂ v_{t-1} + (1 - β₂) g²
+        dtypes = dict.fromkeys(v.dtype for v in tree.leaves(square))
+        corrections = {d: (bias_correction(beta1, t, d), bias_correction(beta2, t, d)) for d in dtypes}
 
         def direction(m: Tensor, v: Tensor) -> Tensor:
-            first, second = corrections[torch.promote_types(v.dtype, torch.float32)]
-            return ((m / first) / ((v / second).sqrt() + eps)).to(v.dtype)
+            first, second = corrections[v.dtype]
+            # m̂ = m_t / (1 - β₁^t),  v̂ = v_t / (1 - β₂^t)
+            return (m / first) / ((v / second).sqrt() + eps)
 
-        return tree.map(direction, mean, square), AdamState(count, mean, square)
+        directions = tree.map(direction, mean, square)
+        return directions, AdamState(t, _stored(mean, moment_dtype), _stored(square, moment_dtype))
 
     return Optimizer(init, update)
 
@@ -181,27 +189,30 @@ def scale_by_rms(
     eps_in_sqrt: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """g / (sqrt(v) + eps), v the running mean of g^2 (Hinton's lecture 6e); centered: v less the squared mean of g.
+    """RMSProp's direction g / (sqrt(v) + eps), v the running mean of g² (Hinton's lecture 6e); centered: of g less its
+    running mean (Graves 2013, arXiv:1308.0850, eq. 38 to 41).
 
     torch adds eps outside of the root; `eps_in_sqrt=True`, sqrt(v + eps), is optax's way. The centered variance is
     kept from falling below zero by rounding, where torch would give nan.
     """
-    _beta("decay", decay)
+    _require_beta("decay", decay)
+    require(eps >= 0, "eps", eps, "at least 0")
 
     def init(params: Tree) -> RmsState:
-        return RmsState(zeros_like(params, moment_dtype), zeros_like(params, moment_dtype) if centered else ())
+        return RmsState(zero_moment(params, moment_dtype), zero_moment(params, moment_dtype) if centered else ())
 
     def update(grads: Tree, state: RmsState, params: Tree) -> tuple[Tree, RmsState]:
-        square = tree.map(lambda v, g: decay * v + (1 - decay) * g.to(v.dtype).square(), state.square, grads)
+        square = tree.map(lambda v, g: _mean_square(v, g, decay), state.square, grads)  # v_t = ρ v_{t-1} + (1 - ρ) g²
         mean, variance = (), square
         if centered:
-            mean = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - decay), state.mean, grads)
+            mean = tree.map(lambda m, g: _mean(m, g, decay), state.mean, grads)  # m_t = ρ m_{t-1} + (1 - ρ) g
             variance = tree.map(lambda v, m: (v - m.square()).clamp(min=0), square, mean)
 
         def direction(g: Tensor, v: Tensor) -> Tensor:
             return g.to(v.dtype) / ((v + eps).sqrt() if eps_in_sqrt else v.sqrt() + eps)
 
-        return tree.map(direction, grads, variance), RmsState(square, mean)
+        directions = tree.map(direction, grads, variance)
+        return directions, RmsState(_stored(square, moment_dtype), _stored(mean, moment_dtype))
 
     return Optimizer(init, update)
 
@@ -213,37 +224,43 @@ def scale_by_adagrad(
     eps_in_sqrt: bool = False,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """g / (sqrt(sum of g^2) + eps) (Duchi et al. 2011).
+    """Adagrad's direction g / (sqrt(sum of g²) + eps) (Duchi et al. 2011).
 
     Defaults as in torch; optax is `eps=1e-7, initial_accumulator=0.1, eps_in_sqrt=True`.
     """
     require(initial_accumulator >= 0, "initial_accumulator", initial_accumulator, "at least 0")
+    require(eps >= 0, "eps", eps, "at least 0")
 
     def init(params: Tree) -> SumState:
-        return SumState(tree.map(lambda z: z + initial_accumulator, zeros_like(params, moment_dtype)))
+        return SumState(tree.map(lambda z: z + initial_accumulator, zero_moment(params, moment_dtype)))
 
     def update(grads: Tree, state: SumState, params: Tree) -> tuple[Tree, SumState]:
-        total = tree.map(lambda s, g: s + g.to(s.dtype).square(), state.total, grads)
+        def added(s: Tensor, g: Tensor) -> Tensor:
+            s = widened(s)
+            return s + g.to(s.dtype).square()  # s_t = s_{t-1} + g²
+
+        total = tree.map(added, state.total, grads)
 
         def direction(g: Tensor, s: Tensor) -> Tensor:
             return g.to(s.dtype) / ((s + eps).sqrt() if eps_in_sqrt else s.sqrt() + eps)
 
-        return tree.map(direction, grads, total), SumState(total)
+        return tree.map(direction, grads, total), SumState(_stored(total, moment_dtype))
 
     return Optimizer(init, update)
 
 
 def scale_by_lion(beta1: float = 0.9, beta2: float = 0.99, moment_dtype: torch.dtype | None = None) -> Optimizer:
-    """sign(beta1 * m + (1 - beta1) * g), then m moves towards g with beta2 (Chen et al., arXiv:2302.06675)."""
-    _beta("beta1", beta1)
-    _beta("beta2", beta2)
+    """Lion's direction sign(β₁ m + (1 - β₁) g), where m is the running mean of g with β₂ (Chen et al. 2023,
+    arXiv:2302.06675, algorithm 2)."""
+    _require_beta("beta1", beta1)
+    _require_beta("beta2", beta2)
 
     def update(grads: Tree, state: MomentumState, params: Tree) -> tuple[Tree, MomentumState]:
-        signs = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - beta1).sign(), state.momentum, grads)
-        momentum = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - beta2), state.momentum, grads)
-        return signs, MomentumState(momentum)
+        signs = tree.map(lambda m, g: _mean(m, g, beta1).sign(), state.momentum, grads)
+        momentum = tree.map(lambda m, g: _mean(m, g, beta2), state.momentum, grads)  # m_t = β₂ m_{t-1} + (1 - β₂) g
+        return signs, MomentumState(_stored(momentum, moment_dtype))
 
-    return Optimizer(lambda params: MomentumState(zeros_like(params, moment_dtype)), update)
+    return Optimizer(lambda params: MomentumState(zero_moment(params, moment_dtype)), update)
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -258,21 +275,21 @@ def newton_schulz(
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
 ) -> Tensor:
-    """Nearly the orthogonal factor U V^T of `matrix` = U S V^T: singular values end between about 0.7 and 1.2.
+    """Nearly the orthogonal factor U Vᵀ of `matrix` = U S Vᵀ: singular values end between about 0.7 and 1.2.
 
-    Each step is X <- a X + (b A + c A A) X with A = X X^T.
+    X ← a X + (b A + c A²) X,   A = X Xᵀ
 
     Args:
         matrix: (..., rows, columns).
-        dtype: what the iteration is computed in; the result has it too.
+        dtype: that of the iteration and the result.
     """
     a, b, c = coefficients
     x = matrix.to(dtype)
     tall = x.shape[-2] > x.shape[-1]  # A is the smaller of the two Gram matrices
-    x = x.mT if tall else x
+    x = x.mT if tall else x  # (..., short, long)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x @ x.mT  # A, (..., short, short)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
@@ -295,31 +312,31 @@ def scale_by_muon(
         flatten: leaves are (rows, ...) instead, their other axes together the columns: convolutions, as in the post.
         adjust: "original" scales by sqrt(max(1, rows / columns)); "match_rms_adamw" by 0.2 sqrt(max(rows, columns)),
             so that AdamW's learning rate and weight decay fit (Liu et al., arXiv:2502.16982, eq. 4).
-        dtype: what the Newton-Schulz iteration is computed in.
+        dtype: that of the Newton-Schulz iteration.
 
     Raises:
-        ValueError: at a leaf with fewer than two dimensions.
+        ValueError: from `init`, at a leaf with fewer than two dimensions.
     """
-    _beta("momentum", momentum)
+    _require_beta("momentum", momentum)
     require(adjust in ("original", "match_rms_adamw"), "adjust", repr(adjust), "'original' or 'match_rms_adamw'")
     require(len(coefficients) == 3, "coefficients", coefficients, "three numbers")
 
     def init(params: Tree) -> MomentumState:
         for name, p in tree.items(params):
             require(p.ndim >= 2, f"muon: '{name}'", tuple(p.shape), "a matrix")
-        return MomentumState(zeros_like(params, moment_dtype))
+        return MomentumState(zero_moment(params, moment_dtype))
 
     def update(grads: Tree, state: MomentumState, params: Tree) -> tuple[Tree, MomentumState]:
-        momenta = tree.map(lambda m, g: torch.lerp(m, g.to(m.dtype), 1 - momentum), state.momentum, grads)
+        momenta = tree.map(lambda m, g: _mean(m, g, momentum), state.momentum, grads)  # m_t = μ m_{t-1} + (1 - μ) g
 
-        def direction(m: Tensor, g: Tensor) -> Any:
-            looked_ahead = torch.lerp(g.to(m.dtype), m, momentum) if nesterov else m
-            matrix = looked_ahead.flatten(1) if flatten else looked_ahead
+        def direction(m: Tensor, g: Tensor) -> Tensor:
+            ahead = torch.lerp(g.to(m.dtype), m, momentum) if nesterov else m  # μ m_t + (1 - μ) g
+            matrix = ahead.flatten(1) if flatten else ahead  # (..., rows, columns)
             rows, columns = matrix.shape[-2:]
             ratio = max(1.0, rows / columns) ** 0.5 if adjust == "original" else 0.2 * max(rows, columns) ** 0.5
             orthogonal = newton_schulz(matrix, steps, coefficients, dtype=dtype, eps=eps)
             return orthogonal.to(m.dtype).reshape(m.shape) * ratio
 
-        return tree.map(direction, momenta, grads), MomentumState(momenta)
+        return tree.map(direction, momenta, grads), MomentumState(_stored(momenta, moment_dtype))
 
     return Optimizer(init, update)

@@ -1,4 +1,4 @@
-"""Optimizers around optimizers: a part of the tree each, gradient accumulation, averaged parameters."""
+"""Optimizers around optimizers: one per part of the tree, gradient accumulation, averaged parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +12,15 @@ from train.optimizers.protocol import (
     Optimizer,
     Predicate,
     apply_updates,
+    check_params,
+    columns,
     donated_update,
     identity,
     overwrite,
     require,
+    widened,
     zero_count,
-    zeros_like,
+    zero_moment,
 )
 from train.optimizers.transforms import bias_correction, set_to_zero
 
@@ -40,16 +43,17 @@ class EmaState(NamedTuple):
 
 
 def by_path(optimizers: dict[str, Optimizer], labeller: Callable[[str, Any], str]) -> Optimizer:
-    """A different optimizer for each set of leaves: that of `optimizers[labeller(name, leaf)]`.
+    """A different optimizer for each set of leaves: `optimizers[labeller(name, leaf)]`.
 
     Each optimizer sees, and keeps state for, its own leaves only. Donates.
 
     Raises:
-        ValueError: when a leaf's label is not in `optimizers`, naming the leaf; or for a label that is no plain name.
+        ValueError: a label that is not a plain name; from `init` and `update`, a leaf whose label is not in
+            `optimizers` (it is named), and gradients that do not fit the parameters.
     """
-    labels = sorted(optimizers)
-    for label in labels:
+    for label in optimizers:
         require(isinstance(label, str) and "." not in label and label, "a label", repr(label), "a string without dots")
+    labels = sorted(optimizers)
 
     def assign(params: Tree) -> dict[str, str]:
         assigned = {name: labeller(name, leaf) for name, leaf in tree.items(params)}
@@ -62,24 +66,27 @@ def by_path(optimizers: dict[str, Optimizer], labeller: Callable[[str, Any], str
         return tree.partition(whole, lambda name, _: assigned[name] == label)[0]
 
     def init(params: Tree) -> PathState:
+        check_params(params)
         assigned = assign(params)
         return PathState({label: optimizers[label].init(part(params, assigned, label)) for label in labels})
 
     def update(grads: Tree, state: PathState, params: Tree) -> tuple[Tree, PathState]:
+        columns(params, grads)
         assigned = assign(params)
-        found, inner = {}, {}
+        named, inner = {}, {}
         for label in labels:
-            mine = part(grads, assigned, label), state.inner[label], part(params, assigned, label)
-            updates, inner[label] = optimizers[label].update(*mine)
-            found.update(tree.items(updates))
-        # Put together by name: `merge` would drop nodes that hold no leaf.
-        return tree.unflatten(params, [found[name] for name in assigned]), PathState(inner)
+            own = part(grads, assigned, label), state.inner[label], part(params, assigned, label)
+            updates, inner[label] = optimizers[label].update(*own)
+            named.update(tree.items(updates))
+        # Put together by name: `merge` would drop nodes without leaves.
+        return tree.unflatten(params, [named[name] for name in assigned]), PathState(inner)
 
     def donated(grads: Tree, state: PathState, params: Tree) -> tuple[Tree, PathState]:
+        columns(params, grads)
         assigned = assign(params)
         for label in labels:  # each overwrites the very tensors that `params` and `state` hold
-            mine = part(grads, assigned, label), state.inner[label], part(params, assigned, label)
-            donated_update(optimizers[label])(*mine)
+            own = part(grads, assigned, label), state.inner[label], part(params, assigned, label)
+            donated_update(optimizers[label])(*own)
         return params, state
 
     return Optimizer(init, update, donated)
@@ -94,37 +101,34 @@ def freeze(optimizer: Optimizer, predicate: Predicate) -> Optimizer:
 
 
 def masked(transformation: Optimizer, predicate: Predicate) -> Optimizer:
-    """A link of a chain that works on the leaves where `predicate(name, leaf)`; the others' updates pass unchanged."""
+    """`transformation` for the leaves where `predicate(name, leaf)`; the updates of the others pass unchanged."""
     parts = {"masked": identity(), "open": transformation}
     return by_path(parts, lambda name, leaf: "open" if predicate(name, leaf) else "masked")._replace(donated=None)
 
 
 def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
-    """One step of `optimizer` for every `every` calls, with the mean of their gradients; zero updates in between.
+    """Gradient accumulation: one step of `optimizer` per `every` calls, with the mean gradient, and zero updates else.
 
-    The choice is by torch.where, so each call computes the inner update, and keeps it at the last. Gradients are
+    The choice is by torch.where, so each call computes the inner update, and the last one keeps it. Gradients are
     summed in float32 or wider.
     """
     require(every >= 1, "every", every, "at least 1")
 
     def init(params: Tree) -> AccumulateState:
-        sums = tree.map(
-            lambda p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False),
-            params,
-        )
-        return AccumulateState(zero_count(params), sums, optimizer.init(params))
+        return AccumulateState(zero_count(params), zero_moment(params), optimizer.init(params))
 
     def update(grads: Tree, state: AccumulateState, params: Tree) -> tuple[Tree, AccumulateState]:
+        columns(params, grads)
         last = state.micro_step == every - 1
-        mean = tree.map(lambda s, g: s + g / every, state.gradient, grads)
-        updates, inner = optimizer.update(tree.map(lambda s, g: s.to(g.dtype), mean, grads), state.inner, params)
+        mean = tree.map(lambda s, g: s + g.to(s.dtype) / every, state.gradient, grads)  # ḡ = sum_i g_i / every
+        updates, inner = optimizer.update(mean, state.inner, params)
 
         def choose(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(last, new, old)
 
-        return tree.map(choose, updates, zeros_like(updates)), AccumulateState(
+        return tree.map(lambda u: choose(u, torch.zeros_like(u)), updates), AccumulateState(
             torch.where(last, 0, state.micro_step + 1).to(state.micro_step.dtype),
-            tree.map(choose, zeros_like(mean), mean),
+            tree.map(lambda s: choose(torch.zeros_like(s), s), mean),
             tree.map(choose, inner, state.inner),
         )
 
@@ -132,7 +136,7 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
 
 
 def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> Optimizer:
-    """Keep an exponential moving average of the parameters: average = decay * average + (1 - decay) * params.
+    """Exponential moving average of the parameters: average = decay * average + (1 - decay) * params.
 
     Make it the outermost optimizer; `averaged(state)` reads the average. It starts from the initial parameters, or,
     with `debias`, from zero, and is then divided by 1 - decay^count when read. Kept in float32 or wider. Donates.
@@ -140,8 +144,8 @@ def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> 
     require(0.0 <= decay < 1.0, "decay", decay, "in [0, 1)")
 
     def init(params: Tree) -> EmaState:
-        wide = tree.map(lambda p: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True), params)
-        start = zeros_like(wide) if debias else wide
+        check_params(params)
+        start = zero_moment(params) if debias else tree.map(lambda p: widened(p.detach()).clone(), params)
         count = zero_count(params)
         correction = torch.zeros_like(count, dtype=torch.float32) + (0.0 if debias else 1.0)
         return EmaState(count, start, correction, optimizer.init(params))
@@ -170,7 +174,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> 
 
 
 def averaged(state: EmaState) -> Tree:
-    """The averaged parameters in the state of `ema`. With `debias` there is nothing to read before the first step: nan.
+    """The averaged parameters in the state of `ema`. With `debias` they are nan before the first step.
 
     Raises:
         TypeError: if `state` is not that of an outermost `ema`.

@@ -2,6 +2,8 @@
 
 from train.plots.figures import (
     COLOURS,
+    GRID,
+    INK,
     curves,
     heat_map,
     histogram,
@@ -14,6 +16,8 @@ from train.plots.figures import (
 
 __all__ = [
     "COLOURS",
+    "GRID",
+    "INK",
     "curves",
     "heat_map",
     "histogram",

@@ -28,18 +28,18 @@ INK, GRID = "#333333", "#DDDDDD"
 def panels(
     path: str | os.PathLike, rows: int, columns: int, width: float = 4.4, height: float = 4.0
 ) -> Iterator[list["Axes"]]:
-    """Several pictures in one file: yields rows * columns axes, row after row, and writes when the block ends.
+    """Several plots in one file: yields rows * columns axes, row after row, and writes when the block ends.
 
         with panels("figure.png", 1, 2) as (left, right):
             curves(left, ...)
 
     Args:
-        width, height: of one of them, in inches.
+        width, height: size of one plot in inches.
     """
-    figure = _figure(columns * width, rows * height)
+    figure = new_figure(columns * width, rows * height)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     yield list(figure.subplots(rows, columns, squeeze=False).flat)
-    _write(path, figure)
+    write(path, figure)
 
 
 def curves(
@@ -56,9 +56,9 @@ def curves(
         lines: {name: (xs, ys)}; values that are not finite leave a gap, a single point is drawn as a dot.
         log: a logarithmic y axis, if a value is above 0.
     """
-    figure, axes = _axes(path, 6.4, 4.0, xlabel, ylabel, title)
+    figure, axes = axes_for(path, 6.4, 4.0, xlabel, ylabel, title)
     for i, (name, (xs, ys)) in enumerate(lines.items()):
-        x, y = _array(xs).astype(float), _array(ys).astype(float)
+        x, y = array(xs).astype(float), array(ys).astype(float)
         if x.shape != y.shape or x.ndim != 1:
             raise ValueError(f"curve '{name}' has xs {x.shape} and ys {y.shape}, expected two lists of one length")
         y = np.where(np.isfinite(y), y, np.nan)
@@ -68,7 +68,7 @@ def curves(
         axes.set_yscale("log", nonpositive="mask")
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=9, ncols=1 if len(lines) <= 8 else 2)
-    _write(path, figure)
+    write(path, figure)
 
 
 def image_grid(
@@ -83,23 +83,23 @@ def image_grid(
 
     Args:
         images: (count, channels, height, width) with 1 or 3 channels, or (count, height, width); bytes, or floats in
-            [0, 1] (what lies outside is clipped).
+            [0, 1] (clipped).
         columns: about as many as rows if None.
-        titles: one an image.
+        titles: one per image.
         scale: the width of one image in inches.
     """
-    pixels = _array(images)
+    pixels = array(images)
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
-        raise ValueError(f"images have shape {_array(images).shape}, expected (count, 1 or 3, height, width)")
+        raise ValueError(f"images have shape {array(images).shape}, expected (count, 1 or 3, height, width)")
     if titles is not None and len(titles) != len(pixels):
         raise ValueError(f"{len(titles)} titles for {len(pixels)} images")
     pixels = pixels / 255 if pixels.dtype == np.uint8 else np.nan_to_num(pixels.astype(float))
     count, _, height, width = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
-    # Letters are about 0.6 times as wide as high: what fits over an image decides the size of all titles.
+    # Letters are about 0.6 times as wide as high: the longest line gives the size of all titles.
     longest = max((len(line) for t in titles or () for line in t.split("\n")), default=1)
     font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.62 * longest)))
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
@@ -108,7 +108,7 @@ def image_grid(
     top = 0.35 if title else 0.0
     inches = columns * cell[0] + gap
     size = (max(inches, 11 * 0.62 / 72 * len(title)), rows * cell[1] + gap + top)
-    figure = _figure(*size)
+    figure = new_figure(*size)
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
         left, bottom = (size[0] - inches) / 2 + gap + column * cell[0], gap + (rows - 1 - row) * cell[1]
@@ -119,7 +119,7 @@ def image_grid(
             axes.set_title(titles[i], fontsize=font, color=INK, pad=2)
     if title:
         figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", fontsize=11, color=INK)
-    _write(path, figure)
+    write(path, figure)
 
 
 def matrix(
@@ -136,10 +136,10 @@ def matrix(
 
     Args:
         values: (rows, columns).
-        rows, columns: a label each.
-        numbers: write the values into the cells; None does if there are at most 15 x 15.
+        rows, columns: labels, one per row, one per column.
+        numbers: write the values into the cells; None: up to 15 x 15 cells.
     """
-    cells = _array(values).astype(float)
+    cells = array(values).astype(float)
     if cells.ndim != 2 or not cells.size:
         raise ValueError(f"a matrix has shape {cells.shape}, expected (rows, columns)")
     for what, labels, length in (("row", rows, len(cells)), ("column", columns, cells.shape[1])):
@@ -151,7 +151,7 @@ def matrix(
     # What labels need beside the cells; those of columns stand upright if they are longer than two letters.
     beside, below = (0.07 * max(map(len, () if labels is None else labels), default=0) for labels in (rows, columns))
     size = max(2.6, width * step + max(1.4, 0.8 + beside)), max(2.2, height * step + max(1.0, 0.7 + below))
-    figure, axes = _axes(path, *size, xlabel, ylabel, title)
+    figure, axes = axes_for(path, *size, xlabel, ylabel, title)
     axes.grid(False)
     image = axes.imshow(cells, cmap="Blues", aspect="equal" if height * 4 > width else "auto", interpolation="nearest")
     for spine in axes.spines.values():
@@ -174,7 +174,7 @@ def matrix(
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, color=GRID, labelcolor=INK)
-    _write(path, figure)
+    write(path, figure)
 
 
 def heat_map(
@@ -199,15 +199,15 @@ def heat_map(
     """
     from matplotlib.colors import LogNorm
 
-    cells, x = np.ma.masked_invalid(_array(values).astype(float)), _array(xs).astype(float)
+    cells, x = np.ma.masked_invalid(array(values).astype(float)), array(xs).astype(float)
     names = list(ys) if len(ys) and isinstance(ys[0], str) else None
-    y = np.arange(len(names) + 1) if names else _array(ys).astype(float)
+    y = np.arange(len(names) + 1) if names else array(ys).astype(float)
     if cells.shape != (len(y) - 1, len(x) - 1):
-        found = f"{cells.shape} values between {len(y)} and {len(x)} edges"
-        raise ValueError(f"a heat map has {found}, expected (rows, columns) with one edge more each")
+        shapes = f"{cells.shape} values between {len(y)} and {len(x)} edges"
+        raise ValueError(f"a heat map has {shapes}, expected (rows, columns) with one edge more each")
     cells = np.ma.masked_less_equal(cells, 0) if log_colour else cells
     norm = LogNorm() if log_colour and cells.count() else None
-    figure, axes = _axes(path, 6.4, max(3.6, 0.18 * len(names) + 1.2) if names else 4.0, xlabel, ylabel, title)
+    figure, axes = axes_for(path, 6.4, max(3.6, 0.18 * len(names) + 1.2) if names else 4.0, xlabel, ylabel, title)
     axes.grid(False)
     mesh = axes.pcolormesh(x, y, cells, cmap="viridis", norm=norm, rasterized=True)
     if log_y:
@@ -219,7 +219,7 @@ def heat_map(
     bar.outline.set_visible(False)
     bar.ax.tick_params(which="both", labelsize=8, color=GRID, labelcolor=INK)
     bar.set_label(label, color=INK, fontsize=9)
-    _write(path, figure)
+    write(path, figure)
 
 
 def reliability(path: "str | os.PathLike | Axes", confidence: Any, accuracy: Any, counts: Any, title: str = "") -> None:
@@ -228,15 +228,15 @@ def reliability(path: "str | os.PathLike | Axes", confidence: Any, accuracy: Any
     The expected calibration error sum(count / total |accuracy - confidence|) is written into it.
 
     Args:
-        confidence, accuracy, counts: one number a bin; bins without examples (count 0) are left out.
+        confidence, accuracy, counts: one value per bin; bins without examples (count 0) are left out.
     """
-    values = [_array(x).astype(float) for x in (confidence, accuracy, counts)]
+    values = [array(x).astype(float) for x in (confidence, accuracy, counts)]
     if len({x.shape for x in values}) > 1 or values[0].ndim != 1:
         raise ValueError(
             f"confidence, accuracy and counts have shapes {[x.shape for x in values]}, expected one length"
         )
     p, a, n = (x[values[2] > 0] for x in values)
-    figure, axes = _axes(path, 4.4, 4.4, "confidence", "accuracy", title)
+    figure, axes = axes_for(path, 4.4, 4.4, "confidence", "accuracy", title)
     axes.plot([0, 1], [0, 1], "--", color="#888888", lw=1, label="perfect")
     axes.vlines(p, np.minimum(p, a), np.maximum(p, a), color=COLOURS[1], lw=1.6, alpha=0.6, label="gap")
     area = 20 + 180 * n / n.max() if len(n) else n
@@ -247,7 +247,7 @@ def reliability(path: "str | os.PathLike | Axes", confidence: Any, accuracy: Any
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     legend = axes.legend(frameon=False, fontsize=9, loc="upper left")
     legend.legend_handles[-1].set_sizes([40])
-    _write(path, figure)
+    write(path, figure)
 
 
 def histogram(
@@ -258,29 +258,29 @@ def histogram(
     title: str = "",
     log: bool = False,
 ) -> None:
-    """How often values occur, on bins common to all; values that are not finite are left out.
+    """Histograms of one or several sets of values on common bins; values that are not finite are left out.
 
     Args:
         values: {name: numbers of any shape}.
         log: a logarithmic count axis.
     """
-    found = {name: _array(x).astype(float).ravel() for name, x in values.items()}
-    found = {name: x[np.isfinite(x)] for name, x in found.items()}
-    everything = np.concatenate(list(found.values())) if found else np.empty(0)
+    sets = {name: array(x).astype(float).ravel() for name, x in values.items()}
+    sets = {name: x[np.isfinite(x)] for name, x in sets.items()}
+    everything = np.concatenate(list(sets.values())) if sets else np.empty(0)
     if not everything.size:
         raise ValueError("no finite value to make a histogram of")
     edges = np.histogram_bin_edges(everything, bins)
-    figure, axes = _axes(path, 6.0, 3.6, xlabel, "count", title)
-    for i, (name, x) in enumerate(found.items()):
+    figure, axes = axes_for(path, 6.0, 3.6, xlabel, "count", title)
+    for i, (name, x) in enumerate(sets.items()):
         colour = COLOURS[i % len(COLOURS)]
-        axes.hist(x, edges, color=colour, alpha=0.45 if len(found) > 1 else 0.85, label=name)
-        if len(found) > 1:
+        axes.hist(x, edges, color=colour, alpha=0.45 if len(sets) > 1 else 0.85, label=name)
+        if len(sets) > 1:
             axes.hist(x, edges, histtype="step", color=colour, lw=1.2)
     if log:
         axes.set_yscale("log")
-    if len(found) > 1:
+    if len(sets) > 1:
         axes.legend(frameon=False, fontsize=9)
-    _write(path, figure)
+    write(path, figure)
 
 
 def scatter(
@@ -298,41 +298,45 @@ def scatter(
         path: or one of the axes of `panels`.
         points: (count, 2).
         labels: (count,) integers.
-        classes: their names. Those of more letters are in a legend, if they are at most 20.
+        classes: their names. Names of more letters are in a legend, up to 20 of them.
     """
     from matplotlib import colormaps
 
-    places, numbers = _array(points).astype(float), _array(labels)
-    if places.ndim != 2 or places.shape[1] != 2 or not len(places):
-        raise ValueError(f"points have shape {places.shape}, expected (count, 2)")
-    if numbers.shape != places.shape[:1]:
-        raise ValueError(f"{len(places)} points have labels of shape {numbers.shape}, expected ({len(places)},)")
+    coordinates, numbers = array(points).astype(float), array(labels)
+    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not len(coordinates):
+        raise ValueError(f"points have shape {coordinates.shape}, expected (count, 2)")
+    if numbers.shape != coordinates.shape[:1]:
+        raise ValueError(
+            f"{len(coordinates)} points have labels of shape {numbers.shape}, expected ({len(coordinates)},)"
+        )
     if numbers.min() < 0 or numbers.max() >= len(classes):
         raise ValueError(f"labels go from {numbers.min()} to {numbers.max()}, but there are {len(classes)} classes")
-    figure, axes = _axes(path, 5.2, 4.6, xlabel, ylabel, title)
+    figure, axes = axes_for(path, 5.2, 4.6, xlabel, ylabel, title)
     map_ = colormaps["tab10" if len(classes) <= 10 else "tab20"]
     # Two different letters are told apart by whoever does not see the colours.
     letters = all(len(name) == 1 and name.isalnum() for name in classes)
     for i, name in enumerate(classes):
-        mine = places[numbers == i]
+        mine = coordinates[numbers == i]
         marker, size = (f"${name}$", 26) if letters else ("o", 12)
         axes.scatter(*mine.T, s=size, color=map_(i % map_.N), marker=marker, lw=0, alpha=0.85, label=name)
     if not letters and len(classes) <= 20:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
-    spread = np.ptp(places, axis=0)
+    spread = np.ptp(coordinates, axis=0)
     if spread.min() > 0 and spread.max() / spread.min() < 5:
         axes.set_aspect("equal", "datalim")
-    _write(path, figure)
+    write(path, figure)
 
 
-def _array(values: Any) -> np.ndarray:
+def array(values: Any) -> np.ndarray:
+    """A tensor, on whatever device, or anything else as numpy holds it; half precision as float32."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
     return np.asarray(values)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -347,12 +351,12 @@ def _is_axes(path: Any) -> bool:
     return isinstance(path, Axes)
 
 
-def _axes(path: Any, width: float, height: float, xlabel: str, ylabel: str, title: str) -> tuple["Figure", "Axes"]:
-    """A figure of this size, or that of the axes that stand in the place of a path."""
+def axes_for(path: Any, width: float, height: float, xlabel: str, ylabel: str, title: str) -> tuple["Figure", "Axes"]:
+    """A new figure of this size in inches with axes, or the given axes with their figure; both get labels and style."""
     if _is_axes(path):
         figure, axes = path.figure, path
     else:
-        figure = _figure(width, height)
+        figure = new_figure(width, height)
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -374,8 +378,9 @@ def _without_missing_letters():
         yield
 
 
-def _write(path: Any, figure: "Figure") -> None:
-    if _is_axes(path):  # whoever made the figure writes it
+def write(path: Any, figure: "Figure") -> None:
+    """Write a figure as PNG; nothing where axes stand in the place of a path: `panels` writes theirs."""
+    if _is_axes(path):
         return
     with replacing(path) as temporary, _without_missing_letters():
         figure.savefig(temporary, format="png", facecolor="white")

@@ -1,1 +1,37 @@
-"""Runs: folders, logs, checkpoints, resuming, command lines."""
+"""Runs of experiments: folders, logs, checkpoints, resuming, command lines."""
+
+from train.run.flags import (
+    Common,
+    Count,
+    Fraction,
+    FromRun,
+    Integer,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Rate,
+    Share,
+    Shared,
+)
+from train.run.resume import SavedRun, open_run
+from train.run.run import Run, begin
+
+__all__ = [
+    "Common",
+    "Count",
+    "Fraction",
+    "FromRun",
+    "Integer",
+    "Natural",
+    "NonNegative",
+    "Number",
+    "Positive",
+    "Rate",
+    "Run",
+    "SavedRun",
+    "Share",
+    "Shared",
+    "begin",
+    "open_run",
+]

@@ -1,4 +1,4 @@
-"""How `train.run.checkpoints` puts tensors into arrays, arrays into orbax, and any failure into one line."""
+"""Storage of `train.run.checkpoints`: tensors as arrays, arrays in orbax, any failure in one line."""
 
 import errno
 import logging
@@ -130,7 +130,7 @@ def dtype_name(leaf: object) -> str:
 
 
 def describe(array: np.ndarray) -> dict:
-    """What the manifest keeps of a leaf."""
+    """A leaf's entry in the manifest."""
     return {"dtype": array.dtype.name, "shape": list(array.shape), "crc32": checksum(array)}
 
 
@@ -138,22 +138,22 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def check_fits(what: Path | str, found: dict[str, dict], wanted: dict[str, object], part: str = "") -> None:
+def check_fits(what: Path | str, stored: dict[str, dict], template: dict[str, object], part: str = "") -> None:
     """Raise CheckpointError naming the first leaf whose presence, shape or dtype differs from the template."""
     place = f"{part}." if part else ""
 
     def form(shape, dtype: str) -> str:
         return f"{dtype} {tuple(shape)}"
 
-    for name, leaf in wanted.items():
+    for name, leaf in template.items():
         expected = form(leaf.shape, dtype_name(leaf))
-        if name not in found:
+        if name not in stored:
             raise CheckpointError(f"{what} does not fit: '{place}{name}' is missing, expected {expected}")
-        stored = form(found[name]["shape"], found[name]["dtype"])
-        if stored != expected:
-            raise CheckpointError(f"{what} does not fit: '{place}{name}' is {stored}, expected {expected}")
-    for name in found:
-        if name not in wanted:
+        present = form(stored[name]["shape"], stored[name]["dtype"])
+        if present != expected:
+            raise CheckpointError(f"{what} does not fit: '{place}{name}' is {present}, expected {expected}")
+    for name in stored:
+        if name not in template:
             raise CheckpointError(f"{what} does not fit: it has '{place}{name}', which is not expected")
 
 

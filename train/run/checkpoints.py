@@ -3,7 +3,8 @@
 `<directory>/<step>/` is one checkpoint, holding two orbax items:
 
 - `state`: the leaves as a flat {dotted name: array}, so that nothing depends on a Python type;
-- `manifest`: JSON with the shape, dtype and CRC-32 of each leaf, the config, the command line and the metrics.
+- `manifest`: JSON with the shape, dtype and CRC-32 of each leaf, the config, the command line, the metrics, and a
+  CRC-32 of all of these.
 
 A checkpoint is written under another name and renamed when it is complete, so a folder named by a plain number is
 always a finished one, whenever the process is killed.
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +27,13 @@ from train.files import plain, replacing
 from train.run import checkpoint_storage as storage
 from train.run.checkpoint_storage import CheckpointError, Damaged
 
-FORMAT = "functree checkpoint 1"
+FORMAT = "functree checkpoint 2"
 # Folders on their way to a plain number or to nothing; the first suffix is orbax's own.
 UNFINISHED, REPLACEMENT, DISCARDED = LEFTOVERS = (".orbax-checkpoint-tmp", ".replacement", ".discarded")
 
 
 class Record(NamedTuple):
-    """What a checkpoint says about itself; `leaves` is {name: {"dtype", "shape", "crc32"}}."""
+    """The manifest of a checkpoint; `leaves` is {name: {"dtype", "shape", "crc32"}}."""
 
     step: int
     config: Any
@@ -80,13 +82,13 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make the checkpoint folder {directory}: {error.strerror}") from None
-        found = steps(self.directory)
-        if found and resume is None:
+        present = steps(self.directory)
+        if present and resume is None:
             raise CheckpointError(
-                f"{directory} holds checkpoints of another run (newest: step {found[-1]}): continue that run or choose "
-                "another folder"
+                f"{directory} holds checkpoints of another run (newest: step {present[-1]}): continue that run or "
+                "choose another folder"
             )
-        self._foreign = {step for step in found if resume is not None and step > resume}
+        self._foreign = {step for step in present if resume is not None and step > resume}
         self._clear_leftovers()
         self._writer = None
         self._pending: tuple[int, Path] | None = None
@@ -122,6 +124,7 @@ class Checkpoints:
             "metrics": plain(metrics or {}),
             "leaves": {name: storage.describe(array) for name, array in arrays.items()},
         }
+        manifest["crc32"] = _checksum(manifest)
         # Orbax refuses arrays without elements; the manifest alone says all there is to say of them.
         stored = {name: array for name, array in arrays.items() if array.size}
         if not stored:
@@ -204,11 +207,11 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _drop_old(self) -> None:
-        found = steps(self.directory)
-        keep = set(found[-self._keep_last :])
+        present = steps(self.directory)
+        keep = set(present[-self._keep_last :])
         if self._best:
             keep.add(best(self.directory, self._best, self._best_mode))
-        for step in found:
+        for step in present:
             if step not in keep:
                 _discard(self.directory / str(step))
 
@@ -225,8 +228,8 @@ def steps(directory: str | os.PathLike) -> list[int]:
 
 def latest(directory: str | os.PathLike) -> int | None:
     """The newest step that has a checkpoint, None if there is none."""
-    found = steps(directory)
-    return found[-1] if found else None
+    present = steps(directory)
+    return present[-1] if present else None
 
 
 def best(directory: str | os.PathLike, metric: str, mode: str = "min") -> int | None:
@@ -260,8 +263,10 @@ def read_record(directory: str | os.PathLike, step: int | None = None) -> Record
     except (OSError, ValueError) as error:
         raise Damaged(f"{folder} is damaged: cannot read its manifest/metadata ({storage.reason(error)})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise Damaged(f"{foreign}: its manifest says format {found!r}, expected {FORMAT!r}")
+        version = manifest.get("format") if isinstance(manifest, dict) else None
+        raise Damaged(f"{foreign}: its manifest says format {version!r}, expected {FORMAT!r}")
+    if manifest.get("crc32") != _checksum(manifest):
+        raise Damaged(f"{folder} is damaged: its manifest is not what was written (wrong checksum)")
     try:
         record = Record(*(manifest[field] for field in Record._fields))
         for leaf in record.leaves.values():
@@ -269,6 +274,12 @@ def read_record(directory: str | os.PathLike, step: int | None = None) -> Record
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder} is damaged: its manifest is incomplete ({storage.reason(error)})") from None
     return record
+
+
+def _checksum(manifest: dict) -> int:
+    """CRC-32 of a manifest without its own."""
+    rest = {name: value for name, value in manifest.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def read_config(directory: str | os.PathLike, step: int | None = None) -> Any:
@@ -295,17 +306,17 @@ def restore(directory: str | os.PathLike, like: Tree, step: int | None = None, p
     folder = _folder(directory, step)
     try:
         leaves = read_record(directory, step).leaves
-        wanted = tree.flatten(like)
-        path = {name: f"{part}.{name}" if part and name else part or name for name in wanted}
+        template = tree.flatten(like)
+        path = {name: f"{part}.{name}" if part and name else part or name for name in template}
         prefix = f"{part}." if part else ""
-        found = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+        stored = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
         if part in leaves:
-            found[""] = leaves[part]
-        storage.check_fits(folder, found, wanted, part)
-        arrays = storage.read_arrays(folder, {path[name]: found[name] for name in wanted})
+            stored[""] = leaves[part]
+        storage.check_fits(folder, stored, template, part)
+        arrays = storage.read_arrays(folder, {path[name]: stored[name] for name in template})
     except Damaged as error:
         raise CheckpointError(f"{error}{_advice(directory) if step is None else ''}") from None
-    flat = {name: storage.to_tensor(arrays[path[name]], leaf) for name, leaf in wanted.items()}
+    flat = {name: storage.to_tensor(arrays[path[name]], leaf) for name, leaf in template.items()}
     return tree.sort(tree.nest(flat, like=like))
 
 
@@ -315,16 +326,16 @@ def _folder(directory: str | os.PathLike, step: int | None) -> Path:
     if not directory.is_dir():
         problem = "is a file, expected a folder" if directory.exists() else "does not exist, expected a folder"
         raise CheckpointError(f"{directory} {problem} with checkpoints named by their step")
-    found = steps(directory)
-    if not found:
+    present = steps(directory)
+    if not present:
         raise CheckpointError(f"no checkpoint in {directory}: expected folders named by their step")
-    if step is not None and step not in found:
-        raise CheckpointError(f"no checkpoint of step {step} in {directory}: it has {', '.join(map(str, found))}")
-    return directory / str(found[-1] if step is None else step)
+    if step is not None and step not in present:
+        raise CheckpointError(f"no checkpoint of step {step} in {directory}: it has {', '.join(map(str, present))}")
+    return directory / str(present[-1] if step is None else step)
 
 
 def _advice(directory: str | os.PathLike) -> str:
-    """Which checkpoint to take instead of the newest."""
+    """Advice for an error: the checkpoint to take instead of the newest."""
     for step in reversed(steps(directory)[:-1]):
         try:
             verify(directory, step)
@@ -373,6 +384,6 @@ def import_params(path: str | os.PathLike, like: Tree = None) -> Tree:
         raise CheckpointError(f"cannot read {path} as a safetensors file: {storage.reason(error)}") from None
     if like is None:
         return tree.nest(flat)
-    found = {name: {"shape": list(x.shape), "dtype": storage.dtype_name(x)} for name, x in flat.items()}
-    storage.check_fits(path, found, tree.flatten(like), "")
+    stored = {name: {"shape": list(x.shape), "dtype": storage.dtype_name(x)} for name, x in flat.items()}
+    storage.check_fits(path, stored, tree.flatten(like), "")
     return tree.sort(tree.nest(flat, like=like))

@@ -1,43 +1,72 @@
-"""The command line of an experiment: sub-commands, one-line errors, checks of flags, stopping on request."""
+"""The command line of an experiment: sub-commands, presets, resuming, one-line errors, stopping on request."""
 
-import math
+import contextlib
+import dataclasses
+import io
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from train.run import compiler, flags, resume
 
-def run(description: str, default: tuple[type, Callable], **others: tuple[type, Callable]) -> None:
+
+class Command(NamedTuple):
+    """A dataclass that a command line is parsed into, and the function that it calls.
+
+    `presets` are the defaults of the arguments: by the name that `--preset` gives, or a function of the flags on the
+    command line, {"preset": "tiny", ...}. A plain `(Args, function)` will do where there are none.
+    """
+
+    args: type
+    function: Callable[[Any], None]
+    presets: Mapping[str, Any] | Callable[[dict[str, str]], Any] | None = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the program; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def run(description: str, default: tuple, *, root: Path | None = None, **others: tuple) -> None:
     """Parse the command line and call what it asks for; the body of an experiment's `if __name__ == "__main__"`.
 
     Args:
-        description: what `--help` says first.
-        default: (dataclass of arguments, function of one) for a command line without a sub-command.
-        others: the same for each sub-command, by name.
+        description: the head of `--help`.
+        default: the `Command`, or (dataclass of arguments, function), for a command line without a sub-command.
+        root: folder of the experiment's runs. With `--resume`, the defaults are the arguments of the run to continue.
+        others: the same as `default` for each sub-command, by name.
 
-    A ValueError or OSError becomes one line on stderr and exit code 2; with FUNCTREE_DEBUG=1 in the environment it
-    keeps its traceback. Ctrl-C and SIGTERM outside of a `Stop` exit with 130.
+    User errors (a ValueError or OSError of the command, a wrong flag) print one line on stderr and exit with code 2;
+    with FUNCTREE_DEBUG=1 in the environment they keep their traceback. Outside of a `Stop`, SIGINT, SIGTERM and SIGHUP
+    exit with 130, 143 and 129.
     """
-    import torch._inductor.config as inductor
-    import tyro
-
     argv = sys.argv[1:]
     name = argv[0] if argv and argv[0] in others else None
-    arguments, command = others[name] if name else default
+    command = Command(*(others[name] if name else default))
     if others and not name:
         description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
     program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
-    # The processor's own flags say which vector instructions it has. Inductor would also build, load and run a program
-    # for each kind, at every start.
-    if inductor.cpp.vec_isa_ok is None:
-        inductor.cpp.vec_isa_ok = True
-    parsed = tyro.cli(arguments, prog=program, description=description, args=argv[1:] if name else argv)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {number: signal.getsignal(number) for number in _signals()}
+    for number in previous:
+        signal.signal(number, _interrupt)
     try:
-        command(parsed)
+        if argv and not name and others and not argv[0].startswith("-"):
+            raise ValueError(f"'{argv[0]}' is unknown; expected flags, or one of the sub-commands {', '.join(others)}")
+        argv = argv[1:] if name else argv
+        args = _parse(command.args, program, description, argv, _defaults(command, argv, root))
+        flags.check(args)
+        if getattr(getattr(args, "common", args), "compile", False):
+            compiler.configure()
+        command.function(args)
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -46,11 +75,73 @@ def run(description: str, default: tuple[type, Callable], **others: tuple[type, 
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(interruption, "number", signal.SIGINT))
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        _restore(previous)
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not from Python
+
+
+def _signals() -> list[int]:
+    """The signals that end a run, except those that whoever started the program made it ignore, as nohup does."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _interrupt(number, frame):
+    raise Interrupted(number)
+
+
+def _words(argv: list[str]) -> dict[str, str]:
+    """{field: word} of the flags on a command line; a switch has the word ""."""
+    words = {}
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            words[name.replace("-", "_")] = value if equals else "" if following.startswith("--") else following
+    return words
+
+
+def _defaults(command: Command, argv: list[str], root: Path | None) -> Any:
+    """The defaults of the arguments: those of the run to continue, or of a preset; None for the dataclass's own."""
+    words = _words(argv)
+    if root is not None and "resume" in words and "help" not in words:
+        folder = resume.folder_to_resume(root, words.get("name"))
+        args = resume.stored_args(folder, command.args, root.name)
+        common = dataclasses.replace(args.common, name=folder.name, resume=True)
+        return dataclasses.replace(args, common=common)
+    if isinstance(command.presets, Mapping):
+        return command.presets.get(words.get("preset", ""))
+    return command.presets(words) if command.presets else None
+
+
+def _parse(kind: type, program: str, description: str, argv: list[str], default: Any) -> Any:
+    import tyro
+
+    options = {"prog": program, "description": description, "args": argv}
+    if default is not None:
+        options["default"] = default
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise ValueError(_condensed(errors.getvalue()))
+
+
+def _condensed(box: str) -> str:
+    """tyro's box of an error as one line, without its title and its hint at `--help`."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    lines = [line for line in lines if line.strip("─-")][1:]
+    ends = ("For full helptext", "Argument helptext", "╰")
+    return " ".join(itertools.takewhile(lambda line: not line.startswith(ends), lines))
 
 
 def _one_line(error: Exception) -> str:
@@ -60,27 +151,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def choice(flag: str, value: str, options: Any) -> str:
-    """`value` if it is one of the options; otherwise a ValueError that lists them."""
-    if value not in options:
-        raise ValueError(f"{flag} '{value}' is unknown; expected one of {', '.join(options)}")
-    return value
-
-
-def at_least_one(**counts: int) -> None:
-    """Raise ValueError naming the first flag whose number is below 1: `at_least_one(batch=args.batch, ...)`."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {count}; expected at least 1")
-
-
-def positive(**numbers: float) -> None:
-    """Raise ValueError naming the first flag whose number is not above 0, or not finite."""
-    for name, number in numbers.items():
-        if not 0.0 < number < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {number}; expected a positive number")
-
-
 def device(name: str) -> torch.device:
     """The device of a `--device` flag, checked to be there.
 
@@ -88,36 +158,44 @@ def device(name: str) -> torch.device:
         ValueError: no such device, or none on this machine.
     """
     try:
-        found = torch.device(name)
-        torch.zeros((), device=found).item()  # meta tensors can be made but have no values
+        place = torch.device(name)
+        torch.zeros((), device=place).item()  # meta tensors can be made but have no values
     except Exception as error:  # each kind of device that is not there raises its own
         available = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         available += ["mps"] if torch.backends.mps.is_available() else []
         raise ValueError(f"--device '{name}' cannot be used; available here: {', '.join(available)}") from error
-    return found
+    return place
 
 
 class Stop:
-    """Context in which Ctrl-C and SIGTERM only set `requested`, so that a loop can save and end; a second raises."""
+    """Context in which SIGINT (Ctrl-C), SIGTERM and SIGHUP only set `requested`, so that a loop can save and end.
+
+    A second signal raises `Interrupted`. A signal that the program was started to ignore, as by nohup, stays ignored.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
 
     def _request(self, number, frame):
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not print: the signal may have interrupted one, and a stream does not let itself be entered twice.
-        os.write(2, b"\nstopping after this step (once more: at once)\n")
+            raise Interrupted(number)
+        self.signal = number
+        # Not print: the signal may have interrupted one, and a stream does not let itself be entered twice. Whoever
+        # hangs up has closed the terminal.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
 
     def __enter__(self):
-        self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._request) for number in _signals()}
         return self
 
     def __exit__(self, kind, error, traceback):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        _restore(self._previous)
         # The signal also reaches the compiler's own processes; that they died of it is not an error of the run. A full
         # disk while saving is one.
         if self.requested and isinstance(error, Exception) and not isinstance(error, (ValueError, OSError)):
-            raise KeyboardInterrupt from error
+            raise Interrupted(self.signal) from error

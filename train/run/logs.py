@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, metrics as JSON lines and TensorBoard events, its config and result."""
+"""Run logging: progress bar, metrics (JSON lines, TensorBoard), config and result."""
 
 import json
 import os
@@ -220,9 +220,9 @@ def keep_metrics(path: str | os.PathLike, step: int) -> None:
     path = Path(path)
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    records = [record for record in read_metrics(path.parent) if record["step"] <= step]
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
 
 
 def read_result(directory: str | os.PathLike) -> dict[str, Any]:

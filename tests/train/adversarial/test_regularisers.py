@@ -82,8 +82,8 @@ def test_values_are_those_of_autograd(name, f):
 def test_gradient_inside_a_gradient_is_autograds(name):
     params = {key: value.clone().requires_grad_() for key, value in PARAMS.items()}
     expected = torch.autograd.grad(looped(name, params).mean(), list(params.values()), allow_unused=True)
-    found = grad(lambda p: penalty(name, p))(PARAMS)
-    for (path, gradient), reference in zip(found.items(), expected, strict=True):
+    actual = grad(lambda p: penalty(name, p))(PARAMS)
+    for (path, gradient), reference in zip(actual.items(), expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11, msg=lambda m, p=path: f"{p}: {m}")
 
 
@@ -111,10 +111,10 @@ def test_an_ensemble_under_vmap(name):
     def one(params, key):
         return grad(lambda p: REGULARISERS[name](lambda x: critic(p, x), REAL, FAKE, key))(params)
 
-    found = vmap(one)(several, keys)
+    actual = vmap(one)(several, keys)
     for i in range(3):
         alone = one({path: value[i] for path, value in several.items()}, keys[i])
-        torch.testing.assert_close({path: value[i] for path, value in found.items()}, alone)
+        torch.testing.assert_close({path: value[i] for path, value in actual.items()}, alone)
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -156,34 +156,34 @@ def test_gradient_of_each_example_is_the_looped_one(name):
     def of_one(params, real, fake):
         return REGULARISERS[name](lambda x: critic(params, x), real.unsqueeze(0), fake.unsqueeze(0), KEY)
 
-    found = vmap(grad(of_one), (None, 0, 0))(PARAMS, REAL, FAKE)
+    actual = vmap(grad(of_one), (None, 0, 0))(PARAMS, REAL, FAKE)
     params = {path: value.clone().requires_grad_() for path, value in PARAMS.items()}
     for i, value in enumerate(looped(name, params)):
         expected = torch.autograd.grad(value, list(params.values()), retain_graph=True)
         for path, gradient in zip(params, expected, strict=True):
-            torch.testing.assert_close(found[path][i], gradient, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(actual[path][i], gradient, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("name", "x"), [("r1", REAL), ("r2", FAKE)])
 def test_batch_norm_in_the_critic(name, x):
     """The penalty is that of torch's batch norm, mixed examples and all, and its pass is one update of the Stats."""
     layer = batch_norm_spec(32)
-    params, measured = spec.split(layer, tree.cast(spec.init(KEY, layer), torch.float64))
+    params, running = spec.split(layer, tree.cast(spec.init(KEY, layer), torch.float64))
     out = torch.linspace(-1, 1, 32, dtype=torch.float64)
 
-    def penalise(params, measured):
+    def penalise(params, running):
         def normed(x):
-            return batch_norm(tree.merge(params, measured), x.flatten(1), train=True).tanh() @ out
+            return batch_norm(tree.merge(params, running), x.flatten(1), train=True).tanh() @ out
 
         return REGULARISERS[name](normed, REAL, FAKE, KEY)
 
-    gradients, increments = transforms.grad(penalise, argnums=(0, 1))(params, measured)
+    gradients, increments = transforms.grad(penalise, argnums=(0, 1))(params, running)
     place, theirs = x.clone().requires_grad_(), [params[k].clone().requires_grad_() for k in ("weight", "bias")]
     hidden = torch.nn.functional.batch_norm(place.flatten(1), None, None, *theirs, training=True)
     (inner,) = torch.autograd.grad((hidden.tanh() @ out).sum(), place, create_graph=True)
     expected = torch.autograd.grad(5 * inner.square().sum((1, 2, 3)).mean(), theirs)
     torch.testing.assert_close([gradients["weight"], gradients["bias"]], list(expected), rtol=1e-9, atol=1e-9)
-    updated = stats.update(measured, increments)
+    updated = stats.update(running, increments)
     torch.testing.assert_close(updated["mean"], 0.1 * x.flatten(1).mean(0))
     assert updated["count"] == 1
 
@@ -208,7 +208,7 @@ def test_clipping():
     ("call", "words"),
     [
         (lambda: interpolate(KEY, REAL, FAKE[:3]), r"\(5, 2, 4, 4\) and \(3, 2, 4, 4\)"),
-        (lambda: input_gradient(lambda x: x.sum(), REAL), r"of 5 examples scores of shape \(\)"),
+        (lambda: input_gradient(lambda x: x.sum(), REAL), r"scores of 5 examples have shape \(\)"),
         (lambda: regularisers.r1(lambda x: critic(PARAMS, x), REAL, FAKE, KEY, reduction="sum"), "reduction must be"),
         (lambda: clip(PARAMS, 0.0), "limit must be positive"),
     ],

@@ -76,3 +76,10 @@ def test_what_is_refused():
         create((1, 2, 2), 0)
     with pytest.raises(ValueError, match=r"expected images of shape \(1, 2, 2\), found \(3, 2, 2\)"):
         buffer(create((1, 2, 2)), torch.zeros(4, 3, 2, 2), random.key(0))
+
+
+def test_images_in_half_precision_pass_in_half():
+    state = create((2, 3, 4), 2)
+    for step in range(4):
+        state, passed = buffer(state, numbered(2 * step, 2).bfloat16(), random.fold_in(random.key(4), step))
+        assert passed.dtype == torch.bfloat16 and state.images.dtype == torch.float32

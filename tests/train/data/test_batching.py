@@ -10,9 +10,9 @@ KEY = random.key(5)
 
 def test_an_epoch_goes_through_the_examples_once():
     epochs = [torch.cat([epoch_batch(KEY, step, 23, 5) for step in range(4 * e, 4 * e + 4)]) for e in range(3)]
-    for seen in epochs:
-        assert len(set(seen.tolist())) == 20 and 0 <= seen.min() and seen.max() < 23
-    assert len({tuple(seen.tolist()) for seen in epochs}) == 3
+    for order in epochs:
+        assert len(set(order.tolist())) == 20 and 0 <= order.min() and order.max() < 23
+    assert len({tuple(order.tolist()) for order in epochs}) == 3
     assert len(set(torch.cat(epochs).tolist())) == 23  # what one epoch leaves out comes in others
 
 

@@ -46,8 +46,8 @@ def test_the_flow_s_density_is_the_gaussian_s(predicts):
     model, exact = gaussian(SCHEDULE, covariance, predicts), density(SCHEDULE, covariance).log_prob(X)
     errors = []
     for steps in (50, 100, 250):
-        found = flow_log_density(model, SCHEDULE, X, random.key(1), steps=steps, predicts=predicts)
-        errors.append((found - exact).abs().max().item())
+        actual = flow_log_density(model, SCHEDULE, X, random.key(1), steps=steps, predicts=predicts)
+        errors.append((actual - exact).abs().max().item())
     # Second order, down to the little that is left of the data where the flow ends.
     assert errors[0] < 0.02 and errors[1] < errors[0] / 3.5 and errors[2] < 1e-3
 
@@ -75,8 +75,8 @@ def test_the_flow_s_bits_are_those_of_the_bins():
     mass = Normal(0.0, scale).cdf(image + 1 / (levels - 1)) - Normal(0.0, scale).cdf(image - 1 / (levels - 1))
     many = image.repeat(200, 1)
     options = {"steps": 300, "levels": levels}
-    found = flow_bits(gaussian(schedule, covariance), schedule, many, random.key(2), **options)
-    assert found.reshape(200, 10).mean(0) == pytest.approx(-mass[:, 0].log2(), abs=0.02)
+    actual = flow_bits(gaussian(schedule, covariance), schedule, many, random.key(2), **options)
+    assert actual.reshape(200, 10).mean(0) == pytest.approx(-mass[:, 0].log2(), abs=0.02)
     noisy = dequantise(random.key(3), many, levels) - many
     assert -1 / 15 <= noisy.min() < -0.066 and 0.066 < noisy.max() < 1 / 15
     assert dequantise(random.key(3), torch.zeros(1000, 1)).abs().max() <= 1 / 255
@@ -104,10 +104,10 @@ def test_the_bound_is_tight_where_the_model_is_exact():
     image = (torch.tensor([-0.5, 0.1, 0.7]).double() * 127.5).round() / 127.5
     exact = -torch.log2(Normal(0.0, S).cdf(image + 1 / 255) - Normal(0.0, S).cdf(image - 1 / 255))
     many = image[:, None, None].expand(3, count, 1).reshape(-1, 1)
-    found = variational_bound(reverse, SHORT, many, random.key(4), variance="learned", clip=False, levels=levels)
-    assert found.terms.shape == found.times.shape == (3 * count, 12)
-    torch.testing.assert_close(found.total, found.prior + found.terms.sum(1))
-    by_image = found.total.reshape(3, count)
+    actual = variational_bound(reverse, SHORT, many, random.key(4), variance="learned", clip=False, levels=levels)
+    assert actual.terms.shape == actual.times.shape == (3 * count, 12)
+    torch.testing.assert_close(actual.total, actual.prior + actual.terms.sum(1))
+    by_image = actual.total.reshape(3, count)
     spread = by_image.std(1) / count**0.5
     assert ((by_image.mean(1) - exact).abs() < 4 * spread).all() and (spread < 0.03).all()
     # Over the data's distribution, a model with another variance does worse.
@@ -119,12 +119,12 @@ def test_the_bound_is_tight_where_the_model_is_exact():
         assert (wrong - right).mean() > 4 * (wrong - right).std() / 6000**0.5
 
     # Random times, as many as there are terms: the same on average.
-    drawn = variational_bound(
+    sampled = variational_bound(
         reverse, SHORT, many, random.key(5), variance="learned", clip=False, levels=levels, draws=2
     )
-    assert drawn.terms.shape == (3 * count, 2) and drawn.times.unique().tolist() == list(range(12))
-    spread = drawn.total.reshape(3, count).std(1) / count**0.5
-    assert ((drawn.total.reshape(3, count).mean(1) - exact).abs() < 4 * spread).all()
+    assert sampled.terms.shape == (3 * count, 2) and sampled.times.unique().tolist() == list(range(12))
+    spread = sampled.total.reshape(3, count).std(1) / count**0.5
+    assert ((sampled.total.reshape(3, count).mean(1) - exact).abs() < 4 * spread).all()
 
 
 def test_the_prior_s_bits():
@@ -144,13 +144,13 @@ def test_one_compiled_graph_serves_all_steps_of_the_flow():
 
     step = torch.compile(flow_step("velocity"), fullgraph=True, dynamic=False, backend=counter)
     options = {"steps": 5, "predicts": "velocity", "probes": 2}
-    seen = []
-    found = flow_log_density(
-        model, SCHEDULE, X.float(), random.key(1), step=step, callback=lambda i: seen.append(i), **options
+    calls = []
+    actual = flow_log_density(
+        model, SCHEDULE, X.float(), random.key(1), step=step, callback=lambda i: calls.append(i), **options
     )
     expected = flow_log_density(model, SCHEDULE, X.float(), random.key(1), **options)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == 1 and seen == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1 and calls == [0, 1, 2, 3, 4]
     torch._dynamo.reset()
 
 

@@ -33,12 +33,12 @@ VARIANCES = ("small", "large", "learned")
 
 
 def model_of(predicts: str, params: float | Tensor = 0.8, learned: bool = False):
-    """The same wrong guess at the noise, said in each of the three ways."""
+    """The same wrong guess at the noise, as each of the three predictions."""
 
     def model(x: Tensor, time: Tensor) -> Tensor:
         guess = params * torch.tanh(x)
-        said = convert("noise", predicts, guess, x, *scales(SCHEDULE, time, x))
-        return torch.cat([said, params * torch.cos(x)], 1) if learned else said
+        output = convert("noise", predicts, guess, x, *scales(SCHEDULE, time, x))
+        return torch.cat([output, params * torch.cos(x)], 1) if learned else output
 
     return model
 
@@ -80,8 +80,8 @@ def test_min_snr_is_one_loss_however_it_is_predicted():
 def test_the_bound_is_a_divergence_of_gaussians(variance):
     model = model_of("velocity", learned=variance == "learned")
     x = diffuse(SCHEDULE, IMAGE, TIME, NOISE)
-    said = model(x, TIME)
-    predicted = convert("velocity", "image", said[:, :2], x, *scales(SCHEDULE, TIME, x))
+    output = model(x, TIME)
+    predicted = convert("velocity", "image", output[:, :2], x, *scales(SCHEDULE, TIME, x))
     beta, now, before = (
         values.reshape(-1, 1, 1, 1)
         for values in (SCHEDULE.betas[TIME], SCHEDULE.alpha_bars[TIME], SCHEDULE.alpha_bars[TIME - 1])
@@ -89,7 +89,7 @@ def test_the_bound_is_a_divergence_of_gaussians(variance):
     small = beta * (1 - before) / (1 - now)
     variances = {"small": small, "large": beta}
     if variance == "learned":
-        share = (said[:, 2:] + 1) / 2
+        share = (output[:, 2:] + 1) / 2
         variances["learned"] = beta**share * small ** (1 - share)
     q = Normal(posterior_mean(SCHEDULE, IMAGE, x, TIME), small.sqrt())
     p = Normal(posterior_mean(SCHEDULE, predicted, x, TIME), variances[variance].sqrt())
@@ -214,21 +214,21 @@ def test_errors():
 
 
 def test_times_by_their_losses():
-    """Uniform until each time was seen, then by the root of the mean square of the last losses, as in a plain loop."""
+    """Uniform until each time has a full history, then by the root mean square of its last losses, as in a loop."""
     steps, length = 6, 3
-    history, kept = importance.init(steps, length), [[] for _ in range(steps)]
+    history, past = importance.init(steps, length), [[] for _ in range(steps)]
     for i in range(40):
         time = random.randint(random.fold_in(random.key(1), i), (16,), 0, steps if i % 2 else 3).to(torch.int64)
         losses = random.uniform(random.fold_in(random.key(2), i), (16,)) * (1 + time)
         before = importance.probabilities(history, uniform=0.1)
-        full = all(len(seen) >= length for seen in kept)
-        root = np.array([np.sqrt(np.mean(np.square(seen[-length:]))) for seen in kept]) if full else None
+        full = all(len(losses) >= length for losses in past)
+        root = np.array([np.sqrt(np.mean(np.square(losses[-length:]))) for losses in past]) if full else None
         expected = 0.9 * root / root.sum() + 0.1 / steps if full else np.full(steps, 1 / steps)
         assert_same(before, torch.from_numpy(expected), 1e-7)
         history = importance.update(history, time, losses)
         for t, value in zip(time.tolist(), losses.tolist(), strict=True):
-            kept[t].append(value)
-    assert full and history.counts.tolist() == [len(seen) for seen in kept]
+            past[t].append(value)
+    assert full and history.counts.tolist() == [len(losses) for losses in past]
 
     time, weights = importance.draw(history, random.key(3), 20_000)
     p = importance.probabilities(history)

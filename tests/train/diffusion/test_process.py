@@ -69,10 +69,10 @@ def test_predictions_give_each_other():
     x = diffuse(SCHEDULE, IMAGE, TIME, NOISE)
     alpha, sigma = scales(SCHEDULE, TIME, IMAGE)
     truth = {name: target(name, IMAGE, NOISE, alpha, sigma) for name in PREDICTIONS}
-    for given in PREDICTIONS:
-        for wanted in PREDICTIONS:
-            found = convert(given, wanted, truth[given], x, alpha, sigma)
-            torch.testing.assert_close(found, truth[wanted], rtol=1e-6, atol=1e-9)
+    for source in PREDICTIONS:
+        for result in PREDICTIONS:
+            actual = convert(source, result, truth[source], x, alpha, sigma)
+            torch.testing.assert_close(actual, truth[result], rtol=1e-6, atol=1e-9)
     theirs = DDPMScheduler(50, trained_betas=SCHEDULE.betas.tolist())
     torch.testing.assert_close(truth["velocity"], theirs.get_velocity(IMAGE, NOISE, TIME), rtol=1e-3, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_posterior_is_that_of_bayes():
 
 def test_noise_and_times_by_one_key_or_a_key_an_example():
     keys = random.split(random.key(0), 3)
-    assert torch.equal(process.draw_noise(keys, IMAGE)[1:2], process.draw_noise(keys[1:2], IMAGE[1:2]))
+    torch.testing.assert_close(process.draw_noise(keys, IMAGE)[1:2], process.draw_noise(keys[1:2], IMAGE[1:2]))
     assert process.draw_noise(keys[0], IMAGE).shape == IMAGE.shape
     assert torch.equal(process.draw_time(keys, SCHEDULE, 3)[2:], process.draw_time(keys[2:], SCHEDULE, 1))
     time = process.draw_time(keys[0], SCHEDULE, 5000)

@@ -52,18 +52,18 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
 
 def trajectory(sampler, model, x, **options) -> Tensor:
     """x after each step, (steps, *x.shape)."""
-    seen = []
-    last = sample(sampler, model, x, callback=lambda i, x, image: seen.append(x), **options)
-    assert torch.equal(seen[-1], last)
-    return torch.stack(seen)
+    states = []
+    last = sample(sampler, model, x, callback=lambda i, x, image: states.append(x), **options)
+    assert torch.equal(states[-1], last)
+    return torch.stack(states)
 
 
 def their_trajectory(scheduler, model, x, step=None) -> Tensor:
-    seen = []
+    states = []
     for i, time in enumerate(scheduler.timesteps):
         x = scheduler.step(model(x, time.expand(len(x))), time, x, **({} if step is None else step(i))).prev_sample
-        seen.append(x)
-    return torch.stack(seen)
+        states.append(x)
+    return torch.stack(states)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,12 @@ def test_inversion(spacing, steps):
 @pytest.mark.parametrize("predicts", THEIR_NAMES)
 @pytest.mark.parametrize(("spacing", "steps"), [("linspace", 20), ("leading", 10), ("trailing", 8)])
 def test_dpm_solver(predicts, spacing, steps):
-    """Their arithmetic is in float32."""
+    """Their arithmetic is in float32: differences of log(alpha / sigma), of size 5, are off by 1e-6, and the errors of
+    up to 20 steps add up."""
     scheduler = theirs(DPMSolverMultistepScheduler, steps, predicts, timestep_spacing=spacing)
     sampler = dpm_solver(SCHEDULE, steps, predicts=predicts, clip=False, spacing=spacing)
     ours = trajectory(sampler, model, X)
-    assert_same(ours, their_trajectory(scheduler, model, X), 1e-5)
+    assert_same(ours, their_trajectory(scheduler, model, X), 1e-4)
 
 
 @numpy_copies
@@ -142,12 +143,12 @@ def test_heun():
     x = X / SCHEDULE.alpha_bars[-1].sqrt()
     assert_same(scheduler.sigmas[0].double(), start, 1e-5)
     for time in scheduler.timesteps:
-        asked = scheduler.scale_model_input(x, time)
-        x = scheduler.step(model(asked, time.expand(len(x))), time, x).prev_sample
+        scaled = scheduler.scale_model_input(x, time)
+        x = scheduler.step(model(scaled, time.expand(len(x))), time, x).prev_sample
     assert_same(sample(heun(SCHEDULE, steps, clip=False), model, X), x, 1e-5)
 
 
-# Data N(0, s^2): the best noise predictor is linear, and what samplers do can be said exactly.
+# Data N(0, s^2): the best noise predictor is linear, and the effect of samplers is known exactly.
 S = 0.6
 
 
@@ -162,13 +163,13 @@ def gaussian(schedule: Schedule):
 def test_ddpm_of_gaussian_data_has_its_variance():
     """All steps are linear, so the variance of what comes out follows from each step's two coefficients.
 
-    A reverse step's variance is that of y given x = sqrt(kept) y + sqrt(1 - kept) n, y of variance v:
-    v (1 - kept) / (kept v + 1 - kept), between the small one and the large one: a learned variance can be exact.
+    A reverse step's variance is that of y given x = sqrt(a) y + sqrt(1 - a) n, y of variance v:
+    v (1 - a) / (a v + 1 - a), between the small one and the large one: a learned variance can be exact.
     """
     sampler, one, zero = ddpm(SCHEDULE, variance="learned", clip=False), torch.ones(1, 1).double(), torch.zeros(1, 1)
     alpha_bars = sampler.alpha_bars
-    kept, v = alpha_bars[:-1] / alpha_bars[1:], alpha_bars[1:] * S**2 + 1 - alpha_bars[1:]
-    log_exact = (v * (1 - kept) / (kept * v + 1 - kept)).log().flip(0)
+    a, v = alpha_bars[:-1] / alpha_bars[1:], alpha_bars[1:] * S**2 + 1 - alpha_bars[1:]
+    log_exact = (v * (1 - a) / (a * v + 1 - a)).log().flip(0)
     small, large = sampler.table[:, -3].flip(0), sampler.table[:, -2].flip(0)
     fraction = (log_exact - small) / (large - small)
     assert (fraction[1:] > 0).all() and (fraction[1:] < 1).all()
@@ -191,9 +192,9 @@ def test_ddpm_of_gaussian_data_has_its_variance():
     # The noise that the loop draws is new at each step and of unit variance.
     schedule = linear(40)
     x = random.normal(random.key(0), (4000, 1), torch.float64)
-    drawn = sample(ddpm(schedule, variance="large", clip=False), gaussian(schedule), x, random.key(1))
-    assert drawn.mean().item() == pytest.approx(0, abs=4 * S / 4000**0.5)
-    assert drawn.std().item() == pytest.approx(S, rel=0.05)
+    samples = sample(ddpm(schedule, variance="large", clip=False), gaussian(schedule), x, random.key(1))
+    assert samples.mean().item() == pytest.approx(0, abs=4 * S / 4000**0.5)
+    assert samples.std().item() == pytest.approx(S, rel=0.05)
 
 
 def test_the_order_of_the_samplers():
@@ -277,7 +278,7 @@ def test_inpainting_of_gaussian_data():
     schedule = linear(50)
 
     def net(x, time):
-        # E[image | x] of one standard normal value seen twice.
+        # E[image | x] of one standard normal value observed twice.
         alpha_bar = schedule.alpha_bars[time].to(x.dtype).reshape(-1, 1, 1)
         return alpha_bar.sqrt() * x.sum(-1, keepdim=True).expand_as(x) / (1 + alpha_bar)
 

@@ -25,13 +25,13 @@ def batch_of(seed):
     return random.normal(random.key(seed), (6, 5), F64), torch.arange(6) % 3
 
 
-def seen(params, batch):
+def metrics_of(params, batch):
     return watch.watch(reports(losses, params, batch))
 
 
 def record(log, steps, average):
     for at in steps:
-        metrics = {"loss": torch.tensor(1.0), **seen(PARAMS, batch_of(at))}
+        metrics = {"loss": torch.tensor(1.0), **metrics_of(PARAMS, batch_of(at))}
         average, rest = watch.record(log, at, metrics, average)
         assert rest.keys() == {"loss"}
     return average
@@ -40,16 +40,16 @@ def record(log, steps, average):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_watch_is_of_single_gradients(compile):
     torch._dynamo.reset()
-    function = torch.compile(seen, fullgraph=True, dynamic=False, backend="aot_eager") if compile else seen
-    found = function(PARAMS, batch_of(1))
+    function = torch.compile(metrics_of, fullgraph=True, dynamic=False, backend="aot_eager") if compile else metrics_of
+    actual = function(PARAMS, batch_of(1))
     gradients = {name: g.flatten(1) for name, g in tree.items(each(losses, PARAMS, batch_of(1)))}
     rows = torch.cat(list(gradients.values()), 1)
-    torch.testing.assert_close(found["trace"], rows.var(0).sum())
-    torch.testing.assert_close(found["square"], rows.mean(0).square().sum() - rows.var(0).sum() / 6)
+    torch.testing.assert_close(actual["trace"], rows.var(0).sum())
+    torch.testing.assert_close(actual["square"], rows.mean(0).square().sum() - rows.var(0).sum() / 6)
     counts, _ = np.histogram(rows.norm(dim=1), watch.EDGES)
-    assert found["norms"].tolist() == counts.tolist() and counts.sum() == 6
+    assert actual["norms"].tolist() == counts.tolist() and counts.sum() == 6
     for name, g in gradients.items():
-        torch.testing.assert_close(found[f"gradients/norm/{name}"], g.norm(dim=1).mean())
+        torch.testing.assert_close(actual[f"gradients/norm/{name}"], g.norm(dim=1).mean())
     torch._dynamo.reset()
 
 
@@ -62,8 +62,8 @@ def test_log_of_a_run_and_of_one_that_was_resumed(tmp_path):
     assert [r["step"] for r in records if "gradients/trace" in r] == list(range(1, 26))
     layers = {f"gradients/norm/{name}" for name in tree.names(PARAMS)}
     assert [r["step"] for r in records if layers <= r.keys()] == [10, 20]
-    found = [noise.total(noise.estimate(reports(losses, PARAMS, batch_of(i)))) for i in range(1, 26)]
-    smooth = noise.smooth(tree.stack(found), watch.DECAY)
+    actual = [noise.total(noise.estimate(reports(losses, PARAMS, batch_of(i)))) for i in range(1, 26)]
+    smooth = noise.smooth(tree.stack(actual), watch.DECAY)
     scale = {r["step"]: r["gradients/noise_scale"] for r in records if "gradients/noise_scale" in r}
     assert scale.keys() == {10, 20}
     for step, value in scale.items():

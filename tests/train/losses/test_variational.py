@@ -11,47 +11,47 @@ from core import random
 from train.losses import variational
 
 
-def drawn(seed, *shape):
+def normal(seed, *shape):
     return random.normal(random.key(seed), shape, torch.float64)
 
 
-LOGITS, MEAN, LOG_VARIANCE = 3 * drawn(0, 5, 2, 3), drawn(1, 5, 4), drawn(2, 5, 4)
+LOGITS, MEAN, LOG_VARIANCE = 3 * normal(0, 5, 2, 3), normal(1, 5, 4), normal(2, 5, 4)
 X = random.uniform(random.key(3), (5, 2, 3), torch.float64)
 
 
 def test_bernoulli_equals_torch():
     bits = (X > 0.5).double()
-    wanted = distributions.Independent(distributions.Bernoulli(logits=LOGITS), 2).log_prob(bits)
-    torch.testing.assert_close(variational.bernoulli_log_likelihood(LOGITS, bits), wanted)
-    wanted = -torch.nn.functional.binary_cross_entropy(LOGITS.sigmoid(), X, reduction="none").sum((1, 2))
-    torch.testing.assert_close(variational.bernoulli_log_likelihood(LOGITS, X), wanted)
+    expected = distributions.Independent(distributions.Bernoulli(logits=LOGITS), 2).log_prob(bits)
+    torch.testing.assert_close(variational.bernoulli_log_likelihood(LOGITS, bits), expected)
+    expected = -torch.nn.functional.binary_cross_entropy(LOGITS.sigmoid(), X, reduction="none").sum((1, 2))
+    torch.testing.assert_close(variational.bernoulli_log_likelihood(LOGITS, X), expected)
     # Where a probability would be 0 or 1.
     far = torch.tensor([[800.0, -800.0]])
-    found = variational.bernoulli_log_likelihood(torch.cat([far, far]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-    torch.testing.assert_close(found, torch.tensor([0.0, -800.0]))
+    actual = variational.bernoulli_log_likelihood(torch.cat([far, far]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    torch.testing.assert_close(actual, torch.tensor([0.0, -800.0]))
 
 
-@pytest.mark.parametrize("log_variance", [0.3, torch.tensor(-1.2), drawn(4, 5, 2, 3)], ids=["number", "one", "each"])
+@pytest.mark.parametrize("log_variance", [0.3, torch.tensor(-1.2), normal(4, 5, 2, 3)], ids=["number", "one", "each"])
 def test_gaussian_equals_torch(log_variance):
     scale = torch.as_tensor(log_variance, dtype=torch.float64).mul(0.5).exp()
-    wanted = distributions.Independent(distributions.Normal(LOGITS, scale.expand_as(LOGITS)), 2).log_prob(X)
-    torch.testing.assert_close(variational.gaussian_log_likelihood(LOGITS, log_variance, X), wanted)
+    expected = distributions.Independent(distributions.Normal(LOGITS, scale.expand_as(LOGITS)), 2).log_prob(X)
+    torch.testing.assert_close(variational.gaussian_log_likelihood(LOGITS, log_variance, X), expected)
 
 
 def test_kl_and_elbo_equal_torch():
     q, p = distributions.Normal(MEAN, (0.5 * LOG_VARIANCE).exp()), distributions.Normal(0.0, 1.0)
-    wanted = distributions.kl_divergence(q, p)
+    expected = distributions.kl_divergence(q, p)
     kl = variational.kl_divergence(MEAN, LOG_VARIANCE)
-    torch.testing.assert_close(kl, wanted)
-    likelihood = drawn(5, 5)
-    torch.testing.assert_close(variational.elbo(likelihood, kl, 4.0), likelihood - 4 * wanted.sum(1))
+    torch.testing.assert_close(kl, expected)
+    likelihood = normal(5, 5)
+    torch.testing.assert_close(variational.elbo(likelihood, kl, 4.0), likelihood - 4 * expected.sum(1))
 
 
 # Probabilistic PCA (Tipping & Bishop 1999): x = W z + b + noise, so x ~ N(b, W W^T + s^2 I), and the posterior of z is
 # N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I.
-W, B, NOISE = 0.7 * drawn(6, 4, 2), drawn(7, 4), 0.6
+W, B, NOISE = 0.7 * normal(6, 4, 2), normal(7, 4), 0.6
 MARGINAL = distributions.MultivariateNormal(B, W @ W.T + NOISE**2 * torch.eye(4))
-DATA = B + drawn(8, 6, 2) @ W.T + NOISE * drawn(9, 6, 4)
+DATA = B + normal(8, 6, 2) @ W.T + NOISE * normal(9, 6, 4)
 PRECISION = W.T @ W + NOISE**2 * torch.eye(2)
 POSTERIOR = (DATA - B) @ W @ PRECISION.inverse()
 # Independent Gaussians that are not the posterior: too narrow, and off by a little.
@@ -69,13 +69,13 @@ def bound(samples, key, chunk=None):
 def mean_bound(samples, key, times):
     """The mean over so many draws: (6,)."""
     x, mean, log_variance = (t.repeat(times, 1) for t in (DATA, *Q))
-    found = variational.importance_weighted_bound(lambda z: likelihood(z, x), mean, log_variance, key, samples)
-    return found.reshape(times, 6).mean(0)
+    actual = variational.importance_weighted_bound(lambda z: likelihood(z, x), mean, log_variance, key, samples)
+    return actual.reshape(times, 6).mean(0)
 
 
 def test_bound_of_many_samples_is_the_exact_likelihood():
-    found = bound(20_000, random.key(0), 5_000)
-    torch.testing.assert_close(found, MARGINAL.log_prob(DATA), rtol=0, atol=0.02)
+    actual = bound(20_000, random.key(0), 5_000)
+    torch.testing.assert_close(actual, MARGINAL.log_prob(DATA), rtol=0, atol=0.02)
 
 
 def test_bound_grows_with_the_samples():
@@ -86,9 +86,9 @@ def test_bound_grows_with_the_samples():
 
 def test_bound_of_one_sample_is_the_elbo():
     # E[log p(x | z)] under q, in closed form: at the mean, less the variance of W z.
-    expected = likelihood(Q[0]) - 0.5 * (Q[1].exp() @ W.square().T).sum(1) / NOISE**2
-    wanted = variational.elbo(expected, variational.kl_divergence(*Q))
-    torch.testing.assert_close(mean_bound(1, random.key(2), 10_000), wanted, rtol=0, atol=0.05)
+    reconstruction = likelihood(Q[0]) - 0.5 * (Q[1].exp() @ W.square().T).sum(1) / NOISE**2
+    expected = variational.elbo(reconstruction, variational.kl_divergence(*Q))
+    torch.testing.assert_close(mean_bound(1, random.key(2), 10_000), expected, rtol=0, atol=0.05)
 
 
 def test_bound_by_hand():
@@ -107,8 +107,8 @@ def test_bound_by_hand():
         return variational.importance_weighted_bound(likelihood, mean, log_variance, random.key(3), 3)
 
     torch.testing.assert_close(ours(*Q), by_hand(*Q))
-    found, wanted = (grad(lambda *q, f=f: f(*q).sum(), (0, 1))(*Q) for f in (ours, by_hand))
-    torch.testing.assert_close(found, wanted)
+    actual, expected = (grad(lambda *q, f=f: f(*q).sum(), (0, 1))(*Q) for f in (ours, by_hand))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_bound_does_not_depend_on_chunks_or_the_batch():
@@ -127,7 +127,7 @@ def test_bound_does_not_depend_on_chunks_or_the_batch():
 
 def test_active_units():
     """Of a linear model: the variance of the posterior means is known, and latents that say nothing have none."""
-    means = torch.cat([drawn(10, 4000, 2) * torch.tensor([0.5, 0.2]), 1e-3 * drawn(11, 4000, 3) + 2], 1)
+    means = torch.cat([normal(10, 4000, 2) * torch.tensor([0.5, 0.2]), 1e-3 * normal(11, 4000, 3) + 2], 1)
     torch.testing.assert_close(variational.activity(means)[:2], torch.tensor([0.25, 0.04]).double(), rtol=0.1, atol=0)
     assert variational.active_units(means) == 2 and variational.active_units(means, 0.1) == 1
 
@@ -142,7 +142,7 @@ def test_half_precision_is_widened():
     ("call", "message"),
     [
         (lambda: variational.bernoulli_log_likelihood(LOGITS, X[:1]), r"one shape \(N, ...\), got \(5, 2, 3\) and \(1"),
-        (lambda: variational.gaussian_log_likelihood(LOGITS, drawn(0, 9, 5, 2, 3), X), "log_variance .* broadcast"),
+        (lambda: variational.gaussian_log_likelihood(LOGITS, normal(0, 9, 5, 2, 3), X), "log_variance .* broadcast"),
         (lambda: variational.elbo(X.sum((1, 2)), MEAN.sum(1)), r"divergences \(N, latent\), found \(5,\) and \(5,\)"),
         (lambda: bound(0, random.key(0)), "0 samples in chunks of 0"),
         (lambda: variational.activity(MEAN[:1]), r"2 or more, latent\), found \(1, 4\)"),

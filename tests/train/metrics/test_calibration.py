@@ -20,13 +20,13 @@ def test_bins_are_those_of_scikit_learn(classes, bins):
     probabilities, labels = predictions(500, classes)
     confidence, predicted = probabilities.max(-1)
     fractions, means = calibration_curve((predicted == labels).numpy(), confidence.numpy(), n_bins=bins)
-    found = reliability_bins(probabilities, labels, bins)
-    filled = found.counts > 0
-    torch.testing.assert_close(found.accuracy[filled], torch.tensor(fractions))
-    torch.testing.assert_close(found.confidence[filled], torch.tensor(means))
+    actual = reliability_bins(probabilities, labels, bins)
+    filled = actual.counts > 0
+    torch.testing.assert_close(actual.accuracy[filled], torch.tensor(fractions))
+    torch.testing.assert_close(actual.confidence[filled], torch.tensor(means))
     counts, _ = np.histogram(confidence.numpy(), np.linspace(0, 1, bins + 1))  # no confidence lies on an edge
-    assert found.counts.tolist() == counts.tolist()
-    assert not found.accuracy[~filled].any() and not found.confidence[~filled].any()
+    assert actual.counts.tolist() == counts.tolist()
+    assert not actual.accuracy[~filled].any() and not actual.confidence[~filled].any()
     weights = counts[counts > 0] / 500
     expected = float((weights * np.abs(fractions - means)).sum())
     assert expected_calibration_error(probabilities, labels, bins).item() == pytest.approx(expected)
@@ -36,10 +36,10 @@ def test_error_by_hand():
     probabilities = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.1, 0.9], [1.0, 0.0]])
     labels = torch.tensor([0, 0, 1, 0])
     # (0.5, 0.75] holds 0.6 (right) and 0.7 (wrong); (0.75, 1] holds 0.9 and 1.0, both right.
-    found = reliability_bins(probabilities, labels, 4)
-    assert found.counts.tolist() == [0, 0, 2, 2]
-    torch.testing.assert_close(found.confidence, torch.tensor([0.0, 0.0, 0.65, 0.95]))
-    torch.testing.assert_close(found.accuracy, torch.tensor([0.0, 0.0, 0.5, 1.0]))
+    actual = reliability_bins(probabilities, labels, 4)
+    assert actual.counts.tolist() == [0, 0, 2, 2]
+    torch.testing.assert_close(actual.confidence, torch.tensor([0.0, 0.0, 0.65, 0.95]))
+    torch.testing.assert_close(actual.accuracy, torch.tensor([0.0, 0.0, 0.5, 1.0]))
     assert expected_calibration_error(probabilities, labels, 4).item() == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
 
 
@@ -75,6 +75,7 @@ def test_low_precision_counts_in_single():
         ((4, 3), 5, 15, r"got probabilities \(4, 3\) and labels \(5,\)"),
         ((4,), 4, 15, r"got probabilities \(4,\) and labels \(4,\)"),
         ((4, 3), 4, 0, "bins is 0; expected at least 1"),
+        ((0, 3), 0, 15, r"there are no examples: the probabilities have shape \(0, 3\)"),
     ],
 )
 def test_what_does_not_fit(shape, count, bins, message):

@@ -28,7 +28,7 @@ def case(examples=200, classes=7, seed=0, sharp=3.0):
 @pytest.mark.parametrize("classes", [2, 5, 6, 7])
 def test_figures_are_scikit_learns(classes):
     log_probs, labels = case(classes=classes)
-    found = classification.figures(log_probs, labels)
+    actual = classification.figures(log_probs, labels)
     predicted, scores = log_probs.argmax(-1).numpy(), log_probs.exp().double().numpy()
     scores /= scores.sum(1, keepdims=True)
     expected = {
@@ -39,8 +39,8 @@ def test_figures_are_scikit_learns(classes):
     }
     if classes > 5:
         expected["top5_accuracy"] = metrics.top_k_accuracy_score(labels, scores, k=5, labels=range(classes))
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert all(type(value) is float for value in found.values())
+    assert actual == pytest.approx(expected, abs=1e-6)
+    assert all(type(value) is float for value in actual.values())
 
 
 def calibration_error(scores, labels):
@@ -50,11 +50,34 @@ def calibration_error(scores, labels):
     return sum(gaps) / len(labels)
 
 
+@pytest.mark.parametrize("top", [1, 3, 6])
+def test_accuracy_is_scikit_learns(top):
+    log_probs, labels = case()
+    actual = classification.accuracy(log_probs, labels, top=top)
+    expected = metrics.top_k_accuracy_score(labels, log_probs, k=top, labels=range(7))
+    assert actual.item() == pytest.approx(expected) and actual.dtype == torch.float32
+    positions = (log_probs.unflatten(0, (20, 10)), labels.unflatten(0, (20, 10)))
+    torch.testing.assert_close(classification.accuracy(*positions, top=top), actual)
+    valid = labels > 2
+    expected = classification.accuracy(log_probs[valid], labels[valid], top=top)
+    ignored = torch.where(valid, labels, -100)
+    torch.testing.assert_close(classification.accuracy(log_probs, ignored, top=top, ignore_id=-100), expected)
+    assert classification.accuracy(log_probs, torch.full_like(labels, -1), top=top, ignore_id=-1) == 0
+
+
+def test_errors_of_accuracy():
+    log_probs, labels = case()
+    with pytest.raises(ValueError, match=r"top must be in \[1, 7\]"):
+        classification.accuracy(log_probs, labels, top=8)
+    with pytest.raises(TypeError, match="integers"):
+        classification.accuracy(log_probs, labels.double())
+
+
 def test_confusion_is_scikit_learns():
     log_probs, labels = case()
     expected = metrics.confusion_matrix(labels, log_probs.argmax(-1))
-    found = classification.confusion(log_probs, labels)
-    assert np.array_equal(found, expected) and found.dtype == torch.int64
+    actual = classification.confusion(log_probs, labels)
+    assert np.array_equal(actual, expected) and actual.dtype == torch.int64
     # Row: the class; column: the prediction.
     one = classification.confusion(torch.tensor([[0.1, 0.2, 0.7]]).log(), torch.tensor([0], dtype=torch.int32))
     assert one.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
@@ -67,8 +90,8 @@ def test_report_is_scikit_learns():
 
 
 def test_report_of_a_class_without_examples():
-    found = classification.report(torch.eye(3)[[0, 0, 1]], torch.tensor([0, 0, 0]), ("a", "b", "never"))
-    rows = [line.split() for line in found.splitlines()]
+    text = classification.report(torch.eye(3)[[0, 0, 1]], torch.tensor([0, 0, 0]), ("a", "b", "never"))
+    rows = [line.split() for line in text.splitlines()]
     assert ["never", "0.0000", "0.0000", "0.0000", "0"] in rows
     assert ["a", "1.0000", "0.6667", "0.8000", "3"] in rows and ["accuracy", "0.6667", "3"] in rows
 
@@ -117,16 +140,16 @@ def test_first_filters(family, channels):
     preset = next(iter(by_name.FAMILIES[family].PRESETS))
     net, cfg = by_name.configured(preset, channels=channels, classes=4, size=size)
     abstract = tree.flatten(spec.abstract(net.spec(cfg)))
-    wanted = tree.flatten(net.spec(cfg))[FIRST[family]]
-    # One value in memory for all but the leaf that is to be found.
+    first = tree.flatten(net.spec(cfg))[FIRST[family]]
+    # One value in memory for all but the leaf that is searched.
     leaves = {name: torch.zeros(()).expand(leaf.shape) for name, leaf in abstract.items()}
-    values = torch.rand(wanted.shape, generator=torch.Generator().manual_seed(0)) + 1
+    values = torch.rand(first.shape, generator=torch.Generator().manual_seed(0)) + 1
     params = tree.nest(leaves | {FIRST[family]: values}, like=net.spec(cfg))
-    found = classification.first_filters(params, channels, size)
+    actual = classification.first_filters(params, channels, size)
     if family == "mlp":
         values = values.reshape(-1, channels, size, size)
     low, high = values.amin((1, 2, 3), keepdim=True), values.amax((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(found, (values - low) / (high - low))
+    torch.testing.assert_close(actual, (values - low) / (high - low))
 
 
 def test_first_filters_that_are_flat_or_not_there():
@@ -166,15 +189,15 @@ def test_study_writes_figures_report_and_pictures(classes, channels, kind, tmp_p
     images = torch.rand(150, channels, 9, 9, generator=torch.Generator().manual_seed(1))
     images = (images * 255).to(kind) if kind == torch.uint8 else images
     params = {"stem": {"weight": torch.rand(6, channels, 3, 3, generator=torch.Generator().manual_seed(2))}}
-    asked = []
+    requests = []
 
-    def pixels(chosen):
-        asked.append(chosen)
-        return images[chosen]
+    def pixels(indices):
+        requests.append(indices)
+        return images[indices]
 
-    found = classification.study(tmp_path, params, log_probs, labels, classes, pixels)
-    assert found == classification.figures(log_probs, labels)
-    assert torch.equal(asked[0], classification.worst_mistakes(log_probs, labels, 25))
+    figures = classification.study(tmp_path, params, log_probs, labels, classes, pixels)
+    assert figures == classification.figures(log_probs, labels)
+    assert torch.equal(requests[0], classification.worst_mistakes(log_probs, labels, 25))
     names = {"calibration.png", "confusion.png", "filters.png", "mistakes.png"}
     assert {path.name for path in tmp_path.iterdir()} == names | {"report.txt"}
     for name in names:
@@ -189,44 +212,10 @@ def test_study_with_one_mistake_and_with_none(tmp_path):
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     params = {"layers": [{"weight": torch.ones(5, 7)}]}  # no first layer that could be shown
     one = sure[torch.tensor([0, 1, 2, 1])]
-    classification.study(tmp_path, params, one, labels, NAMES[:3], lambda chosen: images[chosen])
+    classification.study(tmp_path, params, one, labels, NAMES[:3], lambda indices: images[indices])
     assert_picture(tmp_path / "mistakes.png")
     assert not (tmp_path / "filters.png").exists()
-    found = classification.study(tmp_path, params, sure[labels], labels, NAMES[:3], lambda chosen: images[chosen])
-    assert found["accuracy"] == 1
+    figures = classification.study(tmp_path, params, sure[labels], labels, NAMES[:3], lambda indices: images[indices])
+    assert figures["accuracy"] == 1
     assert not (tmp_path / "mistakes.png").exists()  # those of before are gone
     assert_picture(tmp_path / "confusion.png")
-
-
-def test_long_names_keep_both_ends():
-    assert classification._short("short", 5) == "short"
-    assert [classification._short("abcdefghij", most) for most in (9, 8, 3)] == ["abcd…ghij", "abcd…hij", "a…j"]
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 5, 5), (4, 2, 3, 3)])
-def test_filters(shape, tmp_path):
-    filters = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    classification.draw_filters(tmp_path / "f.png", filters)
-    assert_picture(tmp_path / "f.png")
-
-
-def test_the_first_of_many_filters(tmp_path):
-    filters = torch.rand(9, 1, 3, 3, generator=torch.Generator().manual_seed(0))
-    classification.draw_filters(tmp_path / "some.png", filters, most=4)
-    classification.draw_filters(tmp_path / "four.png", filters[:4])
-    some, four = (pixels_of(tmp_path / name) for name in ("some.png", "four.png"))
-    assert np.array_equal(some[60:], four[60:]) and not np.array_equal(some, four)  # below the title, which counts all
-
-
-@pytest.mark.parametrize(
-    ("classes", "channels", "kind"),
-    [(NAMES, 1, torch.float32), (LONG, 3, torch.uint8), (("yes", "no"), 3, torch.float32)],
-    ids=["grey", "long", "two"],
-)
-def test_predictions(classes, channels, kind, tmp_path):
-    images = torch.rand(2, channels, 12, 10, generator=torch.Generator().manual_seed(0))
-    images = (images * 255).to(kind) if kind == torch.uint8 else images
-    log_probs, _ = case(2, len(classes))
-    names = ["a.png", "/a/very/long/path/to/somewhere/deep/in/the/tree/picture-0001.jpg"]
-    classification.draw_predictions(tmp_path / "p.png", list(images), log_probs, classes, names)
-    assert_picture(tmp_path / "p.png")

@@ -31,17 +31,17 @@ def frechet_of_scipy(a, b):
 @pytest.mark.parametrize(("width", "counts"), [(5, (60, 60)), (5, (60, 33)), (2, (7, 300)), (32, (200, 150))])
 def test_frechet_distance_is_scipys(width, counts):
     real, fake = features(counts[0], width), features(counts[1], width, shift=0.5, scale=1.3)
-    found = generative.frechet_distance(real, fake)
-    assert found.dtype == torch.float64 and found.ndim == 0
-    assert float(found) == pytest.approx(frechet_of_scipy(real, fake), rel=1e-9)
-    torch.testing.assert_close(found, generative.frechet_distance(fake, real))
+    actual = generative.frechet_distance(real, fake)
+    assert actual.dtype == torch.float64 and actual.ndim == 0
+    assert float(actual) == pytest.approx(frechet_of_scipy(real, fake), rel=1e-9)
+    torch.testing.assert_close(actual, generative.frechet_distance(fake, real))
 
 
 def test_frechet_distance_of_known_gaussians():
     """Of N(0, s^2) and N(m, t^2) on a line it is m^2 + (s - t)^2."""
     x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # variance 2 with n - 1
-    found = generative.frechet_distance(x, 3 * x + 5)
-    torch.testing.assert_close(found, torch.tensor(25 + (2 * math.sqrt(2)) ** 2, dtype=torch.float64))
+    actual = generative.frechet_distance(x, 3 * x + 5)
+    torch.testing.assert_close(actual, torch.tensor(25 + (2 * math.sqrt(2)) ** 2, dtype=torch.float64))
 
 
 def test_frechet_distance_with_fewer_examples_than_features():
@@ -107,8 +107,8 @@ def test_what_the_figures_tell_apart():
 def test_modes_of_points_put_by_hand():
     centres = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     points = torch.tensor([[0.29, 0.0], [0.0, -0.29], [0.31, 0.0], [1.0, 0.0], [5.0, 5.0], [torch.nan, 0.0]])
-    found = generative.modes(points, centres, 0.1)
-    assert found.counts.tolist() == [2, 1, 0] and found.covered == 2 and float(found.good) == 0.5
+    actual = generative.modes(points, centres, 0.1)
+    assert actual.counts.tolist() == [2, 1, 0] and actual.covered == 2 and float(actual.good) == 0.5
     assert generative.modes(points, centres, 0.1, within=4.0).counts.tolist() == [3, 1, 0]
 
 
@@ -116,20 +116,20 @@ def test_modes_of_points_put_by_hand():
 def test_of_the_mixture_itself_989_in_1000_samples_are_good(name):
     mixture = mixtures.standardised(mixtures.MIXTURES[name]())
     points, modes = mixtures.sample(mixture, random.key(0), 20000)
-    found = generative.modes(points, mixture.centres, mixture.deviation)
-    assert found.covered == len(mixture.centres)
-    assert float(found.good) == pytest.approx(1 - math.exp(-4.5), abs=0.003)
+    actual = generative.modes(points, mixture.centres, mixture.deviation)
+    assert actual.covered == len(mixture.centres)
+    assert float(actual.good) == pytest.approx(1 - math.exp(-4.5), abs=0.003)
     near = (points - mixture.centres[modes]).norm(dim=1) <= 3 * mixture.deviation
-    assert found.counts.tolist() == modes[near].bincount().tolist()
+    assert actual.counts.tolist() == modes[near].bincount().tolist()
 
 
 def test_modes_of_several_seeds_at_once():
     mixture = mixtures.ring()
     points = torch.stack([mixtures.sample(mixture, random.key(i), 60)[0] for i in range(3)])
-    found = torch.vmap(lambda p: generative.modes(p, mixture.centres, mixture.deviation))(points)
+    actual = torch.vmap(lambda p: generative.modes(p, mixture.centres, mixture.deviation))(points)
     for i in range(3):
         alone = generative.modes(points[i], mixture.centres, mixture.deviation)
-        assert all(torch.equal(a[i], b) for a, b in zip(found, alone, strict=True))
+        assert all(torch.equal(a[i], b) for a, b in zip(actual, alone, strict=True))
 
 
 FINE = torch.randn(8, 3, generator=GENERATOR)
@@ -144,12 +144,13 @@ FINE = torch.randn(8, 3, generator=GENERATOR)
         ),
         (lambda: generative.frechet_distance(FINE[0], FINE), r"real features have shape \(3,\)"),
         (lambda: generative.frechet_distance(FINE, FINE[:, :2]), "width 3, the fake ones 2"),
-        (lambda: generative.frechet_distance(FINE, FINE / 0), "fake features hold numbers that are not finite"),
+        (lambda: generative.frechet_distance(FINE, FINE / 0), "fake features hold values that are not finite"),
         (lambda: generative.precision_recall(FINE, FINE, 8), r"expected \(9 or more"),
         (lambda: generative.precision_recall(FINE, FINE, 0), "k is 0"),
         (lambda: generative.density_coverage(FINE, FINE, 8), "8 real examples have no 8-th"),
         (lambda: generative.modes(FINE, FINE[:, :2], 0.1), r"points \(8, 3\) and centres \(8, 2\)"),
         (lambda: generative.modes(FINE, FINE, 0.0), "must be positive"),
+        (lambda: generative.modes(FINE[:0], FINE, 0.1), r"expected points \(1 or more, dimensions\)"),
     ],
 )
 def test_errors_name_what_is_wrong(call, words):

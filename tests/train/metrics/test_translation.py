@@ -22,12 +22,13 @@ def test_divergence_is_that_of_torch(smoothing):
     right = q.clamp(min=1e-9).log()
     perfect = translation.smoothed_divergence(right, labels, smoothing, padding=0)
     torch.testing.assert_close(perfect, torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert translation.smoothed_divergence(logits, torch.zeros_like(labels), smoothing, padding=0) == 0
 
 
 def test_token_accuracy_counts_no_padding():
     logits, labels = example()
-    wanted = (logits.argmax(-1) == labels)[labels != 0].float().mean()
-    torch.testing.assert_close(translation.token_accuracy(logits, labels, padding=0), wanted)
+    expected = (logits.argmax(-1) == labels)[labels != 0].float().mean()
+    torch.testing.assert_close(translation.token_accuracy(logits, labels, padding=0), expected)
     assert translation.token_accuracy(F.one_hot(labels, 7).float(), labels, padding=0) == 1.0
     assert translation.token_accuracy(logits, torch.zeros_like(labels), padding=0) == 0.0
 

@@ -1,4 +1,4 @@
-"""The optimizers that the tests hold against torch and optax, and the small problem they are run on."""
+"""The optimizers that the tests compare with torch and optax, and a small problem for them."""
 
 import jax
 import optax
@@ -26,7 +26,7 @@ def start(dtype=F64, seed=0):
 
 
 def grads_at(step, params):
-    """Gradients that depend on the parameters, in places zero, with scales from 1e-3 to 10."""
+    """Gradients that depend on the parameters, some of them zero, with scales from 1e-3 to 10."""
     generator = torch.Generator().manual_seed(100 + step)
 
     def grad(name, p):
@@ -49,9 +49,9 @@ def run(optimizer, params, steps=STEPS, donate=False):
     return params, state
 
 
-def assert_close(found, wanted, atol=1e-12, rtol=1e-10):
-    assert tree.names(found) == tree.names(wanted)
-    for (name, x), y in zip(tree.items(found), tree.leaves(wanted), strict=True):
+def assert_close(actual, expected, atol=1e-12, rtol=1e-10):
+    assert tree.names(actual) == tree.names(expected)
+    for (name, x), y in zip(tree.items(actual), tree.leaves(expected), strict=True):
         torch.testing.assert_close(x, y, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -203,6 +203,7 @@ ALL = {
     "schedule adam": opt.adam(halving, weight_decay=0.1, mask=matrices_only),
     "schedule adamw": opt.chain(opt.clip_by_global_norm(1.0), opt.adamw(halving)),
     "schedule lion": opt.lion(halving),
+    "clip by quantile": opt.chain(opt.clip_by_norm_quantile(0.5, 4), opt.adamw(0.01)),
     "wide moments": opt.adamw(0.01, moment_dtype=F64),
     "ema": opt.ema(opt.adamw(0.01), 0.9),
     "ema debias": opt.ema(opt.accumulate(opt.sgd(halving, momentum=0.5), 2), 0.9, debias=True),

@@ -1,4 +1,4 @@
-"""What every optimizer keeps: purity, donation, dtypes, vmap and one compilation; and what wrappers promise."""
+"""Laws of every optimizer: purity, donation, dtypes, vmap and one compilation; and those of the wrappers."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ def test_donated_equals_pure_and_reuses_the_buffers(name):
     step_donated = opt.donated_update(optimizer)
     for step in range(STEPS):
         grads = grads_at(step, pure_params)
-        kept = clone(grads)
+        copies = clone(grads)
         params, state = step_donated(grads, state, params)
-        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(grads), tree.leaves(kept), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(grads), tree.leaves(copies), strict=True))
         updates, pure_state = optimizer.update(grads, pure_state, pure_params)
         pure_params = opt.apply_updates(pure_params, updates)
     assert [x.data_ptr() for x in tree.leaves((params, state))] == buffers
@@ -30,7 +30,8 @@ def test_donated_equals_pure_and_reuses_the_buffers(name):
     assert_close(state, pure_state, atol=2e-6, rtol=2e-6)
 
 
-def test_one_donated_adamw_step_is_within_two_ulp():
+def test_one_donated_adamw_step_is_the_pure_one_up_to_rounding():
+    """Each form rounds the decayed parameter twice and its update about eight times, by half an eps of the term."""
     optimizer = opt.adamw(1e-3, weight_decay=0.1, mask=matrices_only)
     params = tree.map(lambda x: x.float(), run(optimizer, start(F32), steps=7)[0])
     state = optimizer.init(params)
@@ -38,10 +39,10 @@ def test_one_donated_adamw_step_is_within_two_ulp():
         grads = grads_at(step, params)
         updates, pure_state = optimizer.update(grads, state, params)
         pure = opt.apply_updates(params, updates)
+        before = clone(params)
         params, state = optimizer.donated(grads, state, params)
-        for x, y in zip(tree.leaves(params), tree.leaves(pure), strict=True):
-            ulp = torch.nextafter(y.abs(), torch.tensor(torch.inf)) - y.abs()
-            assert ((x - y).abs() <= 2 * ulp).all()
+        for p, x, y in zip(*map(tree.leaves, (before, pure, params)), strict=True):
+            assert ((y - x).abs() <= 2**-23 * (2 * p.abs() + 8 * (x - p).abs())).all()
 
 
 @pytest.mark.parametrize("name", ["torch adamw mask", "torch sgd", "torch momentum", "torch adagrad", "optax lion"])
@@ -49,7 +50,7 @@ def test_one_donated_adamw_step_is_within_two_ulp():
 def test_donated_is_right_for_transposed_buffers(name, which):
     # torch's fused kernels would pair a transposed buffer's numbers with the wrong gradients, silently.
     optimizer, params = ALL[name], {"w": start(F32)["head"]["weight"]}
-    wanted = run(optimizer, params, steps=1)[0]
+    expected = run(optimizer, params, steps=1)[0]
     grads = grads_at(0, params)
 
     def turn(x):
@@ -57,8 +58,8 @@ def test_donated_is_right_for_transposed_buffers(name, which):
 
     params = tree.map(turn, params) if which != "grads" else clone(params)
     grads = tree.map(turn, grads) if which != "params" else grads
-    found, _ = opt.donated_update(optimizer)(grads, optimizer.init(params), params)
-    assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    actual, _ = opt.donated_update(optimizer)(grads, optimizer.init(params), params)
+    assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
@@ -68,8 +69,8 @@ def test_donated_is_right_for_transposed_buffers(name, which):
 def test_dtypes_are_kept(name, dtype):
     optimizer, params = ALL[name], start(dtype)
     for donate in (False, True):
-        found, state = run(optimizer, clone(params), steps=2, donate=donate)
-        assert {x.dtype for x in tree.leaves(found)} == {dtype}
+        actual, state = run(optimizer, clone(params), steps=2, donate=donate)
+        assert {x.dtype for x in tree.leaves(actual)} == {dtype}
         assert [x.dtype for x in tree.leaves(state)] == [x.dtype for x in tree.leaves(optimizer.init(params))]
 
 
@@ -102,9 +103,9 @@ def test_ensemble_under_vmap(name):
     for i, member in enumerate(members):
         alone = optimizer.init(member)
         _, alone = optimizer.update(grads_at(i, member), alone, member)
-        wanted, alone = optimizer.update(grads_at(i, member), alone, member)
+        expected, alone = optimizer.update(grads_at(i, member), alone, member)
         tolerance = 5e-3 if "muon" in name else 1e-6
-        assert_close(tree.map(lambda x, i=i: x[i], updates), wanted, tolerance, tolerance)
+        assert_close(tree.map(lambda x, i=i: x[i], updates), expected, tolerance, tolerance)
         assert_close(tree.map(lambda x, i=i: x[i], state), alone, 1e-6, 1e-6)
 
 
@@ -116,6 +117,7 @@ COMPILED = [
     ("optax muon", False),
     ("torch dampening", False),
     ("optax lion", False),
+    ("clip by quantile", False),
 ]
 
 
@@ -136,14 +138,14 @@ def test_compiles_once(name, donate):
 
     step = opt.donated_update(optimizer) if donate else pure
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
-    state, wanted, wanted_state = optimizer.init(params), clone(params), optimizer.init(params)
+    state, expected, expected_state = optimizer.init(params), clone(params), optimizer.init(params)
     for i in range(4):
-        grads = grads_at(i, wanted)
+        grads = grads_at(i, expected)
         params, state = compiled(grads, state, params)
-        wanted, wanted_state = pure(grads, wanted_state, wanted)
+        expected, expected_state = pure(grads, expected_state, expected)
     assert graphs == 1
-    assert_close(params, wanted, 1e-5, 1e-5)
-    assert_close(state, wanted_state, 1e-5, 1e-5)
+    assert_close(params, expected, 1e-5, 1e-5)
+    assert_close(state, expected_state, 1e-5, 1e-5)
     torch._dynamo.reset()
 
 
@@ -179,8 +181,8 @@ def test_frozen_leaves_have_no_state_and_stay_as_they_are():
     optimizer = opt.freeze(opt.adam(0.1), lambda name, leaf: name != "head.weight")
     params = start(F32)
     assert sum(x.numel() for x in tree.leaves(optimizer.init(params))) == 2 * 30 + 1
-    found, state = run(optimizer, params)
-    for (name, x), y in zip(tree.items(found), tree.leaves(params), strict=True):
+    actual, state = run(optimizer, params)
+    for (name, x), y in zip(tree.items(actual), tree.leaves(params), strict=True):
         assert torch.equal(x, y) == (name != "head.weight")
     assert tree.flatten(state).keys() >= {"inner.trained.1.mean.head.weight"}
 
@@ -192,12 +194,6 @@ def test_accumulated_half_precision_sums_in_float32():
     for _ in range(512):
         updates, state = optimizer.update({"w": torch.ones(1, dtype=torch.bfloat16)}, state, params)
     assert updates["w"].item() == -1.0
-
-
-def test_moments_follow_the_parameters_or_the_argument():
-    params = {"w": torch.zeros(2, dtype=torch.bfloat16)}
-    assert opt.scale_by_adam().init(params).mean["w"].dtype == torch.bfloat16
-    assert opt.scale_by_adam(moment_dtype=F32).init(params).square["w"].dtype == F32
 
 
 def test_centered_rmsprop_survives_constant_gradients():

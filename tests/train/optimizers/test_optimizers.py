@@ -25,14 +25,15 @@ from train import optimizers as opt
 
 
 def run_torch(make, params, steps=STEPS):
-    """`make(list of (name, parameter))` gives one or several torch optimizers."""
+    """`make(list of (name, parameter))` returns one or several torch optimizers."""
     named = [(name, torch.nn.Parameter(p.clone())) for name, p in tree.items(params)]
-    made = make(named)
+    optimizers = make(named)
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
     for step in range(steps):
         current = tree.unflatten(params, [p.detach() for _, p in named])
         for (_, p), g in zip(named, tree.leaves(grads_at(step, current)), strict=True):
             p.grad = g
-        for optimizer in made if isinstance(made, list) else [made]:
+        for optimizer in optimizers:
             optimizer.step()
     return tree.unflatten(params, [p.detach() for _, p in named])
 
@@ -73,22 +74,21 @@ def test_muon_equals_torch_in_bfloat16():
         "tall": start()["blocks"][1]["weight"].float(),
     }
     ours = opt.muon(0.02, opt.identity(), weight_decay=0.1)
-    wanted = run_torch(lambda n: torch.optim.Muon(tensors(n), 0.02, weight_decay=0.1), matrices, steps=5)
-    assert_close(run(ours, matrices, steps=5)[0], wanted, atol=5e-3, rtol=0)
+    expected = run_torch(lambda n: torch.optim.Muon(tensors(n), 0.02, weight_decay=0.1), matrices, steps=5)
+    assert_close(run(ours, matrices, steps=5)[0], expected, atol=5e-3, rtol=0)
     rescaled = opt.muon(0.02, opt.identity(), weight_decay=0.1, adjust="match_rms_adamw")
-    wanted = run_torch(
+    expected = run_torch(
         lambda n: torch.optim.Muon(tensors(n), 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), matrices, 5
     )
-    assert_close(run(rescaled, matrices, steps=5)[0], wanted, atol=5e-3, rtol=0)
+    assert_close(run(rescaled, matrices, steps=5)[0], expected, atol=5e-3, rtol=0)
 
 
 def test_muon_flattens_convolutions():
     values = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
     flat, convolution = {"w": values.flatten(1)}, {"w": values}
-    wanted = opt.scale_by_muon(dtype=F64)
-    found = opt.scale_by_muon(flatten=True, dtype=F64)
-    updates, state = wanted.update(flat, wanted.init(flat), flat)
-    directions, momenta = found.update(convolution, found.init(convolution), convolution)
+    of_matrix, of_convolution = opt.scale_by_muon(dtype=F64), opt.scale_by_muon(flatten=True, dtype=F64)
+    updates, state = of_matrix.update(flat, of_matrix.init(flat), flat)
+    directions, momenta = of_convolution.update(convolution, of_convolution.init(convolution), convolution)
     assert torch.equal(directions["w"], updates["w"].reshape(values.shape))
     assert torch.equal(momenta.momentum["w"].flatten(1), state.momentum["w"])
 
@@ -112,6 +112,28 @@ def test_clip_by_global_norm_equals_torch():
     torch.nn.utils.clip_grad_norm_(named, 0.5)
     clipped, _ = opt.clip_by_global_norm(0.5).update(grads, (), params)
     torch.testing.assert_close(tree.leaves(clipped), [p.grad for p in named])
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_clip_by_norm_quantile_is_that_of_numpy(quantile):
+    """The limit is the quantile of the last four norms; one that is infinite is not among them."""
+    optimizer, params = opt.clip_by_norm_quantile(quantile, window=4), {"a": torch.zeros(2), "b": torch.zeros(())}
+    norms = [3.0, 1.0, 2.0, 7.0, 0.5, np.inf, 4.0, 4.0, 1e-15, 1e15]
+    state, history = optimizer.init(params), []
+    for norm in norms:
+        grads = {"a": torch.tensor([0.6, 0.0]) * norm, "b": torch.tensor(0.8) * norm}
+        updates, state = optimizer.update(grads, state, params)
+        if np.isfinite(norm):
+            history.append(norm)
+            expected = min(norm, np.quantile(history[-4:], quantile))
+            assert float(tree.norm(updates)) == pytest.approx(expected, rel=1e-5)
+            assert updates["a"][0] / updates["b"] == pytest.approx(0.75)
+
+
+def test_zero_gradients_stay_zero_under_a_quantile_of_zeros():
+    optimizer, params = opt.clip_by_norm_quantile(0.5), {"a": torch.zeros(2)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert updates["a"].tolist() == [0.0, 0.0]
 
 
 def test_schedule_equals_optax_and_starts_at_zero():
@@ -139,8 +161,8 @@ def test_ema_equals_optax_and_torch(debias):
         swa.update_parameters(modules)
         with jax.enable_x64(True):
             average, their_state = theirs.update(to_jax(params), their_state)
-    wanted = [torch.tensor(np.asarray(x)) for x in tree.leaves(average)] if debias else list(swa.module)
-    for x, y in zip(tree.leaves(opt.averaged(state)), wanted, strict=True):
+    expected = [torch.tensor(np.asarray(x)) for x in tree.leaves(average)] if debias else list(swa.module)
+    for x, y in zip(tree.leaves(opt.averaged(state)), expected, strict=True):
         torch.testing.assert_close(x, y.detach(), atol=1e-6, rtol=1e-6)
 
 
@@ -159,6 +181,8 @@ def test_ema_equals_optax_and_torch(debias):
         (lambda: opt.scale_by_muon().init(start()), r"'blocks.0.bias' must be a matrix, got \(3,\)"),
         (lambda: opt.clip_by_global_norm(0.0), "limit must be positive"),
         (lambda: opt.clip_by_value(-1.0), "limit must be positive"),
+        (lambda: opt.clip_by_norm_quantile(1.5), r"quantile must be in \[0, 1\], got 1.5"),
+        (lambda: opt.clip_by_norm_quantile(window=0), "window must be at least 1, got 0"),
         (lambda: opt.accumulate(opt.sgd(0.1), 0), "every must be at least 1"),
         (lambda: opt.ema(opt.sgd(0.1), 1.0), "decay must be"),
         (lambda: opt.by_path({"a.b": opt.sgd(0.1)}, lambda n, x: "a.b"), "without dots"),

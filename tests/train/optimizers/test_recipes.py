@@ -44,15 +44,15 @@ def run(optimizer, steps=6):
 
 
 def run_torch(make, steps=6):
-    """`make` is given {name: parameter} and gives torch's optimizers with their rates' schedulers."""
+    """`make` maps {name: parameter} to pairs of a torch optimizer and the scheduler of its learning rate."""
     values = params()
     named = {name: torch.nn.Parameter(leaf) for name, leaf in tree.items(values)}
-    made = make(named)
+    pairs = make(named)
     for step in range(steps):
         grads = grads_at(step, tree.unflatten(values, [p.detach() for p in named.values()]))
         for p, g in zip(named.values(), tree.leaves(grads), strict=True):
             p.grad = g
-        for optimizer, scheduler in made:
+        for optimizer, scheduler in pairs:
             optimizer.step()
             scheduler.step()
     return tree.unflatten(values, [p.detach() for p in named.values()])
@@ -89,15 +89,14 @@ def torch_rates(name):
         "step": lambda: lr.MultiStepLR(optimizer, [left // 2, 3 * left // 4]),
         "constant": lambda: lr.ConstantLR(optimizer, 1.0),
     }[name]
-    # torch refuses to begin at 0.
-    rise = lr.LambdaLR(optimizer, lambda count: count / WARMUP)
+    rise = lr.LinearLR(optimizer, 1 / WARMUP, 1.0, WARMUP - 1)
     both = lr.SequentialLR(optimizer, [rise, after()], [WARMUP])
-    found = []
+    rates = []
     for _ in range(STEPS):
-        found.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         both.step()
-    return found
+    return rates
 
 
 @pytest.mark.parametrize("name", recipes.SCHEDULES)
@@ -106,15 +105,13 @@ def test_rates_are_those_of_torch(name):
 
 
 def test_rates_at_the_ends_and_in_the_middle():
-    found = {name: values(recipes.rate(name, PEAK, STEPS, WARMUP)) for name in recipes.SCHEDULES}
-    for rates in found.values():
-        assert rates[0] == 0 and rates[5] == pytest.approx(PEAK / 2) and rates[10] == pytest.approx(PEAK)
-    assert found["cosine"][30] == pytest.approx(PEAK / 2) and found["cosine"][20] == pytest.approx(
-        PEAK * (1 + math.sqrt(0.5)) / 2
-    )
-    assert found["cosine"][50:] == pytest.approx([0] * 5, abs=1e-8)
-    assert [found["step"][i] / PEAK for i in (29, 30, 39, 40, 54)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
-    assert found["constant"][10:] == pytest.approx([PEAK] * 45)
+    rates = {name: values(recipes.rate(name, PEAK, STEPS, WARMUP)) for name in recipes.SCHEDULES}
+    for course in rates.values():
+        assert [course[i] for i in (0, 4, 9, 10)] == pytest.approx([PEAK / 10, PEAK / 2, PEAK, PEAK])
+    assert [rates["cosine"][i] for i in (20, 30)] == pytest.approx([PEAK * (1 + math.sqrt(0.5)) / 2, PEAK / 2])
+    assert rates["cosine"][50:] == pytest.approx([0] * 5, abs=1e-8)
+    assert [rates["step"][i] / PEAK for i in (29, 30, 39, 40, 54)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+    assert rates["constant"][10:] == pytest.approx([PEAK] * 45)
 
 
 @pytest.mark.parametrize("name", recipes.SCHEDULES)
@@ -140,7 +137,7 @@ def test_adamw_is_torchs():
 
 
 class Flat(torch.optim.Optimizer):
-    """torch's Muon on the matrices that convolutions are, with a row an output channel."""
+    """torch's Muon on convolutions as matrices, with one row per output channel."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1, "weight_decay": 0.0})
@@ -164,15 +161,15 @@ def test_muon_is_torchs_on_flattened_convolutions_and_adamw_elsewhere():
         rest = {name: p for name, p in named.items() if name not in mine}
         return [halving(Flat(groups(mine, 0.5))), halving(torch.optim.AdamW(groups(rest, 0.5), lr=0.1))]
 
-    found, expected = run(recipes.optimizer("muon", RATE, 0.5, decayed, hidden, F64)), run_torch(theirs)
-    for (name, x), y in zip(tree.items(found), tree.leaves(expected), strict=True):
+    actual, expected = run(recipes.optimizer("muon", RATE, 0.5, decayed, hidden, F64)), run_torch(theirs)
+    for (name, x), y in zip(tree.items(actual), tree.leaves(expected), strict=True):
         exact = {"atol": 1e-7, "rtol": 1e-6}
         # torch iterates in bfloat16, which alone is off by 1e-3.
         torch.testing.assert_close(x, y, **({"atol": 2e-3, "rtol": 0} if name.startswith("stages") else exact))
 
 
 def test_muon_leaves_weights_alone_that_do_not_decay():
-    """Without gradients only the decay is left."""
+    """With zero gradients, only the decay remains."""
     zero = tree.map(torch.zeros_like, params())
     optimizer = recipes.optimizer("muon", schedules.constant(0.1), 0.5, decayed, hidden, torch.float32)
     updates, _ = optimizer.update(zero, optimizer.init(params()), params())
@@ -184,7 +181,9 @@ def test_muon_leaves_weights_alone_that_do_not_decay():
 # Names.
 
 
-def test_unknown_names():
+def test_errors():
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, steps\], steps is 50, got 60"):
+        recipes.rate("cosine", PEAK, STEPS, 60)
     with pytest.raises(ValueError, match="schedule 'linear' is unknown; expected one of cosine, step, constant"):
         recipes.rate("linear", PEAK, STEPS, WARMUP)
     with pytest.raises(ValueError, match="optimizer 'adam' is unknown; expected one of sgd, adamw, muon"):

@@ -11,21 +11,26 @@ COUNTS = torch.arange(120)
 
 
 def values(schedule):
-    found = [schedule(count) for count in COUNTS]
-    assert all(x.shape == () and x.dtype == torch.float32 for x in found)
-    return np.array([float(x) for x in found])
+    out = [schedule(count) for count in COUNTS]
+    assert all(x.shape == () and x.dtype == torch.float32 for x in out)
+    return np.array([float(x) for x in out])
 
 
 def of_torch(make, peak):
-    """What a torch scheduler uses at each step, for a peak learning rate."""
+    """The learning rates that a torch scheduler uses at each step, for a peak learning rate."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], peak)
     scheduler = make(optimizer)
-    found = []
+    rates = []
     for _ in COUNTS:
-        found.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return np.array(found)
+    return np.array(rates)
+
+
+def a_step_early(warmup, schedule):
+    """optax's warm-up gives the first step a rate of 0; ours is a step ahead of it."""
+    return lambda count: schedule(count + 1) if count < warmup else schedule(count)
 
 
 OPTAX = {
@@ -34,11 +39,11 @@ OPTAX = {
     "cosine": (schedules.cosine(0.5, 80, 0.1), optax.cosine_decay_schedule(0.5, 80, 0.1)),
     "warmup cosine": (
         schedules.warmup_cosine(0.5, 20, 100, final=0.1, start=0.05),
-        optax.warmup_cosine_decay_schedule(0.05, 0.5, 20, 100, 0.05),
+        a_step_early(20, optax.warmup_cosine_decay_schedule(0.05, 0.5, 20, 100, 0.05)),
     ),
     "warmup": (
         schedules.warmup(schedules.exponential(0.5, 0.9, 10), 20),
-        optax.warmup_exponential_decay_schedule(0.0, 0.5, 20, 10, 0.9),
+        a_step_early(20, optax.warmup_exponential_decay_schedule(0.0, 0.5, 20, 10, 0.9)),
     ),
     "step decay": (schedules.step_decay(0.5, 30, 0.2), optax.exponential_decay(0.5, 30, 0.2, staircase=True)),
     "milestones": (
@@ -55,13 +60,16 @@ OPTAX = {
     ),
     "warmup stable decay": (
         schedules.warmup_stable_decay(0.5, 10, 50, 40, final=0.1, decay="cosine"),
-        optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, 0.5, 10),
-                optax.constant_schedule(0.5),
-                optax.cosine_decay_schedule(0.5, 40, 0.1),
-            ],
-            [10, 60],
+        a_step_early(
+            10,
+            optax.join_schedules(
+                [
+                    optax.linear_schedule(0.0, 0.5, 10),
+                    optax.constant_schedule(0.5),
+                    optax.cosine_decay_schedule(0.5, 40, 0.1),
+                ],
+                [10, 60],
+            ),
         ),
     ),
     "no warmup": (schedules.warmup_cosine(0.5, 0, 100), optax.cosine_decay_schedule(0.5, 100)),
@@ -86,7 +94,7 @@ TORCH = {
     "sqrt": (
         schedules.warmup_stable_decay(0.5, 10, 50, 40, final=0.1, decay="sqrt"),
         lambda o: SCHEDULERS.LambdaLR(
-            o, lambda i: i / 10 if i < 10 else 1.0 if i < 60 else 1 - 0.9 * min(1.0, (i - 60) / 40) ** 0.5
+            o, lambda i: (i + 1) / 10 if i < 10 else 1.0 if i < 60 else 1 - 0.9 * min(1.0, (i - 60) / 40) ** 0.5
         ),
     ),
 }
@@ -109,8 +117,8 @@ ALL = {**{f"optax {k}": v[0] for k, v in OPTAX.items()}, **{f"torch {k}": v[0] f
 
 @pytest.mark.parametrize("name", ALL)
 def test_vmap_over_counts(name):
-    found = torch.func.vmap(ALL[name])(COUNTS.to(torch.int32))
-    np.testing.assert_allclose(found.numpy(), values(ALL[name]), rtol=1e-6)
+    mapped = torch.func.vmap(ALL[name])(COUNTS.to(torch.int32))
+    np.testing.assert_allclose(mapped.numpy(), values(ALL[name]), rtol=1e-6)
 
 
 def test_one_compiled_graph_serves_all_counts():
@@ -120,8 +128,8 @@ def test_one_compiled_graph_serves_all_counts():
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in COUNTS[::40]:
-            wanted = [s(count) for s in ALL.values()]
-            torch.testing.assert_close(compiled(count.clone()), wanted)
+            expected = [s(count) for s in ALL.values()]
+            torch.testing.assert_close(compiled(count.clone()), expected)
     torch._dynamo.reset()
 
 

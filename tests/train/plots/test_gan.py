@@ -32,17 +32,21 @@ def to_the_right(x):
     return 3 * x[:, 0]
 
 
+def gradient_of(critic):
+    return torch.func.grad(lambda x: critic(x).sum())
+
+
 def test_critic_and_its_arrows(tmp_path):
     """The score rises to the right: so does the grey, and an arrow is drawn from each point to its right."""
     fake = torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
-    for name, arrows in (("with", 5), ("without", 0)):
-        gan_plots.critic_plane(tmp_path / f"{name}.png", to_the_right, REAL, fake, "plane", arrows=arrows)
-    found, plain = pixels(tmp_path / "with.png"), pixels(tmp_path / "without.png")
+    for name, gradient in (("with", gradient_of(to_the_right)), ("without", None)):
+        gan_plots.critic_plane(tmp_path / f"{name}.png", to_the_right, REAL, fake, "plane", gradient)
+    actual, plain = pixels(tmp_path / "with.png"), pixels(tmp_path / "without.png")
     assert len(blue(plain)) > 100 and len(orange(plain)) > 20
     height, width, _ = plain.shape
     row = plain[height // 2]
     assert row[width // 5].mean() > row[width // 2 - 20].mean() > row[2 * width // 3].mean()
-    changed = np.argwhere(np.abs(found - plain).max(-1) > 60)
+    changed = np.argwhere(np.abs(actual - plain).max(-1) > 60)
     assert len(changed) > 60
     low, high = changed.min(0), changed.max(0)
     assert high[1] - low[1] > 60 and high[0] - low[0] > 60  # two arrows, in two places
@@ -55,7 +59,7 @@ def test_critic_and_its_arrows(tmp_path):
 )
 def test_a_dead_and_a_partly_broken_critic_are_drawn(critic, tmp_path):
     fake = torch.cat([FAKE, torch.full((3, 2), torch.nan), torch.full((3, 2), 1e4)])
-    gan_plots.critic_plane(tmp_path / "c.png", critic, REAL, fake)
+    gan_plots.critic_plane(tmp_path / "c.png", critic, REAL, fake, gradient=gradient_of(critic))
     assert len(blue(pixels(tmp_path / "c.png"))) > 100
 
 
@@ -63,8 +67,8 @@ def test_pictures_side_by_side(tmp_path):
     with plots.panels(tmp_path / "p.png", 1, 2) as (left, right):
         gan_plots.critic_plane(left, to_the_right, REAL, FAKE)
         gan_plots.points(right, REAL, FAKE, "points")
-    found = pixels(tmp_path / "p.png")
-    for half in np.array_split(found, 2, axis=1):
+    actual = pixels(tmp_path / "p.png")
+    for half in np.array_split(actual, 2, axis=1):
         assert len(blue(half)) > 60 and len(orange(half)) > 200
 
 
@@ -83,12 +87,12 @@ def test_table_puts_images_in_their_places(channels, tmp_path):
     rows, columns = ["the first row", "2"], ["a", "a long title of a column", "c"]
     gan_plots.image_table(tmp_path / "t.png", images, rows, columns, title="a title")
     gan_plots.image_table(tmp_path / "bare.png", images)
-    found, bare = pixels(tmp_path / "t.png"), pixels(tmp_path / "bare.png")
+    actual, bare = pixels(tmp_path / "t.png"), pixels(tmp_path / "bare.png")
     height, width, _ = bare.shape
     cells = [bare[height * (2 * r + 1) // 4, width * (2 * c + 1) // 6].mean() for r in range(2) for c in range(3)]
     assert cells == [0, 0, 0, 0, 0, 255]
-    beside = found.shape[1] - bare.shape[1]
-    assert beside > 60 and 0.001 < (found[:, :beside] < 120).all(-1).mean() < 0.2  # letters on white
+    beside = actual.shape[1] - bare.shape[1]
+    assert beside > 60 and 0.001 < (actual[:, :beside] < 120).all(-1).mean() < 0.2  # letters on white
 
 
 def test_tile():
@@ -140,7 +144,7 @@ SHEET = np.zeros((4, 5, 3), np.uint8)
         (lambda p: gan_plots.tile(torch.zeros(2, 1, 4, 4), 0), "columns 0"),
         (lambda p: gan_plots.animation(p, []), "at least one frame"),
         (lambda p: gan_plots.animation(p, [SHEET], labels=["a", "b"]), "2 labels for 1 frames"),
-        (lambda p: gan_plots.animation(p, [SHEET, SHEET[:2]]), r"frame 1 is \(5, 2\) wide and high"),
+        (lambda p: gan_plots.animation(p, [SHEET, SHEET[:2]]), r"frame 1 has width and height \(5, 2\)"),
         (lambda p: gan_plots.animation(p, [SHEET.astype(float)]), "a frame is float64"),
         (lambda p: gan_plots.animation(p, [SHEET], seconds=0), "must be positive"),
     ],

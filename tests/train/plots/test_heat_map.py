@@ -1,4 +1,4 @@
-"""The heat map: what is drawn where, on which scales."""
+"""The heat map: its cells, scales and labels."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from train import plots
 
 
-def drawn(tmp_path, *args, **options):
+def axes_of(tmp_path, *args, **options):
     """The axes after `heat_map` has drawn into them; the file is written too."""
     with plots.panels(tmp_path / "heat.png", 1, 1) as (axes,):
         plots.heat_map(axes, *args, **options)
@@ -17,7 +17,7 @@ def drawn(tmp_path, *args, **options):
 
 def test_cells_lie_between_the_edges(tmp_path):
     values = torch.arange(6.0).reshape(2, 3)
-    axes = drawn(tmp_path, values, [0, 1, 2, 4], [1.0, 10.0, 100.0], "time", "norm", "Norms", log_y=True)
+    axes = axes_of(tmp_path, values, [0, 1, 2, 4], [1.0, 10.0, 100.0], "time", "norm", "Norms", log_y=True)
     (mesh,) = axes.collections
     np.testing.assert_array_equal(mesh.get_array(), values)
     np.testing.assert_array_equal(mesh.get_coordinates()[:, -1], [[4, 1], [4, 10], [4, 100]])
@@ -25,7 +25,7 @@ def test_cells_lie_between_the_edges(tmp_path):
 
 
 def test_names_of_rows_and_colours_on_a_log_scale(tmp_path):
-    axes = drawn(tmp_path, [[1.0, 100.0], [-1.0, float("nan")]], [0, 1, 2], ["a", "b"], label="B", log_colour=True)
+    axes = axes_of(tmp_path, [[1.0, 100.0], [-1.0, float("nan")]], [0, 1, 2], ["a", "b"], label="B", log_colour=True)
     (mesh,) = axes.collections
     assert mesh.get_array().mask.tolist() == [[False, False], [True, True]]
     assert type(mesh.norm).__name__ == "LogNorm" and (mesh.norm.vmin, mesh.norm.vmax) == (1, 100)
@@ -33,7 +33,7 @@ def test_names_of_rows_and_colours_on_a_log_scale(tmp_path):
 
 
 def test_nothing_above_zero_is_drawn_white(tmp_path):
-    axes = drawn(tmp_path, [[0.0, float("nan")]], [0, 1, 2], ["a"], log_colour=True)
+    axes = axes_of(tmp_path, [[0.0, float("nan")]], [0, 1, 2], ["a"], log_colour=True)
     assert axes.collections[0].get_array().mask.all()
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from core import random
+from tests import processes
 from tests.train.run.checkpoint_cases import make_state, same, write
 from train.run import checkpoints
 from train.run.checkpoint_storage import LIMITS, Unretrieved, reason
@@ -83,7 +85,7 @@ def garble(path: Path) -> None:
         lambda f: truncate(f / "manifest" / "metadata"),
         lambda f: (f / "manifest" / "metadata").unlink(),
         lambda f: (f / "manifest" / "metadata").write_text('{"format": "something else"}'),
-        lambda f: (f / "manifest" / "metadata").write_text('{"format": "functree checkpoint 1", "step": 3}'),
+        lambda f: (f / "manifest" / "metadata").write_text('{"format": "functree checkpoint 2", "step": 3}'),
         lambda f: (f / "manifest" / "metadata").write_bytes(b"\xff\xfe"),
     ],
     ids=[
@@ -128,6 +130,7 @@ def test_silent_bit_flip_is_found(tmp_path):
     path = tmp_path / "1" / "manifest" / "metadata"
     manifest = json.loads(path.read_text())
     manifest["leaves"]["key"]["crc32"] ^= 1
+    manifest["crc32"] = checkpoints._checksum(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="'key' is not what was written .wrong checksum.; no older checkpoint"):
         checkpoints.restore(tmp_path, make_state())
@@ -215,16 +218,22 @@ for step in range(1, 1000):
 
 def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
     command = [sys.executable, "-c", KILLED, tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
-        for line in process.stdout:
-            if int(line) == 5:
-                process.send_signal(signal.SIGKILL)
-                break
+    with processes.start(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        while int(process.stdout.readline()) < 5:
+            pass
+        partial = False
+        while not partial:  # stopped now and then, until that is in the middle of a save
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.003)
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            partial = any(not name.isdecimal() for name in os.listdir(tmp_path))
+        process.kill()
     like = {"w": torch.empty(1500, 1500)}
     for step in checkpoints.steps(tmp_path):
         assert torch.equal(checkpoints.restore(tmp_path, like, step)["w"], torch.full((1500, 1500), float(step)))
     assert checkpoints.latest(tmp_path) >= 4
-    assert any(not name.isdecimal() for name in os.listdir(tmp_path))  # it was killed in the middle of one
+    assert any(not name.isdecimal() for name in os.listdir(tmp_path))
     with Checkpoints(tmp_path, resume=checkpoints.latest(tmp_path)):
         assert all(name.isdecimal() for name in os.listdir(tmp_path))  # the remains are swept away
 

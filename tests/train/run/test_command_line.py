@@ -4,29 +4,40 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from train.run import command_line
+from train.files import write_json
+from train.run import Common, Count, Shared, command_line
+
+pytestmark = pytest.mark.usefixtures("default_handlers")
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
 class Args:
-    steps: int | None = None
-    save_every: int = 500
-    compile: bool = True
+    preset: Literal["small", "large"] = "small"
+    """Sizes and recipe."""
+    steps: Count = 10
+    """Training steps."""
+    common: Shared = Common()
+
+
+PRESETS = {"large": Args("large", 1000)}
 
 
 @dataclass(frozen=True)
 class Other:
     word: str = "none"
+    """A word."""
 
 
-def run(monkeypatch, *argv, train=print, show=print) -> int:
+def run(monkeypatch, *argv, train=print, show=print, presets=PRESETS, root=None) -> int:
     monkeypatch.setattr(sys, "argv", ["program.py", *argv])
     try:
-        command_line.run("What it does.", (Args, train), show=(Other, show))
+        command_line.run("A purpose.", (Args, train, presets), root=root, show=(Other, show))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -43,16 +54,45 @@ def failing(error):
 
 
 def test_sub_commands(monkeypatch):
-    seen = []
-    assert run(monkeypatch, "--steps", "3", "--no-compile", train=seen.append) == 0
-    assert run(monkeypatch, "show", "--word", "show", show=seen.append) == 0
-    assert seen == [Args(steps=3, compile=False), Other("show")]
+    calls = []
+    assert run(monkeypatch, "--steps", "3", "--no-compile", train=calls.append) == 0
+    assert run(monkeypatch, "show", "--word", "show", show=calls.append) == 0
+    assert calls == [Args(steps=3, common=Common(compile=False)), Other("show")]
+
+
+def test_presets_are_the_defaults(monkeypatch, capsys):
+    calls = []
+    for argv in (["--preset", "large"], ["--preset=large", "--steps", "3"], []):
+        assert run(monkeypatch, *argv, train=calls.append) == 0
+    assert calls == [Args("large", 1000), Args("large", 3), Args()]
+    assert run(monkeypatch, "--preset", "large", "--help") == 0
+    assert "(default: 1000)" in capsys.readouterr().out
+    for_words = []
+    assert run(monkeypatch, "--steps", "7", "--no-compile", presets=lambda words: for_words.append(words)) == 0
+    assert for_words == [{"steps": "7", "no_compile": ""}]
+
+
+def test_a_resumed_run_has_the_flags_it_was_started_with(monkeypatch, tmp_path, capsys):
+    calls, root = [], tmp_path / "program"
+    (root / "a").mkdir(parents=True)
+    write_json(root / "a" / "config.json", {"experiment": "program", "args": Args("large", 77, Common(5, "a"))})
+    for argv in (["--resume"], ["--resume", "--name", "a", "--steps", "10"], ["--resume", "--seed=0"]):
+        assert run(monkeypatch, *argv, train=calls.append, root=root) == 0
+    expected = [
+        ("large", 77, Common(5, "a", True)),
+        ("large", 10, Common(5, "a", True)),
+        ("large", 77, Common(0, "a", True)),
+    ]
+    assert calls == [Args(*values) for values in expected]
+    assert run(monkeypatch, "--resume", "--name", "b", root=root) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+    assert run(monkeypatch, "--resume", "--help", root=root) == 0
 
 
 def test_help_names_the_sub_commands(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert "What it does." in out and "each has its own --help): show" in out and "--save-every" in out
+    assert "A purpose." in out and "each has its own --help): show" in out and "--save-every" in out
     assert run(monkeypatch, "show", "--help") == 0
     assert "--word" in capsys.readouterr().out
 
@@ -80,37 +120,42 @@ def test_errors_of_the_program_itself_keep_their_traceback(monkeypatch):
         run(monkeypatch, train=failing(ValueError("a wrong flag")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(autouse=True)
+def handlers():
+    """Signals as a terminal sends them, whatever the tests were started with."""
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interruption_outside_of_stop(number, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    assert run(monkeypatch, train=lambda args: signal.raise_signal(number)) == 130
+    before = signal.getsignal(number)
+    assert run(monkeypatch, train=lambda args: signal.raise_signal(number)) == 128 + number
     assert capsys.readouterr() == ("", "interrupted\n")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
-def test_unknown_flags_exit_with_2(monkeypatch, capsys):
-    assert run(monkeypatch, "--stepz", "3") == 2
-    assert "--stepz" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--stepz", "3"], "error: Unrecognized options: --stepz, 3 Perhaps you meant: --steps"),
+        (["--steps", "many"], "error: Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["--steps", "0"], "error: --steps is 0; expected at least 1"),
+        (["--preset", "huge"], "error: invalid choice 'huge' for argument '--preset'"),
+        (["shwo"], "error: 'shwo' is unknown; expected flags, or one of the sub-commands show"),
+        (["show", "--wrod", "x"], "error: Unrecognized options: --wrod, x"),
+    ],
+)
+def test_wrong_flags_are_one_line(argv, line, monkeypatch, capsys):
+    assert run(monkeypatch, *argv, train=failing(AssertionError), show=failing(AssertionError)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(line) and err.count("\n") == 1 and out == ""
 
 
-# --- choice, at_least_one, positive, device
-
-
-def test_choice():
-    assert command_line.choice("--size", "big", {"big": 1, "small": 2}) == "big"
-    with pytest.raises(ValueError, match="^--size 'huge' is unknown; expected one of big, small$"):
-        command_line.choice("--size", "huge", {"big": 1, "small": 2})
-
-
-def test_numbers():
-    command_line.at_least_one(batch=1, save_every=500)
-    command_line.positive(learning_rate=1e-9)
-    for count in (0, -3):
-        with pytest.raises(ValueError, match=f"^--save-every is {count}; expected at least 1$"):
-            command_line.at_least_one(batch=1, save_every=count)
-    for number in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"^--learning-rate is {number}; expected a positive number$"):
-            command_line.positive(learning_rate=number)
+# --- device
 
 
 def test_device():
@@ -123,13 +168,13 @@ def test_device():
 # --- Stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stop(number, capfd):
     before = signal.getsignal(number)
     with command_line.Stop() as stop:
         assert not stop.requested
         signal.raise_signal(number)
-        assert stop.requested
+        assert stop.requested and stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
@@ -160,5 +205,5 @@ with Stop() as stop:
         print("x" * 50, file=sys.stderr)
 print("stopped")
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.stdout == "stopped\n" and "Error" not in result.stderr

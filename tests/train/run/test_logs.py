@@ -139,7 +139,7 @@ def test_import_is_light():
     code = "import sys, train.run.logs, train.plots, train.data.images, train.data.text, train.data.text.tokenizers\n"
     code += "heavy = {'rich', 'tensorboard', 'matplotlib', 'sklearn', 'PIL', 'pooch', 'tokenizers', 'tensorflow'}\n"
     code += "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_read_curves_pairs_steps_with_values(tmp_path):

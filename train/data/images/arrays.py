@@ -16,6 +16,7 @@ from torch import Tensor
 from core import random
 from train.data import DataError
 from train.data.downloads import fetch, folder_of
+from train.data.file_tree import Skipped
 
 log = logging.getLogger(__name__)
 
@@ -29,26 +30,26 @@ class Labelled(NamedTuple):
 
 class Folder(NamedTuple):
     """The pictures of a folder: images and labels as in `Labelled`; `classes[label]` is the name of the sub-folder,
-    `paths[i]` the file of image i; `skipped` are (file, reason) of what could not be read."""
+    `paths[i]` the file of image i; `skipped` are (file or folder, reason) of all that is not used."""
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     paths: tuple[Path, ...]
-    skipped: tuple[tuple[Path, str], ...]
+    skipped: tuple[Skipped, ...]
 
 
 def digits(test: int = 297, key: Tensor | None = None) -> tuple[Labelled, Labelled]:
     """(train, test): 1797 handwritten digits, 8x8, one channel, ten classes (UCI, Alpaydin and Kaynak 1998).
 
     Args:
-        test: how many are for testing.
-        key: draws the order before the split, `random.key(0)` if None, so that the split is always the same.
+        test: number of digits to test on.
+        key: gives the order before the split, `random.key(0)` if None, so that the split is always the same.
     """
     table = _digits_table()
     order = random.permutation(random.key(0) if key is None else key, len(table)).cpu()
     if not 0 < test < len(table):
-        raise DataError(f"cannot put {test} of {len(table)} digits aside for testing")
+        raise DataError(f"cannot hold out {test} of {len(table)} digits for testing")
     images = torch.from_numpy(table[:, :64].astype(np.float32) / 16).reshape(-1, 1, 8, 8)[order]
     labels = torch.from_numpy(table[:, 64].astype(np.int64))[order]
     return Labelled(images[:-test], labels[:-test]), Labelled(images[-test:], labels[-test:])
@@ -57,8 +58,8 @@ def digits(test: int = 297, key: Tensor | None = None) -> tuple[Labelled, Labell
 def _digits_table() -> np.ndarray:
     """(1797, 65): 64 pixels 0 to 16, and the label."""
     # Importing sklearn.datasets takes two seconds; its data file can be found without.
-    found = importlib.util.find_spec("sklearn")
-    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz" if found and found.origin else Path()
+    package = importlib.util.find_spec("sklearn")
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else Path()
     if path.is_file():
         return np.loadtxt(path, delimiter=",")
     from sklearn.datasets import load_digits
@@ -119,18 +120,17 @@ def mnist(directory: str | os.PathLike) -> tuple[Labelled, Labelled]:
     directory = Path(directory)
 
     def find(name: str) -> Path:
-        # Unpacked copies in circulation have a dot in the place of the last hyphen but one.
-        names = [name, f"{name}.gz", name.replace("-idx", ".idx")]
-        found = [directory / n for n in names if (directory / n).is_file()]
-        if not found:
-            raise DataError(f"no {name} or {name}.gz in {directory}")
-        return found[0]
+        # Some unpacked copies have a dot instead of the last hyphen but one.
+        for path in (directory / name, directory / f"{name}.gz", directory / name.replace("-idx", ".idx")):
+            if path.is_file():
+                return path
+        raise DataError(f"no {name} or {name}.gz in {directory}")
 
     parts = [(find(f"{part}-images-idx3-ubyte"), find(f"{part}-labels-idx1-ubyte")) for part in ("train", "t10k")]
     return read_idx_pair(*parts[0]), read_idx_pair(*parts[1])
 
 
-# Published MD5 sums, and where the files are served.
+# The address of the files, and their published MD5 sums.
 DOWNLOADS = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -162,8 +162,8 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
 
     Args:
         name: "mnist" or "fashion-mnist", which `mnist(folder)` reads, or "cifar10", for `cifar.cifar10(folder)`.
-        directory: where to keep it, a folder in the user's cache if None.
-        base_url: another place that serves the same files (their checksums are compared).
+        directory: folder to keep it in, one in the user's cache if None.
+        base_url: another address of the same files (their checksums are compared).
 
     Raises DataError: unknown name, no connection, wrong checksum.
     """
@@ -177,10 +177,10 @@ def download(name: str, directory: str | os.PathLike | None = None, base_url: st
 
 
 def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | None = None, channels: int = 3) -> Folder:
-    """All pictures of a folder with one sub-folder a class; classes and files in sorted order.
+    """All pictures of a folder with one sub-folder per class (`folders.listing`); classes and files in sorted order.
 
-    Transparent parts become white, 16-bit grey is scaled down, a camera's orientation is applied. Files that cannot be
-    read as pictures are skipped, logged and listed; files whose suffix is no picture's are ignored.
+    Transparent parts become white, more than 8 bits become 8 by the rule of `picture.converted`, a camera's orientation
+    is applied. Files that cannot be read as pictures are skipped, logged and listed.
 
     Args:
         size: (height, width), or one number for both: each picture is scaled to cover this size and its middle is cut
@@ -189,12 +189,12 @@ def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | Non
 
     Raises DataError: no such folder, no sub-folder, no readable picture, different sizes.
     """
-    from train.data.images.files import listing
+    from train.data.images.folders import listing
 
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}, expected 1 or 3")
     files = listing(directory)
-    images, kept, skipped = [], [], []
+    images, indices, skipped = [], [], list(files.skipped)
     for number, path in enumerate(files.paths):
         try:
             image = read_image(path, size, channels)
@@ -203,15 +203,15 @@ def image_folder(directory: str | os.PathLike, size: int | tuple[int, int] | Non
             skipped.append((path, str(error)))
             continue
         if images and image.shape != images[0].shape:
-            first = (files.paths[kept[0]], images[0])
+            first = (files.paths[indices[0]], images[0])
             sizes = [f"{p} is {x.shape[1]}x{x.shape[2]}" for p, x in (first, (path, image))]
             raise DataError(f"the pictures differ in size: {' and '.join(sizes)}; give a size to scale them to")
         images.append(image)
-        kept.append(number)
+        indices.append(number)
     if not images:
         raise DataError(f"no readable picture in the sub-folders of {directory} ({len(skipped)} unreadable)")
-    paths = tuple(files.paths[number] for number in kept)
-    return Folder(torch.stack(images), files.labels[kept], files.classes, paths, tuple(skipped))
+    paths = tuple(files.paths[number] for number in indices)
+    return Folder(torch.stack(images), files.labels[indices], files.classes, paths, tuple(skipped))
 
 
 def read_image(path: str | os.PathLike, size: int | tuple[int, int] | None = None, channels: int = 3) -> Tensor:
@@ -226,4 +226,5 @@ def read_image(path: str | os.PathLike, size: int | tuple[int, int] | None = Non
             height, width = (size, size) if isinstance(size, int) else size
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(image, np.float32) / 255
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels))  # (height, width, channels)
+    return pixels.permute(2, 0, 1).contiguous()  # (channels, height, width)

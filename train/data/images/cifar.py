@@ -26,26 +26,26 @@ def cifar10(directory: str | Path) -> tuple[Labelled, Labelled]:
     """(train, test): 50,000 and 10,000 colour photographs of 32x32, ten classes (Krizhevsky 2009).
 
     Args:
-        directory: with the files of either version, or with the folder that the published archive unpacks to
-            (cifar-10-batches-bin, cifar-10-batches-py). Fewer than five train batches will do.
+        directory: folder with the files of either version, or with the folder that the published archive unpacks to
+            (cifar-10-batches-bin, cifar-10-batches-py). Fewer than five training batches will do.
 
-    Raises DataError naming the file that is missing or not what it should be.
+    Raises DataError naming the file that is missing or malformed.
     """
     directory = Path(directory)
     folders = [directory, directory / "cifar-10-batches-bin", directory / "cifar-10-batches-py"]
     for folder in folders:
         for kind, (train, test) in BATCHES.items():
-            found = [folder / name for name in train if (folder / name).is_file()]
-            if found and (folder / test).is_file():
+            batches = [folder / name for name in train if (folder / name).is_file()]
+            if batches and (folder / test).is_file():
                 read = read_binary if kind == "binary" else read_pickled
-                parts = [read(path) for path in found]
+                parts = [read(path) for path in batches]
                 joined = Labelled(*(torch.cat(column) for column in zip(*parts, strict=True)))
                 return joined, read(folder / test)
     raise DataError(f"no CIFAR-10 in {directory}: expected data_batch_1.bin and test_batch.bin, or the pickled batches")
 
 
 def read_binary(path: Path) -> Labelled:
-    """One batch: for each image a byte for its label, then its red, green and blue pixels row by row."""
+    """One batch: per image a byte for its label, then its red, green and blue pixels row by row."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -62,14 +62,14 @@ def read_pickled(path: Path) -> Labelled:
     """One batch of the Python version: a dict with `data` (N, 3072) of bytes and `labels`, a list."""
     try:
         with open(path, "rb") as file:
-            found = _Plain(file, encoding="bytes").load()
+            content = _Plain(file, encoding="bytes").load()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # a garbled pickle raises whatever it likes
+    except Exception as error:  # a garbled pickle raises anything
         raise DataError(f"{path} is no batch of CIFAR-10: {error}") from None
-    if not isinstance(found, dict) or not {b"data", b"labels"} <= set(found):
+    if not isinstance(content, dict) or not {b"data", b"labels"} <= set(content):
         raise DataError(f"{path} is no batch of CIFAR-10: expected a dict with 'data' and 'labels'")
-    data, labels = found[b"data"], np.asarray(found[b"labels"])
+    data, labels = content[b"data"], np.asarray(content[b"labels"])
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
         shape = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{path}: its data are {shape}; expected bytes (images, {PIXELS})")
@@ -86,7 +86,7 @@ def _labelled(path: Path, pixels: np.ndarray, labels: np.ndarray) -> Labelled:
 
 
 class _Plain(pickle.Unpickler):
-    """Makes numpy arrays, and refuses every other object."""
+    """An unpickler of numpy arrays that refuses every other object."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {

@@ -1,4 +1,4 @@
-"""Class folders of image files (the layout of ImageNet): what there is, and batches decoded by worker processes.
+"""Batches of image files, decoded by worker processes.
 
 train = listing("photographs/train")
 test = listing("photographs/val", train.classes)
@@ -7,12 +7,11 @@ with Decoder(workers=4) as decoder:
         ...
     for images, labels in decoder.evaluation_batches(test, 256, 224, resize=256):
         ...
-decoder.skipped  # files that could not be read
+decoder.skipped  # (file, reason) of those that could not be read
 """
 
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,88 +25,43 @@ from core import random
 from train.data import DataError
 from train.data.batching import epoch_batch, evaluation_batches
 from train.data.images import augment
-from train.data.images.picture import Cut, decode, is_picture
+from train.data.images.folders import Files, listing
+from train.data.images.picture import Cut, decode
 from train.data.images.workers import Pool, Task
+
+__all__ = ["Decoder", "Files", "listing"]
 
 log = logging.getLogger(__name__)
 
 BLOCK = 16
-"""Steps whose rectangles are drawn in one call, which is faster."""
-
-
-class Files(NamedTuple):
-    """Pictures that are not read yet: labels (count,) int64; `classes[label]` is the name of the sub-folder."""
-
-    paths: tuple[Path, ...]
-    labels: Tensor
-    classes: tuple[str, ...]
-
-
-def listing(directory: str | os.PathLike, classes: Sequence[str] | None = None) -> Files:
-    """The pictures of a folder with one sub-folder a class; classes and files in sorted order.
-
-    Files whose suffix is no picture's, and all that is hidden, are ignored.
-
-    Args:
-        classes: those of the training split, which keep their labels here; one of them may be missing.
-
-    Raises DataError: no such folder, no sub-folder, one that is none of `classes`, no picture.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        problem = "is a file" if directory.exists() else "does not exist"
-        raise DataError(f"{directory} {problem}, expected a folder with one sub-folder a class")
-    try:
-        found = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not found:
-            raise DataError(f"{directory} has no sub-folders, expected one a class")
-        classes = tuple(found if classes is None else classes)
-        unknown = [name for name in found if name not in set(classes)]
-        if unknown:
-            raise DataError(f"{directory / unknown[0]} is none of the {len(classes)} classes of the training split")
-        files = [_pictures(directory / name) for name in found]
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
-    if not any(files):
-        raise DataError(f"no picture in the sub-folders of {directory}")
-    counts = torch.tensor([len(paths) for paths in files])
-    labels = torch.tensor([classes.index(name) for name in found]).repeat_interleave(counts)
-    return Files(tuple(itertools.chain.from_iterable(files)), labels, classes)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in names if is_picture(name)]
-    return [Path(path) for path in sorted(found)]
+"""Steps whose random rectangles are computed in one call, which is faster."""
 
 
 class Request(NamedTuple):
-    """A batch to come: the examples, and for each the draws for `pictures.decode`."""
+    """A batch to come: the indices of its examples, and for each the random numbers for `picture.decode`."""
 
     indices: list[int]
     draws: Sequence[np.ndarray | None]
 
 
 class Decoder:
-    """Reads files in worker processes, a few batches ahead. To be closed, or used in a `with` statement.
+    """Worker processes that read files a few batches ahead. Close it, or use it in a `with` statement.
 
-    Which batches come, and their pixels, do not depend on the number of workers. A file that cannot be read is logged
-    once and skipped: in training the next one of the listing that can be read takes its place, with its own label; in
-    evaluation it is left out. Several iterations may go on at once, such as an evaluation during training. Needs a
-    system with `fork` and `exec`: Linux or macOS.
+    The batches and their pixels do not depend on the number of workers. A file that cannot be read is logged once and
+    skipped: in training the next readable one of the listing takes its place, with its own label; in evaluation it is
+    left out. Several iterations may run at once, such as an evaluation during training. Needs a system with `fork` and
+    `exec`: Linux or macOS.
 
     Args:
-        workers: how many processes; 0 decodes in this one.
-        ahead: how many batches are decoded ahead of the one that is asked for.
+        workers: number of processes; 0 decodes in this one.
+        ahead: number of batches that are decoded in advance.
         reduce: in training, decode a JPEG at a half, a fourth or an eighth of its size where that is still twice as
             large as needed: much faster with large photographs, and a pixel differs by less than 1/255 on average.
     """
 
     def __init__(self, workers: int = 2, ahead: int = 2, reduce: bool = True):
         if workers < 0 or ahead < 0:
-            raise DataError(f"a decoder has {workers} workers that are {ahead} batches ahead, expected 0 or more")
+            raise DataError(f"a decoder has {workers} workers, {ahead} batches ahead; expected 0 or more of both")
         self._ahead, self._reduce = ahead if workers else 0, reduce
         self._bad: dict[Path, str] = {}
         self._pool = Pool(workers)
@@ -124,7 +78,7 @@ class Decoder:
 
     @property
     def skipped(self) -> tuple[tuple[Path, str], ...]:
-        """(file, reason) of every file that could not be read, in the order in which they were met."""
+        """(file, reason) of every file that could not be read, in the order of their first use."""
         return tuple(self._bad.items())
 
     def train_batches(
@@ -139,15 +93,15 @@ class Decoder:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random resized crops, a function of key and step: images (batch, channels, size, size) uint8, labels
-        (batch,) int64, one pair a step.
+        (batch,) int64, one pair per step.
 
         With `order, site = random.sites(key, 2)`, the examples of a step are `epoch_batch(order, step, ...)`, and their
         rectangles the `augment.boxes` for the keys `random.sites(random.fold_in(site, step), batch)`.
 
         Args:
             key: (2,).
-            scale, ratio: of the rectangles' area and width / height, see `augment.boxes`. With the scale None there are
-                none: the picture is scaled to cover the square, and its middle cut out.
+            scale, ratio: ranges of the rectangles' area and width / height, see `augment.boxes`. With `scale` None the
+                picture is scaled to cover the square instead, and its middle cut out.
 
         Raises DataError: nothing can be read, too few files, a worker died.
         """
@@ -158,7 +112,7 @@ class Decoder:
         self, files: Files, batch: int, size: int, channels: int = 3, resize: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All pictures once, in order, in the form of `train_batches`: scaled so that the shorter side has `resize`
-        pixels (`size` if None), the middle cut out. Batches with unreadable files, and the last, are shorter.
+        pixels (`size` if None), the middle cut out. Batches with unreadable files, and the last one, are shorter.
 
         Raises DataError: nothing can be read, a worker died.
         """
@@ -169,7 +123,7 @@ class Decoder:
     def _batches(
         self, files: Files, requests: Iterable[Request], cut: Cut, training: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        requests, waiting, some = iter(requests), deque(), False
+        requests, waiting, any_read = iter(requests), deque(), False
         try:
             while True:
                 for request in itertools.islice(requests, 1 + self._ahead - len(waiting)):
@@ -178,16 +132,16 @@ class Decoder:
                     break
                 images, labels = self._finish(files, *waiting.popleft(), training)
                 if len(labels):
-                    some = True
+                    any_read = True
                     yield images, labels
         finally:
             for _, task in waiting:
                 self._pool.drop(task)
-        if not some:
+        if not any_read:
             self._readable(files, 0)
 
     def _start(self, files: Files, request: Request, cut: Cut, training: bool) -> tuple[Request, Task]:
-        """Have a batch decoded, but for the files that are known to be bad."""
+        """Start decoding a batch, without the files that are known to be unreadable."""
         indices, draws = request
         if training:
             indices = [self._readable(files, index) for index in indices]
@@ -197,8 +151,8 @@ class Decoder:
 
     def _finish(self, files: Files, request: Request, task: Task, training: bool) -> tuple[Tensor, Tensor]:
         indices, draws = request
-        pixels, wrong = self._pool.finish(task)
-        for row, reason in wrong:
+        pixels, unreadable = self._pool.finish(task)
+        for row, reason in unreadable:
             self._skip(files.paths[indices[row]], reason)
             if training:
                 indices[row], pixels[row] = self._other(files, indices[row], task.cut, draws[row])
@@ -214,7 +168,7 @@ class Decoder:
             self._bad[path] = reason
 
     def _readable(self, files: Files, index: int) -> int:
-        """The first example from `index` on that is not known to be bad."""
+        """The first example from `index` on that is not known to be unreadable."""
         count = len(files.paths)
         for other in range(index, index + count):
             if files.paths[other % count] not in self._bad:
@@ -244,7 +198,7 @@ def _requests(
     order, site = random.sites(key.cpu(), 2)
     for block in (steps[first : first + BLOCK] for first in range(0, len(steps), BLOCK)):
         if scale:
-            keys = random.sites(random.fold_in(site, torch.tensor(block)), batch).transpose(0, 1)
-            several = torch.cat(augment.rectangle_draws(keys, scale, ratio), -1).numpy()
-        for place, step in enumerate(block):
-            yield Request(epoch_batch(order, step, count, batch).tolist(), several[place] if scale else [None] * batch)
+            keys = random.sites(random.fold_in(site, torch.tensor(block)), batch).transpose(0, 1)  # (steps, batch, 2)
+            several = torch.cat(augment.rectangle_draws(keys, scale, ratio), -1).numpy()  # (steps, batch, numbers)
+        for i, step in enumerate(block):
+            yield Request(epoch_batch(order, step, count, batch).tolist(), several[i] if scale else [None] * batch)

@@ -1,20 +1,25 @@
-"""Pictures for translation: pairs side by side in one file, pairs in two folders, and two folders without pairs.
+"""Pictures for image-to-image translation: pairs side by side in one file, pairs in two folders, two folders without
+pairs.
 
     pairs = side_by_side("facades", "train", source="right", size=286)
-    sources, targets = drawn(key, step, 16, 256, pairs.sources, pairs.targets)  # one window and flip a pair
+    sources, targets = batch_at(key, step, 16, 256, pairs.sources, pairs.targets)  # one window and flip per pair
 
     photographs, paintings = unpaired("photographs", "paintings", size=286)
-    x, y = drawn(key_x, step, 4, 256, photographs.images)[0], drawn(key_y, step, 4, 256, paintings.images)[0]
+    x, y = batch_at(key_x, step, 4, 256, photographs.images)[0], batch_at(key_y, step, 4, 256, paintings.images)[0]
 
-Loading a little larger than what is cut out later is the jitter of Isola et al. 2017 (arXiv:1611.07004), section 6.2:
-286 and 256 pixels a side.
+Loading a little larger than the windows that are cut out later is the jitter of Isola et al. 2017 (arXiv:1611.07004),
+section 6.2: 286 and 256 pixels per side.
+
+A file that cannot be used (unreadable, an odd width, without its pair) is skipped, logged and listed. Grey pictures
+among coloured ones become coloured, and coloured ones among grey ones grey, as most of them are; this is logged too.
 """
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,23 +29,44 @@ from torch import Tensor
 from core import random
 from train.data import DataError
 from train.data.batching import epoch_batch
+from train.data.file_tree import Skipped, is_ignored, subfolders
 from train.data.images import augment
 from train.data.images.picture import converted, is_picture, opened
+from train.files import shown
+
+log = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
-    """sources and targets (count, channels, height, width) uint8; `paths[i]` is the file of source i."""
+    """sources and targets (count, channels, height, width) uint8; `paths[i]` is the file of source i; `skipped` files
+    with the reason, `recoloured` those that changed between grey and colour."""
 
     sources: Tensor
     targets: Tensor
     paths: tuple[Path, ...]
+    skipped: tuple[Skipped, ...] = ()
+    recoloured: tuple[Path, ...] = ()
 
 
 class Images(NamedTuple):
-    """images (count, channels, height, width) uint8; `paths[i]` is the file of image i."""
+    """images (count, channels, height, width) uint8; the rest as in `Pairs`."""
 
     images: Tensor
     paths: tuple[Path, ...]
+    skipped: tuple[Skipped, ...] = ()
+    recoloured: tuple[Path, ...] = ()
+
+
+def facts(name: str, train: Pairs | Images, test: Pairs | Images | None = None) -> dict[str, Any]:
+    """Names and values of pictures, for `train.data.understood`. name: the pictures in the plural, such as "pairs"."""
+    pictures = train[0]
+    out: dict[str, Any] = {f"{name} to train on": len(train.paths)}
+    out[f"size of {name}"] = " x ".join(map(str, pictures.shape[1:]))
+    parts = [train] if test is None else [train, test]
+    if test is not None:
+        out[f"{name} to test on"] = len(test.paths)
+    out["made grey or coloured"] = list(dict.fromkeys(path for part in parts for path in part.recoloured))
+    return out | {"skipped": list(dict.fromkeys(item for part in parts for item in part.skipped))}
 
 
 def side_by_side(
@@ -55,54 +81,68 @@ def side_by_side(
 
     Args:
         split: the sub-folder to read, such as "train", "val" or "test"; None reads the folder itself.
-        source: which half is the source, left or right.
-        size: pixels a side: each half is scaled to cover this square and its middle is cut out. None leaves them as
+        source: the half that is the source, left or right.
+        size: pixels per side: each half is scaled to cover this square and its middle is cut out. None leaves them as
             they are; then all must have one size.
-        channels: 3 for colour, 1 for grey; None is what the files have, which must then be the same in all.
+        channels: 3 for colour, 1 for grey; None for the kind that most files are of.
 
-    Raises DataError: no such folder or split, no picture, one that cannot be read or halved, different sizes, grey
-    pictures among coloured ones.
+    Raises DataError: no such folder or split, no picture that can be read and halved, different sizes.
     """
+    _check(channels)
     if source not in ("left", "right"):
         raise DataError(f"source is '{source}', expected left or right")
     folder = Path(directory) if split is None else _split(Path(directory), split)
-    paths, halves = _pictures(folder), []
-    for path in paths:
+
+    def halves(path: Path) -> list[Tensor]:
         image = _read(path, channels)
         middle, odd = divmod(image.width, 2)
         if odd:
             raise DataError(f"{path} is {_size(image)}, which has no two halves; expected two pictures side by side")
         boxes = [(0, 0, middle, image.height), (middle, 0, image.width, image.height)]
-        halves.append([_pixels(image.crop(box), size) for box in boxes])
-    left, right = (_stacked(paths, side) for side in zip(*halves, strict=True))
-    return Pairs(left, right, paths) if source == "left" else Pairs(right, left, paths)
+        return [_pixels(image.crop(box), size) for box in boxes]
+
+    paths, both, skipped = _each(_pictures(folder), halves, str(folder))
+    left, right = zip(*both, strict=True)
+    (left, recoloured), (right, _) = _stacked(paths, left), _stacked(paths, right)
+    images = (left, right) if source == "left" else (right, left)
+    return Pairs(*images, paths, skipped, recoloured)
 
 
 def paired(
     sources: str | os.PathLike, targets: str | os.PathLike, *, size: int | None = None, channels: int | None = None
 ) -> Pairs:
-    """Two folders whose files are paired by name, whatever their suffix.
+    """Two folders whose files are paired by name; by the name without its suffix where the suffixes differ.
 
     Arguments as in `side_by_side`; with channels None the sources may be grey and the targets coloured.
 
-    Raises DataError: as there; a file without its pair, two files of one name in a folder, a pair that differs in size.
+    Raises DataError: as there; not one pair; two files in a folder that differ by their suffix alone.
     """
-    sides = [_named(Path(sources)), _named(Path(targets))]
-    for side, other, folder in ((sides[0], sides[1], targets), (sides[1], sides[0], sources)):
-        lone = [name for name in side if name not in other]
-        if lone:
-            more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
-            raise DataError(f"{side[lone[0]]} has no pair: {folder} has no picture '{lone[0]}'{more}")
-    read = ([], [])
-    for name, path in sides[0].items():
-        images = _read(path, channels), _read(sides[1][name], channels)
+    _check(channels)
+    first, second = _pictures(Path(sources)), _pictures(Path(targets))
+    names = [{path.name: path for path in side} for side in (first, second)]
+    if names[0].keys() != names[1].keys():
+        names = [_by_stem(side) for side in (first, second)]
+    skipped = []
+    for side, other, folder in ((names[0], names[1], targets), (names[1], names[0], sources)):
+        skipped += [(side[name], f"has no pair in {shown(folder)}") for name in side if name not in other]
+    common = [name for name in names[0] if name in names[1]]
+    if not common:
+        raise DataError(f"{first[0]} has no pair in {targets}, nor has any other picture of {sources}")
+    _warn(skipped)
+
+    def pair(path: Path) -> list[Tensor]:
+        other = partners[path]
+        images = _read(path, channels), _read(other, channels)
         if images[0].size != images[1].size:
-            found = f"{path} is {_size(images[0])}, {sides[1][name]} is {_size(images[1])}"
-            raise DataError(f"a pair differs in size: {found}")
-        for side, image in zip(read, images, strict=True):
-            side.append(_pixels(image, size))
-    both = [_stacked(side.values(), pixels) for side, pixels in zip(sides, read, strict=True)]
-    return Pairs(*both, tuple(sides[0].values()))
+            sizes = f"{path} is {_size(images[0])}, {other} is {_size(images[1])}"
+            raise DataError(f"a pair differs in size: {sizes}")
+        return [_pixels(image, size) for image in images]
+
+    partners = {names[0][name]: names[1][name] for name in common}
+    paths, both, unreadable = _each(tuple(partners), pair, f"{sources} and {targets}")
+    source, target = zip(*both, strict=True)
+    (source, grey), (target, coloured) = _stacked(paths, source), _stacked([partners[p] for p in paths], target)
+    return Pairs(source, target, paths, (*skipped, *unreadable), grey + coloured)
 
 
 def unpaired(
@@ -110,39 +150,58 @@ def unpaired(
 ) -> tuple[Images, Images]:
     """Two folders of pictures that have nothing to do with one another.
 
-    Arguments and errors as in `side_by_side`; all pictures of both must agree in size and channels.
+    Arguments and errors as in `side_by_side`; all pictures of both become of one kind, and must agree in size.
     """
-    sides = [_pictures(Path(folder)) for folder in (first, second)]
-    paths = sides[0] + sides[1]
-    images = _stacked(paths, [_pixels(_read(path, channels), size) for path in paths])
-    return tuple(map(Images, images.split([len(side) for side in sides]), sides))
+    _check(channels)
+    sides = [
+        _each(_pictures(Path(folder)), lambda path: _pixels(_read(path, channels), size), str(folder))
+        for folder in (first, second)
+    ]
+    (a, pixels_a, skipped_a), (b, pixels_b, skipped_b) = sides
+    images, recoloured = _stacked(a + b, pixels_a + pixels_b)
+    changed = set(recoloured)
+    return (
+        Images(images[: len(a)], a, skipped_a, tuple(path for path in a if path in changed)),
+        Images(images[len(a) :], b, skipped_b, tuple(path for path in b if path in changed)),
+    )
 
 
 def folder(directory: str | os.PathLike, *, size: int | None = None, channels: int | None = None) -> Images:
     """The pictures of one folder, for translation by a trained net. Arguments and errors as in `side_by_side`."""
-    paths = _pictures(Path(directory))
-    return Images(_stacked(paths, [_pixels(_read(path, channels), size) for path in paths]), paths)
+    return pictures(_pictures(Path(directory)), size=size, channels=channels)
+
+
+def pictures(paths: Sequence[Path], *, size: int | None = None, channels: int | None = None) -> Images:
+    """The pictures of a list of files (`folders.picture_paths` makes one of a command's arguments).
+
+    Arguments and errors as in `side_by_side`.
+    """
+    _check(channels)
+    paths, pixels, skipped = _each(paths, lambda path: _pixels(_read(path, channels), size), "the list")
+    images, recoloured = _stacked(paths, pixels)
+    return Images(images, paths, skipped, recoloured)
 
 
 def picture(path: str | os.PathLike, *, size: int, channels: int) -> Tensor:
     """One picture, (channels, size, size) uint8. Raises DataError if it cannot be read."""
+    _check(channels)
     return _pixels(_read(Path(path), channels), size)
 
 
 def signed(images: Tensor) -> Tensor:
-    """Bytes as numbers in [-1, 1]."""
+    """Bytes scaled to [-1, 1]."""
     return augment.unit(images) * 2 - 1
 
 
-def drawn(key: Tensor, step: int, batch: int, size: int, *images: Tensor, flip: bool = True) -> tuple[Tensor, ...]:
-    """The batch of a step, a function of key and step: a window of each example, and half of them mirrored.
+def batch_at(key: Tensor, step: int, batch: int, size: int, *images: Tensor, flip: bool = True) -> tuple[Tensor, ...]:
+    """The batch of a step, a function of key and step: a random window per example, and half of them mirrored.
 
-    With `order, site = random.sites(key, 2)`, the examples are `epoch_batch(order, step, ...)`, and what happens to
-    them is drawn from `random.sites(random.fold_in(site, step), batch)`.
+    With `order, site = random.sites(key, 2)`, the examples are `epoch_batch(order, step, ...)`, and the keys of their
+    windows and flips `random.sites(random.fold_in(site, step), batch)`.
 
     Args:
         key: (2,).
-        size: pixels a side of the window.
+        size: pixels per side of the window.
         images: (count, channels, height, width) uint8; of several, the examples are the same, and so are the windows.
 
     Returns:
@@ -155,65 +214,94 @@ def drawn(key: Tensor, step: int, batch: int, size: int, *images: Tensor, flip: 
         if (len(other), *other.shape[2:]) != (count, height, width):
             raise DataError(f"{tuple(images[0].shape)} and {tuple(other.shape)} are no pairs of images")
     if not 0 < size <= min(height, width):
-        raise DataError(f"cannot cut {size} pixels a side out of images of {height}x{width}")
+        raise DataError(f"cannot cut {size} pixels per side out of images of {height}x{width}")
     order, site = random.sites(key, 2)
     indices = epoch_batch(order, step, count, batch).to(images[0].device)
-    keys = random.sites(random.fold_in(site, step), batch).to(images[0].device)
-    together = torch.cat([x[indices] for x in images], 1)
-    place_key, flip_key = random.sites(keys, 2).unbind(0)
-    together = window(place_key, together, size)
+    keys = random.sites(random.fold_in(site, step), batch).to(images[0].device)  # (batch, 2)
+    together = torch.cat([x[indices] for x in images], 1)  # (batch, all channels, height, width)
+    window_key, flip_key = random.sites(keys, 2).unbind(0)
+    together = window(window_key, together, size)  # (batch, all channels, size, size)
     together = augment.flip(flip_key, together) if flip else together
     return tuple(signed(x) for x in together.split([x.shape[1] for x in images], 1))
+
+
+drawn = batch_at  # the name in experiments/pix2pix.py and experiments/cyclegan.py
 
 
 def window(keys: Tensor, images: Tensor, size: int) -> Tensor:
     """A square of `size` pixels anywhere in each image: (N, channels, height, width) -> (N, channels, size, size).
 
-    keys: (N, 2), one an example.
+    keys: (N, 2), one per example.
     """
-    places = torch.tensor([n - size + 1 for n in images.shape[2:]], device=images.device)
-    start = random.randint(keys, (2,), 0, places).long()
-    rows, columns = (start + torch.arange(size, device=images.device)[:, None, None]).movedim(0, -1).unbind(1)
+    positions = torch.tensor([n - size + 1 for n in images.shape[2:]], device=images.device)
+    start = random.randint(keys, (2,), 0, positions).long()  # (N, 2)
+    rows, columns = (start[..., None] + torch.arange(size, device=images.device)).unbind(1)  # each (N, size)
     example = torch.arange(len(images), device=images.device)[:, None, None]
-    # The channels' axis goes behind for the lookup, and back.
-    return images.movedim(1, -1)[example, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    channels_last = images.movedim(1, -1)  # (N, height, width, channels)
+    return channels_last[example, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # (N, channels, size, size)
+
+
+def _check(channels: int | None) -> None:
+    if channels not in (None, 1, 3):
+        raise DataError(f"channels is {channels}, expected 1 or 3")
 
 
 def _split(directory: Path, split: str) -> Path:
-    if directory.is_dir() and not (directory / split).is_dir():
-        found = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-        raise DataError(f"{directory} has no sub-folder '{split}', expected one of: {', '.join(found) or 'none there'}")
-    return directory / split
+    """The sub-folder of this name, in any case."""
+    if not directory.is_dir():
+        return directory / split  # an error about it names this part
+    names = subfolders(directory, "a folder of pictures")
+    for name in sorted(names, key=lambda name: name != split):  # the name itself before one in other letters
+        if name.lower() == split.lower():
+            return directory / name
+    raise DataError(f"{directory} has no sub-folder '{split}', expected one of: {', '.join(names) or 'none there'}")
 
 
 def _pictures(directory: Path) -> tuple[Path, ...]:
     """The picture files of a folder itself, sorted."""
-    if not directory.is_dir():
-        problem = "is a file" if directory.exists() else "does not exist"
-        raise DataError(f"{directory} {problem}, expected a folder of pictures")
-    try:
-        paths = tuple(sorted(p for p in directory.iterdir() if is_picture(p.name) and not p.is_dir()))
-    except OSError as error:
-        raise DataError(f"cannot read {directory}: {error.strerror}") from None
+    subfolders(directory, "a folder of pictures")  # an error if it cannot be read
+    paths = sorted(p for p in directory.iterdir() if is_picture(p.name) and not is_ignored(p.name) and not p.is_dir())
     if not paths:
         raise DataError(f"no picture in {directory}")
-    return paths
+    return tuple(paths)
 
 
-def _named(directory: Path) -> dict[str, Path]:
-    """The pictures of a folder by name without suffix."""
-    named = {}
-    for path in _pictures(directory):
-        if path.stem in named:
-            raise DataError(f"{named[path.stem]} and {path} have one name, expected one picture a name")
-        named[path.stem] = path
-    return named
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Pictures by name without suffix."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in names:
+            raise DataError(f"{names[path.stem]} and {path} have one name, expected one picture per name")
+        names[path.stem] = path
+    return names
+
+
+def _each(
+    paths: Sequence[Path], read: Callable[[Path], Any], where: str
+) -> tuple[tuple[Path, ...], list, tuple[Skipped, ...]]:
+    """(paths, values, skipped): `read` of each path, without those for which it raises DataError."""
+    used, values, skipped = [], [], []
+    for path in paths:
+        try:
+            values.append(read(path))
+        except DataError as error:
+            skipped.append((path, str(error).removeprefix(f"{shown(path)} ")))
+        else:
+            used.append(path)
+    if not used:
+        path, reason = skipped[0]
+        raise DataError(f"none of the {len(skipped)} pictures in {where} can be used; {path} {reason}")
+    _warn(skipped)
+    return tuple(used), values, tuple(skipped)
+
+
+def _warn(skipped: Sequence[Skipped]) -> None:
+    for path, reason in skipped:
+        log.warning("skipped: %s %s", shown(path), reason)
 
 
 def _read(path: Path, channels: int | None) -> Image.Image:
     """In mode L or RGB."""
-    if channels not in (None, 1, 3):
-        raise DataError(f"channels is {channels}, expected 1 or 3")
     with opened(path) as image:
         grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
         return converted(image, channels or (1 if grey else 3)).copy()
@@ -230,44 +318,73 @@ def _size(image: Image.Image) -> str:
     return f"{image.height}x{image.width}"
 
 
-def _stacked(paths: Iterable[Path], pixels: Iterable[Tensor]) -> Tensor:
-    """One tensor, once all are known to be of one shape."""
-    pixels = list(pixels)
+def _stacked(paths: Sequence[Path], pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Path, ...]]:
+    """(one tensor, files that were made grey or coloured), all of the kind that most of the pictures are of.
+
+    Raises DataError for different sizes.
+    """
+    grey = sum(len(image) == 1 for image in pixels)
+    channels = 1 if 2 * grey > len(pixels) else 3
+    changed = tuple(path for path, image in zip(paths, pixels, strict=True) if len(image) != channels)
+    if changed:
+        kind = {1: "grey", 3: "coloured"}[channels]
+        log.warning("made %s, as most of the pictures are: %s", kind, ", ".join(shown(path) for path in changed))
+    pixels = [_recoloured(image, channels) for image in pixels]
     first = pixels[0].shape
     for path, image in zip(paths, pixels, strict=True):
-        if len(image) != first[0]:
-            kinds = {1: "grey", 3: "in colour"}
-            found = f"{path} is {kinds[len(image)]}, those before it are {kinds[first[0]]}"
-            raise DataError(f"grey against colour: {found}; give channels, 1 or 3, to convert them")
         if image.shape != first:
             sizes = f"{path} has {image.shape[1]}x{image.shape[2]} pixels, those before it {first[1]}x{first[2]}"
             raise DataError(f"the pictures differ in size: {sizes}; give a size to scale them to")
-    return torch.stack(pixels)
+    return torch.stack(pixels), changed
+
+
+def _recoloured(image: Tensor, channels: int) -> Tensor:
+    """(1 or 3, height, width) uint8 -> (channels, height, width)."""
+    if len(image) == channels:
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1)
+    grey = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).convert("L")
+    return torch.from_numpy(np.array(grey))[None]  # (1, height, width)
 
 
 def photographs(tile: int = 96, test_tile: int = 64) -> tuple[Pairs, Pairs]:
     """(train, test): grey sources and coloured targets, tiles of the two photographs in scikit-learn.
 
-    The photographs (a temple, a flower; 427 x 640 pixels) lie in every installation. Tiles to learn from overlap and
-    come from the left three quarters; those for testing do not overlap and come from the rest.
+    The photographs (a temple, a flower; 427 x 640 pixels) lie in every installation. Test tiles do not overlap and come
+    from two upright bands of each (one, where that leaves no room for training tiles), training tiles overlap and come
+    from the parts between.
 
-    Raises DataError if the photographs are missing.
+    Args:
+        tile, test_tile: pixels per side.
+
+    Raises DataError if the photographs are missing, or too small for the tiles.
     """
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
         raise DataError("the embedded photographs are part of scikit-learn, which is not installed")
-    paths = [Path(found.origin).parent / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")]
+    paths = [Path(package.origin).parent / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")]
     parts: dict[str, list[Tensor]] = {"train": [], "test": []}
     for path in paths:
         image = _read(path, 3)
-        cut = image.width * 3 // 4
-        colour, grey = _pixels(image, None), _pixels(image.convert("L"), None)
-        both = torch.cat([grey, colour])
-        for part, columns, side, stride in (
-            ("train", both[..., :cut], tile, tile // 3),
-            ("test", both[..., cut:], test_tile, test_tile),
-        ):
-            tiles = columns.unfold(1, side, stride).unfold(2, side, stride)  # (4, rows, columns, side, side)
-            parts[part].append(tiles.flatten(1, 2).movedim(1, 0))
+        both = torch.cat([_pixels(image.convert("L"), None), _pixels(image, None)])  # (4, height, width)
+        for bands in (2, 1):
+            between = (image.width - bands * test_tile) // (bands + 1)
+            if tile <= between:
+                break
+        if not 0 < tile <= min(image.height, between) or not 0 < test_tile <= image.height:
+            raise DataError(f"cannot cut tiles of {tile} and {test_tile} pixels out of {path}, {_size(image)}")
+        for i in range(bands + 1):
+            start = i * (between + test_tile)
+            end = start + between
+            parts["train"].append(_tiles(both[..., start:end], tile, max(1, tile // 3)))
+            if i < bands:
+                parts["test"].append(_tiles(both[..., end : end + test_tile], test_tile, test_tile))
     train, test = (torch.cat(tiles) for tiles in parts.values())
     return tuple(Pairs(x[:, :1].contiguous(), x[:, 1:].contiguous(), tuple(paths)) for x in (train, test))
+
+
+def _tiles(image: Tensor, side: int, stride: int) -> Tensor:
+    """(channels, height, width) -> (count, channels, side, side)."""
+    tiles = image.unfold(1, side, stride).unfold(2, side, stride)  # (channels, rows, columns, side, side)
+    return tiles.flatten(1, 2).movedim(1, 0)  # (rows * columns, channels, side, side)

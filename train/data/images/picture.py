@@ -6,6 +6,7 @@ Worker processes import this, so it does without torch.
 import contextlib
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,15 +18,17 @@ from train.data import DataError
 from train.data.images.rectangles import rectangles
 
 REDUCING_GAP = 2.0
-"""How many times larger than what is made of it a reduced JPEG still is: the result is hardly to be told apart."""
+"""A JPEG decoded at a fraction of its size is still this many times larger than the result, which hardly differs."""
+TWELVE_BITS = 4095
+"""The largest value of 12 bits: a 16-bit picture that stays below it holds 12 bits or fewer, and would be black."""
 
 
 class Cut(NamedTuple):
-    """What is made of a picture: a square of `size` pixels a side with `channels` 1 or 3, bilinear and smoothed.
+    """The part of a picture to decode: a square of `size` pixels per side with `channels` 1 or 3, bilinear, smoothed.
 
     With `resize` it is the middle of the picture scaled so that its shorter side has `resize` pixels. With `ratio` it
-    is a drawn rectangle (see `rectangles`), and `reduce` says that a JPEG may be decoded at a half, a fourth or an
-    eighth of its size where it would be scaled down anyway.
+    is a random rectangle (see `rectangles`), and with `reduce` a JPEG may be decoded at a half, a fourth or an eighth
+    of its size where it would be scaled down anyway.
     """
 
     size: int
@@ -36,52 +39,88 @@ class Cut(NamedTuple):
 
 
 def is_picture(name: str) -> bool:
-    """Whether the suffix is one of a format that Pillow knows, and the file is not hidden."""
+    """True for a suffix of a format that Pillow knows, unless the file is hidden."""
     return os.path.splitext(name)[1].lower() in Image.registered_extensions() and not name.startswith(".")
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The file, opened but not decoded yet. Raises DataError, for what goes wrong within the block too."""
+    """The file, opened but not decoded yet. Raises DataError, also for any exception within the block."""
     try:
         with warnings.catch_warnings():
-            # What a decoder deplores but can read is of no interest; an absurd size is.
+            # Warnings about files that can be read are of no interest; an absurd size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                _check_range(image)
                 yield image
     except FileNotFoundError:
         raise DataError(f"{path} does not exist, expected a picture") from None
     except UnidentifiedImageError:
         reason = "its format is unknown" if os.path.getsize(path) else "it is empty"
         raise DataError(f"{path} cannot be read as a picture: {reason}") from None
-    except Exception as error:  # decoders raise whatever they like on a garbled file
+    except Exception as error:  # decoders raise anything on a garbled file
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{path} cannot be read as a picture: {reason}") from None
 
 
 def converted(image: Image.Image, channels: int) -> Image.Image:
-    """Upright, mode L or RGB, transparent parts white, 16-bit grey scaled down. `image` itself may change."""
+    """Upright, mode L or RGB, transparent parts white. `image` itself may change.
+
+    8 bits stay as they are. 16 bits are divided by 257 (65535 -> 255), floating-point values times 255 (1 -> 255).
+
+    Raises ValueError where this would give a black picture: 16 bits with values of 12 bits or fewer (for coloured ones
+    `opened` does), floating-point values outside 0 to 1, and integers of 32 bits, whose range no file states.
+    """
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        # Pillow's own conversion would clip 16 bits to 8.
-        values = np.asarray(image).astype(np.float64) / 65535
-        image = Image.fromarray(np.round(values.clip(0, 1) * 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_bytes(image))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB" if channels == 3 else "L")
+
+
+def _check_range(image: Image.Image) -> None:
+    """Refuse several channels of 16 bits, of which Pillow keeps the upper 8, where these are nearly all 0."""
+    for codec, _, _, options in image.tile:
+        wide = codec == "ppm" and image.mode == "RGB" and options[1] > 255
+        if wide or re.search(r"\b(LA|RGB|RGBA|RGBX);16[BLN]\b", str(options)):
+            brightest = max(high for _, high in image.convert("RGB").getextrema())
+            if 0 < brightest <= (TWELVE_BITS + 1) >> 8:
+                raise ValueError(_too_dark(f"about {brightest << 8}"))
+            return
+
+
+def _bytes(image: Image.Image) -> np.ndarray:
+    """(height, width) uint8, of a grey picture with more than 8 bits. Pillow's own conversion would clip."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"its floating-point values go from {low:.4g} to {high:.4g}, expected 0 to 1")
+        return np.round(values * 255).astype(np.uint8)
+    # 16 bits of a PNG or PGM are mode I where Pillow is older; a TIFF of mode I has integers of 32 bits.
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError(f"its 32-bit integers ({low:.0f} to {high:.0f}) have no known range: convert it to 8 bits")
+    if 0 < high <= TWELVE_BITS:
+        raise ValueError(_too_dark(f"{high:.0f}"))
+    return np.round(values.clip(0, 65535) / 257).astype(np.uint8)
+
+
+def _too_dark(brightest: str) -> str:
+    return f"its 16-bit values end at {brightest} of 65535, as if they had 12 bits or fewer: convert it to 8 bits"
 
 
 def decode(path: str | os.PathLike, cut: Cut, draws: np.ndarray | None = None) -> np.ndarray:
     """The picture of a file as (channels, size, size) uint8.
 
     Args:
-        draws: with `cut.ratio`, float32 (2 attempts + 2,): share, quotient and place of `rectangles`, end to end.
+        draws: with `cut.ratio`, float32 (2 attempts + 2,): share, quotient and position of `rectangles`, concatenated.
 
     Raises DataError: it cannot be read.
     """
     with opened(path) as image:
-        square = _middle(image, cut) if cut.ratio is None else _drawn(image, cut, draws)
+        square = _middle(image, cut) if cut.ratio is None else _rectangle(image, cut, draws)
         # Pillow takes the channels apart faster than numpy changes the order of the axes.
         return np.stack([np.asarray(channel) for channel in square.split()])
 
@@ -90,7 +129,7 @@ def _middle(image: Image.Image, cut: Cut) -> Image.Image:
     image = converted(image, cut.channels)
     width, height = image.size
     short, size = min(width, height), cut.size
-    # The longer side is rounded down and a half of a pixel to even, as torchvision has it.
+    # The longer side is rounded down, and half a pixel to even, as in torchvision.
     wide, tall = int(cut.resize * width / short), int(cut.resize * height / short)
     if wide * tall > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"its {width}x{height} pixels are too narrow a strip")
@@ -98,13 +137,13 @@ def _middle(image: Image.Image, cut: Cut) -> Image.Image:
     return image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
-def _drawn(image: Image.Image, cut: Cut, draws: np.ndarray) -> Image.Image:
+def _rectangle(image: Image.Image, cut: Cut, draws: np.ndarray) -> Image.Image:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     turned = orientation >= 5
     width, height = image.size[::-1] if turned else image.size
     attempts = len(draws) // 2 - 1
-    share, quotient, place = np.split(draws, [attempts, 2 * attempts])
-    box, _ = rectangles(np, share, quotient, place, np.float32(height), np.float32(width), cut.ratio)
+    share, quotient, position = np.split(draws, [attempts, 2 * attempts])
+    box, _ = rectangles(np, share, quotient, position, np.float32(height), np.float32(width), cut.ratio)
     top, left, tall, wide = box.tolist()
     times = 1.0
     if cut.reduce:
@@ -112,11 +151,11 @@ def _drawn(image: Image.Image, cut: Cut, draws: np.ndarray) -> Image.Image:
         drafted = image.draft(None, tuple(int(x + 1) for x in (least[::-1] if turned else least)))
         times = (image.size[0] if drafted is None else drafted[1][2]) / (height if turned else width)
     image = converted(image, cut.channels)
-    # A reduced picture has whole pixels: the last, of which a part is left over, is the first where it was mirrored.
+    # A reduced picture has whole pixels: its last, of which only a part is picture, comes first where it is mirrored.
     left = left * times + (image.width - width * times if orientation in (2, 3, 6, 7) else 0)
     top = top * times + (image.height - height * times if orientation in (3, 4, 7, 8) else 0)
     right, bottom = left + wide * times, top + tall * times
-    # Cut first: pixels beside the rectangle have no part in it.
+    # Cut first, so that pixels outside the rectangle do not bleed into it.
     x, y = math.floor(left), math.floor(top)
     image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
     box = (left - x, top - y, right - x, bottom - y)

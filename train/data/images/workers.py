@@ -1,7 +1,6 @@
-"""Pictures decoded by other processes, a batch at a time.
+"""A pool of processes that decode pictures batch by batch: the ground of `train.data.images.files.Decoder`.
 
-This is what `train.data.images.files.Decoder` is built on, and what a worker process runs: it does without torch, so
-that a worker begins at once and is small.
+Worker processes run this, so it does without torch: a worker starts at once and is small.
 """
 
 import os
@@ -23,21 +22,21 @@ from train.data import DataError
 from train.data.images.picture import Cut, decode
 
 Row = tuple[int, str, np.ndarray | None]
-"""The place in the batch, the file, and the draws for `decode`."""
+"""The position in the batch, the file, and the random numbers for `decode`."""
 
 
 @dataclass
 class Task:
-    """A batch under way: where in the file of pixels it begins, how many workers have yet to answer, which rows could
-    not be read and why, and whether it is still wanted."""
+    """A batch under way: its start in the file of pixels, the number of workers that have not answered yet, the rows
+    that could not be read with the reasons, and whether its pixels have been given up."""
 
     cut: Cut
     rows: list[Row]
     count: int
     start: int = 0
     missing: int = 0
-    wrong: list[tuple[int, str]] = field(default_factory=list)
-    wanted: bool = True
+    unreadable: list[tuple[int, str]] = field(default_factory=list)
+    dropped: bool = False
 
     @property
     def size(self) -> int:
@@ -47,7 +46,7 @@ class Task:
 class Pool:
     """`workers` processes that decode; with 0 this process does it.
 
-    Tasks and answers go through a socket for each worker. Pixels lie in a file without a name that all have open, in
+    Tasks and answers go through one socket per worker. Pixels lie in a file without a name that all have open, in
     memory: nothing is left of it when a process is killed, and it may be larger than the /dev/shm of a container.
     """
 
@@ -82,7 +81,7 @@ class Pool:
         self._sockets.append(ours)
 
     def start(self, cut: Cut, rows: list[Row], count: int) -> Task:
-        """Have these rows of a batch of `count` pictures decoded."""
+        """Start decoding these rows of a batch of `count` pictures."""
         if not self.close.alive:
             raise DataError("the decoder is closed")
         task = Task(cut, rows, count)
@@ -118,11 +117,11 @@ class Pool:
         while left and (count := os.preadv(self._memory, [left], start)):
             left, start = left[count:], start + count
         self.drop(task)
-        return pixels, sorted(task.wrong)
+        return pixels, sorted(task.unreadable)
 
     def drop(self, task: Task) -> None:
-        """Its pixels are not, or no longer, wanted."""
-        task.wanted = False
+        """Give up a task's pixels, whether they are decoded already or not."""
+        task.dropped = True
         if not task.missing:
             self._free.setdefault(task.size, []).append(task.start)
 
@@ -130,30 +129,30 @@ class Pool:
         """Wait for answers."""
         for socket in connections.wait(self._sockets):
             try:
-                number, wrong, failure = socket.recv()
+                number, unreadable, failure = socket.recv()
             except (EOFError, OSError):
                 self._died(socket)
             if failure:
                 self.close()
                 raise DataError(f"a decoding worker failed: {failure}")
             task = self._tasks[number]
-            task.wrong += wrong
+            task.unreadable += unreadable
             task.missing -= 1
             if not task.missing:
                 del self._tasks[number]
-                if not task.wanted:
+                if task.dropped:
                     self.drop(task)
 
     def _died(self, socket: Connection) -> None:
         number = self._sockets.index(socket)
         self.close()
         code = self._processes[number].returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise DataError(f"decoding worker {number + 1} of {self.workers} {how}") from None
+        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise DataError(f"decoding worker {number + 1} of {self.workers} {end}") from None
 
 
 def _nameless() -> int:
-    """The descriptor of an empty file that has no name, in memory where the system has such."""
+    """The descriptor of an empty file without a name, in memory where the system allows that."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("pictures")
     with tempfile.TemporaryFile() as file:
@@ -175,22 +174,21 @@ def _stop(processes: list[subprocess.Popen], sockets: list[Connection], memory: 
 
 
 def _decode(cut: Cut, rows: Sequence[Row], write: Callable[[int, np.ndarray], None]) -> list[tuple[int, str]]:
-    wrong = []
+    unreadable = []
     for row, path, draws in rows:
         try:
             pixels = decode(path, cut, draws)
         except DataError as error:
-            wrong.append((row, str(error)))
+            unreadable.append((row, str(error)))
         else:
             write(row, pixels)
-    return wrong
+    return unreadable
 
 
 def work(socket: int, memory: int) -> None:
-    """What a worker does: answer tasks (number, cut, rows, start) by (number, [(row, what is wrong), ...], failure).
+    """Run a worker: answer tasks (number, cut, rows, start) by (number, [(unreadable row, reason), ...], failure).
 
-    The batch begins at `start` of the file `memory`. `failure` is what kept the worker from its work and is no
-    picture's fault, usually None.
+    The batch begins at `start` of the file `memory`. `failure` is an error that is no picture's fault, usually None.
     """
     connection, tasks = Connection(socket), queue.SimpleQueue()
     threading.Thread(target=_take, args=(connection, tasks), daemon=True).start()
@@ -201,19 +199,19 @@ def work(socket: int, memory: int) -> None:
             if os.pwrite(memory, pixels, start + row * pixels.nbytes) < pixels.nbytes:
                 raise OSError("no room for the pixels")
 
-        wrong, failure = [], None
+        unreadable, failure = [], None
         try:
-            wrong = _decode(cut, rows, write)
+            unreadable = _decode(cut, rows, write)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         try:
-            connection.send((number, wrong, failure))
+            connection.send((number, unreadable, failure))
         except OSError:
             return
 
 
 def _take(connection: Connection, tasks: queue.SimpleQueue) -> None:
-    """Take tasks as they come, so that the sender never waits; end with the sender, whatever became of it."""
+    """Take tasks as they come, so that the sender never waits; end when the sender ends, however it ends."""
     try:
         while True:
             tasks.put(connection.recv())

@@ -1,63 +1,201 @@
-"""Text and tokens: the embedded text, files of text, and windows of tokens for language models."""
+"""Text and its tokens: the embedded text, the text of a path, the part held out, windows for language models."""
 
-import codecs
-import os
+import logging
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from core import random
 from train.data import DataError
-from train.data.text.token_files import TokenFile
+from train.data.file_tree import Skipped
+from train.data.text.files import read_text, survey
+from train.data.text.token_files import Blocks, TokenFile, open_tokens, separator, tokenize_to_file
+from train.data.understood import line_of
+from train.files import shown
+
+if TYPE_CHECKING:
+    import os
+
+    from train.data.text.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Tokens = TypeVar("Tokens", Tensor, TokenFile)
 
+RULE = re.compile(r"(?=.*([-=*~^\"])\1\1)[\s|+\-=*~^\"]*")
+"""A line that is only a rule of a table, or of a heading."""
+
 
 def embedded_text() -> str:
-    """Half a million characters of English that every Python brings along: the help texts of its language reference.
+    """Half a million characters of English that every Python brings along: the help texts of its language reference,
+    without the rules of their tables and headings.
 
     The same for one Python version, slightly different from version to version.
     """
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
+    return "\n".join(line for line in text.split("\n") if not RULE.fullmatch(line))
 
 
-def read_text(path: str | os.PathLike, minimum: int = 1) -> str:
-    """A UTF-8 file as it is (line ends untouched, a byte order mark dropped).
+class Text(NamedTuple):
+    """The tokens of a text and their tokenizer; the number of `characters`, the `files` (none for the embedded text or
+    a stream), and the files that were `skipped`, with the reason."""
 
-    Raises DataError: not there, a directory, not UTF-8 (with the offset of the first such byte), fewer than `minimum`
-    characters.
+    tokens: Tensor | TokenFile
+    tokenizer: "Tokenizer"
+    name: str
+    characters: int
+    files: tuple[Path, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+
+def open_text(
+    path: "str | os.PathLike | None",
+    tokenizer: "Tokenizer | None",
+    cache: "str | os.PathLike",
+    progress: bool = True,
+) -> Text:
+    """The tokens of a file, plain or gzipped, of all text files below a folder in sorted order, of a stream such as
+    /dev/stdin, or of the embedded text if `path` is None.
+
+    Between two files of a folder comes the end-of-text token, or a blank line if the tokenizer has none.
+
+    Args:
+        tokenizer: None for the characters of the text itself.
+        cache: folder in which byte pairs are stored, under a name made from the fingerprints of text and tokenizer, so
+            that the next run only maps them. Of a stream or the embedded text nothing is stored.
+
+    Raises DataError: there is no text, it is not UTF-8, or the tokenizer cannot reproduce it.
     """
+    from train.data.text.tokenizers import CharTokenizer, loss_of
+
+    problem = loss_of(tokenizer)
+    if problem:
+        raise DataError(f"the tokenizer does not reproduce text: {problem}; expected byte-level byte pairs")
+    if path is None:
+        return _in_memory(embedded_text(), tokenizer, "embedded: the language reference of Python")
     path = Path(path)
-    try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        text = content.decode("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist, expected a text file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, expected a text file") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        offset = error.start + path.stat().st_size - len(error.object)
-        raise DataError(f"{path} is not UTF-8 text: byte 0x{bad:02x} at offset {offset}") from None
-    if len(text) < minimum:
-        found = f"has {len(text)} characters" if text else "is empty"
-        raise DataError(f"{path} {found}, expected at least {minimum}")
-    return text
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return _in_memory(read_text(path, minimum=2), tokenizer, shown(path))
+    files = survey(path)
+    if files.skipped:
+        log.warning("skipped files of %s, %s", shown(path), line_of(files.skipped))
+    if files.characters < 2:
+        raise DataError(f"{path} has {files.characters} characters, expected at least 2")
+    about = (shown(path), files.characters, files.paths, files.skipped)
+    if tokenizer is None or isinstance(tokenizer, CharTokenizer):
+        text = separator(tokenizer).join(read_text(file) for file in files.paths)
+        return Text(*_in_memory(text, tokenizer, "")[:2], *about)
+    stem = path.resolve().stem
+    stored = Path(cache) / f"{stem}-{files.digest[:16]}-{tokenizer.fingerprint[:8]}.tokens"
+    tokens = None
+    if stored.exists():
+        try:
+            tokens = open_tokens(stored, tokenizer)
+        except DataError as error:
+            log.warning("the tokenized text is damaged, and made anew: %s", error)
+    if tokens is None:
+        tokens = tokenize_to_file(files.paths, tokenizer, stored, progress=progress)
+    return Text(tokens, tokenizer, *about)
 
 
-def split(tokens: Tokens, validation: float = 0.1) -> tuple[Tokens, Tokens]:
-    """(training part, validation part): the validation part is the last tenth, or whatever `validation` says."""
-    if not 0 < validation < 1:
-        raise DataError(f"the validation part is {validation} of the tokens, expected a number between 0 and 1")
-    cut = int(len(tokens) * (1 - validation))
+def _in_memory(text: str, tokenizer: "Tokenizer | None", name: str) -> Text:
+    from train.data.text.tokenizers import CharTokenizer
+
+    tokenizer = CharTokenizer.from_text(text) if tokenizer is None else tokenizer
+    return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), tokenizer, name, len(text))
+
+
+def facts(text: Text, train: Any = None, validation: Any = None) -> dict[str, Any]:
+    """Names and values of a text and its two parts, for `train.data.understood`."""
+    from train.data.text.tokenizers import kind_of
+
+    out: dict[str, Any] = {"text": text.name, "characters": text.characters}
+    if len(text.files) > 1:
+        out["files"] = list(text.files)
+    out |= {"tokenizer": kind_of(text.tokenizer), "vocabulary": text.tokenizer.vocabulary_size}
+    if train is not None and validation is not None:
+        out |= {"training tokens": len(train), "validation tokens": len(validation)}
+    else:
+        out["tokens"] = len(text.tokens)
+    return out | {"skipped": list(text.skipped)}
+
+
+def split(
+    tokens: Tokens, validation: float = 0.1, blocks: int = 10, least: int = 256
+) -> tuple[Tokens | Blocks, Tokens | Blocks]:
+    """(training part, validation part): the last tenth, or the share `validation`, of each of `blocks` equal stretches.
+
+    So both parts come from all over the text, which may be sorted; neighbours are in different parts only at the
+    blocks' borders. `blocks=1` holds out the end of the text, as nanoGPT does with tiny Shakespeare.
+
+    Args:
+        least: tokens that a held-out block has at least; a short text is divided into fewer stretches.
+    """
+    if not 0 < validation < 1 or blocks < 1:
+        raise DataError(
+            f"the validation part is {validation} of the tokens in {blocks} blocks, "
+            "expected a number between 0 and 1 and at least 1 block"
+        )
+    count = len(tokens)
+    for stretches in range(min(blocks, int(count * validation) // least), 1, -1):
+        stretch = count // stretches
+        size = int(stretch * (1 - validation))  # of the training part of a stretch
+        rest = count % stretches  # tokens at the end, which belong to training
+        if 0 < size < stretch and rest <= size:
+            return (
+                _blocks(tokens, 0, size, stretch, size * stretches + rest),
+                _blocks(tokens, size, stretch - size, stretch, (stretch - size) * stretches),
+            )
+    cut = int(count * (1 - validation))
     return tokens[:cut], tokens[cut:]
+
+
+def _blocks(tokens: Tokens, first: int, size: int, period: int, count: int) -> Tensor | Blocks:
+    if isinstance(tokens, TokenFile):
+        return Blocks(tokens, first, size, period, count)
+    i = torch.arange(count, device=tokens.device)
+    return tokens[first + i // size * period + i % size]
+
+
+def unigram_entropy(
+    train: Tensor | TokenFile | Blocks, validation: Tensor | TokenFile | Blocks, vocabulary: int | None = None
+) -> float:
+    """Cross-entropy of the validation part under the training part's token frequencies, in nats per token: the baseline
+    of a model that sees no context.
+
+    -1/M sum_j log p(v_j), p(w) = (n_w + 1) / (N + V), where n_w counts w among the N training tokens.
+
+    Args:
+        vocabulary: V; one more than the largest id if None. The 1 keeps a token that training lacks from being
+            impossible.
+    """
+    if not len(train) or not len(validation):
+        raise DataError(f"no entropy of {len(validation)} tokens by the frequencies of {len(train)}")
+    counts = [_counts(tokens, vocabulary or 0) for tokens in (train, validation)]
+    size = max(map(len, counts))
+    n, m = (torch.nn.functional.pad(c, (0, size - len(c))).double() for c in counts)
+    log_p = (n + 1).log() - math.log(float(n.sum()) + size)
+    return float(-(m * log_p).sum() / m.sum())
+
+
+def _counts(tokens: Tensor | TokenFile | Blocks, vocabulary: int, chunk: int = 1 << 20, most: int = 64) -> Tensor:
+    """Counts of the ids in all chunks, or in about `most` of them at equal distances if there are more."""
+    starts = range(0, len(tokens), chunk)
+    starts = starts[:: max(1, len(starts) // most)]
+    total = torch.zeros(vocabulary, dtype=torch.int64)
+    for start in starts:
+        part = tokens[torch.arange(start, min(start + chunk, len(tokens)))].cpu().long()
+        count = torch.bincount(part, minlength=len(total))
+        count[: len(total)] += total
+        total = count
+    return total
 
 
 def token_batch(tokens: Tensor | TokenFile, key: Tensor, step: int | Tensor, batch: int, length: int) -> tuple:
@@ -65,7 +203,7 @@ def token_batch(tokens: Tensor | TokenFile, key: Tensor, step: int | Tensor, bat
 
     Args:
         tokens: (count,) integers, or a TokenFile.
-        key: (2,). Window starts are uniform, drawn from `fold_in(key, step)`.
+        key: (2,). Window starts are uniform, of the key `fold_in(key, step)`.
 
     Returns:
         inputs (batch, length) and targets (batch, length), int64, on the tokens' device (the CPU for a TokenFile);
@@ -81,7 +219,7 @@ def token_batch(tokens: Tensor | TokenFile, key: Tensor, step: int | Tensor, bat
 def token_batches(
     tokens: Tensor | TokenFile, key: Tensor, steps: range, batch: int, length: int, block: int = 128
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`token_batch` of one step after the other; the starts of `block` steps are drawn in one call, which is faster."""
+    """`token_batch` of each step; the starts of `block` steps are computed in one call, which is faster."""
     _check(tokens, batch, length)
     for first in range(steps.start, steps.stop, block):
         several = torch.arange(first, min(first + block, steps.stop), device=key.device)
@@ -92,12 +230,12 @@ def token_batches(
 
 def _windows_at(tokens: Tensor | TokenFile, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
     starts = starts.to(getattr(tokens, "device", "cpu"))
-    window = tokens[starts[:, None] + torch.arange(length + 1, device=starts.device)].long()
-    return window[:, :-1], window[:, 1:]
+    window = tokens[starts[:, None] + torch.arange(length + 1, device=starts.device)].long()  # (batch, length + 1)
+    return window[:, :-1], window[:, 1:]  # each (batch, length)
 
 
 def windows(tokens: Tensor | TokenFile, length: int, batch: int, whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive windows for evaluation: (inputs, targets) pairs, int64, in which each token is a target at most once.
+    """Consecutive windows for evaluation: (inputs, targets) pairs, int64, in which no token is a target twice.
 
     Args:
         tokens: (count,) integers, or a TokenFile.
@@ -105,7 +243,7 @@ def windows(tokens: Tensor | TokenFile, length: int, batch: int, whole: bool = T
             and the tokens that fill no window come as one pair (1, rest). If False only pairs (batch, length) come, so
             that a compiled function sees one shape.
 
-    Raises DataError if there are not `length + 1` tokens, or none comes because `whole` is False.
+    Raises DataError if there are not `length + 1` tokens, or no pair because `whole` is False.
     """
     _check(tokens, batch, length)
     count = (len(tokens) - 1) // length
@@ -114,7 +252,7 @@ def windows(tokens: Tensor | TokenFile, length: int, batch: int, whole: bool = T
     for first in range(0, count if whole else count // batch * batch, batch):
         rows = min(batch, count - first)
         start = torch.arange(first, first + rows, device=getattr(tokens, "device", "cpu")) * length
-        window = tokens[start[:, None] + torch.arange(length + 1, device=start.device)].long()
+        window = tokens[start[:, None] + torch.arange(length + 1, device=start.device)].long()  # (rows, length + 1)
         yield window[:, :-1], window[:, 1:]
     rest = torch.arange(count * length, len(tokens), device=getattr(tokens, "device", "cpu"))
     if whole and len(rest) > 1:

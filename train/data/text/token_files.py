@@ -3,11 +3,11 @@
 The file is one line of JSON padded with spaces to 512 bytes, then the ids as little-endian uint16 or uint32.
 """
 
-import codecs
+import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,22 +16,24 @@ import torch
 from torch import Tensor
 
 from train.data import DataError
-from train.files import replacing
+from train.data.text.files import CHUNK, decoded, whole_words
+from train.files import replacing, shown
 
 if TYPE_CHECKING:
     from train.data.text.tokenizers import Tokenizer
 
 FORMAT, HEADER = "functree tokens 1", 512
+END_OF_TEXT = "<|endoftext|>"
 
 
 class TokenFile:
     """A sequence of token ids, memory-mapped. A slice is a TokenFile, a tensor of indices gives an int64 tensor.
 
-    `tokenizer` is the fingerprint of the tokenizer that made the ids.
+    `tokenizer` is the fingerprint of the ids' tokenizer, `digest` their SHA-256 where the file records it.
     """
 
-    def __init__(self, ids: np.ndarray, tokenizer: str = ""):
-        self.ids, self.tokenizer = ids, tokenizer
+    def __init__(self, ids: np.ndarray, tokenizer: str = "", digest: str = ""):
+        self.ids, self.tokenizer, self.digest = ids, tokenizer, digest
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,20 +44,40 @@ class TokenFile:
         return torch.from_numpy(self.ids[index.numpy(force=True)].astype(np.int64))
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of `size` tokens at equal distances in a TokenFile as one sequence, without a copy: token i is
+    `tokens[first + i // size * period + i % size]`."""
+
+    tokens: TokenFile
+    first: int
+    size: int
+    period: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(self.count))
+        return self.tokens[self.first + index // self.size * self.period + index % self.size]
+
+
 def open_tokens(path: str | os.PathLike, tokenizer: "Tokenizer | None" = None) -> TokenFile:
-    """Map a file that `write_tokens` made.
+    """Map a file that `write_tokens` wrote.
 
     Args:
-        tokenizer: if given, the one whose ids the file must hold.
+        tokenizer: the one whose ids the file must hold; any if None.
 
-    Raises DataError if the file is missing, foreign, truncated, or made with another tokenizer.
+    Raises DataError if the file is missing, foreign, truncated, or of another tokenizer.
     """
     path = Path(path)
     foreign = f"{path} is not a file of tokens"
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER))
-        dtype, count, maker = np.dtype(header["dtype"]), int(header["count"]), header["tokenizer"]
+        dtype, count, origin = np.dtype(header["dtype"]), int(header["count"]), header["tokenizer"]
         known = header["format"] == FORMAT and header["dtype"] in ("uint16", "uint32")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
@@ -66,119 +88,84 @@ def open_tokens(path: str | os.PathLike, tokenizer: "Tokenizer | None" = None) -
     size, expected = path.stat().st_size, HEADER + count * dtype.itemsize
     if size != expected:
         raise DataError(f"{path} has {size} bytes, expected {expected} for {count} tokens: it is truncated or garbled")
-    if tokenizer is not None and tokenizer.fingerprint != maker:
-        raise DataError(f"{path} was made with another tokenizer ({maker[:12]}, expected {tokenizer.fingerprint[:12]})")
+    if tokenizer is not None and tokenizer.fingerprint != origin:
+        difference = f"{origin[:12]}, expected {tokenizer.fingerprint[:12]}"
+        raise DataError(f"{path} was made with another tokenizer ({difference})")
     little = dtype.newbyteorder("<")
     ids = np.memmap(path, little, "r", HEADER, (count,)) if count else np.empty(0, little)
-    return TokenFile(ids, maker)
+    return TokenFile(ids, origin, header.get("digest", ""))
 
 
-def write_tokens(path: str | os.PathLike, chunks: Iterator[list[int]], tokenizer: "Tokenizer") -> TokenFile:
+def write_tokens(path: str | os.PathLike, chunks: Iterable[list[int]], tokenizer: "Tokenizer") -> TokenFile:
     """Write the ids that `chunks` yields; atomic. uint16 where the vocabulary allows it."""
     dtype = np.dtype("<u2" if tokenizer.vocabulary_size <= 2**16 else "<u4")
-    count = 0
+    count, digest = 0, hashlib.sha256()
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(b" " * HEADER)
             for chunk in chunks:
-                np.asarray(chunk, dtype).tofile(file)
-                count += len(chunk)
+                ids = np.asarray(chunk, dtype)
+                ids.tofile(file)
+                digest.update(ids.tobytes())
+                count += len(ids)
             header = {"format": FORMAT, "dtype": dtype.name, "count": count, "tokenizer": tokenizer.fingerprint}
+            header["digest"] = digest.hexdigest()
             file.seek(0)
             file.write(json.dumps(header).encode().ljust(HEADER - 1) + b"\n")
     return open_tokens(path)
 
 
 def tokenize_to_file(
-    text_path: str | os.PathLike,
+    text_path: str | os.PathLike | Sequence[Path],
     tokenizer: "Tokenizer",
     path: str | os.PathLike,
-    chunk_bytes: int = 1 << 20,
+    chunk_bytes: int = CHUNK,
     progress: bool = True,
 ) -> TokenFile:
-    """Tokenize a UTF-8 file of any size into a token file, a chunk at a time.
+    """Tokenize a UTF-8 file of any size, plain or gzipped, into a token file, a chunk at a time.
 
-    Chunks end where white space begins after a word, so that byte-pair tokenizers whose tokens do not cross that place
+    Chunks end where a word ends (`whole_words`), so that byte-pair tokenizers whose tokens do not cross it
     (GPT-2's, and all that `train_byte_pairs` makes) give the ids they give for the whole text.
+
+    Args:
+        text_path: one file, or several, which are joined as `open_text` joins the files of a folder.
 
     Raises DataError as `read_text` and `open_tokens` do.
     """
     from rich.progress import Progress
 
-    text_path = Path(text_path)
-    if not text_path.is_file():
-        problem = "is a folder" if text_path.is_dir() else "does not exist"
-        raise DataError(f"{text_path} {problem}, expected a text file")
-    size = text_path.stat().st_size
-    if not size:
-        raise DataError(f"{text_path} is empty, expected at least 1 character")
+    paths = [Path(text_path)] if isinstance(text_path, (str, os.PathLike)) else list(text_path)
+    between = separator(tokenizer)
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task(f"tokenizing {text_path.name}", total=size)
+        sizes = [path.stat().st_size for path in paths if path.is_file()]
+        task = bar.add_task(f"tokenizing {shown(paths[0].name)}", total=sum(sizes))
 
         def chunks() -> Iterator[list[int]]:
-            for text in _pieces(text_path, chunk_bytes):
-                yield tokenizer.encode(text)
-                bar.advance(task, len(text.encode()))
+            count = 0
+            for number, path in enumerate(paths):
+                if number:
+                    yield tokenizer.encode(between)
+                for text in whole_words(decoded(path, chunk_bytes)):
+                    ids = tokenizer.encode(text)
+                    count += len(ids)
+                    yield ids
+                    bar.advance(task, len(text.encode()))
+            if not count:
+                raise DataError(f"{paths[0]} is empty, expected at least 1 character")
 
         return write_tokens(path, chunks(), tokenizer)
+
+
+def separator(tokenizer: "Tokenizer") -> str:
+    """The text between two files of a folder: the end-of-text token, or a blank line if the tokenizer has none."""
+    token_id = getattr(tokenizer, "token_id", lambda token: None)
+    return "\n\n" if token_id(END_OF_TEXT) is None else END_OF_TEXT
 
 
 def tokens_of(
     path: str | os.PathLike | None, tokenizer: "Tokenizer | None", cache: str | os.PathLike
 ) -> "tuple[Tensor | TokenFile, Tokenizer]":
-    """The tokens of a text file, or of the embedded text if `path` is None, and the tokenizer that made them.
+    """The tokens and the tokenizer of `text.open_text`, with its arguments and errors."""
+    from train.data.text.text import open_text
 
-    Args:
-        tokenizer: None for the characters of the text itself.
-        cache: folder in which a file of byte pairs is kept tokenized, so that the next run only maps it.
-
-    Raises DataError as `read_text` and `open_tokens` do.
-    """
-    from train.data.text import text
-    from train.data.text.tokenizers import CharTokenizer
-
-    content = text.embedded_text() if path is None else text.read_text(path, minimum=2)
-    if tokenizer is None:
-        tokenizer = CharTokenizer.from_text(content)
-    if path is None or isinstance(tokenizer, CharTokenizer):
-        return torch.tensor(tokenizer.encode(content), dtype=torch.int64), tokenizer
-    made = Path(cache) / f"{Path(path).stem}-{zlib.crc32(content.encode()):08x}-{tokenizer.fingerprint[:8]}.tokens"
-    if made.exists():
-        return open_tokens(made, tokenizer), tokenizer
-    made.parent.mkdir(parents=True, exist_ok=True)
-    return tokenize_to_file(path, tokenizer, made), tokenizer
-
-
-def _pieces(path: Path, chunk_bytes: int) -> Iterator[str]:
-    """The text of a file in pieces, cut only between a character and the white space after it."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, consumed = "", 0
-    with open(path, "rb") as file:
-        if file.read(3) == codecs.BOM_UTF8:
-            consumed = 3
-        file.seek(consumed)
-        while True:
-            content = file.read(chunk_bytes)
-            waiting = len(decoder.getstate()[0])
-            try:
-                rest += decoder.decode(content, final=not content)
-            except UnicodeDecodeError as error:
-                offset, bad = consumed - waiting + error.start, error.object[error.start]
-                raise DataError(f"{path} is not UTF-8 text: byte 0x{bad:02x} at offset {offset}") from None
-            consumed += len(content)
-            if not content:
-                break
-            cut = _last_word_end(rest)
-            if cut:
-                yield rest[:cut]
-                rest = rest[cut:]
-    if rest:
-        yield rest
-
-
-def _last_word_end(text: str) -> int:
-    """The last place before which no white space stands and after which it does; 0 if there is none."""
-    for at in range(len(text) - 1, 0, -1):
-        if text[at].isspace() and not text[at - 1].isspace():
-            return at
-    return 0
+    return open_text(path, tokenizer, cache)[:2]

@@ -1,9 +1,10 @@
-"""Tokenizers with one face, `Tokenizer`: characters, byte-level byte pairs (GPT-2's kind), and those of sentences, byte
-pairs or words, for translation."""
+"""Tokenizers with one face, `Tokenizer`: characters, byte-level byte pairs (GPT-2's kind), those of sentences (byte
+pairs or words, for translation), and other files of the `tokenizers` library, which may lose text."""
 
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from train.data import DataError
-from train.files import read_json, replacing, write_json
+from train.data.text.token_files import END_OF_TEXT
+from train.files import read_json, replacing, shown, write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = "functree characters 1"
-END_OF_TEXT = "<|endoftext|>"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
-"""What fills a batch up, begins a translation, ends a sentence, and stands for a word that is not in the vocabulary."""
+"""Ids of the tokens that fill up a batch, begin a translation, end a sentence, and stand for an unknown word."""
+KINDS = {"BPE": "byte pairs", "WordPiece": "WordPiece", "Unigram": "unigram", "WordLevel": "words"}
+"""Models of the `tokenizers` library."""
+PROBES = ("A cat.", "the 1st  of\n\n\tJune", "naïve Ünïcode", "你好，世界", "🙂 \u2028")
+"""Texts that a tokenizer of any text gives back as they are."""
 
 
 class Tokenizer(Protocol):
@@ -93,13 +100,18 @@ def _table(chars: tuple[str, ...]) -> np.ndarray:
 
 
 class BytePairTokenizer:
-    """Byte-level byte-pair encoding by the `tokenizers` library; any text can be encoded.
+    """A tokenizer of the `tokenizers` library. Byte-level byte pairs encode any text; for other kinds see `loss_of`.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`.
+        tokenizer: a `tokenizers.Tokenizer`; truncation, padding and dropout of merges, which a file may carry, are
+            switched off.
     """
 
     def __init__(self, tokenizer: Any):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
         self.tokenizer = tokenizer
         # Not the number of tokens: a file may leave ids out.
         self.vocabulary_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -135,24 +147,24 @@ class BytePairTokenizer:
 class SentenceTokenizer(BytePairTokenizer):
     """Byte pairs or whole words of sentences, shared by two languages; ids 0 to 3 are `SPECIAL`.
 
-    What a sentence contains is text, even if it looks like a special token. A word begins with the white space before
-    it, and the first word is treated as if some stood before it: so it has the ids that it has elsewhere.
+    A sentence is all text, even where it looks like a special token. A word begins with the white space before it, and
+    the first word is treated as if it came after a space: so it has the ids that it has elsewhere.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
 
-    Raises DataError if ids 0 to 3 are other tokens.
+    Raises DataError if ids 0 to 3 are different tokens.
     """
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
         if not _is_for_sentences(tokenizer):
-            found = [tokenizer.id_to_token(i) for i in range(len(SPECIAL))]
-            raise DataError(f"the tokenizer begins with {found}, expected {list(SPECIAL)}")
+            first = [tokenizer.id_to_token(i) for i in range(len(SPECIAL))]
+            raise DataError(f"the tokenizer begins with {first}, expected {list(SPECIAL)}")
         tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each, by several threads. Raises DataError as `encode` does."""
+        """`encode` of each text, by several threads. Raises DataError as `encode` does."""
         try:
             return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         except TypeError:
@@ -171,7 +183,7 @@ class SentenceTokenizer(BytePairTokenizer):
         return " <unk>".join(self.tokenizer.decode(part) for part in known).removeprefix(" ")
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Each id as text, special tokens too: labels for the rows and columns of attention."""
+        """The text of each id, special tokens included: labels for the rows and columns of attention."""
         return [SPECIAL[i] if i <= UNK else self.tokenizer.decode([i]).strip() for i in _as_list(ids)]
 
 
@@ -207,10 +219,10 @@ def train_sentences(
     """Learn one vocabulary from the sentences of both languages (Sennrich et al. 2016, arXiv:1508.07909, joint BPE).
 
     Ids are `SPECIAL`, then the 256 bytes and the byte pairs in order of frequency; or, with `words`, the most frequent
-    words and punctuation marks, the others being <unk>.
+    words and punctuation marks, all the rest being <unk>.
 
     Args:
-        vocabulary_size: at most so many ids.
+        vocabulary_size: the largest number of ids.
 
     Raises DataError if the vocabulary has no room for bytes and special tokens.
     """
@@ -232,14 +244,47 @@ def train_sentences(
     return SentenceTokenizer(tokenizer)
 
 
-def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer | SentenceTokenizer:
-    """Read what `save` wrote, or a folder with GPT-2's `tokenizer.json`, or `vocab.json` and `merges.txt`.
+def kind_of(tokenizer: Tokenizer) -> str:
+    """The kind in a word or two: characters, byte pairs, words, WordPiece, unigram."""
+    if isinstance(tokenizer, CharTokenizer):
+        return "characters"
+    name = type(tokenizer.tokenizer.model).__name__
+    return KINDS.get(name, name)
 
-    Raises DataError if there is nothing of the kind.
+
+def loss_of(tokenizer: Tokenizer | None) -> str | None:
+    """An example of text that the tokenizer does not give back; None if it reproduces any.
+
+    A space before the first word is no loss. None stands for the characters of the text itself.
+    """
+    if tokenizer is None or isinstance(tokenizer, CharTokenizer):
+        return None
+    for text in PROBES:
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back.removeprefix(" ") != text:
+            return f"'{text}' comes back as '{back}' ({kind_of(tokenizer)})"
+    return None
+
+
+def load(path: str | os.PathLike, lossy: bool = False) -> CharTokenizer | BytePairTokenizer | SentenceTokenizer:
+    """Read the file of `save`, or a folder with GPT-2's `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+    Truncation, padding and dropout of merges that the file carries are switched off and logged.
+
+    Args:
+        lossy: accept a tokenizer that does not reproduce every text, such as BERT's WordPiece; `loss_of` has an
+            example. Those of sentences, whose unknown words are <unk>, are always accepted.
+
+    Raises DataError: there is no tokenizer; it does not reproduce text.
     """
     path = Path(path)
-    if path.is_dir():
-        return _load_folder(path)
+    tokenizer = _load_folder(path) if path.is_dir() else _load_file(path)
+    if not lossy and not isinstance(tokenizer, SentenceTokenizer) and (problem := loss_of(tokenizer)):
+        raise DataError(f"the tokenizer of {path} does not reproduce text: {problem}; expected byte-level byte pairs")
+    return tokenizer
+
+
+def _load_file(path: Path) -> CharTokenizer | BytePairTokenizer | SentenceTokenizer:
     try:
         content = read_json(path)
     except ValueError as error:
@@ -252,6 +297,15 @@ def load(path: str | os.PathLike) -> CharTokenizer | BytePairTokenizer | Sentenc
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"{path} is not a tokenizer: {error}") from None
+    carried = []
+    if tokenizer.truncation:
+        carried.append(f"truncation to {tokenizer.truncation['max_length']} tokens")
+    if tokenizer.padding:
+        carried.append(f"padding to {tokenizer.padding['length'] or 'the longest text'}")
+    if getattr(tokenizer.model, "dropout", None):
+        carried.append(f"dropout of merges, {tokenizer.model.dropout:.2g}")
+    for setting in carried:
+        log.warning("%s carries %s, which is switched off", shown(path), setting)
     return SentenceTokenizer(tokenizer) if _is_for_sentences(tokenizer) else BytePairTokenizer(tokenizer)
 
 
@@ -259,7 +313,7 @@ def _load_folder(folder: Path) -> BytePairTokenizer:
     import tokenizers
 
     if (folder / "tokenizer.json").is_file():
-        return load(folder / "tokenizer.json")
+        return _load_file(folder / "tokenizer.json")
     files = [folder / "vocab.json", folder / "merges.txt"]
     if not all(file.is_file() for file in files):
         raise DataError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt")

@@ -12,14 +12,14 @@ from torch import Tensor
 from core import random
 from train.data import DataError
 from train.data.text.tokenizers import BOS, EOS, PAD
-from train.data.translation.corpus import Corpus
+from train.data.translation.corpus import Corpus, exceeds
 
 MARKS = np.array([1, 2])
-"""What is added to a source (<eos>) and to a target (<bos>, <eos>)."""
+"""Tokens that are added to a source (<eos>) and to a target (<bos>, <eos>)."""
 
 
 class Bucket(NamedTuple):
-    """The shape of a batch, source (rows, source) and target (rows, target), and the pairs of which it is made."""
+    """The shape of a batch, source (rows, source) and target (rows, target), and the indices of its pairs."""
 
     rows: int
     source: int
@@ -32,8 +32,8 @@ class Buckets:
     """Pairs by shape.
 
     Attributes:
-        too_long: how many pairs are in no bucket because a side is longer than there are positions.
-        efficiency: the part of the entries of a batch, on average, that is not padding.
+        too_long: number of pairs that are in no bucket because a side is longer than the network's positions.
+        efficiency: the share of the entries of a batch, on average, that is not padding.
     """
 
     buckets: tuple[Bucket, ...]
@@ -42,11 +42,11 @@ class Buckets:
 
     @property
     def batches(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         return sum(len(bucket.members) // bucket.rows for bucket in self.buckets)
 
     def __str__(self) -> str:
-        text = [f"{self.batches} batches an epoch in {len(self.buckets)} shapes, {1 - self.efficiency:.1%} padding"]
+        text = [f"{self.batches} batches per epoch in {len(self.buckets)} shapes, {1 - self.efficiency:.1%} padding"]
         text += [f"  {b.rows} rows of {b.source} and {b.target}: {len(b.members)} pairs" for b in self.buckets]
         return "\n".join(text)
 
@@ -55,11 +55,10 @@ def make_buckets(corpus: Corpus, tokens: int, longest: int, shapes: int = 6, mul
     """Divide a corpus by the longer side of each pair, where that pads least (found by dynamic programming).
 
     Args:
-        tokens: the budget: a batch has at most so many source tokens, and so many target tokens, padding included. It
-            has fewer where this makes the batches of a bucket equally large, so that hardly a pair is left over.
-        longest: pairs of which a side has more tokens are left out and counted: the network's positions. <eos> counts,
-            and either <bos> or <eos> of a target.
-        shapes: how many buckets there are at most; fewer if one would not fill a batch.
+        tokens: the budget: the largest number of source tokens, and of target tokens, in a batch, padding included. A
+            batch has fewer where this makes the batches of a bucket equally large, so that hardly a pair is left over.
+        longest: the network's positions; pairs of which a side has more tokens (`exceeds`) are left out and counted.
+        shapes: the largest number of buckets; there are fewer if one would not fill a batch.
         multiple: lengths are rounded up to multiples of it (8 suits a GPU), those of targets without the last token.
 
     Raises DataError: no pair is short enough, or the budget is less than a sentence.
@@ -67,11 +66,11 @@ def make_buckets(corpus: Corpus, tokens: int, longest: int, shapes: int = 6, mul
     if tokens < 1 or longest < 2 or shapes < 1 or multiple < 1:
         raise DataError(f"cannot make {shapes} shapes of {tokens} tokens, lengths up to {longest}")
     lengths = corpus.lengths + MARKS
-    inputs = lengths - [0, 1]
-    kept = np.flatnonzero(inputs.max(1, initial=0) <= longest)
-    if not len(kept):
-        raise DataError(f"not one of {len(corpus)} pairs has at most {longest} tokens on both sides")
-    widths = np.minimum(-(-inputs[kept] // multiple) * multiple, longest) + [0, 1]
+    inputs = lengths - [0, 1]  # (count, 2): the decoder does not read the last target token
+    short = np.flatnonzero(~exceeds(corpus.lengths, longest))
+    if not len(short):
+        raise DataError(f"not one of {len(corpus)} pairs has up to {longest} tokens on both sides")
+    widths = np.minimum(-(-inputs[short] // multiple) * multiple, longest) + [0, 1]  # (short pairs, 2)
     order = np.argsort(widths.max(1), kind="stable")
     buckets = []
     for members in np.split(order, _cuts(widths[order], tokens, shapes)):
@@ -79,9 +78,9 @@ def make_buckets(corpus: Corpus, tokens: int, longest: int, shapes: int = 6, mul
         if tokens < max(source, target - 1):
             raise DataError(f"a batch of {tokens} tokens has no room for a sentence of {max(source, target - 1)}")
         rows = len(members) // _batches(len(members), tokens, source, target)
-        buckets.append(Bucket(rows, source, target, kept[members]))
+        buckets.append(Bucket(rows, source, target, short[members]))
     padded = sum(len(b.members) * (b.source + b.target) for b in buckets)
-    return Buckets(tuple(buckets), len(corpus) - len(kept), int(lengths[kept].sum()) / padded)
+    return Buckets(tuple(buckets), len(corpus) - len(short), int(lengths[short].sum()) / padded)
 
 
 def batch_at(corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -102,11 +101,11 @@ def batch_at(corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor) 
     per_bucket = tuple(count // bucket.rows for count, bucket in zip(counts, buckets.buckets, strict=True))
     epoch, position = divmod(int(step), sum(per_bucket))
     order, pairs = _epoch(tuple(key.tolist()), epoch, per_bucket, counts)
-    place = int(order[position])
-    number = int(np.searchsorted(np.cumsum(per_bucket), place, side="right"))
-    bucket, first = buckets.buckets[number], place - sum(per_bucket[:number])
-    chosen = bucket.members[pairs[number][first * bucket.rows : (first + 1) * bucket.rows]]
-    return _padded(corpus, chosen, *bucket[:3])
+    batch = int(order[position])
+    number = int(np.searchsorted(np.cumsum(per_bucket), batch, side="right"))
+    bucket, first = buckets.buckets[number], batch - sum(per_bucket[:number])
+    indices = bucket.members[pairs[number][first * bucket.rows : (first + 1) * bucket.rows]]
+    return _padded(corpus, indices, *bucket[:3])
 
 
 def evaluation_batches(
@@ -114,18 +113,18 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(indices, source, target) that cover all pairs once, short ones first, as `batch_at` makes them.
 
-    Results go back to their places by `results[indices] = ...`.
+    Results go back into order by `results[indices] = ...`.
 
     Args:
         tokens: the budget, as in `make_buckets`.
-        longest: as in `make_buckets`.
-        shapes: None lets each batch be as large as its sentences. A number is how many shapes a compiled function may
-            see: then the last batch of a bucket is filled up with rows that are no pairs, an empty source (<eos>) and a
-            target of <bos> only; there are `len(indices)` rows of pairs before them.
+        longest: as in `make_buckets`; `open_corpus` leaves out longer pairs, so that no part of the data has them.
+        shapes: None lets each batch be as large as its sentences. A number is the largest number of shapes, for a
+            compiled function: then the last batch of a bucket is filled up with rows that are no pairs, an empty source
+            (<eos>) and a target of <bos> only; the first `len(indices)` rows are pairs.
 
     Raises DataError naming the number of the first pair that is too long.
     """
-    too_long = np.flatnonzero((corpus.lengths + 1).max(1, initial=0) > longest)
+    too_long = np.flatnonzero(exceeds(corpus.lengths, longest))
     if len(too_long):
         count = int(corpus.lengths[too_long[0]].max()) + 1
         raise DataError(f"sentence {too_long[0] + 1} has {count} tokens, the network positions for {longest}")
@@ -137,8 +136,8 @@ def evaluation_batches(
             count = len(bucket.members)
             rows = -(-count // _batches(count, tokens, bucket.source, bucket.target))
             for first in range(0, count, rows):
-                chosen = bucket.members[first : first + rows]
-                yield torch.from_numpy(chosen), *_padded(corpus, chosen, rows, bucket.source, bucket.target)
+                indices = bucket.members[first : first + rows]
+                yield torch.from_numpy(indices), *_padded(corpus, indices, rows, bucket.source, bucket.target)
         return
     order = np.lexsort((*lengths.T, lengths.max(1)))
     first, widest = 0, lengths[order].max(1)
@@ -146,19 +145,19 @@ def evaluation_batches(
         last = first + 1
         while last < len(order) and (last + 1 - first) * widest[last] <= tokens:
             last += 1
-        chosen = order[first:last]
-        yield torch.from_numpy(chosen), *_padded(corpus, chosen, len(chosen), *lengths[chosen].max(0).tolist())
+        indices = order[first:last]
+        yield torch.from_numpy(indices), *_padded(corpus, indices, len(indices), *lengths[indices].max(0).tolist())
         first = last
 
 
 def _batches(count: int, tokens: int, source: int, target: int) -> int:
-    """How many batches so many pairs of these lengths make."""
+    """The number of batches that `count` pairs of these lengths make."""
     room = tokens // max(source, target - 1)
     return -(-count // room)
 
 
 def _cuts(widths: np.ndarray, tokens: int, shapes: int) -> np.ndarray:
-    """Where to cut pairs, in order of their longer side, into at most `shapes` parts that together pad least.
+    """Indices at which to cut pairs, in order of their longer side, into up to `shapes` parts that together pad least.
 
     least[k][j] = min over i of least[k - 1][i] + padded(i, j), for the pairs of the lengths before the j-th.
 
@@ -191,29 +190,29 @@ def _cuts(widths: np.ndarray, tokens: int, shapes: int) -> np.ndarray:
 def _epoch(
     words: tuple[int, int], epoch: int, per_bucket: tuple[int, ...], counts: tuple[int, ...]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The order of an epoch's batches and of the pairs of each bucket; kept, because it costs as much as many steps."""
+    """The order of an epoch's batches and of the pairs of each bucket; cached, as it costs as much as many steps."""
     key = random.fold_in(torch.tensor(words, dtype=torch.int32), epoch)
     keys = random.split(key, 1 + len(counts))
     order = random.permutation(keys[0], sum(per_bucket)).numpy()
     return order, [random.permutation(keys[1 + i], count).numpy() for i, count in enumerate(counts)]
 
 
-def _padded(corpus: Corpus, chosen: np.ndarray, rows: int, source: int, target: int) -> tuple[Tensor, Tensor]:
-    """These pairs, and empty ones up to `rows`."""
-    made = []
+def _padded(corpus: Corpus, indices: np.ndarray, rows: int, source: int, target: int) -> tuple[Tensor, Tensor]:
+    """These pairs, and empty ones up to `rows`: source (rows, source), target (rows, target)."""
+    tables = []
     for side, width in enumerate((source, target)):
         lengths = np.zeros(rows, np.int64)
-        lengths[: len(chosen)] = corpus.lengths[chosen, side]
-        text = np.arange(width - side) < lengths[:, None]
+        lengths[: len(indices)] = corpus.lengths[indices, side]
+        text = np.arange(width - side) < lengths[:, None]  # (rows, width without <bos>)
         table = np.full((rows, width), PAD, np.int64)
         words = table[:, side:]
         if len(corpus.tokens):
-            at = corpus.starts[chosen, side][:, None] + np.arange(width - side)
-            words[: len(chosen)] = corpus.tokens.ids[np.minimum(at, len(corpus.tokens) - 1)]
+            at = corpus.starts[indices, side][:, None] + np.arange(width - side)  # (pairs, width without <bos>)
+            words[: len(indices)] = corpus.tokens.ids[np.minimum(at, len(corpus.tokens) - 1)]
             words[~text] = PAD
         words[np.arange(rows), lengths] = EOS
         if side:
             table[:, 0] = BOS
-            table[len(chosen) :, 1] = PAD
-        made.append(torch.from_numpy(table))
-    return made[0], made[1]
+            table[len(indices) :, 1] = PAD
+        tables.append(torch.from_numpy(table))
+    return tables[0], tables[1]

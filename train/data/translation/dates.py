@@ -1,7 +1,7 @@
 """The embedded translation problem: dates, times, prices and numbers written out in German and English sentences.
 
-Each German sentence has one right translation. The order of words differs: German puts the verb second or last and
-pulls what stands before it to the front, and says the ones of a number before its tens.
+Each German sentence has one right translation. The order of words differs: German puts the verb second or last, with
+one part of the sentence before it, and the ones of a number before its tens.
 """
 
 import calendar
@@ -91,7 +91,7 @@ MANY = (
 DEEDS = (("gekauft", "bought"), ("verkauft", "sold"), ("bestellt", "ordered"), ("gezählt", "counted"))
 ONCE = (("gestern", "yesterday"), ("letzte Woche", "last week"), ("vor einem Monat", "a month ago"))
 PARTS_OF_DAY = (("morgens", "in the morning"), ("nachmittags", "in the afternoon"), ("abends", "in the evening"))
-FIRST_HOURS = (5, 1, 6)  # of these parts; each lasts five hours
+FIRST_HOURS = (5, 1, 6)  # first hours of these parts, each of which lasts five hours
 
 Pair = tuple[str, str]
 Draw = Callable[[int], int]  # draw(n) is one of 0 ... n - 1
@@ -103,22 +103,23 @@ def pairs(
     """(train, validation, test): pairs (German, English); no sentence of either language comes twice, anywhere.
 
     Args:
-        key: (2,) draws the sentences; `random.key(0)` if None, so that they are always the same.
+        key: (2,), from which the sentences follow; `random.key(0)` if None, so that they are always the same. They come
+            in random order, so that the parts are alike.
 
     Raises DataError for more than a million.
     """
     key = random.key(0) if key is None else key.cpu()
-    count, found = train + validation + test, {}
+    count, english_of = train + validation + test, {}
     if not 0 <= count <= 10**6:
         raise DataError(f"cannot make {count} pairs of sentences, expected 0 to 1000000")
     for block in itertools.count():
-        if len(found) >= count:
+        if len(english_of) >= count:
             break
-        # A row is more numbers than any sentence needs.
+        # A row has more numbers than any sentence needs.
         table = random.randint(random.fold_in(key, block), (1024, 12), 0, 2**30)
-        found |= dict(_sentence(numbers) for numbers in table.tolist())
-    chosen = list(found.items())[:count]
-    return chosen[:train], chosen[train : train + validation], chosen[train + validation :]
+        english_of |= dict(_sentence(numbers) for numbers in table.tolist())
+    sentences = list(english_of.items())[:count]
+    return sentences[:train], sentences[train : train + validation], sentences[train + validation :]
 
 
 def _sentence(numbers: list[int]) -> Pair:
@@ -153,7 +154,7 @@ def _date(day: datetime.date, ending: str, with_year: bool = True) -> Pair:
 
 
 def _number(draw: Draw) -> Pair:
-    """2 to 9999, each length as often, without ...01, whose German form before a noun is disputed."""
+    """2 to 9999, each number of digits equally often, without ...01, whose German form before a noun is disputed."""
     least, most = ((2, 99), (100, 999), (1000, 9999))[draw(3)]
     number = least + draw(most - least + 1)
     number += number % 100 == 1
@@ -222,7 +223,7 @@ def _price(draw: Draw) -> Pair:
     )
 
 
-def _said(draw: Draw) -> Pair:
+def _quote(draw: Draw) -> Pair:
     person, thing, euros = _of(draw, PEOPLE), _of(draw, THINGS), _number(draw)
     return (
         f"{_capital(person[0])} sagt, dass {thing[0]} {euros[0]} Euro kostet.",
@@ -295,7 +296,7 @@ FRAMES = (
     _began,
     _deed,
     _price,
-    _said,
+    _quote,
     _question,
     _departure,
     _arrival,

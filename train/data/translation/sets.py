@@ -1,34 +1,43 @@
-"""The sentence pairs that the `--data` of an experiment names: one place, whatever files they come from."""
+"""The sentence pairs that the `--data` of an experiment names: one entrance, whatever files they come from."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.data import DataError
 from train.data.downloads import fetch, folder_of
+from train.data.file_tree import Skipped
 from train.data.translation import dates
-from train.data.translation.files import Pair, PairFiles, Pairs, read, tsv
+from train.data.translation.corpus import Corpus
+from train.data.translation.files import Pair, PairFiles, Pairs, no_pairs, read, tsv
+from train.files import shown
 
 log = logging.getLogger(__name__)
 
 VALIDATIONS = ("val", "valid", "validation", "dev")
-"""What the validation part of a folder may be called; the first that is there is it."""
+"""Names of the validation part of a folder; the first that is there is used."""
 HELD = 100
-"""Where there is no validation part, every hundredth pair is held back for it."""
+"""Where there is no validation part, every hundredth pair is held out for it."""
 
 
 class ParallelSet(NamedTuple):
-    """Pairs to learn from, to choose by and to test on (by name, perhaps none); `languages` is (source, target)."""
+    """Pairs for training, validation and testing (by name, perhaps none); `languages` is (source, target).
+
+    `origin` says where the validation part comes from; `skipped` are files that are not used, with the reason.
+    """
 
     name: str
     languages: Pair
     train: Pairs
     validation: list[Pair]
     tests: dict[str, list[Pair]]
+    origin: str = ""
+    skipped: tuple[Skipped, ...] = ()
 
 
 class Download(NamedTuple):
-    """A file, the checksum that was published for it, and what of it is unpacked (all if None, nothing if empty)."""
+    """A file, its published checksum, and the members of it that are unpacked (all if None, none if empty)."""
 
     address: str
     checksum: str
@@ -52,7 +61,7 @@ DOWNLOADS = {
             "test_2017_flickr.en": "76a444ee25172e72695cddb13ae4a3bda59430617be88e0bb46b60504f054074",
         }.items()
     ],
-    # The MD5 with which sacrebleu checks this archive.
+    # The MD5 by which sacrebleu checks this archive.
     "iwslt17": [
         Download(
             "https://raw.githubusercontent.com/hlt-mt/WIT3/master/archive/2017-01-trnted/texts/de/en/de-en.tgz",
@@ -60,7 +69,7 @@ DOWNLOADS = {
             None,
         )
     ],
-    # The MD5 with which sockeye checks the archives for training and validation, sacrebleu the one for testing.
+    # The MD5 by which sockeye checks the archives for training and validation, sacrebleu the one for testing.
     "wmt14": [
         Download(
             f"{_WMT}/wmt13/training-parallel-europarl-v7.tgz",
@@ -82,7 +91,7 @@ DOWNLOADS = {
     ],
 }
 UNCHECKED = {"iwslt14": "https://wit3.fbk.eu/archive/2014-01/texts/de/en/de-en.tgz"}
-"""Sets for whose files nobody has published a checksum, and where they are; they are read from a folder."""
+"""Sets whose files have no published checksum, and their addresses; they are read from a folder."""
 NAMES = ("dates", *DOWNLOADS, *UNCHECKED)
 
 
@@ -96,11 +105,11 @@ def open_pairs(data: str, source: str = "de", target: str = "en") -> ParallelSet
       original files of IWSLT-14, IWSLT-17 or WMT-14.
     - FILE.tsv, or SOURCE,TARGET: one file or two; or PREFIX, where PREFIX.de and PREFIX.en are.
 
-    A TSV has the source in its first column and the target in its second, unless its first line names the languages.
-    Without a validation part every hundredth pair is for validation.
+    A TSV has the source in its first column and the target in its second, unless its first line names the columns
+    (`columns.columns`). Without a validation part every hundredth pair is for validation.
 
     Raises:
-        DataError: nothing of this is there, or not in these languages; an empty part; what `parallel.lines` raises.
+        DataError: nothing of this is there, or not in these languages; an empty part; or as `files.lines`.
     """
     path = Path(data)
     if source == target:
@@ -116,12 +125,12 @@ def open_pairs(data: str, source: str = "de", target: str = "en") -> ParallelSet
     if path.is_dir():
         return _open_folder(path, path.resolve().name, source, target)
     if path.is_file():
-        return _held_back(path.name, tsv(path, source, target), (source, target))
+        return _held_out(path.name, tsv(path, source, target), (source, target))
     if "," in data:
         first, second = (Path(part.strip()) for part in data.split(",", 1))
-        return _held_back(first.name, PairFiles((first,), (second,)), (source, target))
+        return _held_out(first.name, PairFiles((first,), (second,)), (source, target))
     if path.parent.is_dir() and path.name in _parts(path.parent):
-        return _held_back(path.name, _files(path, source, target), (source, target))
+        return _held_out(path.name, _files(path, source, target), (source, target))
     raise DataError(f"'{data}' does not exist; expected a folder, a TSV, SOURCE,TARGET or one of {', '.join(NAMES)}")
 
 
@@ -130,8 +139,8 @@ def download(name: str, directory: Path | None = None, base_url: str | None = No
 
     Args:
         name: a key of `DOWNLOADS`.
-        directory: where to keep it, a folder in the user's cache if None.
-        base_url: another place that serves files of the same names (their checksums are compared).
+        directory: folder to keep it in, one in the user's cache if None.
+        base_url: another address of files of the same names (their checksums are compared).
 
     Raises DataError: no connection, wrong checksum.
     """
@@ -147,7 +156,7 @@ def _embedded(source: str, target: str) -> ParallelSet:
         raise DataError(f"dates: no pair of languages {source}-{target}; there are de, en")
     order = 1 if source == "de" else -1
     train, validation, test = ([pair[::order] for pair in part] for part in dates.pairs())
-    return ParallelSet("dates", (source, target), train, validation, {"test": test})
+    return ParallelSet("dates", (source, target), train, validation, {"test": test}, "random sentences")
 
 
 def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelSet:
@@ -160,17 +169,20 @@ def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelS
     if "train" not in parts:
         raise DataError(f"no train.{source} and train.{target}, nor train.tsv, in {folder}")
     train = _files(folder / "train", source, target)
-    tests = {}
+    tests, skipped = {}, []
     for part in sorted(part for part in parts if part.startswith("test")):
         if parts[part].keys() >= {source, target} or "tsv" in parts[part]:
             tests[part] = read(_files(folder / part, source, target))
         else:
-            log.warning("%s: there is only %s; this test set is left out", folder / part, ", ".join(parts[part]))
+            reason = f"there is only {', '.join(parts[part])}; this test set is left out"
+            log.warning("%s: %s", shown(folder / part), reason)
+            skipped.append((folder / part, f"is left out: there is only {', '.join(parts[part])}"))
     validations = [part for part in VALIDATIONS if part in parts]
+    skipped += [(folder / part, f"is not used: {validations[0]} is for validation") for part in validations[1:]]
     if not validations:
-        return _held_back(name, train, (source, target))._replace(tests=tests)
+        return _held_out(name, train, (source, target))._replace(tests=tests, skipped=tuple(skipped))
     validation = read(_files(folder / validations[0], source, target))
-    return ParallelSet(name, (source, target), train, validation, tests)
+    return ParallelSet(name, (source, target), train, validation, tests, validations[0], tuple(skipped))
 
 
 def _open_iwslt(folder: Path, name: str, source: str, target: str) -> ParallelSet:
@@ -178,9 +190,9 @@ def _open_iwslt(folder: Path, name: str, source: str, target: str) -> ParallelSe
     et al. 2015 (arXiv:1511.06732): every 23rd training sentence for validation, all dev and tst sets as one to test."""
     training = sorted(folder.glob("train.tags.*"))
     pair = training[0].name.split(".")[2]
-    found = {path.name.rpartition(".")[2] for path in training}
-    if not found >= {source, target}:
-        raise DataError(f"{folder}: no pair of languages {source}-{target}; there are {', '.join(sorted(found))}")
+    languages = {path.name.rpartition(".")[2] for path in training}
+    if not languages >= {source, target}:
+        raise DataError(f"{folder}: no pair of languages {source}-{target}; there are {', '.join(sorted(languages))}")
 
     def files(parts: list[str]) -> PairFiles:
         sides = (tuple(folder / part.format(language) for part in parts) for language in (source, target))
@@ -191,10 +203,10 @@ def _open_iwslt(folder: Path, name: str, source: str, target: str) -> ParallelSe
     train = files([f"train.tags.{pair}.{{}}"])
     validations = [name for name in names if name.startswith("IWSLT17.TED.dev2010.")]
     tests = [name for name in names if name not in validations]
-    tested = {"test": read(files(tests))} if tests else {}
+    test_sets = {"test": read(files(tests))} if tests else {}
     if not validations:
-        return _held_back(name, train, (source, target), every=23)._replace(tests=tested)
-    return ParallelSet(name, (source, target), train, read(files(validations)), tested)
+        return _held_out(name, train, (source, target), every=23)._replace(tests=test_sets)
+    return ParallelSet(name, (source, target), train, read(files(validations)), test_sets, "dev2010")
 
 
 def _open_wmt14(folder: Path, name: str, source: str, target: str) -> ParallelSet:
@@ -208,33 +220,62 @@ def _open_wmt14(folder: Path, name: str, source: str, target: str) -> ParallelSe
         return read(PairFiles((folder / f"{prefix}-src.{source}.sgm",), (folder / f"{prefix}-ref.{target}.sgm",)))
 
     tests = {"newstest2014": test("test-full/newstest2014-deen")}
-    return ParallelSet(name, (source, target), PairFiles(*sides), test("dev/newstest2013"), tests)
+    validation = test("dev/newstest2013")
+    return ParallelSet(name, (source, target), PairFiles(*sides), validation, tests, "newstest2013")
 
 
-def _held_back(name: str, files: PairFiles, languages: Pair, every: int = HELD) -> ParallelSet:
+def _held_out(name: str, files: PairFiles, languages: Pair, every: int = HELD) -> ParallelSet:
     options = {"columns": files.columns, "header": files.header, "every": every}
     train, held = (PairFiles(files.sources, files.targets, held=held, **options) for held in (False, True))
     validation = list(held)
     if not validation:
-        raise DataError(f"{files.name}: too few sentences to hold one in {every} back for validation")
-    return ParallelSet(name, languages, train, validation, {})
+        if not any(True for _ in files):
+            raise no_pairs(files)
+        raise DataError(f"{files.name}: too few sentences to hold out one in {every} for validation")
+    return ParallelSet(name, languages, train, validation, {}, f"one pair in {every}")
+
+
+def facts(
+    data: ParallelSet, train: Corpus | None = None, validation: Corpus | None = None, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Names and values of a set, for `train.data.understood`.
+
+    Args:
+        train, validation: its parts as token ids, with their notes on pairs that were left out.
+        left_out: further notes, such as overlong pairs of a test set.
+    """
+    out: dict[str, Any] = {"pairs": data.name, "languages": " to ".join(data.languages)}
+    if isinstance(data.train, PairFiles) and data.train.columns:
+        order = " and ".join(str(column + 1) for column in data.train.columns)
+        out["columns"] = f"{order} (named by the first line)" if data.train.header else f"{order} (no header)"
+    first = next(iter(data.train), None)
+    if first is not None:
+        out["first pair"] = " = ".join(text if len(text) <= 60 else text[:57] + "..." for text in first)
+    if train is not None:
+        out["training pairs"] = len(train)
+    count = len(data.validation if validation is None else validation)
+    out["validation pairs"] = f"{count:,} ({data.origin})" if data.origin else count
+    out["test pairs"] = {name: len(pairs) for name, pairs in data.tests.items()}
+    parts = {"training": train, "validation": validation}
+    notes = [f"{name}: {note}" for name, corpus in parts.items() if corpus is not None for note in corpus.notes]
+    return out | {"left out": [*notes, *left_out], "skipped": list(data.skipped)}
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Path]]:
-    """The files of a folder by what comes before the last dot and what after it, `.gz` aside."""
-    found: dict[str, dict[str, Path]] = {}
+    """The files of a folder by the name before the last dot and the end after it, without `.gz`."""
+    parts: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         stem, _, end = path.name.removesuffix(".gz").rpartition(".")
         if stem and path.is_file():
-            found.setdefault(stem, {})[end] = path
-    return found
+            parts.setdefault(stem, {})[end] = path
+    return parts
 
 
 def _files(prefix: Path, source: str, target: str) -> PairFiles:
-    """The files of one part. Raises DataError, naming what is there, if a language is not."""
-    found = _parts(prefix.parent)[prefix.name]
-    if source in found and target in found:
-        return PairFiles((found[source],), (found[target],))
-    if "tsv" in found:
-        return tsv(found["tsv"], source, target)
-    raise DataError(f"{prefix}: no pair of languages {source}-{target}; there are {', '.join(sorted(found))}")
+    """The files of one part. Raises DataError, listing the languages there are, if one is missing."""
+    files = _parts(prefix.parent)[prefix.name]
+    if source in files and target in files:
+        return PairFiles((files[source],), (files[target],))
+    if "tsv" in files:
+        return tsv(files["tsv"], source, target)
+    raise DataError(f"{prefix}: no pair of languages {source}-{target}; there are {', '.join(sorted(files))}")

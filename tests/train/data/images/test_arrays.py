@@ -64,9 +64,9 @@ def test_mnist_layout(suffix, tmp_path):
 )
 def test_idx_of_every_type(code, dtype, tmp_path):
     array = np.array([[1, -2, 3], [4, 5, 100]]).astype(dtype)
-    found = arrays.read_idx(write_idx(tmp_path / "a.idx", array, code))
-    np.testing.assert_array_equal(found, array)
-    assert found.dtype.isnative and found.dtype.itemsize == array.dtype.itemsize
+    actual = arrays.read_idx(write_idx(tmp_path / "a.idx", array, code))
+    np.testing.assert_array_equal(actual, array)
+    assert actual.dtype.isnative and actual.dtype.itemsize == array.dtype.itemsize
 
 
 def idx(shape: tuple[int, ...], size: int, code: int = 8) -> bytes:
@@ -205,13 +205,13 @@ def test_folder_of_pictures(tmp_path, caplog):
     os.truncate(tmp_path / "a_dog" / "half.png", 2000)
     (tmp_path / "a_dog" / "notes.txt").write_text("ignored")
     (tmp_path / ".hidden").mkdir()
-    found = arrays.image_folder(tmp_path)
-    assert found.classes == ("a_dog", "b_cat") and found.labels.tolist() == [0, 0, 1, 1]
-    assert [p.name for p in found.paths] == ["16bit.png", "grey.png", "1.PNG", "2.png"]
-    assert found.images.shape == (4, 3, 6, 8)
+    actual = arrays.image_folder(tmp_path)
+    assert actual.classes == ("a_dog", "b_cat") and actual.labels.tolist() == [0, 0, 1, 1]
+    assert [p.name for p in actual.paths] == ["16bit.png", "grey.png", "1.PNG", "2.png"]
+    assert actual.images.shape == (4, 3, 6, 8)
     expected = torch.tensor([[0.2, 0.2, 0.2], [0.2, 0.2, 0.2], [1.0, 1.0, 1.0], [1.0, 0.0, 0.2]])
-    torch.testing.assert_close(found.images, expected[:, :, None, None].expand(4, 3, 6, 8))
-    assert [path.name for path, _ in found.skipped] == ["broken.jpg", "half.png"]
+    torch.testing.assert_close(actual.images, expected[:, :, None, None].expand(4, 3, 6, 8))
+    assert [path.name for path, _ in actual.skipped] == ["broken.jpg", "half.png"]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert arrays.image_folder(tmp_path, size=(4, 3), channels=1).images.shape == (4, 1, 4, 3)
 
@@ -231,9 +231,9 @@ def test_pictures_are_scaled_to_cover_and_cut(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "does not exist, expected a folder with one sub-folder a class"),
+        (lambda d: None, "does not exist, expected a folder with one sub-folder per class"),
         (lambda d: d.write_text(""), "is a file, expected a folder"),
-        (lambda d: save(d / "1.png", np.zeros((2, 2), np.uint8)), "has no sub-folders, expected one a class"),
+        (lambda d: save(d / "1.png", np.zeros((2, 2), np.uint8)), "has no sub-folders, expected one per class"),
         (lambda d: (d / "cat").mkdir(parents=True), "no picture in the sub-folders of"),
         (
             lambda d: [save(d / "cat" / f"{n}.png", np.zeros((n, 2), np.uint8)) for n in (2, 3)],
@@ -252,11 +252,9 @@ def test_folders_that_cannot_be_used(prepare, message, tmp_path):
 def test_real_photographs(tmp_path):
     with zipfile.ZipFile(Path(DATA) / "clothing_small" / "clothing_small_val_test.zip") as archive:
         members = [m for m in archive.namelist() if "/test/" in f"/{m}" and m.endswith(".jpg")]
-        kept = [
-            m for m in members if sum(n.split("/")[-2] == m.split("/")[-2] for n in members[: members.index(m)]) < 2
-        ]
-        archive.extractall(tmp_path, kept)
-    folder = (tmp_path / kept[0]).parent.parent
-    found = arrays.image_folder(folder, size=32)
-    assert len(found.classes) == 10 and found.images.shape == (20, 3, 32, 32) and not found.skipped
-    assert 0.3 < found.images.mean() < 0.9 and found.images.std() > 0.1
+        two = [m for m in members if sum(n.split("/")[-2] == m.split("/")[-2] for n in members[: members.index(m)]) < 2]
+        archive.extractall(tmp_path, two)
+    folder = (tmp_path / two[0]).parent.parent
+    actual = arrays.image_folder(folder, size=32)
+    assert len(actual.classes) == 10 and actual.images.shape == (20, 3, 32, 32) and not actual.skipped
+    assert 0.3 < actual.images.mean() < 0.9 and actual.images.std() > 0.1

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from core import random
+from tests import processes
 from train.data import DataError
 from train.data.batching import epoch_batch
 from train.data.images import arrays, augment
@@ -63,12 +64,12 @@ def functional():
     return pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not installed")
 
 
-def assert_same(found, expected):
-    found, expected = list(found), list(expected)
-    assert len(found) == len(expected) > 0
-    for (pixels, labels), (wanted, targets) in zip(found, expected, strict=True):
+def assert_same(actual, expected):
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected) > 0
+    for (pixels, labels), (squares, targets) in zip(actual, expected, strict=True):
         assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64 and pixels.is_contiguous()
-        assert torch.equal(pixels, wanted) and torch.equal(labels, targets)
+        assert torch.equal(pixels, squares) and torch.equal(labels, targets)
 
 
 # The listing.
@@ -79,22 +80,22 @@ def test_listing(tmp_path):
         save(tmp_path / name, picture(4, 4), format="PNG")
     (tmp_path / "a" / "notes.txt").write_text("ignored")
     (tmp_path / "empty").mkdir()
-    found = listing(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in found.paths] == ["a/deep/3.bmp", "b/1.JPG", "b/2.png"]
-    assert found.classes == ("a", "b", "empty") and found.labels.tolist() == [0, 1, 1]
-    assert found.labels.dtype == torch.int64
-    found = listing(tmp_path, ("a", "aa", "b", "empty"))
-    assert found.labels.tolist() == [0, 2, 2] and found.classes == ("a", "aa", "b", "empty")
-    with pytest.raises(DataError, match=r"/b is none of the 2 classes of the training split"):
+    actual = listing(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in actual.paths] == ["a/deep/3.bmp", "b/1.JPG", "b/2.png"]
+    assert actual.classes == ("a", "b") and actual.labels.tolist() == [0, 1, 1]
+    assert actual.labels.dtype == torch.int64 and actual.skipped == ((tmp_path / "empty", "has no picture"),)
+    actual = listing(tmp_path, ("a", "aa", "b"))
+    assert actual.labels.tolist() == [0, 2, 2] and actual.classes == ("a", "aa", "b")
+    with pytest.raises(DataError, match=r"/b is none of the 2 classes of the training part"):
         listing(tmp_path, ["a", "empty"])
 
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "does not exist, expected a folder with one sub-folder a class"),
+        (lambda d: None, "does not exist, expected a folder with one sub-folder per class"),
         (lambda d: d.write_text(""), "is a file, expected a folder"),
-        (lambda d: save(d / "1.png", picture(4, 4)), "has no sub-folders, expected one a class"),
+        (lambda d: save(d / "1.png", picture(4, 4)), "has no sub-folders, expected one per class"),
         (lambda d: (d / "cat").mkdir(parents=True), "no picture in the sub-folders of"),
     ],
     ids=["missing", "file", "flat", "empty"],
@@ -106,7 +107,7 @@ def test_folders_that_cannot_be_used(prepare, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# What is decoded.
+# Decoding.
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), None], ids=["crops", "whole"])
@@ -130,24 +131,24 @@ def test_evaluation_goes_through_all_in_order(files, decoders):
         assert_same(decoder.evaluation_batches(files, 5, 24, resize=30), expected)
 
 
-def test_iterations_side_by_side_and_given_up(files, decoders):
+def test_iterations_side_by_side_and_abandoned(files, decoders):
     for decoder in decoders:
         training = decoder.train_batches(files, KEY, range(9), 4, 16)
-        found = [next(training) for _ in range(3)]
+        actual = [next(training) for _ in range(3)]
         evaluation = list(decoder.evaluation_batches(files, 5, 24))
-        given_up = decoder.evaluation_batches(files, 2, 24)
-        next(given_up)
-        given_up.close()
-        found += training
-        assert_same(found, decoders[0].train_batches(files, KEY, range(9), 4, 16))
+        abandoned = decoder.evaluation_batches(files, 2, 24)
+        next(abandoned)
+        abandoned.close()
+        actual += training
+        assert_same(actual, decoders[0].train_batches(files, KEY, range(9), 4, 16))
         assert_same(evaluation, decoders[0].evaluation_batches(files, 5, 24))
 
 
 def test_crops_are_those_of_torchvision(files, functional):
     order, site = random.sites(KEY, 2)
     with Decoder(0, reduce=False) as decoder:
-        found = list(decoder.train_batches(files, KEY, range(2, 5), 6, 24))
-    for step, (pixels, labels) in zip(range(2, 5), found, strict=True):
+        actual = list(decoder.train_batches(files, KEY, range(2, 5), 6, 24))
+    for step, (pixels, labels) in zip(range(2, 5), actual, strict=True):
         indices = epoch_batch(order, step, 12, 6)
         assert torch.equal(labels, files.labels[indices])
         opened = [Image.open(files.paths[i]).convert("RGB") for i in indices]
@@ -160,8 +161,8 @@ def test_crops_are_those_of_torchvision(files, functional):
 
 def test_evaluation_is_that_of_torchvision(files, functional, decoders):
     for channels, mode in ((3, "RGB"), (1, "L")):
-        found = torch.cat([x for x, _ in decoders[0].evaluation_batches(files, 5, 24, channels, resize=29)])
-        for path, square in zip(files.paths, found, strict=True):
+        actual = torch.cat([x for x, _ in decoders[0].evaluation_batches(files, 5, 24, channels, resize=29)])
+        for path, square in zip(files.paths, actual, strict=True):
             image = functional.center_crop(functional.resize(Image.open(path).convert(mode), 29), 24)
             assert torch.equal(square, functional.pil_to_tensor(image))
 
@@ -176,8 +177,8 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(orientation, tmp_path, monkeypatc
     monkeypatch.setattr(pictures, "converted", lambda image, n: sizes.append(image.size) or converted(image, n))
 
     def batches(reduce):
-        found = Decoder(0, reduce=reduce).train_batches(listing(tmp_path), KEY, range(8), 1, 32, scale=(0.2, 1.0))
-        return torch.cat([pixels for pixels, _ in found]).float()
+        actual = Decoder(0, reduce=reduce).train_batches(listing(tmp_path), KEY, range(8), 1, 32, scale=(0.2, 1.0))
+        return torch.cat([pixels for pixels, _ in actual]).float()
 
     whole = batches(reduce=False)
     assert set(sizes) == {(901, 700)}
@@ -192,12 +193,12 @@ def test_rectangles_of_numpy_and_torch_are_the_same():
     keys = random.split(random.key(0), 20_000)
     height, width = random.randint(random.key(1), (2, 20_000), 1, 900).float()
     for scale, ratio in (((0.08, 1.0), (3 / 4, 4 / 3)), ((0.02, 0.33), (0.3, 3.3))):
-        expected, found = augment.boxes(keys, height, width, scale, ratio)
+        expected, any_fits = augment.boxes(keys, height, width, scale, ratio)
         draws = (x.numpy() for x in augment.rectangle_draws(keys, scale, ratio))
         boxes, fits = rectangles(np, *draws, height.numpy(), width.numpy(), ratio)
         assert boxes.dtype == np.float32
         np.testing.assert_array_equal(boxes, expected)
-        np.testing.assert_array_equal(fits, found)
+        np.testing.assert_array_equal(fits, any_fits)
 
 
 # Odd and bad files.
@@ -223,11 +224,11 @@ def test_odd_pictures_are_converted(tmp_path, decoders):
     ]
     files = listing(tmp_path)
     for channels in (1, 3):
-        [(found, _)] = decoders[2].evaluation_batches(files, 99, 12, channels)
-        for path, square in zip(files.paths, found, strict=True):
+        [(actual, _)] = decoders[2].evaluation_batches(files, 99, 12, channels)
+        for path, square in zip(files.paths, actual, strict=True):
             torch.testing.assert_close(square / 255, arrays.read_image(path, channels=channels), rtol=0, atol=1e-6)
     assert sorted(odd) == list(files.paths) and not decoders[2].skipped
-    named = dict(zip([path.stem for path in files.paths], found, strict=True))
+    named = dict(zip([path.stem for path in files.paths], actual, strict=True))
     assert torch.equal(named["16bit"], named["grey"])
     expected = torch.from_numpy(np.array(colour.transpose(Image.Transpose.ROTATE_90))).permute(2, 0, 1).int()
     assert (named["upright"].int() - expected).abs().float().mean() < 3
@@ -360,7 +361,7 @@ def test_workers_end_with_the_process(signal_name, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+    with processes.start(command, env=environment, **pipes) as process:
         workers = [Path("/proc") / pid for pid in process.stdout.readline().split()]
         assert process.stdout.readline() == "batch\n" and len(workers) == 2 and all(w.exists() for w in workers)
         os.killpg(process.pid, getattr(signal, signal_name))  # as the terminal does

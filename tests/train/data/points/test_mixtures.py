@@ -19,8 +19,8 @@ def test_ring_lies_on_its_circle():
 
 
 def test_grid_has_every_pair_once():
-    found = {tuple(point) for point in grid().centres.tolist()}
-    assert found == {(x, y) for x in (-4.0, -2.0, 0.0, 2.0, 4.0) for y in (-4.0, -2.0, 0.0, 2.0, 4.0)}
+    actual = {tuple(point) for point in grid().centres.tolist()}
+    assert actual == {(x, y) for x in (-4.0, -2.0, 0.0, 2.0, 4.0) for y in (-4.0, -2.0, 0.0, 2.0, 4.0)}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -69,7 +69,7 @@ def test_sampling_compiles():
         (lambda: ring(0), "a ring of 0 modes"),
         (lambda: ring(deviation=0.0), "deviation 0.0"),
         (lambda: grid(spacing=-1.0), "spacing -1.0"),
-        (lambda: sample(ring(), KEY, 0), "cannot draw 0 points"),
+        (lambda: sample(ring(), KEY, 0), "cannot sample 0 points"),
     ],
 )
 def test_errors_name_the_number(call, words):

@@ -6,8 +6,18 @@ import torch
 
 from core import random
 from train.data import DataError
+from train.data.text import text as text_module
 from train.data.text import token_files, tokenizers
-from train.data.text.text import embedded_text, read_text, split, token_batch, token_batches, windows
+from train.data.text.text import (
+    embedded_text,
+    open_text,
+    read_text,
+    split,
+    token_batch,
+    token_batches,
+    unigram_entropy,
+    windows,
+)
 
 KEY = random.key(1)
 
@@ -46,12 +56,85 @@ def test_bad_text_is_one_line(content, message, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_split_as_the_char_level_models_do():
-    train, validation = split(torch.arange(1_115_394))
+def test_split_as_nanogpt_does():
+    train, validation = split(torch.arange(1_115_394), blocks=1)
     assert (len(train), len(validation)) == (1_003_854, 111_540)  # nanoGPT's numbers for tiny Shakespeare
     assert train[-1] + 1 == validation[0]
     with pytest.raises(DataError, match="validation part is 1"):
         split(torch.arange(9), 1)
+    with pytest.raises(DataError, match="in 0 blocks"):
+        split(torch.arange(9), blocks=0)
+
+
+def as_file(ids: torch.Tensor, path) -> token_files.TokenFile:
+    vocabulary = tokenizers.CharTokenizer(tuple(map(chr, range(50_000))))
+    return token_files.write_tokens(path, [ids.tolist()], vocabulary)
+
+
+@pytest.mark.parametrize("count", [26_000, 26_009, 30_000])
+@pytest.mark.parametrize("kind", ["tensor", "file"])
+def test_the_validation_part_is_spread_over_the_text(kind, count, tmp_path):
+    tokens = torch.arange(count) if kind == "tensor" else as_file(torch.arange(count), tmp_path / "t")
+    train, validation = (part[torch.arange(len(part))] for part in split(tokens))
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(count))  # each token in one part
+    starts = (validation.diff() != 1).nonzero()[:, 0] + 1
+    blocks = validation.tensor_split(starts)
+    stretch = count // 10
+    assert len(blocks) == 10 and {len(block) for block in blocks} == {stretch - int(stretch * 0.9)}
+    assert [int(block[-1]) + 1 for block in blocks] == [stretch * (i + 1) for i in range(10)]
+    assert (train.diff() > 0).all() and int(train[-1]) == count - 1 - (count % 10 == 0) * len(blocks[0])
+
+
+def test_short_texts_have_fewer_blocks(tmp_path):
+    def blocks(count, **options):
+        _, validation = split(torch.arange(count), **options)
+        return 1 + int((validation.diff() != 1).sum())
+
+    assert [blocks(n) for n in (100, 2560, 5120, 12_800, 10**6)] == [1, 1, 2, 5, 10]
+    assert blocks(12_800, least=1280) == 1 and blocks(100, least=1) == 10 and blocks(10**6, blocks=50) == 50
+    for count in range(1, 120):
+        for share in (0.1, 0.5, 0.9):
+            parts = split(torch.arange(count), share, least=1)
+            assert torch.equal(torch.cat(parts).sort().values, torch.arange(count))
+
+
+def test_a_file_in_blocks_gives_the_batches_of_the_tensor(tmp_path):
+    tokens = torch.arange(30_000) % 97
+    for a, b in zip(split(tokens), split(as_file(tokens, tmp_path / "t")), strict=True):
+        assert len(a) == len(b) and torch.equal(b[10:20], a[10:20])
+        for x, y in ((token_batch(a, KEY, 3, 5, 40), token_batch(b, KEY, 3, 5, 40)),):
+            assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+        for x, y in zip(windows(a, 100, 8), windows(b, 100, 8), strict=True):
+            assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+
+
+def test_parts_of_the_embedded_text_are_alike():
+    """What a text's end flatters: under the frequencies of the rest it is 0.06 nats per character easier."""
+    tokens = open_text(None, None, "nowhere").tokens
+    spread, tail = (unigram_entropy(*split(tokens, blocks=blocks)) for blocks in (10, 1))
+    whole = unigram_entropy(tokens, tokens)
+    assert abs(spread - whole) < 0.02 < abs(tail - whole)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "file"])
+def test_unigram_entropy(kind, tmp_path):
+    train, validation = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 3])
+    if kind == "file":
+        train, validation = (as_file(x, tmp_path / str(len(x))) for x in (train, validation))
+    expected = -np.log(np.array([4, 3, 1]) / (6 + 4)).mean()
+    assert unigram_entropy(train, validation) == pytest.approx(expected, rel=1e-12)
+    expected = -np.log(np.array([4, 3, 1]) / (6 + 100)).mean()
+    assert unigram_entropy(train, validation, 100) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(DataError, match="no entropy of 0 tokens"):
+        unigram_entropy(train, validation[:0])
+
+
+def test_unigram_entropy_of_many_tokens_is_of_a_sample(monkeypatch):
+    tokens = torch.arange(10**6) % 10
+    full = text_module._counts(tokens, 12, chunk=1000, most=10**6)
+    assert full.tolist() == [100_000] * 10 + [0, 0]
+    sampled = text_module._counts(tokens, 12, chunk=1000, most=50)
+    assert sampled.tolist() == [5000] * 10 + [0, 0]
 
 
 @pytest.fixture(params=["tensor", "file"])
@@ -168,13 +251,13 @@ def test_token_batches_are_those_of_each_step():
 def test_tokens_of_keeps_byte_pairs_on_disk(tmp_path):
     path = tmp_path / "some.txt"
     path.write_text("one two three two one " * 40, encoding="utf-8")
-    made = tokenizers.train_byte_pairs([path.read_text()], 270)
-    first, used = token_files.tokens_of(path, made, tmp_path / "cache")
+    pairs = tokenizers.train_byte_pairs([path.read_text()], 270)
+    first, used = token_files.tokens_of(path, pairs, tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
     written = stored.stat().st_mtime_ns
-    again, _ = token_files.tokens_of(path, made, tmp_path / "cache")
-    assert used is made and stored.stat().st_mtime_ns == written
+    again, _ = token_files.tokens_of(path, pairs, tmp_path / "cache")
+    assert used is pairs and stored.stat().st_mtime_ns == written
     everything = torch.arange(len(first))
-    assert first[everything].tolist() == again[everything].tolist() == made.encode(path.read_text())
+    assert first[everything].tolist() == again[everything].tolist() == pairs.encode(path.read_text())
     characters, by_characters = token_files.tokens_of(path, None, tmp_path / "cache")
     assert by_characters.decode(characters) == path.read_text()

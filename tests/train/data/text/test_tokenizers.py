@@ -7,7 +7,7 @@ import torch
 
 from train.data import DataError
 from train.data.text import tokenizers
-from train.data.text.text import embedded_text
+from train.data.text.text import embedded_text, open_text
 from train.data.text.tokenizers import BOS, EOS, PAD, SPECIAL, UNK, BytePairTokenizer, CharTokenizer, SentenceTokenizer
 
 
@@ -109,6 +109,81 @@ def test_not_a_tokenizer(name, content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["truncation", "padding", "dropout"])
+@pytest.mark.parametrize("sentences", [False, True], ids=["text", "sentences"])
+def test_settings_of_a_file_that_change_texts_are_switched_off(setting, sentences, tmp_path, caplog):
+    """A file saved from a classifier cuts every text to 512 tokens, or fills it up; dropout merges at random."""
+    if sentences:
+        tokenizer = tokenizers.train_sentences(SENTENCES, 300)
+    else:
+        tokenizer = tokenizers.train_byte_pairs([embedded_text()[:20_000]], 300)
+    text = "short" if setting == "padding" else embedded_text()[:3000]
+    expected = tokenizer.encode(text)
+    tokenizer.save(tmp_path / "plain.json")
+    if setting == "truncation":
+        tokenizer.tokenizer.enable_truncation(16)
+    elif setting == "padding":
+        tokenizer.tokenizer.enable_padding(length=64)
+    else:
+        tokenizer.tokenizer.model.dropout = 0.5
+    tokenizer.save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert content["model" if setting == "dropout" else setting] and (content | content["model"])[setting]
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = tokenizers.load(path)
+        assert loaded.encode(text) == expected
+        assert loaded.fingerprint == tokenizers.load(tmp_path / "plain.json").fingerprint
+    details = {"truncation": " to 16 tokens", "padding": " to 64", "dropout": " of merges, 0.5"}[setting]
+    assert f"tokenizer.json carries {setting}{details}, which is switched off" in caplog.text
+
+
+def other_kinds() -> dict:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    def trained(model, trainer, **parts):
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        for name, part in parts.items():
+            setattr(tokenizer, name, part)
+        tokenizer.train_from_iterator([embedded_text()[:20_000]], trainer)
+        return tokenizer
+
+    unknown = {"special_tokens": ["[UNK]"], "show_progress": False}
+    return {
+        "WordPiece": trained(
+            models.WordPiece(unk_token="[UNK]"),
+            trainers.WordPieceTrainer(vocab_size=400, **unknown),
+            normalizer=normalizers.BertNormalizer(),
+            decoder=decoders.WordPiece(),
+        ),
+        "words": trained(models.WordLevel(unk_token="[UNK]"), trainers.WordLevelTrainer(vocab_size=400, **unknown)),
+        "unigram": trained(models.Unigram(), trainers.UnigramTrainer(vocab_size=400, unk_token="[UNK]", **unknown)),
+        "byte pairs": trained(models.BPE(), trainers.BpeTrainer(vocab_size=400, show_progress=False)),
+    }
+
+
+def test_tokenizers_that_lose_text_are_refused_by_name(tmp_path):
+    for kind, tokenizer in other_kinds().items():
+        path = tmp_path / f"{kind}.json"
+        tokenizer.save(str(path))
+        with pytest.raises(DataError, match=rf"{kind}.json does not reproduce text: '.*' comes back as .* \({kind}\)"):
+            tokenizers.load(path)
+        loaded = tokenizers.load(path, lossy=True)
+        assert tokenizers.kind_of(loaded) == kind and tokenizers.loss_of(loaded)
+        assert loaded.encode("the value") == tokenizer.encode("the value", add_special_tokens=False).ids
+        with pytest.raises(DataError, match=r"does not reproduce text: .*expected byte-level byte pairs"):
+            open_text(None, loaded, tmp_path)
+
+
+def test_tokenizers_that_lose_nothing(byte_pairs):
+    for tokenizer in (byte_pairs, None, CharTokenizer(("a",)), tokenizers.train_sentences(SENTENCES, 300)):
+        assert tokenizers.loss_of(tokenizer) is None
+    words = tokenizers.train_sentences(SENTENCES, 100, words=True)
+    assert (tokenizers.kind_of(byte_pairs), tokenizers.kind_of(words)) == ("byte pairs", "words")
+    with pytest.raises(DataError, match="does not reproduce text: .*<unk>"):  # though a translator may use it
+        open_text(None, words, "nowhere")
+
+
 def test_garbled_merges(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\nx y z\n")
@@ -181,8 +256,8 @@ def test_sentences_save_and_load(sentences, tmp_path):
 
 def test_the_same_sentences_give_the_same_tokenizer():
     for words in (False, True):
-        made = [tokenizers.train_sentences(SENTENCES, 300, words=words).fingerprint for _ in range(3)]
-        assert len(set(made)) == 1
+        fingerprints = [tokenizers.train_sentences(SENTENCES, 300, words=words).fingerprint for _ in range(3)]
+        assert len(set(fingerprints)) == 1
 
 
 def test_sentences_need_their_special_tokens(byte_pairs):

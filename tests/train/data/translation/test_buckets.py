@@ -14,7 +14,7 @@ from train.data.text.token_files import TokenFile
 from train.data.text.tokenizers import BOS, EOS, PAD
 from train.data.translation import dates
 from train.data.translation.buckets import batch_at, evaluation_batches, make_buckets
-from train.data.translation.corpus import Corpus, of_sentences, open_corpus
+from train.data.translation.corpus import Corpus, fitting, of_sentences, open_corpus
 from train.data.translation.files import PairFiles
 from train.data.translation.sets import open_pairs
 
@@ -53,8 +53,8 @@ def test_a_corpus_has_the_ids_of_each_sentence(corpus, tokenizer):
 def test_chunks_are_joined(count, tokenizer, tmp_path):
     pairs = list(itertools.islice(itertools.cycle(PAIRS), count))
     for cache in (None, tmp_path):
-        made = open_corpus(pairs, tokenizer, cache, progress=False)
-        assert len(made) == count and made.ids(count - 1, 1) == tokenizer.encode(pairs[-1][1])
+        corpus = open_corpus(pairs, tokenizer, cache, progress=False)
+        assert len(corpus) == count and corpus.ids(count - 1, 1) == tokenizer.encode(pairs[-1][1])
 
 
 def test_a_corpus_is_kept_on_disk(tokenizer, tmp_path, caplog, monkeypatch):
@@ -72,18 +72,18 @@ def test_a_corpus_is_kept_on_disk(tokenizer, tmp_path, caplog, monkeypatch):
 def test_another_tokenizer_or_text_is_another_corpus(tokenizer, tmp_path):
     other = tokenizers.train_sentences((s for pair in PAIRS for s in pair), 300)
     for pairs, used in ((PAIRS[:9], tokenizer), (PAIRS[:8], tokenizer), (PAIRS[:9], other)):
-        made = open_corpus(pairs, used, tmp_path, progress=False)
-        assert made.ids(0, 0) == used.encode(PAIRS[0][0]) and len(made) == len(pairs)
+        corpus = open_corpus(pairs, used, tmp_path, progress=False)
+        assert corpus.ids(0, 0) == used.encode(PAIRS[0][0]) and len(corpus) == len(pairs)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["tokens", "lengths.npy", "corpus.json"])
 def test_a_damaged_corpus_is_made_anew(name, tokenizer, tmp_path, caplog):
-    made = open_corpus(PAIRS, tokenizer, tmp_path, progress=False)
+    before = open_corpus(PAIRS, tokenizer, tmp_path, progress=False)
     (path,) = tmp_path.rglob(name)
     path.write_bytes(path.read_bytes()[:-10])
     again = open_corpus(PAIRS, tokenizer, tmp_path, progress=False)
-    assert np.array_equal(made.lengths, again.lengths) and "is damaged" in caplog.text
+    assert np.array_equal(before.lengths, again.lengths) and "is damaged" in caplog.text
     caplog.clear()
     assert len(open_corpus(PAIRS, tokenizer, tmp_path, progress=False)) == 600 and not caplog.text
 
@@ -95,16 +95,17 @@ def test_a_corpus_of_files_that_fail_leaves_nothing(tokenizer, tmp_path):
         files = PairFiles((tmp_path / "a.de",), (tmp_path / "a.en",))
         open_corpus(files, tokenizer, tmp_path / "cache", progress=False)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    message = "the sentences: there is not one pair of sentences, as all of the sources is empty"
     for cache in (None, tmp_path / "cache"):
-        with pytest.raises(DataError, match="the given sentences: there is not one pair"):
+        with pytest.raises(DataError, match=message):
             open_corpus([("", "one")], tokenizer, cache, progress=False)
 
 
 def test_sentences_to_translate(tokenizer):
     sentences = ["drei", "", "Heute ist Montag."]
-    made = of_sentences(sentences, tokenizer, 64)
-    assert [made.ids(i, 0) for i in range(3)] == [tokenizer.encode(s) for s in sentences]
-    (batch,) = evaluation_batches(made, 1000, 64)
+    corpus = of_sentences(sentences, tokenizer, 64)
+    assert [corpus.ids(i, 0) for i in range(3)] == [tokenizer.encode(s) for s in sentences]
+    (batch,) = evaluation_batches(corpus, 1000, 64)
     order, source, target = batch
     assert target.tolist() == [[BOS, EOS]] * 3
     for row, i in enumerate(order.tolist()):
@@ -121,9 +122,43 @@ def test_a_sentence_longer_than_the_positions(tokenizer):
         of_sentences(["drei", PAIRS[0][0]], tokenizer, count - 1)
 
 
+def test_pairs_that_are_too_long_are_left_out_by_one_rule(tokenizer, caplog):
+    lengths = [max(len(tokenizer.encode(text)) + 1 for text in pair) for pair in PAIRS]
+    longest = sorted(lengths)[500]
+    short = [pair for pair, length in zip(PAIRS, lengths, strict=True) if length <= longest]
+    too_long = tuple(i for i, length in enumerate(lengths) if length > longest)
+    assert 0 < len(too_long) < 100
+    corpus = open_corpus(PAIRS, tokenizer, progress=False, longest=longest)
+    assert corpus.left_out == too_long and len(corpus) == 600 - len(too_long)
+    assert all(corpus.ids(i, 1) == tokenizer.encode(short[i][1]) for i in (0, 300, len(corpus) - 1))
+    assert f"{len(too_long)} pairs with over {longest} tokens, such as" in caplog.text and corpus.notes
+    assert sum(len(indices) for indices, _, _ in evaluation_batches(corpus, 512, longest)) == len(corpus)
+    assert make_buckets(corpus, 512, longest).too_long == 0
+    assert make_buckets(open_corpus(PAIRS, tokenizer, progress=False), 512, longest).too_long == len(too_long)
+    pairs, left_out = fitting(PAIRS, tokenizer, longest)
+    assert tuple(left_out) == too_long and pairs == short
+    assert fitting([], tokenizer, longest) == ([], [])
+    with pytest.raises(DataError, match="the sentences: not one of 600 pairs has up to 2 tokens on both sides"):
+        open_corpus(PAIRS, tokenizer, progress=False, longest=2)
+
+
+def test_sentences_that_are_too_long_are_left_empty(tokenizer, caplog):
+    longest = len(tokenizer.encode("drei")) + 1
+    corpus = of_sentences(["drei", PAIRS[0][0], "", "drei"], tokenizer, longest, skip=True)
+    assert corpus.left_out == (1,) and corpus.lengths[:, 0].tolist() == [longest - 1, 0, 0, longest - 1]
+    assert corpus.ids(3, 0) == tokenizer.encode("drei") and len(corpus.notes) == 1
+    assert "sentence 2 has" in caplog.text and "it is left empty" in caplog.text and PAIRS[0][0][:20] in caplog.text
+    bad = of_sentences(["drei", "\udcff", "vier"], tokenizer, 64, skip=True)  # a byte of another encoding
+    assert bad.left_out == (1,) and bad.ids(2, 0) == tokenizer.encode("vier") and not bad.lengths[1].any()
+    assert "sentence 2 cannot be encoded (character '\\udcff' at position 0 is no Unicode text)" in caplog.text
+    with pytest.raises(DataError, match="sentence 2 cannot be encoded"):
+        of_sentences(["drei", "\udcff"], tokenizer, 64)
+    assert of_sentences(["drei"], tokenizer, longest, skip=True).left_out == ()
+
+
 def test_batches_hold_whole_pairs(corpus, tokenizer):
     buckets = make_buckets(corpus, 512, 64, shapes=4)
-    found = set()
+    pairs = set()
     for step in range(buckets.batches):
         source, target = batch_at(corpus, buckets, KEY, step)
         assert source.dtype == target.dtype == torch.int64 and len(source) == len(target)
@@ -132,17 +167,17 @@ def test_batches_hold_whole_pairs(corpus, tokenizer):
             s_end, t_end = s.index(EOS), t.index(EOS)
             assert t[0] == BOS and not any(s[s_end + 1 :]) and not any(t[t_end + 1 :])
             pair = (tokenizer.decode(s[:s_end]), tokenizer.decode(t[1:t_end]))
-            assert pair in PAIRS and pair not in found
-            found.add(pair)
-    assert len(found) >= 600 - buckets.batches  # hardly any are left out of an epoch
+            assert pair in PAIRS and pair not in pairs
+            pairs.add(pair)
+    assert len(pairs) >= 600 - buckets.batches  # hardly any are left out of an epoch
 
 
 def test_there_are_as_many_shapes_as_said(corpus):
     for shapes in (1, 3, 6):
         buckets = make_buckets(corpus, 256, 64, shapes=shapes)
         steps = range(2 * buckets.batches)
-        seen = {tuple(x.shape for x in batch_at(corpus, buckets, KEY, step)) for step in steps}
-        assert len(seen) == len(buckets.buckets) == shapes
+        sizes = {tuple(x.shape for x in batch_at(corpus, buckets, KEY, step)) for step in steps}
+        assert len(sizes) == len(buckets.buckets) == shapes
         assert f"in {shapes} shapes" in str(buckets)
 
 
@@ -151,8 +186,8 @@ def test_the_batch_is_a_function_of_key_and_step(corpus):
     steps = [0, 3, buckets.batches - 1, buckets.batches, 5 * buckets.batches + 2]
     forwards = [batch_at(corpus, buckets, KEY, step) for step in steps]
     for step, expected in reversed(list(zip(steps, forwards, strict=True))):
-        found = batch_at(corpus, buckets, KEY, torch.tensor(step))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = batch_at(corpus, buckets, KEY, torch.tensor(step))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
     def epoch(key, number):
         batches = range(number * buckets.batches, (number + 1) * buckets.batches)
@@ -171,8 +206,8 @@ def test_the_order_is_that_of_the_keys():
     order, pairs = random.permutation(keys[0], 3), random.permutation(keys[1], 12)
     for place in range(3):
         source, target = batch_at(corpus, buckets, KEY, 3 + place)
-        chosen = pairs[4 * order[place] : 4 * (order[place] + 1)] + 10
-        assert torch.equal(source, torch.stack([chosen] * 3 + [torch.full((4,), EOS)], 1))
+        words = pairs[4 * order[place] : 4 * (order[place] + 1)] + 10
+        assert torch.equal(source, torch.stack([words] * 3 + [torch.full((4,), EOS)], 1))
         assert torch.equal(target[:, 1:], source) and (target[:, 0] == BOS).all()
 
 
@@ -201,7 +236,7 @@ def test_too_long_pairs_are_left_out_and_counted():
     members = np.sort(np.concatenate([bucket.members for bucket in buckets.buckets]))
     assert members.tolist() == [*range(10), 12]
     assert make_buckets(corpus, 100, 10).too_long == 0
-    with pytest.raises(DataError, match="not one of 13 pairs has at most 3 tokens on both sides"):
+    with pytest.raises(DataError, match="not one of 13 pairs has up to 3 tokens on both sides"):
         make_buckets(corpus, 100, 3)
     with pytest.raises(DataError, match="a batch of 9 tokens has no room for a sentence of 10"):
         make_buckets(corpus, 9, 20)
@@ -236,7 +271,7 @@ def test_lengths_in_multiples(corpus):
 @pytest.mark.parametrize("shapes", [None, 1, 3])
 def test_evaluation_covers_all_pairs_once(shapes, corpus, tokenizer):
     results: list = [None] * len(corpus)
-    seen, widths = set(), []
+    sizes, widths = set(), []
     for indices, source, target in evaluation_batches(corpus, 512, 64, shapes):
         assert max(source.numel(), target[:, 1:].numel()) <= 512
         rows = len(indices)
@@ -246,10 +281,10 @@ def test_evaluation_covers_all_pairs_once(shapes, corpus, tokenizer):
         for i, s, t in zip(indices.tolist(), source.tolist(), target.tolist(), strict=False):
             assert results[i] is None
             results[i] = tokenizer.decode(s), tokenizer.decode(t)
-        seen.add((source.shape, target.shape))
+        sizes.add((source.shape, target.shape))
         widths.append(max(source.shape[1], target.shape[1]))
     assert results == PAIRS and widths == sorted(widths)
-    assert shapes is None or len(seen) <= shapes
+    assert shapes is None or len(sizes) <= shapes
 
 
 def test_a_sentence_larger_than_the_budget_is_a_batch_of_its_own():

@@ -170,9 +170,9 @@ def test_every_frame_is_common_and_looks_as_intended():
         (" Jahre alt.", " years old in ", 400),
         ("Im Jahr ", "There were ", 400),
     ):
-        found = [(de, en) for de, en in train.items() if german_words in de]
-        assert len(found) >= least, german_words
-        assert all(english_words in en for _, en in found)
+        actual = [(de, en) for de, en in train.items() if german_words in de]
+        assert len(actual) >= least, german_words
+        assert all(english_words in en for _, en in actual)
     assert sum(1 for de in train if " " not in de) > 200  # numbers alone
     assert any(de.startswith("dreiundzwanzigster ") for de in train)
 
