@@ -42,7 +42,7 @@ class Args:
     image: Path | None = None
     """An image file instead of the photograph in scikit-learn."""
     size: int = 256
-    """The image is scaled and cut to a square of so many pixels a side."""
+    """The image is scaled and cut to a square of so many pixels per side."""
     kernels: tuple[int, ...] = (1, 3, 5, 9, 15, 25)
     """Sides of the kernels to time, on images of the middle one of --sides."""
     sides: tuple[int, ...] = (16, 32, 64, 128, 256)

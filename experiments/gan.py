@@ -1,6 +1,6 @@
 """Generative adversarial networks: thirteen of them, each a line of the table `GANS`.
 
-Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv:1406.2661), and what came of it. Without a flag WGAN-GP
+Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv:1406.2661), and its successors. Without a flag WGAN-GP
 learns scikit-learn's 8x8 digits, offline:
 
     python experiments/gan.py                                            3.5 minutes on 2 CPU cores
@@ -12,47 +12,40 @@ learns scikit-learn's 8x8 digits, offline:
     python experiments/gan.py sample --run runs/gan/NAME
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from core import random, tree
-from core.spectral import spectral_norm
-from experiments.parts.generator import (
-    Data,
-    Players,
-    averaged,
-    distances,
-    draw_frame,
-    draw_study,
-    figures_of,
-    generated,
-    load,
-    noise,
-)
-from nets.generative import autoencoder_critic, dcgan, mlp_gan, sagan
+from experiments.parts import generator as gans
+from experiments.parts.generator import Data
 from train import optimizers, plots
 from train.adversarial import game as games
-from train.adversarial.game import Game
-from train.adversarial.regularisers import clip
+from train.adversarial import regularisers
+from train.adversarial.game import ENERGIES, Game
+from train.adversarial.objectives import OBJECTIVES, PAIRINGS
+from train.adversarial.regularisers import REGULARISERS, clip
 from train.adversarial.step import State, create, make_step
-from train.data import batching
+from train.data.fingerprint import fingerprint
 from train.data.images import sets as image_sets
 from train.data.points import mixtures
+from train.data.understood import understood
 from train.optimizers import schedules
 from train.plots import gan as gan_plots
-from train.run import command_line
-from train.run import run as runs
+from train.run import begin, command_line, open_run
+from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Shared
 from train.run.logs import read_curves
+from train.run.run import format_figures, unused
 from train.step import compiled
 
 RUNS = Path("runs/gan")
-NETS = {"autoencoder": autoencoder_critic, "dcgan": dcgan, "mlp": mlp_gan, "sagan": sagan}
 
 
 @dataclass(frozen=True)
@@ -62,21 +55,21 @@ class Gan:
     net: str
     game: Game = Game()
     style: str = ""
-    """What the names of the nets' presets begin with."""
+    """Prefix of the names of the nets' presets."""
     norm: str | None = None
-    """Of the critic; the preset's if None."""
+    """Norm of the critic; the preset's if None."""
     conditional: bool = False
     critic_steps: int = 1
     rate: float = 2e-4
     critic_rate: float | None = None
-    """The generator's if None."""
+    """Learning rate of the critic; the generator's if None."""
     betas: tuple[float, float] = (0.5, 0.999)
     clip: float = 0.0
-    """RMSProp, and the critic's parameters clipped to [-clip, clip]."""
+    """RMSprop, and the critic's parameters clipped to [-clip, clip]; 0 for neither."""
     decay: bool = False
-    """Rates fall to 0, in a straight line."""
+    """Linear decay of the learning rates to 0."""
     spread: float = 1.0
-    """Standard deviation of all points of a mixture together, in each direction."""
+    """Standard deviation of a mixture's coordinates."""
 
 
 PENALTY = {"norm": "layer", "critic_steps": 5, "rate": 3e-4, "betas": (0.0, 0.9)}
@@ -95,7 +88,7 @@ GANS = {
     "wgan-div": Gan("dcgan", Game("wasserstein", regulariser="wgan-div"), **PENALTY),
     # Mao et al. 2017, arXiv:1611.04076: squares instead of logarithms.
     "lsgan": Gan("dcgan", Game("least-squares")),
-    # Zhao et al. 2017, arXiv:1609.03126: the critic's score is an auto-encoder's error; codes repel each other.
+    # Zhao et al. 2017, arXiv:1609.03126: the critic's score is an autoencoder's error; codes repel each other.
     "ebgan": Gan("autoencoder", Game("energy", pulling_away=0.1, margin=0.5), "ebgan-", rate=5e-4),
     # Berthelot et al. 2017, arXiv:1703.10717: k holds the energies of generated and real images at a ratio. Its rate of
     # 0.001 is for 100,000 steps. k leaves 0 only if the generator is faster than the critic it follows.
@@ -106,9 +99,9 @@ GANS = {
         rate=1e-3,
         critic_rate=2e-4,
     ),
-    # Odena et al. 2017, arXiv:1610.09585: the critic is not told the class but tells it.
+    # Odena et al. 2017, arXiv:1610.09585: the critic is not told the class but predicts it.
     "acgan": Gan("dcgan", Game("non-saturating", classify=True), conditional=True),
-    # Chen et al. 2016, arXiv:1606.03657: it tells the codes, a bound on their mutual information with the image.
+    # Chen et al. 2016, arXiv:1606.03657: it recovers the codes, a bound on their mutual information with the image.
     "infogan": Gan("dcgan", Game("non-saturating", categories=10, codes=2)),
     # Miyato et al. 2018, arXiv:1802.05957: weights over their spectral norms make the critic 1-Lipschitz.
     "sngan": Gan("dcgan", Game("hinge", spectral=True), norm="none"),
@@ -123,9 +116,8 @@ GANS = {
     ),
 }
 
-
-# What else is right for points of the plane, in minutes. Gulrajani et al. weigh the penalty with 0.1 there. A critic
-# that spectral norm makes smooth takes more steps, and points further apart than the width of its hinge.
+# Other choices for points of the plane, in minutes. Gulrajani et al. weigh the penalty with 0.1 there. A critic that
+# spectral norm makes smooth takes more steps, and points further apart than the width of its hinge.
 ON_POINTS = {"rate": 2e-3, "decay": True}
 POINTS = {
     "wgan-gp": ON_POINTS | {"betas": (0.5, 0.9), "game": Game("wasserstein", "none", "gradient-penalty", 0.1)},
@@ -135,125 +127,95 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Args:
-    gan: str = "wgan-gp"
-    """gan, cgan, dcgan, wgan, wgan-gp, wgan-div, lsgan, ebgan, began, acgan, infogan, sngan, sagan."""
+    gan: Literal[tuple(GANS)] = "wgan-gp"
+    """Paper: its line of the table has the nets, and the defaults of what follows (this help shows those of the --gan
+    and --data on its command line)."""
     data: str = "digits"
-    """"digits", "mnist", "cifar10" ... (downloaded once), a folder of images, or the mixtures "ring" and "grid"."""
-    size: int | None = None
-    """Pixels that images are scaled to; their own if not given, 64 for pictures."""
-    objective: str | None = None
-    """minimax, non-saturating, wasserstein, least-squares, hinge; as all of these, the paper's if not given."""
-    pairing: str | None = None
-    """none, average, paired: relativistic scores."""
-    regulariser: str | None = None
-    """none, gradient-penalty, dragan, r1, r2, wgan-div."""
-    weight: float | None = None
-    """Of the regulariser."""
-    spectral: bool | None = None
+    """"digits", "mnist", "cifar10" ... (downloaded once), a folder of pictures, or the mixtures "ring" and "grid"."""
+    size: Count | None = None
+    """Pixels per side that images are scaled to; None keeps the size of sets like MNIST, and is 64 for pictures."""
+    objective: Literal[(*OBJECTIVES, *ENERGIES)] = "wasserstein"
+    """Objective of both players; energy and equilibrium take autoencoders as critics."""
+    pairing: Literal[tuple(PAIRINGS)] = "none"
+    """Relativistic scores: against the average of the other side, or in pairs."""
+    regulariser: Literal[("none", *REGULARISERS)] = "gradient-penalty"
+    """Regulariser of the critic."""
+    weight: NonNegative = 10.0
+    """Weight of the regulariser."""
+    spectral: bool = False
     """Spectral norm of the critic."""
-    critic_steps: int | None = None
-    """Steps of the critic for one of the generator."""
-    learning_rate: float | None = None
-    """The generator's, and the critic's in the paper's proportion."""
-    latent: int | None = None
-    """Numbers that the generator begins from."""
-    width: int | None = None
-    """Channels of the nets."""
-    steps: int | None = None
-    """Steps of the generator; 3000 on images and 6000 on points if not given."""
-    batch: int | None = None
-    """Examples a step; 64 images or 256 points if not given."""
-    average: float = 0.999
-    """Decay of the moving average of the generator's parameters, which is what is looked at."""
+    critic_steps: Count = 5
+    """Steps of the critic per step of the generator."""
+    learning_rate: Positive = 3e-4
+    """Learning rate of the generator."""
+    critic_learning_rate: Positive = 3e-4
+    """Learning rate of the critic; it follows --learning-rate in the paper's proportion."""
+    latent: Count | None = None
+    """Latent dimensions; None fits the size of the images."""
+    width: Count | None = None
+    """Channels of the nets, or hidden units on points; None fits the size of the images."""
+    steps: Count = 3000
+    """Training steps of the generator."""
+    batch: Count = 64
+    """Examples per step."""
+    average: Rate = 0.999
+    """Decay of the moving average of the generator's parameters, which is evaluated."""
     classifier: Path | None = None
-    """A run of classify.py on the same data; figures are then of its features, otherwise of the pixels."""
-    seeds: int = 1
-    """How many are trained at once, each from another seed; figures are of all, pictures of the first."""
-    sample_every: int = 250
-    """Steps between two pictures of samples; the frames of training.gif."""
-    save_every: int = 500
-    """Steps between two checkpoints."""
-    seed: int = 0
-    """Seed of everything random."""
-    name: str | None = None
-    """Folder under runs/gan; the date and time if not given. With --resume: which run, else the newest."""
-    resume: bool = False
-    """Continue a run from its last checkpoint, with the flags it was started with."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
-    compile: bool = True
-    """Compile the step with torch.compile."""
+    """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
+    seeds: Count = 1
+    """Number of GANs trained at once, each from another seed; figures are of all, pictures of the first."""
+    sample_every: Count = 250
+    """Steps between pictures of samples, the frames of training.gif."""
+    common: Shared = Common()
 
 
-@dataclass(frozen=True)
-class SampleArgs:
-    run: Path
-    """Folder of a run, such as runs/gan/NAME."""
-    count: int = 64
-    """How many samples."""
-    label: int | None = None
-    """Of this class, where the generator is conditional."""
-    seed: int = 0
-    """Seed of the noise."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
-
-
-def read(args: Args) -> Data:
-    if args.data in mixtures.MIXTURES:
-        return Data(None, None, (), mixtures.standardised(mixtures.MIXTURES[args.data](), chosen(args).spread))
-    found = image_sets.read_all(args.data, args.size)
-    train, test = (part._replace(images=2 * part.images - 1) for part in (found.train, found.test))
-    return Data(train, test, found.classes)
-
-
-def chosen(args: Args) -> Gan:
-    """The paper's line with the flags applied."""
-    command_line.choice("--gan", args.gan, GANS)
+def line_of(args: Args) -> Gan:
+    """The paper's line with the flags applied; on points with the choices for points."""
     gan = GANS[args.gan]
     if args.data in mixtures.MIXTURES:
         gan = dataclasses.replace(gan, **POINTS.get(args.gan, ON_POINTS))
-    said = {name: getattr(args, name) for name in ("objective", "pairing", "regulariser", "weight", "spectral")}
-    gan = dataclasses.replace(
-        gan, game=dataclasses.replace(gan.game, **{n: v for n, v in said.items() if v is not None})
-    )
-    if args.learning_rate is not None:
-        command_line.positive(learning_rate=args.learning_rate)
-        rates = args.learning_rate, (gan.critic_rate or gan.rate) * args.learning_rate / gan.rate
-        gan = dataclasses.replace(gan, rate=rates[0], critic_rate=rates[1])
-    return gan if args.critic_steps is None else dataclasses.replace(gan, critic_steps=args.critic_steps)
+    game = {name: getattr(args, name) for name in ("objective", "pairing", "regulariser", "weight", "spectral")}
+    rates = {"rate": args.learning_rate, "critic_rate": args.critic_learning_rate, "critic_steps": args.critic_steps}
+    return dataclasses.replace(gan, game=dataclasses.replace(gan.game, **game), **rates)
 
 
-def players(gan: Gan, args: Args, data: Data) -> Players:
-    """The nets of a line, fitted to the data. Points of the plane take perceptrons, whatever the line says."""
-    sizes = {name: getattr(args, name) for name in ("latent", "width") if getattr(args, name) is not None}
-    if data.mixture is not None:
-        for name, given in (
-            ("conditional", gan.conditional),
-            ("codes", gan.game.codes),
-            ("energies", gan.net == "autoencoder"),
-        ):
-            if given:
-                raise ValueError(f"--data {args.data} is for unconditional GANs with scores; '{args.gan}' has {name}")
-        widths = (sizes.pop("width", 128),) * 3
-        cfg = dataclasses.replace(mlp_gan.PRESETS["points"], generator_widths=widths, critic_widths=widths, **sizes)
-        return Players(mlp_gan, cfg, gan.game, False)
-    net, (channels, size, _), classes = NETS[gan.net], data.shape, len(data.classes)
-    kind = "digits" if size < 16 else "mnist" if size == 28 else "small"
-    preset = net.PRESETS[f"{gan.style}{kind}"]
-    sizes |= {"shape": data.shape} if net is mlp_gan else {"size": size, "channels": channels}
-    if size > 32 and size % 4 == 0 and net in (dcgan, autoencoder_critic):
-        sizes["stages"] = (size // 4).bit_length() - 1
-    if net is sagan:
-        sizes["attention"] = size // 2
-    heads = {"category": gan.game.categories, "classes": classes * gan.game.classify, "codes": gan.game.codes}
-    sizes |= {"norm": gan.norm} if gan.norm else {}
-    sizes |= {"classes": classes} if gan.conditional else {}
-    sizes |= {"heads": tuple((n, width) for n, width in heads.items() if width)} if any(heads.values()) else {}
-    for name in sizes:
-        if name not in {field.name for field in dataclasses.fields(preset)}:
-            raise ValueError(f"--{name} is not for the nets of '{args.gan}'")
-    return Players(net, dataclasses.replace(preset, **sizes), gan.game, gan.conditional)
+def presets(words: dict[str, str]) -> Args | None:
+    """The paper's line as arguments; what depends on another flag follows it."""
+    name, on_points = words.get("gan", "wgan-gp"), words.get("data") in mixtures.MIXTURES
+    if name not in GANS:
+        return None
+    gan = dataclasses.replace(GANS[name], **POINTS.get(name, ON_POINTS)) if on_points else GANS[name]
+    game, rate, regulariser = gan.game, gan.rate, words.get("regulariser", gan.game.regulariser)
+    with contextlib.suppress(ValueError):  # a word that is no number is refused later
+        rate = float(words.get("learning_rate", gan.rate))
+    weight = regularisers.weight_of(regulariser) if regulariser in REGULARISERS else 0.0
+    if game.weight is not None and regulariser == game.regulariser:
+        weight = game.weight
+    rates = {"learning_rate": gan.rate, "critic_learning_rate": (gan.critic_rate or gan.rate) * (rate / gan.rate)}
+    choices = {field: getattr(game, field) for field in ("objective", "pairing", "regulariser", "spectral")}
+    sizes = {"steps": 6000, "batch": 256} if on_points else {}
+    return Args(name, weight=weight, critic_steps=gan.critic_steps, **choices, **rates, **sizes)
+
+
+@dataclass(frozen=True)
+class SampleArgs(FromRun):
+    count: Count = 64
+    """Number of samples."""
+    label: Natural | None = None
+    """Class of all samples, where the generator is conditional; every class in turn if None."""
+    seed: Natural = 0
+    """Seed of the noise."""
+    out: Path | None = None
+    """New picture; RUN/sampled.png, numbered if it exists, if None."""
+
+
+def read(args: Args) -> Data:
+    gan = line_of(args)
+    if args.data in mixtures.MIXTURES:
+        return Data(None, None, (), mixtures.standardised(mixtures.MIXTURES[args.data](), gan.spread))
+    images = image_sets.read_all(args.data, args.size, labelled=gan.conditional or gan.game.classify)
+    train, test = (part._replace(images=2 * part.images - 1) for part in (images.train, images.test))
+    return Data(train, test, images.classes, facts=image_sets.facts(images))
 
 
 def optimizer_of(gan: Gan, rate: float, steps: int) -> optimizers.Optimizer:
@@ -261,155 +223,100 @@ def optimizer_of(gan: Gan, rate: float, steps: int) -> optimizers.Optimizer:
     return optimizers.rmsprop(schedule) if gan.clip else optimizers.adam(schedule, *gan.betas)
 
 
-def batch_at(data: Data, key: Tensor, step: int, parts: int, size: int) -> tuple[Tensor, Tensor]:
-    """(examples (parts, size, ...), labels (parts, size)): a function of key and step."""
-    if data.mixture is not None:
-        points, modes = mixtures.sample(data.mixture, random.fold_in(key, step), parts * size)
-        return points.reshape(parts, size, 2), modes.reshape(parts, size)
-    count = len(data.train.labels)
-    rows = torch.stack([batching.epoch_batch(key, step * parts + i, count, size) for i in range(parts)])
-    return data.train.images[rows], data.train.labels[rows]
-
-
 def train(args: Args) -> None:
-    origin, args = runs.begin(
-        RUNS, args, free=("steps", "sample_every", "save_every", "device", "compile", "classifier")
-    )
-    steps, batch = (6000, 256) if args.data in mixtures.MIXTURES else (3000, 64)
-    steps, batch = steps if args.steps is None else args.steps, batch if args.batch is None else args.batch
-    args, gan = dataclasses.replace(args, steps=steps, batch=batch), chosen(args)
-    command_line.at_least_one(steps=args.steps, batch=args.batch, seeds=args.seeds, critic_steps=gan.critic_steps)
-    command_line.at_least_one(sample_every=args.sample_every, save_every=args.save_every)
-    device, data = command_line.device(args.device), read(args)
-    if data.train is not None:
-        if args.batch > len(data.train.labels):
-            raise ValueError(f"--batch is {args.batch}, but there are {len(data.train.labels)} images")
-        data = data._replace(train=tree.move(data.train, device), test=tree.move(data.test, device))
-    who = players(gan, args, data)
-    if args.classifier is not None and data.train is not None:
-        distances(*2 * [(data.test.images[:8] + 1) / 2], args.classifier)  # fails now rather than at the end
+    run = begin(RUNS, args, free=("data", "steps", "sample_every", "classifier"))
+    data, gan = read(args), line_of(args)
+    model = gans.players(args, gan, data)
+    understood(print, data.facts | {"data": args.data, "game": model.game, "net": model.cfg})
+    gans.check_classifier(args.classifier, data)
+    if data.train is not None and args.batch > len(data.train.labels):
+        raise ValueError(f"--batch is {args.batch}, but there are {len(data.train.labels)} images")
+    identity = {"net": model.cfg, "game": model.game, "gan": args.gan, "seeds": args.seeds}
+    identity |= {"data": fingerprint(data.mixture if data.train is None else (data.train, data.test))}
 
-    def generate(params, given, labels, key):
-        return who.net.generator(params, given.z, who.cfg, labels=labels, key=key, train=True)
+    init_key, order_key, look_key = random.split(random.key(args.common.seed), 3).unbind(0)
+    init_key, look_key = tree.move((init_key, look_key), run.device)
+    specs = model.net.critic_spec(model.cfg), model.net.generator_spec(model.cfg)
+    critic_optimizer = optimizer_of(gan, gan.critic_rate, args.steps * gan.critic_steps)
+    generator_optimizer = optimizer_of(gan, gan.rate, args.steps)
+    both = critic_optimizer, optimizers.ema(generator_optimizer, args.average, debias=True)
 
-    def outputs(params, x, labels, key):
-        return who.net.critic_outputs(params, x, who.cfg, labels=labels, key=key, train=True)
-
-    def begin(key: Tensor) -> State:
+    def start(key: Tensor) -> State:
         state = create(key, *specs, *both)
         params = state.critic.params, state.generator.params
-        return state._replace(memory=games.memory(who.game, random.fold_in(key, 2), *params))
+        return state._replace(memory=games.memory(model.game, random.fold_in(key, 2), *params))
 
-    specs = who.net.critic_spec(who.cfg), who.net.generator_spec(who.cfg)
-    critic_optimizer = optimizer_of(gan, gan.critic_rate or gan.rate, args.steps * gan.critic_steps)
-    both = critic_optimizer, optimizers.ema(optimizer_of(gan, gan.rate, args.steps), args.average, debias=True)
-    key = random.key(args.seed, device)
-    order_key, look_key = random.fold_in(key, 3), random.fold_in(key, 4)  # `begin` has 0 to 2
+    def generate(params, latents, labels, key):
+        return model.net.generator(params, latents.z, model.cfg, labels=labels, key=key, train=True)
+
+    def outputs(params, x, labels, key):
+        return model.net.critic_outputs(params, x, model.cfg, labels=labels, key=key, train=True)
+
     constrain = functools.partial(clip, limit=gan.clip) if gan.clip else None
-    parts = {"critic_steps": gan.critic_steps, "constrain": constrain}
-    players_losses = games.losses(who.game, who.cfg.latent, generate, outputs)
+    options = {"policy": run.policy, "critic_steps": args.critic_steps, "constrain": constrain}
+    losses, compiling = games.losses(model.game, model.cfg.latent, generate, outputs), args.common.compile
     if args.seeds == 1:
-        state, step = begin(key), make_step(*players_losses, *both, **parts, compile=args.compile)
+        state, step = start(init_key), make_step(*losses, *both, **options, compile=compiling)
     else:
-        state = torch.vmap(begin)(random.split(random.fold_in(key, 5), args.seeds))
-        state = tree.map(torch.Tensor.contiguous, state)  # vmap repeats what they share, such as the step
-        step = torch.vmap(make_step(*players_losses, *both, **parts, compile=False), in_dims=(0, None))
-        step = compiled(step) if args.compile else step
-    identity = {"net": who.cfg, "game": who.game, "gan": args.gan, "seeds": args.seeds}
-    state = runs.restore(origin, state, identity, args.steps)
+        state = torch.vmap(start)(random.split(init_key, args.seeds))
+        state = tree.map(Tensor.contiguous, state)  # vmap repeats what they share, such as the step
+        step = torch.vmap(make_step(*losses, *both, **options, compile=False), in_dims=(0, None))
+        step = compiled(step) if compiling else step
+    state, vanished = run.restore(state, identity, args.steps), 0
 
-    def member(state: State, i: int) -> State:
-        return state if args.seeds == 1 else tree.map(lambda x: x[i], state)
-
-    def look(at: int) -> tree.Tree:
-        one = member(state, 0)
-        values = averaged(one.generator, who, len(data.classes))
-        frame = run.folder / "frames" / f"{at:07}.png"
-        frame.parent.mkdir(exist_ok=True)
-        critic = one.critic.params
-        if who.game.spectral:
-            critic, _ = spectral_norm(critic, one.memory["vectors"], steps=0)
-        critic = tree.merge(critic, one.critic.stats)
-        draw_frame(frame, values, critic, who, data, look_key, f"{args.gan}, step {at}")
-        return values
-
-    config = {
-        "args": args,
-        **identity,
-        "conditional": who.conditional,
-        "classes": data.classes,
-        "torch": torch.__version__,
-    }
-    with runs.opened(origin, config, total=args.steps) as run:
+    with run.open({"conditional": model.conditional, "classes": data.classes}):
         counts = [tree.count(player.params) // args.seeds for player in (state.generator, state.critic)]
-        run.log.print(f"{counts[0]:,} parameters generate, {counts[1]:,} judge; run in {run.folder}")
-        if args.compile and run.first < args.steps:
-            run.log.print("compiling the step ...")
-        at, vanished = run.first, 0
-        for at in range(run.first + 1, args.steps + 1):
-            batch = batch_at(data, order_key, at - 1, gan.critic_steps, args.batch)
-            state, metrics = step(state, batch)
-            runs.check_finite(run, at, metrics)
-            metrics = tree.map(lambda x: x.mean(), metrics)
+        run.log.print(f"generator {counts[0]:,} parameters, critic {counts[1]:,} parameters; run in {run.folder}")
+        batches = (gans.batch_at(data, order_key, i, args.critic_steps, args.batch) for i in run.remaining)
+        for at, batch in run.steps(batches):
+            state, metrics = step(state, tree.move(batch, run.device))
+            shown = {"critic": metrics["critic/loss"].mean(), "generator": metrics["generator/loss"].mean()}
+            run.record(at, metrics, args.batch * args.seeds, group="", **shown)
             # A critic that is sure of everything has no slope left for the generator to climb.
-            vanished = vanished + 1 if float(metrics["generator/grad_norm"]) < 1e-6 else 0
+            vanished = vanished + 1 if float(metrics["generator/grad_norm"].mean()) < 1e-6 else 0
             if vanished == 100:
-                run.log.print(
-                    f"the critic is saturated: for 100 steps the generator's gradient is below 1e-6 (step {at})"
-                )
-            last = at == args.steps or run.stop.requested
-            run.log.progress(
-                at, args.batch * args.seeds, critic=metrics["critic/loss"], generator=metrics["generator/loss"]
-            )
-            if at % 10 == 0 or last:
-                run.log.metrics(at, metrics)
-            if at % args.sample_every == 0 or last:
-                look(at)
-            if at % args.save_every == 0 or last:
-                runs.save(run, at, state)
-            if last:
-                break
-        seconds = runs.seconds(run)
-        if runs.stopped(run, at):
-            return
-        generators = [averaged(member(state, i).generator, who, len(data.classes)) for i in range(args.seeds)]
-        measure_key = random.fold_in(look_key, 2)
-        found = [figures_of(values, who, data, measure_key, args.classifier) for values in generators]
-        table = {name: torch.tensor([float(one[name]) for one in found]) for name in found[0]}
-        figures = {name: float(values.mean()) for name, values in table.items()}
-        if args.seeds > 1:
-            figures |= {f"{name}_std": float(values.std()) for name, values in table.items()}
-        run.log.result({**figures, "steps": at, "seconds": seconds, "features": str(args.classifier or "pixels")})
+                run.log.print(f"saturated critic: the generator's gradient is below 1e-6 for 100 steps (step {at})")
+            if run.due(at, args.sample_every):
+                gans.draw_look(run, member(state, args, 0), model, data, look_key)
+            if run.due(at, args.common.save_every):
+                run.save(at, state)
+        generators = [gans.averaged(member(state, args, i).generator, model, data) for i in range(args.seeds)]
+        figures = gans.figures_of_all(generators, model, data, random.fold_in(look_key, 2), args.classifier)
+        run.result({**figures, "features": str(args.classifier or "pixels")})
     if data.mixture is None:
-        draw_study(run.folder, generators[0], who, data, look_key)
+        gans.draw_study(run.folder, generators[0], model, data, look_key)
     frames = sorted((run.folder / "frames").glob("*.png"))
     shutil.copy(frames[-1], run.folder / "samples.png")
     gan_plots.animation(run.folder / "training.gif", frames)
     lines = read_curves(run.folder, "critic/loss", "generator/loss")
     plots.curves(run.folder / "loss.png", lines, ylabel="loss", title=f"{args.gan}: both players")
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    print(f"{shown}; {at} steps in {seconds:.0f} s; files in {run.folder}/")
+    print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
+
+
+def member(state: State, args: Args, i: int) -> State:
+    return state if args.seeds == 1 else tree.map(lambda x: x[i], state)
 
 
 def sample(args: SampleArgs) -> None:
-    command_line.at_least_one(count=args.count)
-    trained = runs.read_config(args.run, "args", Args)
-    data, device = read(trained), command_line.device(args.device)
-    who = players(chosen(trained), trained, data)
-    if args.label is not None and not (who.conditional and 0 <= args.label < len(data.classes)):
-        kinds = f"0 to {len(data.classes) - 1}" if who.conditional else "none: this generator is not conditional"
+    run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
+    trained = run.read("args", Args)
+    data = read(trained)
+    model = gans.players(trained, line_of(trained), data)
+    if args.label is not None and not (model.conditional and args.label < len(data.classes)):
+        kinds = f"0 to {len(data.classes) - 1}" if model.conditional else "none: this generator is not conditional"
         raise ValueError(f"--label is {args.label}; expected {kinds}")
-    values = tree.move(load(args.run, who, len(data.classes), trained.seeds), device)
-    z, labels = noise(who, random.key(args.seed, device), args.count, len(data.classes))
+    path = unused(args.out, args.run / "sampled.png")
+    values = tree.move(gans.load(run, model, data, trained.seeds), device)
+    z, labels = gans.noise(model, random.key(args.seed, device), args.count, data)
     labels = labels if args.label is None else torch.full_like(labels, args.label)
-    found, path = generated(values, who, z, labels).cpu(), args.run / "sampled.png"
+    samples = gans.generated(values, model, z, labels).cpu()
     if data.mixture is None:
-        plots.image_grid(path, (found + 1) / 2, scale=0.6)
+        plots.image_grid(path, (samples + 1) / 2, scale=0.6)
     else:
         real, _ = mixtures.sample(data.mixture, random.key(args.seed), args.count)
-        gan_plots.points(path, real, found)
+        gan_plots.points(path, real, samples)
     print(f"{args.count} samples in {path}")
 
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train), sample=(SampleArgs, sample))
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, sample=(SampleArgs, sample))

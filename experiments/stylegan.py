@@ -45,7 +45,7 @@ class Args:
     size: int | None = 8
     """Pixels a side at the highest level, a power of 2; None is the preset's."""
     first: int = 0
-    """The level to begin with: 4 * 2^first pixels a side."""
+    """The level to begin with: 4 * 2^first pixels per side."""
     phase: int = 12_000
     """Images for which a new level is faded in, and as many for which it is trained before the next."""
     r1: float = 10.0

@@ -1,7 +1,9 @@
-"""A classifier that `experiments/classify.py` has trained, to be used: for its own `evaluate` and `predict`, to begin a
-finetuning from, or for what it sees in images (`features` of its net)."""
+"""A classifier that `experiments/classify.py` has trained: for its own `evaluate` and `predict`, to start a fine-tuning
+from, or for its `features` of images, which other scripts compare images by."""
 
+import csv
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,26 +20,30 @@ from train.data.images import augment
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
 from train.data.images.files import Decoder, Files
+from train.files import replacing, shown, write_json
 from train.metrics import classification
-from train.run import run as runs
+from train.plots import classification as pictures
+from train.run import FromRun, SavedRun, command_line, open_run
+
+RUNS = Path("runs/classify")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run needs to know of its net and images to be used later; the entry "trained" of its configuration."""
+    """A run's net and its preparation of images; the entry "trained" of its configuration."""
 
     net: str
     channels: int
     size: int
     resize: int
-    """Pixels that the shorter side of a picture is scaled to; the middle of it is what the net sees."""
+    """Pixels that the shorter side of a picture is scaled to; the net sees the middle of it."""
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     choices: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What is other in the net's Config than in the preset: weights of another library may want another padding."""
+    """Fields of the net's Config that differ from the preset: weights of another library may want another padding."""
     averaged: bool = False
-    """Whether the moving average of the parameters is what counts."""
+    """Whether the moving average of the parameters is what is evaluated."""
 
 
 def net_of(trained: Trained) -> tuple[ModuleType, Any]:
@@ -51,18 +57,62 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "checkpoints").is_dir()
 
 
-def load(folder: Path) -> tuple[Trained, tree.Tree]:
-    """What a run has learned: its net, and the values and Stats of its last checkpoint.
+def load(folder: Path, checkpoint: str = "latest") -> tuple[Trained, tree.Tree]:
+    """The net of a run, and the values and Stats of a checkpoint, on the CPU.
 
     Raises ValueError: there is no checkpoint, or it is of another experiment, or damaged.
     """
-    trained = runs.read_config(folder, "trained", Trained)
+    run = open_run(folder, RUNS, checkpoint)
+    trained = run.read("trained", Trained)
     net, cfg = net_of(trained)
-    return trained, runs.learned(folder, net.spec(cfg), averaged=trained.averaged)
+    return trained, run.learned(net.spec(cfg), averaged=trained.averaged)
+
+
+def opened(args: FromRun) -> tuple[SavedRun, Trained, tree.Tree]:
+    """The run that a sub-command names, its net, and its values on the device."""
+    device = command_line.device(args.device)
+    trained, values = load(args.run, args.checkpoint)
+    return open_run(args.run, RUNS, args.checkpoint), trained, tree.move(values, device)
+
+
+def beginning(args: Any, data: image_sets.ImageSet, resumed_from: Path | None) -> tuple[Trained, tree.Tree | None]:
+    """The net and its preparation of images, and the values of `--weights` if there are any.
+
+    Args:
+        args: those of classify.py.
+        resumed_from: the run that is continued: its net and preparation are kept, and no weights are read.
+    """
+    if resumed_from and is_run(resumed_from) and any((resumed_from / "checkpoints").iterdir()):
+        return open_run(resumed_from, RUNS).read("trained", Trained), None
+    resize = args.size if data.in_memory else round(args.size * 256 / 224)  # as usual with ImageNet
+    usual = torchvision_weights.IMAGENET
+    trained = Trained(
+        args.net, data.channels, args.size, resize, data.classes, usual["mean"], usual["std"], averaged=args.ema > 0
+    )
+    own = load(Path(args.weights)) if args.weights and is_run(args.weights) else None
+    channels = own[0].channels if own else 3
+    if args.weights and channels != data.channels:
+        raise ValueError(f"--weights '{args.weights}' want images of {channels} channels, found {data.channels}")
+    if own:
+        source, values = own
+        return dataclasses.replace(trained, mean=source.mean, std=source.std, choices=source.choices), values
+    if args.weights:
+        name = None if args.weights == "published" else args.weights
+        values, cfg, facts = torchvision_weights.from_pretrained(args.net, name, size=args.size)
+        for note in facts.notes:
+            print(f"--weights '{args.weights}': {note}")
+        net, plain = net_of(trained)
+        cfg = vars(by_name.fitted(net, cfg, channels=data.channels, classes=len(data.classes), size=args.size))
+        choices = {field: cfg[field] for field, value in vars(plain).items() if cfg[field] != value}
+        return dataclasses.replace(trained, mean=facts.mean, std=facts.std, choices=choices), values
+    if data.in_memory:
+        std, mean = torch.std_mean(data.train.images, (0, 2, 3))  # each (channels,)
+        trained = dataclasses.replace(trained, mean=tuple(mean.tolist()), std=tuple(std.clamp(min=1e-3).tolist()))
+    return trained, None
 
 
 def normalised(pixels: Tensor, trained: Trained) -> Tensor:
-    """Bytes, or numbers in [0, 1], (batch, channels, size, size), as the net wants them."""
+    """Bytes, or numbers in [0, 1], (batch, channels, size, size), as the net takes them."""
     return torchvision_weights.preprocess(augment.unit(pixels), trained)
 
 
@@ -75,29 +125,28 @@ def predictions(
     decoder: for files.
     """
     net, cfg = net_of(trained)
-    device = tree.leaves(values)[0].device
-    found, labels = [], []
+    device, log_probs, labels = tree.leaves(values)[0].device, [], []
     for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder):
         logits = net.apply(values, normalised(pixels.to(device), trained), cfg)
-        found.append(logits.float().log_softmax(-1).cpu())
+        log_probs.append(logits.float().log_softmax(-1).cpu())
         labels.append(numbers)
-    return torch.cat(found), torch.cat(labels)
+    return torch.cat(log_probs), torch.cat(labels)
 
 
 @torch.no_grad()
 def features(values: tree.Tree, trained: Trained, pixels: Tensor) -> Tensor:
-    """What the head of the net sees of images in [0, 1], (images, channels, height, width) -> (images, d), on the CPU.
+    """Penultimate features of images in [0, 1], (images, channels, height, width) -> (images, d), on the CPU.
 
-    They are scaled to the size that the net has learned from.
+    The images are scaled to the size that the net has learned from.
     """
     net, cfg = net_of(trained)
-    device, found = tree.leaves(values)[0].device, []
+    device, parts = tree.leaves(values)[0].device, []
     for part in batching.evaluation_batches(len(pixels), image_sets.EVALUATED):
         x, size = pixels[part].to(device), (trained.size, trained.size)
         if tuple(x.shape[2:]) != size:
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        found.append(net.features(values, normalised(x, trained), cfg).cpu())
-    return torch.cat(found)
+        parts.append(net.features(values, normalised(x, trained), cfg).cpu())
+    return torch.cat(parts)
 
 
 def study(
@@ -105,7 +154,41 @@ def study(
 ) -> dict[str, float]:
     """The figures of the test images; `report.txt` and pictures go to the folder."""
 
-    def pixels(chosen: Tensor) -> Tensor:
-        return image_sets.some(test, chosen, trained.size, trained.resize, decoder)
+    def pixels(indices: Tensor) -> Tensor:
+        return image_sets.some(test, indices, trained.size, trained.resize, decoder)
 
     return classification.study(folder, values, *predictions(values, trained, test, decoder), trained.classes, pixels)
+
+
+def summary(figures: Mapping[str, float]) -> str:
+    """The figures in a line, beside the best baseline."""
+    top5 = f", {figures['top5_accuracy']:.2%} among the first five" if "top5_accuracy" in figures else ""
+    line = f"{figures['accuracy']:.2%} of the test images right{top5}, NLL {figures['nll']:.4f}, "
+    line += f"ECE {figures['calibration_error']:.2%}"
+    for name in ("nearest_mean_accuracy", "commonest_class_accuracy"):
+        if name in figures:
+            return f"{line} ({name.removesuffix('_accuracy').replace('_', ' ')}: {figures[name]:.2%})"
+    return line
+
+
+def report_skipped(decoder: Decoder) -> None:
+    if decoder.skipped:
+        print(f"{len(decoder.skipped)} of the files could not be read, and were skipped")
+
+
+def write_predictions(folder: Path, values: tree.Tree, trained: Trained, images: image_sets.Pictures) -> None:
+    """predictions.csv, predictions.json and a picture of the first images; prints each image's likeliest classes."""
+    test = Labelled(images.images, torch.zeros(len(images.images), dtype=torch.int64))
+    log_probs, _ = predictions(values, trained, test)
+    names, rows = [shown(path) for path in images.paths], []
+    for name, probabilities in zip(names, log_probs.exp(), strict=True):
+        best = probabilities.topk(min(5, len(probabilities)))
+        pairs = [(trained.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        rows.append({"picture": name, "class": pairs[0][0], "probabilities": dict(pairs)})
+        print(name, *(f"  {p:7.2%}  {shown(label)}" for label, p in pairs), sep="\n")
+    write_json(folder / "predictions.json", rows)
+    with replacing(folder / "predictions.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["picture", "class", "probability"])
+        table.writerows([row["picture"], row["class"], row["probabilities"][row["class"]]] for row in rows)
+    pictures.predictions(folder / "predictions.png", images.images, log_probs, trained.classes, names)

@@ -1,5 +1,6 @@
 """What the experiments with GANs share: a generator that was trained, its samples, their figures and their pictures."""
 
+import dataclasses
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -9,29 +10,34 @@ from torch import Tensor
 
 from core import random, spec, stats, tree
 from core.spectral import spectral_norm, spectral_vectors
-from experiments.parts import classifier as trained_classifiers
+from experiments.parts import classifier as classifiers
+from nets.generative import autoencoder_critic, dcgan, mlp_gan, sagan
 from train import optimizers, plots
 from train.adversarial import game as games
 from train.adversarial.game import Game
+from train.adversarial.regularisers import input_gradient
+from train.adversarial.step import State
 from train.data import batching
 from train.data.images.arrays import Labelled
 from train.data.points import mixtures
 from train.metrics import generative
 from train.plots import gan as gan_plots
-from train.run import run as runs
+from train.run import Run, SavedRun
 from train.step import TrainState
 
+NETS = {"autoencoder": autoencoder_critic, "dcgan": dcgan, "mlp": mlp_gan, "sagan": sagan}
 SHOWN = 64  # examples in a picture
 MEASURED = 10_000  # examples that the figures are of, at most
 
 
 class Data(NamedTuple):
-    """What is learned: images in [-1, 1] with labels, or a mixture in the plane."""
+    """Training data: images in [-1, 1] with labels, or a mixture in the plane; `facts` are for `understood`."""
 
     train: Labelled | None
     test: Labelled | None
     classes: tuple[str, ...]
     mixture: mixtures.Mixture | None = None
+    facts: dict[str, Any] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,60 +51,119 @@ class Players(NamedTuple):
     conditional: bool
 
 
+def players(args: Any, gan: Any, data: Data) -> Players:
+    """The nets of gan.py's arguments and line, fitted to the data; on points of the plane MLPs."""
+    game = gan.game
+    sizes = {name: getattr(args, name) for name in ("latent", "width") if getattr(args, name) is not None}
+    if data.mixture is not None:
+        unfit = {"conditional": gan.conditional, "codes": game.codes, "energies": gan.net == "autoencoder"}
+        for name in (name for name, on in unfit.items() if on):
+            raise ValueError(f"--data {args.data} is for unconditional GANs with scores; '{args.gan}' has {name}")
+        widths = (sizes.pop("width", 128),) * 3
+        cfg = dataclasses.replace(mlp_gan.PRESETS["points"], generator_widths=widths, critic_widths=widths, **sizes)
+        return Players(mlp_gan, cfg, game, False)
+    net, (channels, size, _), classes = NETS[gan.net], data.shape, len(data.classes)
+    preset = net.PRESETS[f"{gan.style}{'digits' if size < 16 else 'mnist' if size == 28 else 'small'}"]
+    sizes |= {"shape": data.shape} if net is mlp_gan else {"size": size, "channels": channels}
+    if size > 32 and size % 4 == 0 and net in (dcgan, autoencoder_critic):
+        sizes["stages"] = (size // 4).bit_length() - 1
+    if net is sagan:
+        sizes["attention"] = size // 2
+    heads = {"category": game.categories, "classes": classes * game.classify, "codes": game.codes}
+    sizes |= {"norm": gan.norm} if gan.norm else {}
+    sizes |= {"classes": classes} if gan.conditional else {}
+    sizes |= {"heads": tuple((n, width) for n, width in heads.items() if width)} if any(heads.values()) else {}
+    for name in sizes.keys() - {field.name for field in dataclasses.fields(preset)}:
+        raise ValueError(f"--{name} is not for the nets of '{args.gan}'")
+    return Players(net, dataclasses.replace(preset, **sizes), game, gan.conditional)
+
+
+def batch_at(data: Data, key: Tensor, step: int, parts: int, size: int) -> tuple[Tensor, Tensor]:
+    """(examples (parts, size, ...), labels (parts, size)): a function of key and step."""
+    if data.mixture is not None:
+        points, modes = mixtures.sample(data.mixture, random.fold_in(key, step), parts * size)
+        return points.reshape(parts, size, 2), modes.reshape(parts, size)
+    count = len(data.train.labels)
+    rows = torch.stack([batching.epoch_batch(key, step * parts + i, count, size) for i in range(parts)])
+    return data.train.images[rows], data.train.labels[rows]
+
+
 @torch.no_grad()
-def generated(values: tree.Tree, who: Players, z: Tensor, labels: Tensor) -> Tensor:
+def generated(values: tree.Tree, model: Players, z: Tensor, labels: Tensor) -> Tensor:
     parts = batching.evaluation_batches(len(z), 256)
-    return torch.cat([who.net.generator(values, z[part], who.cfg, labels=labels[part]) for part in parts])
+    return torch.cat([model.net.generator(values, z[part], model.cfg, labels=labels[part]) for part in parts])
 
 
-def calibrated(params: tree.Tree, measured: tree.Tree, who: Players, classes: int) -> tree.Tree:
+def calibrated(params: tree.Tree, running: tree.Tree, model: Players, data: Data) -> tree.Tree:
     """The generator as it is used: weights over their spectral norms, if that is how it was trained, and running
-    statistics that were measured anew with these parameters, such as averaged ones: over 50 batches, after which
+    statistics that were running anew with these parameters, such as averaged ones: over 50 batches, after which
     0.9^50 = 0.5 % is left of the old ones."""
     key = random.key(0, tree.leaves(params)[0].device)
-    if who.game.spectral_generator:
+    if model.game.spectral_generator:
         params, _ = spectral_norm(params, spectral_vectors(key, params, steps=50))
 
-    def total(measured: tree.Tree, z: Tensor, labels: Tensor) -> Tensor:
-        return who.net.generator(tree.merge(params, measured), z, who.cfg, labels=labels, train=True).sum()
+    def total(running: tree.Tree, z: Tensor, labels: Tensor) -> Tensor:
+        return model.net.generator(tree.merge(params, running), z, model.cfg, labels=labels, train=True).sum()
 
-    for i in range(50 if tree.leaves(measured) else 0):
-        z, labels = noise(who, random.fold_in(key, i), 100, classes)
-        measured = stats.update(measured, torch.func.grad(total)(measured, z, labels))
-    return tree.merge(params, measured)
+    for i in range(50 if tree.leaves(running) else 0):
+        z, labels = noise(model, random.fold_in(key, i), 100, data)
+        running = stats.update(running, torch.func.grad(total)(running, z, labels))
+    return tree.merge(params, running)
 
 
-def averaged(player: TrainState, who: Players, classes: int) -> tree.Tree:
+def averaged(player: TrainState, model: Players, data: Data) -> tree.Tree:
     """The generator with averaged parameters, the outermost optimizer being `ema`."""
-    return calibrated(optimizers.averaged(player.opt_state), player.stats, who, classes)
+    return calibrated(optimizers.averaged(player.opt_state), player.stats, model, data)
 
 
-def load(folder: Path, who: Players, classes: int, seeds: int = 1) -> tree.Tree:
+def load(run: SavedRun, model: Players, data: Data, seeds: int = 1) -> tree.Tree:
     """The averaged generator of a run, of several seeds the first's.
 
     Raises ValueError: there is no checkpoint, or it is of other nets, or damaged.
     """
-    model = who.net.generator_spec(who.cfg)
-    params, measured = spec.split(model, runs.learned(folder, model, "generator", members=seeds))
-    return calibrated(params, measured, who, classes)
+    player = model.net.generator_spec(model.cfg)
+    params, running = spec.split(player, run.learned(player, "generator", members=seeds))
+    return calibrated(params, running, model, data)
 
 
-def noise(who: Players, key: Tensor, count: int, classes: int) -> tuple[Tensor, Tensor]:
+def noise(model: Players, key: Tensor, count: int, data: Data) -> tuple[Tensor, Tensor]:
     """(z, labels): as in training, and every class in turn."""
-    z = games.latents(who.game, key, count, who.cfg.latent).z
-    return z, torch.arange(count, device=key.device) % max(classes, 1)
+    z = games.latents(model.game, key, count, model.cfg.latent).z
+    return z, torch.arange(count, device=key.device) % max(len(data.classes), 1)
 
 
-def figures_of(values: tree.Tree, who: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
+def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
     """Of mixtures: modes and good samples. Of images: distances between features, or pixels, of test images and as many
     generated ones."""
     if data.mixture is not None:
-        points = generated(values, who, *noise(who, key, MEASURED, 0))
-        found = generative.modes(points, data.mixture.centres.to(points.device), data.mixture.deviation)
-        return {"modes": int(found.covered), "good": float(found.good)}
+        points = generated(values, model, *noise(model, key, MEASURED, data))
+        modes = generative.modes(points, data.mixture.centres.to(points.device), data.mixture.deviation)
+        return {"modes": int(modes.covered), "good": float(modes.good)}
     real = torch.cat([data.test.images, data.train.images])[:MEASURED]
-    fake = generated(values, who, *noise(who, key, len(real), len(data.classes)))
+    fake = generated(values, model, *noise(model, key, len(real), data))
     return distances((real + 1) / 2, (fake + 1) / 2, classifier)
+
+
+def figures_of_all(
+    generators: list[tree.Tree], model: Players, data: Data, key: Tensor, classifier: Path | None
+) -> dict[str, float]:
+    """The means of `figures_of` over several generators, and their standard deviations `NAME_std`; images have the
+    same distance between two halves of the real ones as their baseline."""
+    each = [figures_of(values, model, data, key, classifier) for values in generators]
+    table = {name: torch.tensor([float(one[name]) for one in each]) for name in each[0]}
+    figures = {name: float(values.mean()) for name, values in table.items()}
+    if len(generators) > 1:
+        figures |= {f"{name}_std": float(values.std()) for name, values in table.items()}
+    if data.mixture is None:
+        first, second = data.train.images[::2], data.train.images[1::2]
+        figures["real_frechet_distance"] = distances((first + 1) / 2, (second + 1) / 2, classifier)["frechet_distance"]
+    return figures
+
+
+def check_classifier(classifier: Path | None, data: Data) -> None:
+    """Raise ValueError now, rather than at the end, if a run of classify.py cannot compare these images."""
+    if classifier is not None and data.train is not None:
+        distances(*2 * [(data.test.images[:8] + 1) / 2], classifier)
 
 
 def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -107,39 +172,54 @@ def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, 
     if classifier is None:
         a, b = real.flatten(1), fake.flatten(1)
     else:
-        trained, values = trained_classifiers.load(classifier)
+        trained, values = classifiers.load(classifier)
         if trained.channels != real.shape[1]:
-            found = f"--classifier '{classifier}' sees {trained.channels} channels"
-            raise ValueError(f"{found}, the data has {real.shape[1]}")
-        a, b = (trained_classifiers.features(values, trained, x.cpu()) for x in (real, fake))
+            channels = f"--classifier '{classifier}' sees {trained.channels} channels"
+            raise ValueError(f"{channels}, the data has {real.shape[1]}")
+        a, b = (classifiers.features(values, trained, x.cpu()) for x in (real, fake))
     near, both = generative.density_coverage(a, b), generative.precision_recall(a, b)
-    found = {"frechet_distance": generative.frechet_distance(a, b), **both._asdict(), **near._asdict()}
-    return {name: float(value) for name, value in found.items()}
+    figures = {"frechet_distance": generative.frechet_distance(a, b), **both._asdict(), **near._asdict()}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def draw_frame(
-    path: Path, values: tree.Tree, critic: tree.Tree, who: Players, data: Data, key: Tensor, title: str
+    path: Path, values: tree.Tree, critic: tree.Tree, model: Players, data: Data, key: Tensor, title: str
 ) -> None:
     """Samples of always the same noise; of points, over the critic's scores and gradients."""
     if data.mixture is None:
-        z, labels = noise(who, key, SHOWN, len(data.classes))
-        plots.image_grid(path, (generated(values, who, z, labels) + 1) / 2, 8, title=title, scale=0.6)
+        z, labels = noise(model, key, SHOWN, data)
+        plots.image_grid(path, (generated(values, model, z, labels) + 1) / 2, 8, title=title, scale=0.6)
         return
     on_cpu = tree.move(critic, "cpu")
-    points = generated(values, who, *noise(who, key, 500, 0)).cpu()
+    points = generated(values, model, *noise(model, key, 500, data)).cpu()
     real = mixtures.sample(data.mixture, random.fold_in(random.key(0), 1), 500)[0]
-    gan_plots.critic_plane(path, lambda x: who.net.critic(on_cpu, x, who.cfg), real, points, title)
+
+    def score(x: Tensor) -> Tensor:
+        return model.net.critic(on_cpu, x, model.cfg)
+
+    gan_plots.critic_plane(path, score, real, points, title, lambda x: input_gradient(score, x)[1])
 
 
-def draw_study(folder: Path, values: tree.Tree, who: Players, data: Data, key: Tensor) -> None:
+def draw_look(run: Run, state: State, model: Players, data: Data, key: Tensor) -> None:
+    """A frame of training.gif: samples of the averaged generator; on points, over the critic's scores."""
+    critic = state.critic.params
+    if model.game.spectral:
+        critic, _ = spectral_norm(critic, state.memory["vectors"], steps=0)
+    values = averaged(state.generator, model, data)
+    path, title = run.folder / "frames" / f"{run.at:07}.png", f"{run.args.gan}, step {run.at}"
+    path.parent.mkdir(exist_ok=True)
+    draw_frame(path, values, tree.merge(critic, state.critic.stats), model, data, key, title)
+
+
+def draw_study(folder: Path, values: tree.Tree, model: Players, data: Data, key: Tensor) -> None:
     """The ways from one sample to another, all classes, and what each code does."""
     classes = len(data.classes)
-    z, labels = noise(who, random.fold_in(key, 1), 16, classes)
+    z, labels = noise(model, random.fold_in(key, 1), 16, data)
     device = z.device
 
     def table(name: str, z: Tensor, labels: Tensor, rows, columns, title: str) -> None:
         """z: (rows, columns, latent), labels (rows, columns)."""
-        images = generated(values, who, z.flatten(0, 1), labels.flatten())
+        images = generated(values, model, z.flatten(0, 1), labels.flatten())
         images = (images.reshape(*z.shape[:2], *images.shape[1:]) + 1) / 2
         gan_plots.image_table(folder / f"{name}.png", images, rows, columns, title)
 
@@ -149,11 +229,11 @@ def draw_study(folder: Path, values: tree.Tree, who: Players, data: Data, key: T
     length = (1 - way) * z[:8, None].norm(dim=-1, keepdim=True) + way * z[8:, None].norm(dim=-1, keepdim=True)
     between = between * length / between.norm(dim=-1, keepdim=True)
     table("interpolation", between, labels[:8, None].expand(8, 9), None, None, "From one sample to another")
-    if who.conditional:
+    if model.conditional:
         numbers = torch.arange(classes, device=device)[:, None].expand(classes, 10)
         several = z[:10].expand(classes, 10, -1)
         table("classes", several, numbers, data.classes, None, "A class a row, the same noise a column")
-    game, latent = who.game, who.cfg.latent
+    game, latent = model.game, model.cfg.latent
     if game.categories:
         rows = torch.eye(game.categories, device=device)
         swept = z[:8].expand(game.categories, 8, latent).clone()

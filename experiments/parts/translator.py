@@ -97,7 +97,7 @@ def decode(
     cache = transformer.start(params, memory, mask, cfg, min(16, most))
     first = torch.full((len(source),), BOS, device=source.device)
     step = transformer.stepper(params, cfg, partial(transformer.step, donate=True))
-    options = {"max_length": most, "end": EOS, "padding": PAD, "shared": cache["shared"], "places_axis": 2}
+    options = {"max_length": most, "end": EOS, "padding": PAD, "shared": cache["shared"], "positions_axis": 2}
     if decoder.temperature is None and decoder.beam > 1:
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
         return beam_search(step, cache["past"], first, **options)

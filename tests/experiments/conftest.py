@@ -5,14 +5,16 @@ import shutil
 import pytest
 import torch
 
+from tests.experiments.runs import THREADS
+
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes that are started: how a sum is cut into parts, and so its last bit, depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads():
+    """As many as in the processes that are started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import functools
+import json
 import shutil
 
 import numpy as np
@@ -6,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from core import random, spec, tree
-from nets.classifiers import by_name, squeezenet
+from core import random, spec, stats, tree
+from experiments import classify
+from experiments.parts import classifier
+from nets.classifiers import by_name, resnet, squeezenet
 from tests.experiments import runs
-from tests.experiments.runs import config, contents, flag_id, is_png, metrics, result, same_bits
+from tests.experiments.runs import config, contents, flag_id, is_png, result, same_bits
 from train.data.images import arrays
 from train.run import checkpoints
 from train.step import make_step
@@ -50,24 +53,14 @@ def parameters(run, net="lenet-digits", channels=1, classes=10, size=8, step=Non
     return checkpoints.restore(run / "checkpoints", params, step, part="params")
 
 
-def test_folder_of_a_run(place, capsys):
-    run = place / "runs" / "classify" / "whole"
-    assert checkpoints.steps(run / "checkpoints") == [10, 15]
-    for name in ("confusion", "calibration", "mistakes", "filters", "accuracy"):
-        assert is_png(run / f"{name}.png")
-    figures, stored = result(run), config(run)
-    assert figures["steps"] == 15 and figures["parameters"] == 13_706 and figures["skipped"] == 0
-    assert figures["images_per_second"] > 0 and 0 < figures["accuracy"] <= figures["top5_accuracy"] <= 1
-    assert stored["trained"]["classes"] == [str(i) for i in range(10)] and stored["recipe"]["batch"] == 100
-    assert [r["step"] for r in metrics(run)] == [10, 15, 15]
-
-
 def test_evaluation_repeats_the_figures(here, capsys):
     run = here / "runs" / "classify" / "whole"
     figures = result(run)
     shutil.rmtree(run / "checkpoints" / "10")
     assert call("evaluate", "--run", run) == 0
     out = capsys.readouterr().out
+    again = json.loads((run / "evaluations" / "digits" / "result.json").read_text())
+    assert {name: again[name] for name in ("accuracy", "nll")} == {name: figures[name] for name in ("accuracy", "nll")}
     assert f"{figures['accuracy']:.2%} of the test images right" in out and f"NLL {figures['nll']:.4f}" in out
     _, test = arrays.digits()
     module, cfg = by_name.configured("lenet-digits", channels=1, classes=10, size=8)
@@ -84,28 +77,26 @@ def test_prediction(here, capfd):
     before = contents(here / "runs")
     assert call("predict", "0.png", "1.png", "--run", "runs/classify/whole") == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == "0.png" and lines[6] == "1.png" and len(lines) == 13
-    shares = [float(line.split("%")[0]) for line in lines[1:6]]
+    first, second = lines.index("0.png"), lines.index("1.png")
+    assert second == first + 6 and len(lines) == second + 7
+    shares = [float(line.split("%")[0]) for line in lines[first + 1 : second]]
     assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.1
-    assert is_png(here / "predictions.png") and contents(here / "runs") == before
+    assert is_png(here / "predictions" / "predictions.png") and contents(here / "runs") == before
+    rows = (here / "predictions" / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "picture,class,probability" and rows[1].startswith("0.png,") and len(rows) == 3
+
     (here / "bad.png").write_bytes(b"no picture")
-    line = refused(capfd, "predict", "bad.png", "--run", "runs/classify/whole")
-    assert "bad.png cannot be read as a picture" in line
+    (here / "more").mkdir()
+    shutil.move("1.png", "more/1.png")
+    assert call("predict", "0.png", "bad.png", "more", "--run", "runs/classify/whole") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "more/1.png" in lines and lines[-1] == "files in predictions_2/"  # nothing is overwritten
+    assert any(line.split() == ["unreadable", "1"] for line in lines)
+    line = refused(capfd, "predict", "0.png", "--out", "predictions", "--run", "runs/classify/whole")
+    assert line == "error: 'predictions' exists already; choose another --out"
 
 
-CHANGES = "--crop 1 --flip True --colour-jitter 0.4 --rand-augment 9 --erase 0.3 --mixup 0.2 --cutmix 1".split()
-
-
-@pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--optimizer", "muon", *CHANGES)], ids=["plain", "all"])
-def test_resumed_run_has_the_same_bits(options, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call(*QUICK, *options, "--name", "a") == 0
-    run = tmp_path / "runs" / "classify" / "a"
-    whole, figures = parameters(run), result(run)
-    shutil.rmtree(run / "checkpoints" / "15")
-    assert call("--resume") == 0
-    again = result(run)
-    assert same_bits(parameters(run), whole) and again["nll"] == figures["nll"]
+CHANGES = "--crop 1 --flip --colour-jitter 0.4 --rand-augment 9 --erase 0.3 --mixup 0.2 --cutmix 1".split()
 
 
 def test_pictures_in_folders(here, capsys):
@@ -125,7 +116,22 @@ def test_pictures_in_folders(here, capsys):
     assert call("--resume", "--workers", "0") == 0
     assert same_bits(parameters(run, **size), whole)
     assert call("predict", "colours/val/green/0.jpg", "--run", run) == 0
-    assert "green" in capsys.readouterr().out.splitlines()[-5]
+    assert "green" in capsys.readouterr().out
+
+
+def test_evaluation_of_other_pictures(here, capsys):
+    """All that is there is evaluated, with a class missing; the run's own pictures stay."""
+    flags = ("--net", "cifar-resnet8", "--size", "16", "--batch", "6", "--epochs", "1", "--no-compile")
+    assert call("--data", "colours", *flags, "--workers", "0", "--name", "c") == 0
+    shutil.rmtree(here / "colours" / "train" / "red")
+    before = contents(here / "runs" / "classify" / "c")
+    capsys.readouterr()
+    assert call("evaluate", "--run", "runs/classify/c", "--data", "colours/train", "--workers", "0") == 0
+    out = capsys.readouterr().out
+    assert "of 12 images; files in runs/classify/c/evaluations/train/" in out
+    assert "classes without test images  1: red" in out
+    after = contents(here / "runs" / "classify" / "c")
+    assert {name: after[name] for name in before} == before
 
 
 def test_all_options_together(here):
@@ -146,11 +152,11 @@ def test_finetuning_of_an_own_run(here, capsys):
         write_idx(here / "five" / f"{part}-labels-idx1-ubyte", data.labels[few].to(torch.uint8).numpy())
     flags = ("--data", "five", "--weights", "runs/classify/whole", "--batch", "50", "--epochs", "2", "--no-compile")
     assert call("finetune", *flags, "--freeze", "convs*", "--name", "tuned") == 0
-    assert "drawn anew, as the weights are for other classes: head.bias, head.weight" in capsys.readouterr().out
+    assert "initialised anew, as the weights are for other classes: head.bias, head.weight" in capsys.readouterr().out
     run = here / "runs" / "classify" / "tuned"
     old, new = parameters(here / "runs" / "classify" / "whole"), parameters(run, classes=5)
     assert same_bits(old["convs"], new["convs"]) and not same_bits(old["hidden"], new["hidden"])
-    assert new["head"]["weight"].shape == (5, 64) and config(run)["recipe"]["net"] == "lenet-digits"
+    assert new["head"]["weight"].shape == (5, 64) and config(run)["trained"]["net"] == "lenet-digits"
     assert config(run)["trained"]["mean"] == config(here / "runs" / "classify" / "whole")["trained"]["mean"]
     assert call("--resume") == 0  # it is finished: nothing changes
     assert same_bits(parameters(run, classes=5), new)
@@ -162,20 +168,41 @@ def write_idx(path, array):
     path.write_bytes(header + array.tobytes())
 
 
-def test_finetuning_of_published_weights(here, capfd):
+def test_finetuning_of_a_checkpoint(here, capfd):
+    """Of torchvision's net in DistributedDataParallel, without its head."""
     cfg = squeezenet.PRESETS["squeezenet1_1"]
     model, table = squeezenet.spec(cfg), squeezenet.rename_table(cfg)
     values = spec.init(random.key(5), model)
-    torch.save({table[name].theirs: leaf for name, leaf in tree.items(values)}, "squeezenet.pth")
+    names = {name: f"module.{table[name].theirs}" for name in tree.names(values) if not name.startswith("head.")}
+    torch.save({"state_dict": {names[n]: x for n, x in tree.items(values) if n in names}, "epoch": 3}, "squeezenet.pth")
     flags = ("--data", "colours", "--net", "squeezenet1_1", "--weights", "squeezenet.pth", "--size", "32")
     frozen = ("--freeze", "stem*", "stages*", "--batch", "6", "--epochs", "1", "--no-compile", "--workers", "0")
     assert call("finetune", *flags, *frozen, "--name", "s") == 0
+    out = capfd.readouterr().out
+    assert "--weights 'squeezenet.pth': stripped 'module.' from all names" in out
+    assert "--weights 'squeezenet.pth': it has no head" in out and "head.bias, head.weight" in out
     size = {"net": "squeezenet1_1", "channels": 3, "classes": 3, "size": 32}
     new = parameters(here / "runs" / "classify" / "s", **size)
     assert same_bits(new["stages"], values["stages"]) and new["head"]["weight"].shape[0] == 3
     assert config(here / "runs" / "classify" / "s")["trained"]["std"] == [0.229, 0.224, 0.225]
     line = refused(capfd, "finetune", *flags[:2], "--net", "squeezenet1_0", *flags[4:], *frozen)
     assert "squeezenet.pth" in line
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    cfg = resnet.Config((1, 1), width=4, stem="cifar", classes=3)
+    params, running = spec.split(resnet.spec(cfg), spec.init(random.key(0), resnet.spec(cfg)))
+    trained = classifier.Trained("resnet18", 3, 8, 8, ("a", "b", "c"), mean=(0.5,) * 3, std=(0.5,) * 3)
+    batch = random.uniform(random.key(1), (4, 3, 8, 8)), torch.tensor([0, 1, 2, 0])
+
+    def loss(running):
+        options = {"net": resnet, "cfg": cfg, "trained": trained, "smoothing": 0.0, "dtype": torch.float32}
+        values = tree.merge(params, running)
+        return classify.losses(values, batch, None, frozen=("stem*", "stages.0*"), **options)[0].mean()
+
+    updated = stats.update(running, torch.func.grad(loss)(running))
+    moved = [n for (n, a), b in zip(tree.items(updated), tree.leaves(running), strict=True) if not torch.equal(a, b)]
+    assert moved == [name for name in tree.names(running) if name.startswith("stages.1.")]
 
 
 def test_compiled_run_has_the_same_values(here, monkeypatch):
@@ -193,23 +220,21 @@ def test_compiled_run_has_the_same_values(here, monkeypatch):
         (["--net", "resnet19"], "no net is named 'resnet19'; close to it: resnet1"),
         (["--net", "resnet18"], "the images are 8 x 8; expected at least 32 a side"),
         (["--data", "nowhere"], "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
-        (["--optimizer", "adam"], "--optimizer 'adam' is unknown; expected one of sgd, adamw, muon"),
-        (["--schedule", "linear"], "--schedule 'linear' is unknown; expected one of cosine, step, constant"),
-        (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+        (["--optimizer", "adam"], "invalid choice 'adam' for argument '--optimizer'"),
         (["--batch", "2000"], "--batch is 2000, but 'digits' has 1500 images to learn from"),
-        (["--batch", "0"], "--batch is 0; expected at least 1"),
-        (["--epochs", "0"], "--epochs is 0.0; expected a positive number"),
-        (["--micro-batches", "3"], "--batch 64 does not divide into --micro-batches 3"),
-        (["--ema", "1"], "expected shares of 1"),
+        (["--rand-augment", "31"], "--rand-augment is 31; expected 0 to 30"),
+        (["--colour-jitter", "-1"], "--colour-jitter is -1.0; expected at least 0"),
+        (["finetune", "--head-learning-rate", "-1"], "--head-learning-rate is -1.0; expected at least 0"),
+        (["finetune", "--net", "lenet-digits"], "finetune needs --weights"),
         (["--freeze", "stemm*"], "the pattern 'stemm*' fits no leaf; there are"),
         (["--weights", "nothing.pth"], "nothing.pth"),
         (["--weights", "published", "--net", "resnet18", "--size", "32"], "want images of 3 channels, found 1"),
         (["--weights", "runs/classify/whole", "--net", "cifar-resnet8"], "only the head may differ"),
-        (["--device", "abacus"], "--device 'abacus' cannot be used"),
-        (["--name", "whole"], "exists already"),
-        (["--resume", "--name", "whole", "--batch", "50"], "it was started with"),
-        (["evaluate", "--run", "nowhere"], "nowhere"),
-        (["evaluate", "--run", "runs/classify/whole", "--data", "colours"], "the images have 3 classes"),
+        (["--resume", "--name", "whole", "--optimizer", "sgd"], "it was started with"),
+        (
+            ["evaluate", "--run", "runs/classify/whole", "--data", "colours"],
+            "colours/train/blue is none of the 10 classes",
+        ),
         (["predict", "a.png", "--run", "runs/classify/whole"], "a.png does not exist"),
     ],
     ids=flag_id,

@@ -10,7 +10,7 @@ from tests.experiments.runs import ROOT, execute, result
 
 @pytest.fixture
 def plane(tmp_path, monkeypatch):
-    """It as a function of its flags."""
+    """The experiment as a function of its flags."""
     page = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(\"\"\".*?)```", page, re.DOTALL)
     (tmp_path / "plane.py").write_text(code, encoding="utf-8")

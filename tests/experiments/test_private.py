@@ -1,120 +1,85 @@
-import functools
-import shutil
-import signal
+"""experiments/private.py: its accounting, its step without privacy, its ways to clip and sample, its net."""
 
-import numpy as np
+import functools
+
 import pytest
 import torch
 
-from core import random
+from core import random, tree
 from experiments import private as experiment
 from tests.experiments import runs
-from tests.experiments.runs import config, finish, flag_id, is_png, metrics, result, same_bits, wait_for_step
-from tests.experiments.test_ensemble import idx
+from tests.experiments.runs import metrics, result
+from tests.experiments.test_laws import final_state
 from train import optimizers
 from train.data.images import arrays
-from train.gradients.private import spent_epsilon
-from train.run import checkpoints
+from train.gradients.private import poisson_sample, spent_epsilon
+from train.losses import cross_entropy
 from train.step import create
 
-call, start, refused, completed = (
-    functools.partial(function, "private") for function in (runs.call, runs.start, runs.refused, runs.completed)
-)
-QUICK = ("--batch", "30", "--physical-batch", "16", "--noise-multiplier", "2", "--no-compile")
-STEPS = ("--steps", "8", "--save-every", "4", "--every", "4")
+call, completed = (functools.partial(function, "private") for function in (runs.call, runs.completed))
+QUICK = ("--batch", "30", "--physical-batch", "16", "--noise-multiplier", "2", "--no-compile", "--name", "a")
 CFG = experiment.Config(8, 10)
 
 
-def state_of(run):
-    return checkpoints.restore(
-        run / "checkpoints", create(random.key(0), experiment.spec(CFG), optimizers.sgd(1.0, momentum=0.5))
-    )
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of the run that a test makes."""
+    monkeypatch.chdir(tmp_path)
+    runs.undrawn(monkeypatch)
+    return tmp_path / "runs" / "private" / "a"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a finished run of 8 steps, runs/private/whole; not to be changed by a test."""
-    folder = tmp_path_factory.mktemp("private")
-    (folder / "stdout").write_text(completed(folder, *QUICK, *STEPS, "--name", "whole"), encoding="utf-8")
-    return folder
-
-
-def test_folder_of_a_run(place):
-    run = place / "runs" / "private" / "whole"
-    assert checkpoints.steps(run / "checkpoints") == [4, 8]
-    assert all(is_png(run / f"{name}.png") for name in ("accuracy", "gradient_norms", "mistakes"))
-    figures, records = result(run), metrics(run)
-    assert config(run)["examples"] == {"train": 1500, "test": 297}
-    assert [r["step"] for r in records] == [0, 4, 8]
-    assert [r["privacy/epsilon"] for r in records] == [spent_epsilon(2.0, 30 / 1500, n, 5e-4) for n in (0, 4, 8)]
-    assert figures["epsilon"] == records[-1]["privacy/epsilon"] > 0 and figures["delta"] == 5e-4
-    _, test = arrays.digits(297)
-    guesses = experiment.predicted(state_of(run).params, test.images, CFG)
-    assert figures["accuracy"] == pytest.approx(float((guesses == test.labels).float().mean()))
-    out = (place / "stdout").read_text(encoding="utf-8")
-    assert f"at epsilon {figures['epsilon']:.2f}, delta 0.0005 after 8 steps" in out.splitlines()[-1]
-
-
-def test_resume_from_a_checkpoint_gives_the_same_bits_and_epsilon(here, place):
-    run, whole = here / "runs" / "private" / "whole", place / "runs" / "private" / "whole"
-    shutil.rmtree(run / "checkpoints" / "8")
-    assert call("--resume") == 0
-    assert same_bits(state_of(run), state_of(whole))
-    assert {**result(run), "seconds": 0} == {**result(whole), "seconds": 0}
-    assert [record["step"] for record in metrics(run)] == [0, 4, 8]
-    # More steps spend more.
+def test_epsilon_of_every_measurement_and_of_further_steps(run, capsys):
+    assert call(*QUICK, "--steps", "8", "--every", "4") == 0
+    records = [record for record in metrics(run) if "test/epsilon" in record]
+    assert [record["step"] for record in records] == [0, 4, 8]
+    first, middle, last = (record["test/epsilon"] for record in records)
+    assert first == 0 < middle < last == spent_epsilon(2.0, 30 / 1500, 8, 5e-4)
+    figures, (_, test) = result(run), arrays.digits()
+    assert figures["epsilon"] == last and figures["delta"] == 5e-4
+    logits = experiment.logits_of(final_state(run)["params"], test.images, CFG)
+    assert figures["accuracy"] == pytest.approx(float((logits.argmax(1) == test.labels).float().mean()))
+    assert f"at epsilon {last:.2f}, delta 0.0005" in capsys.readouterr().out.splitlines()[-1]
     assert call("--resume", "--steps", "9") == 0
-    assert result(run)["epsilon"] == spent_epsilon(2.0, 30 / 1500, 9, 5e-4) > result(whole)["epsilon"]
+    assert result(run)["epsilon"] == spent_epsilon(2.0, 30 / 1500, 9, 5e-4) > last
 
 
-def test_stopped_run_saves_and_goes_on(here):
-    process = start(here, *QUICK, "--steps", "2000", "--save-every", "2", "--every", "1000", "--name", "stopped")
-    run = here / "runs" / "private" / "stopped"
-    wait_for_step(process, run, 2)
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    at = checkpoints.latest(run / "checkpoints")
-    assert code == 0 and 2 <= at < 2000 and "Traceback" not in err and f"stopped at step {at}" in out
-    assert call("--resume", "--name", "stopped", "--steps", at + 1) == 0
-    assert result(run)["steps"] == at + 1 and result(run)["epsilon"] == spent_epsilon(2.0, 30 / 1500, at + 1, 5e-4)
+def test_without_privacy_it_is_plain_descent(run, capsys):
+    """params - learning rate sum_n g_n / expected batch, with torch's own gradient."""
+    assert call(*QUICK, "--steps", "1", "--non-private") == 0
+    assert result(run)["epsilon"] is None and "right without privacy" in capsys.readouterr().out
+    learn, _ = arrays.digits()
+    create_key, batch_key = random.split(random.key(0)).unbind(0)
+    params = create(create_key, experiment.spec(CFG), optimizers.sgd(1.0)).params
+    indices, mask = poisson_sample(batch_key, 0, 1500, 30 / 1500)
+    indices = indices[mask]
 
+    def loss(p):
+        logits = experiment.apply(p, learn.images[indices], CFG)
+        return cross_entropy(logits, learn.labels[indices], reduction="sum") / 30
 
-def test_without_privacy(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert call(*QUICK, *STEPS, "--non-private", "--name", "plain") == 0
-    figures = result(tmp_path / "runs" / "private" / "plain")
-    assert figures["epsilon"] is None and "right without privacy after 8 steps" in capsys.readouterr().out
-
-
-def test_folder_in_the_format_of_mnist_with_its_net(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "files").mkdir()
-    for part, count in (("train", 40), ("t10k", 12)):
-        labels = np.arange(count) % 10
-        idx(tmp_path / "files" / f"{part}-labels-idx1-ubyte.gz", labels)
-        idx(tmp_path / "files" / f"{part}-images-idx3-ubyte.gz", 9 * labels[:, None, None] * np.ones((28, 28)))
-    assert call("--data", "files", *QUICK, "--steps", "2", "--name", "files") == 0
-    net = experiment.spec(experiment.Config(28, 10))
-    assert experiment.tree.count(net) == 26010  # Papernot et al. 2021
-    assert torch.tensor(result(tmp_path / "runs" / "private" / "files")["accuracy"]) <= 1
+    expected = tree.map(lambda p, g: p - g, params, torch.func.grad(loss)(params))
+    torch.testing.assert_close(final_state(run)["params"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--batch", "1501"], "--batch is 1501, but 'digits' has 1500 examples to learn from"),
-        (["--steps", "0"], "--steps is 0; expected at least 1"),
-        (["--noise-multiplier", "0"], "--noise-multiplier is 0.0; expected a positive number"),
-        (["--clipping", "global"], "--clipping 'global' is unknown; expected one of flat, per_layer, automatic"),
-        (["--delta", "1"], "--delta is 1.0; expected a number between 0 and 1"),
-        (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in nowhere"),
-        (["--resume", "--name", "whole", "--noise-multiplier", "1"], "1.0: it was started with 2.0"),
-        (["--resume", "--name", "whole", "--max-norm", "2"], "with --max-norm 2.0: it was started with 1.0"),
-    ],
-    ids=flag_id,
+    "flags",
+    [("--clipping", name) for name in ("automatic", "per_layer", "groups", "adaptive")]
+    + [("--sampling", "fixed", "--dtype", "bfloat16")],
+    ids=lambda flags: flags[1],
 )
-def test_refused_in_one_line(flags, message, here, capfd):
-    assert message in refused(capfd, *flags)
+def test_ways_to_clip_and_to_sample(run, flags):
+    assert call(*QUICK, "--steps", "2", *flags) == 0
+    figures, last = result(run), [record for record in metrics(run) if "train/loss" in record][-1]
+    sampling = "fixed" if "fixed" in flags else "poisson"
+    assert figures["epsilon"] == spent_epsilon(2.0, 30 / 1500, 2, 5e-4, sampling=sampling)
+    assert ("train/clip_norm" in last) == ("adaptive" in flags)
+    if sampling == "fixed":
+        assert last["train/examples"] == 30
+
+
+def test_net_has_the_size_of_the_paper():
+    assert tree.count(experiment.spec(experiment.Config(28, 10))) == 26010  # Papernot et al. 2021
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_cyclegan_of_own_folders(here):
         (["pix2pix", "--resume", "--name", "whole", "--l1", "3"], "it was started with 100.0"),
         (["pix2pix", "translate", "--run", "runs/pix2pix/whole", "none.png"], "none.png"),
         (["cyclegan", "--data", "first"], "--data 'first' is neither digits nor two folders"),
-        (["cyclegan", "--data", "first,grey"], "grey against colour"),
+        (["cyclegan", "--data", "first,grey"], "grey has one picture; expected at least 2"),
         (["cyclegan", "--data", "first,nowhere"], "nowhere does not exist"),
         (["cyclegan", "--size", "30"], "--size is 30; expected a multiple of 4"),
         (["cyclegan", "--preset", "large"], "--preset 'large' is unknown; expected one of paper, paper-128, small"),
