@@ -1,25 +1,35 @@
-"""Settings for all tests: two workers share two cores, so each of them, and what it starts, computes on one thread."""
+"""Settings for all tests.
 
-import contextlib
-import importlib.util
+Two workers share two cores, so each of them, and what it starts, computes on one thread, or on as many as
+OMP_NUM_THREADS says: `OMP_NUM_THREADS=2 pytest`. What inductor compiles is kept by instruction set, so that
+`ATEN_CPU_CAPABILITY=default pytest` (or avx2) computes with those kernels.
+"""
+
 import os
-import sys
 
+import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+import tests.benchmarks.torchvision_operators  # noqa: F401
+from tests import processes
+from train.run import compiler
 
-# Where torchvision was built for another torch its operators do not load, and neither do its models, nor those of
-# transformers, unless the operators that it looks for are declared.
-if importlib.util.find_spec("torchvision") is not None:
+compiler.configure()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """Nothing that a test or its fixtures started outlives it."""
     try:
-        import torchvision  # noqa: F401
-    except (RuntimeError, ImportError, OSError):
-        for _name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[_name]
-        OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-        with contextlib.suppress(RuntimeError):
-            OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return (yield)
+    finally:
+        processes.end_all()
+
+
+@pytest.fixture
+def default_handlers():
+    """The signal handlers of a program that a terminal starts, whatever pytest was started by."""
+    with processes.default_handlers():
+        yield

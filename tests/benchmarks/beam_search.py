@@ -15,6 +15,7 @@ import argparse
 from functools import partial
 
 import torch
+import torchvision_operators  # noqa: F401
 from timing import interleaved, report
 from torch import Tensor
 from transformers import MarianConfig, MarianMTModel
@@ -112,7 +113,7 @@ def compare(preset: str, args: argparse.Namespace) -> None:
             mask = source != padding
             cache = transformer.start(params, transformer.encode(params, source, cfg, mask=mask), mask, cfg, 16)
             first = torch.full_like(lengths, padding)
-            options = {"beams": BEAMS, "end": END, "max_length": LONGEST, "padding": padding, "places_axis": 2}
+            options = {"beams": BEAMS, "end": END, "max_length": LONGEST, "padding": padding, "positions_axis": 2}
             options["shared"] = {"source": cache["shared"], "lengths": lengths}
             found.append(beam_search(ending_step, cache["past"], first, **options))
         return found

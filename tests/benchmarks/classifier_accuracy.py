@@ -21,9 +21,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from classifiers import torchvision_models
+import torchvision_operators  # noqa: F401
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision import datasets, models, transforms
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "classify.py"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,6 +36,7 @@ def functree(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, 
     flags |= {"learning-rate": args.learning_rate, "weight-decay": args.weight_decay, "name": f"seed{seed}"}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     words += ["--data", str(folder), "--eval-every", str(args.epochs), "--workers", str(args.workers)]
+    words += [] if args.compile else ["--no-compile"]
     subprocess.run([sys.executable, SCRIPT, *words], cwd=folder.parent, check=True, stdout=subprocess.DEVNULL)
     found = json.loads((folder.parent / "runs" / "classify" / f"seed{seed}" / "result.json").read_text())
     return found["accuracy"], found["seconds"]
@@ -42,9 +44,6 @@ def functree(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, 
 
 def plain(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, float]:
     """The same of a plain loop."""
-    models = torchvision_models()
-    from torchvision import datasets, transforms
-
     torch.manual_seed(seed)
     normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     crop = transforms.RandomResizedCrop(args.size)
@@ -68,7 +67,7 @@ def plain(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, flo
         return step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    compiled = torch.compile(net, fullgraph=True, dynamic=False)
+    compiled = torch.compile(net, fullgraph=True, dynamic=False) if args.compile else net
     began, step = time.perf_counter(), 0
     while step < steps:
         for pixels, labels in loader:
@@ -99,6 +98,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "data"

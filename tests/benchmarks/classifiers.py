@@ -14,12 +14,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import torch
+import torchvision_operators  # noqa: F401
 from timing import interleaved, report
+from torchvision import models
 
 from core import random, tree
 from nets.classifiers import by_name
@@ -31,19 +30,7 @@ from train.step import Policy, make_step, start
 CLASSES = 1000
 
 
-def torchvision_models():
-    # What the tests do where torchvision was built for another torch.
-    name = "settings_of_the_tests"
-    found = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "conftest.py")
-    sys.modules[name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(sys.modules[name])
-    from torchvision import models
-
-    return models
-
-
 def torchvision_net(name: str, size: int) -> torch.nn.Module:
-    models = torchvision_models()
     small = {"patch_size": 16, "num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536}
     make = {
         "convnext_tiny": functools.partial(models.convnext_tiny, stochastic_depth_prob=0.0),

@@ -11,6 +11,8 @@ compared: the images must agree.
 import argparse
 
 import torch
+import torchvision_operators  # noqa: F401
+from diffusers import DDIMScheduler
 from diffusion_unet import SIZES, STEPS, diffusers_net
 from timing import interleaved, report
 
@@ -37,8 +39,6 @@ def functree_loop(cfg, params, steps):
 
 
 def diffusers_loop(module, steps):
-    from diffusers import DDIMScheduler
-
     scheduler = DDIMScheduler(STEPS)  # its defaults are the linear schedule, the noise predicted, and images clipped
     scheduler.set_timesteps(steps)
     net = torch.compile(module, fullgraph=True, dynamic=False)

@@ -13,6 +13,8 @@ import contextlib
 import dataclasses
 
 import torch
+import torchvision_operators  # noqa: F401
+from diffusers import UNet2DModel
 from timing import interleaved, report
 
 from core import random, tree
@@ -26,8 +28,6 @@ STEPS = 1000
 
 
 def diffusers_net(cfg: unet.Config) -> torch.nn.Module:
-    from diffusers import UNet2DModel
-
     attentive = ["Attn" if i in cfg.attention else "" for i in range(len(cfg.widths))]
     return UNet2DModel(
         in_channels=cfg.channels,

@@ -4,13 +4,14 @@ Small GPT-2 shapes (4 layers, 128 or 256 wide, a vocabulary of 256), 16 prompt t
 larger the net, the more of the time is matrix products, which take as long on both sides. The tokens of both sides are
 compared first. `compiled` decodes through torch.compile; compiling is not counted.
 
-    python tests/benchmarks/generation.py [--rounds 5] [--widths 128 256] [--vocabulary 256]
+    python tests/benchmarks/generation.py [--rounds 5] [--widths 128 256] [--vocabulary 256] [--tokens 128]
 """
 
 import argparse
 import tempfile
 
 import torch
+import torchvision_operators  # noqa: F401
 from timing import interleaved, report
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from core import random
 from nets.language import gpt2
 
-PROMPT, NEW = 16, 128
+PROMPT = 16
 
 
 def main() -> None:
@@ -26,15 +27,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args()
     torch.set_num_threads(2)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for width in args.widths:
-        compare(width, args.vocabulary, args.rounds)
+        compare(width, args.vocabulary, args.tokens, args.rounds)
 
 
-def compare(width: int, vocabulary: int, rounds: int) -> None:
+def compare(width: int, vocabulary: int, new: int, rounds: int) -> None:
     torch.manual_seed(0)
     last = vocabulary - 1
     sizes = {"n_layer": 4, "n_head": 4, "n_embd": width, "vocab_size": vocabulary}
@@ -50,21 +52,21 @@ def compare(width: int, vocabulary: int, rounds: int) -> None:
 
         def ours(decode=gpt2.decode, prompt=prompt):
             with torch.inference_mode():
-                return gpt2.generate(params, prompt, cfg, NEW, temperature=0.0, decode=decode)
+                return gpt2.generate(params, prompt, cfg, new, temperature=0.0, decode=decode)
 
         def ours_compiled(compiled=compiled, ours=ours):
             return ours(compiled)
 
         def theirs(prompt=prompt, mask=mask):
             with torch.inference_mode():
-                options = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+                options = {"max_new_tokens": new, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
                 return model.generate(prompt, attention_mask=mask, **options)[:, PROMPT:]
 
         assert torch.equal(ours(), theirs()) and torch.equal(ours_compiled(), theirs()), "the tokens differ"
         sides = {"functree": ours, "functree, compiled": ours_compiled, "transformers": theirs}
         medians = interleaved(sides, rounds, warmup=1)
-        title = f"{NEW} greedy tokens, width {width}, batch {batch}: " + ", ".join(
-            f"{name} {batch * NEW / seconds:.0f} tokens/s" for name, seconds in medians.items()
+        title = f"{new} greedy tokens, width {width}, batch {batch}: " + ", ".join(
+            f"{name} {batch * new / seconds:.0f} tokens/s" for name, seconds in medians.items()
         )
         report(title, medians, "functree", {"transformers": 0.333})
         report("", medians, "functree, compiled", {"transformers": 0.333})

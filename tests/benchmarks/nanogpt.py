@@ -71,6 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT; without it only the loss is measured")
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     if "FUNCTREE_DATA" not in os.environ:
         sys.exit("set FUNCTREE_DATA to the folder that holds tinyshakespeare/input.txt")
@@ -89,6 +91,7 @@ def main() -> None:
     script = Path(__file__).parents[2] / "experiments" / "gpt.py"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(script), "--preset", "nanogpt-cpu", "--text", str(shakespeare), "--name", "run"]
+        command += ["--steps", str(args.steps), *([] if args.compile else ["--no-compile"])]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((Path(folder) / "runs/gpt/run/result.json").read_text())
     verdict = "reached" if result["val_loss"] <= 1.88 else "missed"

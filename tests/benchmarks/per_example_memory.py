@@ -5,11 +5,13 @@ A multilayer perceptron 5120, 2560, 1280, batch 32, float32: the example with wh
 the rise of resident memory over what stays: parameters and inputs are not in it, gradients are. The norms must be the
 same.
 
-    python tests/benchmarks/per_example_memory.py
+    python tests/benchmarks/per_example_memory.py [--sizes 5120 2560 1280] [--batch 32]
 
 Needs opacus for its rows: pip install --no-deps opacus opt_einsum.
 """
 
+import argparse
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -23,27 +25,28 @@ from core import per_example, random, spec
 from nets.classifiers import mlp
 from train.losses import cross_entropy
 
-CFG, BATCH, TARGET = mlp.Config((5120, 2560, 1280)), 32, 1.05
+TARGET = 1.05
 
 
-def losses(params, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return cross_entropy(mlp.apply(params, batch[0], CFG), batch[1], reduction="none")
+def losses(params, batch: tuple[Tensor, Tensor], cfg: mlp.Config) -> Tensor:
+    return cross_entropy(mlp.apply(params, batch[0], cfg), batch[1], reduction="none")
 
 
-def plain(params, batch):
-    return torch.func.grad(lambda p: losses(p, batch).mean())(params)
+def plain(params, batch, cfg):
+    return torch.func.grad(lambda p: losses(p, batch, cfg).mean())(params)
 
 
-def functree(params, batch):
-    found = per_example.reports(losses, params, batch)
-    return found.sum, found.total_norm
+def functree(params, batch, cfg):
+    out = per_example.reports(functools.partial(losses, cfg=cfg), params, batch)
+    return out.sum, out.total_norm
 
 
 def module(params) -> nn.Module:
-    made = nn.Sequential(nn.Linear(5120, 2560), nn.ReLU(), nn.Linear(2560, 1280))
-    for layer, values in zip((made[0], made[2]), params["layers"], strict=True):
-        layer.load_state_dict(values)
-    return made
+    layers: list[nn.Module] = []
+    for values in params["layers"]:
+        layers += [nn.Linear(*values["weight"].shape[::-1]), nn.ReLU()]
+        layers[-2].load_state_dict(values)
+    return nn.Sequential(*layers[:-1])
 
 
 def opacus(params, batch, ghost: bool) -> Callable:
@@ -60,7 +63,7 @@ def opacus(params, batch, ghost: bool) -> Callable:
         else:
             # Row by row: over all entries at once, float32 is off by 3e-4.
             norms = torch.stack(
-                [p.grad_sample.norm(dim=-1).reshape(BATCH, -1).norm(dim=1) for p in wrapped.parameters()]
+                [p.grad_sample.norm(dim=-1).reshape(len(batch[1]), -1).norm(dim=1) for p in wrapped.parameters()]
             )
         gradients = [p.grad for p in wrapped.parameters()]
         wrapped.zero_grad(set_to_none=True)
@@ -70,21 +73,29 @@ def opacus(params, batch, ghost: bool) -> Callable:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[5120, 2560, 1280])
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args()
     require_prompt_free()
     warnings.simplefilter("ignore")
-    params = spec.init(random.key(0), mlp.spec(CFG))
-    batch = random.normal(random.key(1), (BATCH, 5120)), random.randint(random.key(2), (BATCH,), 0, 1280).long()
+    cfg = mlp.Config(tuple(args.sizes))
+    params = spec.init(random.key(0), mlp.spec(cfg))
+    batch = (
+        random.normal(random.key(1), (args.batch, args.sizes[0])),
+        random.randint(random.key(2), (args.batch,), 0, args.sizes[-1]).long(),
+    )
     compiled = torch.compile(functree, fullgraph=True, dynamic=False)
     runs = {
-        "plain gradient, eager": lambda: plain(params, batch),
-        "functree, eager": lambda: functree(params, batch),
-        "functree, compiled": lambda: compiled(params, batch),
+        "plain gradient, eager": lambda: plain(params, batch, cfg),
+        "functree, eager": lambda: functree(params, batch, cfg),
+        "functree, compiled": lambda: compiled(params, batch, cfg),
     }
     if importlib.util.find_spec("opacus") is None:
         print("Opacus: not installed")
     else:
         runs |= {f"Opacus, {way}": opacus(params, batch, way == "ghost") for way in ("ghost", "hooks")}
-    expected = functree(params, batch)[1]
+    expected = functree(params, batch, cfg)[1]
     for name, run in runs.items():
         if not name.startswith("plain"):
             torch.testing.assert_close(run()[1], expected, rtol=1e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}")

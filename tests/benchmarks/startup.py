@@ -1,6 +1,6 @@
 """Seconds from the start of the main job to its first finished step, with the compiler's cache warm.
 
-python tests/benchmarks/startup.py [--rounds 5]
+python tests/benchmarks/startup.py [--rounds 5] [--no-compile]
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gpt.py"
 
 
-def seconds_to_first_step(folder: str) -> float:
+def seconds_to_first_step(folder: str, compile: bool) -> float:
     """From launching Python to the line that reports the first step."""
     start = time.perf_counter()
-    command = [sys.executable, "-u", str(SCRIPT), "--steps", "1"]
+    command = [sys.executable, "-u", str(SCRIPT), "--steps", "1", *([] if compile else ["--no-compile"])]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("first step done"):
@@ -30,9 +30,10 @@ def seconds_to_first_step(folder: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        first, *others = (seconds_to_first_step(folder) for _ in range(rounds + 1))
+        first, *others = (seconds_to_first_step(folder, args.compile) for _ in range(args.rounds + 1))
     median = statistics.median(others)
     print(f"first start {first:.1f} s (if the cache was cold); later {', '.join(f'{x:.1f}' for x in others)} s")
     print(f"median of the later ones {median:.1f} s (target at most 6: {'reached' if median <= 6 else 'missed'})")

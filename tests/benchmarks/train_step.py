@@ -3,7 +3,7 @@
 4 layers, 256 wide, 128 tokens, batch 16, AdamW. All three start from the same weights and are first compared: the loss
 after five steps must agree.
 
-    python tests/benchmarks/train_step.py [--rounds 60]
+    python tests/benchmarks/train_step.py [--rounds 60] [--batch 16]
 """
 
 import argparse
@@ -24,7 +24,6 @@ from train.losses import cross_entropy
 from train.step import make_step, start
 
 CFG = gpt2.Config(vocabulary=65, context=128, layers=4, heads=8, width=256, dropout=0.0)
-BATCH = 16
 LEARNING_RATE, BETAS, DECAY = 1e-3, (0.9, 0.99), 0.1
 
 
@@ -111,10 +110,11 @@ def functree_step(params, **options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
     torch.set_num_threads(2)
     params = spec.init(random.key(0), gpt2.spec(CFG))
-    text = random.randint(random.key(2), (BATCH, CFG.context + 1), 0, CFG.vocabulary).long()
+    text = random.randint(random.key(2), (args.batch, CFG.context + 1), 0, CFG.vocabulary).long()
     batch = (text[:, :-1].contiguous(), text[:, 1:].contiguous())
     steps = {
         "functree, donated": functree_step(params, donate=True, update_norm=False),
@@ -126,9 +126,9 @@ def main() -> None:
     losses = {name: [float(step(batch)) for _ in range(5)][-1] for name, step in steps.items()}
     print("loss after 5 steps:", {name: round(value, 5) for name, value in losses.items()})
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
-    medians = interleaved({name: functools.partial(step, batch) for name, step in steps.items()}, rounds)
+    medians = interleaved({name: functools.partial(step, batch) for name, step in steps.items()}, args.rounds)
     targets = {"nn.Module, torch.compile": 0.95, "jax + optax, jit": 0.70}
-    report("one train step, 4 layers, 256 wide, 128 tokens, batch 16", medians, "functree, donated", targets)
+    report(f"one train step, 4 layers, 256 wide, 128 tokens, batch {args.batch}", medians, "functree, donated", targets)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""The layout of the house: who may import whom, how long a file may be, and how its sentences read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("core", "nets", "train", "experiments")
+FILES = {path: path.relative_to(ROOT).as_posix() for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
+MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path, name in FILES.items()}
+SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+
+
+def imported(path: Path, top_level: bool = False) -> set[str]:
+    """The modules of ours that a file imports; those of `from package import module` by their own name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            own = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (own & MODULES.keys()) or {node.module}
+    return {name for name in names if name in MODULES}
+
+
+IMPORTS = {module: imported(path) for module, path in MODULES.items()}
+
+
+def family(module: str) -> str:
+    """nets.classifiers.resnet -> classifiers; nets.weights -> weights."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_floors():
+    """core <- nets, core <- train; only experiments joins them."""
+    allowed = {"core": {"core"}, "nets": {"core", "nets"}, "train": {"core", "train"}, "experiments": set(FLOORS)}
+    wrong = [
+        (module, other)
+        for module, others in IMPORTS.items()
+        for other in others
+        if other.split(".")[0] not in allowed[module.split(".")[0]]
+    ]
+    assert not wrong
+
+
+def test_families_of_nets_read_weights_and_blocks_and_themselves():
+    allowed = {"weights": {"weights"}, "blocks": {"weights", "blocks"}}
+    wrong = [
+        (module, other)
+        for module, others in IMPORTS.items()
+        for other in others
+        if module.startswith("nets.")
+        and other.startswith("nets.")
+        and family(other) not in allowed.get(family(module), {"weights", "blocks", family(module)})
+    ]
+    assert not wrong
+
+
+def test_plots_know_no_other_part_of_training():
+    others = {other for module, others in IMPORTS.items() if module.startswith("train.plots.") for other in others}
+    assert {other for other in others if other.startswith("train.")} <= {"train.files"} | {
+        module for module in MODULES if module.startswith("train.plots")
+    }
+
+
+def test_no_circle_of_imports():
+    graph = {module: imported(path, top_level=True) for module, path in MODULES.items()}
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            raise AssertionError(" -> ".join([*path[path.index(module) :], module]))
+        if module in done:
+            return
+        path.append(module)
+        for other in sorted(graph[module] - {module}):
+            visit(other)
+        path.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_experiments_are_scripts_with_an_entry_in_their_page(name):
+    path = ROOT / "experiments" / f"{name}.py"
+    source = path.read_text(encoding="utf-8")
+    assert '\nif __name__ == "__main__":\n    command_line.run(' in source
+    assert f"[{name}.py](" in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    siblings = {other for other in IMPORTS[f"experiments.{name}"] if other.startswith("experiments.")}
+    assert all(other.startswith("experiments.parts") for other in siblings)
+    assert f'RUNS = Path("runs/{name}")' in source or "RUNS" not in source
+
+
+def test_parts_import_no_script():
+    for module, others in IMPORTS.items():
+        if module.startswith("experiments.parts."):
+            assert not {other for other in others if other.startswith("experiments.")} - {
+                other for other in others if other.startswith("experiments.parts")
+            }, module
+
+
+@pytest.mark.parametrize("floor", [*FLOORS, "tests"])
+def test_length_of_files(floor):
+    for path in (ROOT / floor).rglob("*.py"):
+        limit = 300 if path.parent == ROOT / "experiments" else 400
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines; is it still one room?"
