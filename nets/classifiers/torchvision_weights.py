@@ -168,8 +168,8 @@ def from_pretrained(
         name: as in `nets.classifiers.by_name.find`.
         source: a local file or folder, or a hub repository; by default the published weights, by download.
         classes: refuse a file whose head is not for that many.
-        size: pixels per side of the images, if they are not the published ones: a ViT's positions are resized. Other nets
-            take images of any size.
+        size: pixels per side of the images, if different from the published ones: a ViT's positions are resized.
+            Other nets take images of any size.
         base_url: as in `download`.
 
     Raises:

@@ -13,6 +13,7 @@ from experiments.parts import classifier
 from nets.classifiers import by_name, resnet, squeezenet
 from tests.experiments import runs
 from tests.experiments.runs import config, contents, flag_id, is_png, result, same_bits
+from tests.train.data.images.image_files import write_idx
 from train.data.images import arrays
 from train.run import checkpoints
 from train.step import make_step
@@ -160,12 +161,6 @@ def test_finetuning_of_an_own_run(here, capsys):
     assert config(run)["trained"]["mean"] == config(here / "runs" / "classify" / "whole")["trained"]["mean"]
     assert call("--resume") == 0  # it is finished: nothing changes
     assert same_bits(parameters(run, classes=5), new)
-
-
-def write_idx(path, array):
-    path.parent.mkdir(exist_ok=True)
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    path.write_bytes(header + array.tobytes())
 
 
 def test_finetuning_of_a_checkpoint(here, capfd):

@@ -16,17 +16,12 @@ import torch
 from PIL import Image
 
 from core import random
+from tests.train.data.images.image_files import write_idx
 from train.data import DataError
 from train.data.images import arrays, cifar
 
 DATA = os.environ.get("FUNCTREE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="FUNCTREE_DATA does not name a folder with real data sets")
-
-
-def write_idx(path: Path, array: np.ndarray, code: int = 0x08) -> Path:
-    content = bytes([0, 0, code, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
 
 
 def write_mnist(folder: Path, suffix: str = "", train: int = 6, test: int = 3) -> None:
