@@ -1,6 +1,8 @@
 """The layout of the house: who may import whom, how long a file may be, and how its sentences read."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("core", "nets", "train", "experiments")
 FILES = {path: path.relative_to(ROOT).as_posix() for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path, name in FILES.items()}
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for floor in FLOORS for p in (ROOT / floor).rglob("*.md"))]
 SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
 
 
@@ -109,3 +112,75 @@ def test_length_of_files(floor):
         limit = 300 if path.parent == ROOT / "experiments" else 400
         lines = len(path.read_text(encoding="utf-8").splitlines())
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines; is it still one room?"
+
+
+# Wording that reads as translated, and the better word: docstrings, comments and the pages are held to it.
+WORDING = {
+    r"^(What|How|Of|Into|Whose)\b": "a noun phrase or an imperative at the beginning",
+    r"\b(left|stands?|lies|stays?|padding) behind\b": "after",
+    r"\bin front of\b": "before",
+    r"\bat (most|least) so many\b": "up to n",
+    r"\bso many\b": "the number itself",
+    r"\b(is|are) to be\b": "must be, is",
+    r"\bchances? (of|that)\b": "probability",
+    r"\b[Tt]he perceptrons?\b": "the MLP",
+    r"\b(nats|bits|perplexity|error|loss|cost) an? (token|character|example|step|pixel|dimension)\b": "per token",
+    r"\bstands? in (front|the place) of\b": "replaces",
+    r"\b(if|where) not given\b": "if None, or show the default itself",
+    r"\bof yours\b": "yours",
+}
+# Variables are named by what they hold, not by how it came about.
+PARTICIPLES = {"found", "said", "given", "chosen", "made", "drawn", "measured", "who"}
+
+
+def sentences(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every docstring, description of a field and comment of a file."""
+    source = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        for inner in getattr(node, "body", []) if isinstance(getattr(node, "body", []), list) else []:
+            if (
+                isinstance(inner, ast.Expr)
+                and isinstance(inner.value, ast.Constant)
+                and isinstance(inner.value.value, str)
+            ):
+                yield inner.lineno, inner.value.value
+    for number, line in enumerate(source.splitlines(), 1):
+        if line.lstrip().startswith("# ") or "  # " in line:
+            yield number, "# " + line.partition("# ")[2]
+
+
+@pytest.mark.parametrize("floor", [*FLOORS, "tests"])
+def test_wording(floor):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: '{match[0]}'; better: {better}"
+        for path in sorted((ROOT / floor).rglob("*.py"))
+        if path != Path(__file__)
+        for line, text in sentences(path)
+        for pattern, better in WORDING.items()
+        if (match := re.search(pattern, text))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_wording_of_pages(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    wrong = [
+        f"{page}:{number}: '{match[0]}'; better: {better}"
+        for number, line in enumerate(lines, 1)
+        for pattern, better in WORDING.items()
+        if not pattern.startswith("^") and (match := re.search(pattern, line))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("floor", [*FLOORS, "tests"])
+def test_names_are_no_participles(floor):
+    wrong = []
+    for path in sorted((ROOT / floor).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.arg if isinstance(node, ast.arg) else getattr(node, "id", None)
+            stored = isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
+            if stored and name in PARTICIPLES:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not wrong, "\n".join(wrong)

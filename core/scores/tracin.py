@@ -10,7 +10,7 @@ Positive: z helped (a proponent), negative: it harmed (an opponent). In all func
 
 - loss is `loss(params, batch) -> (N,)`, batches are trees with leading axis N, as in `core.per_example.reports`;
 - checkpoints is a sequence of parameters θ_i, learning_rates one η_i for each: the learning rate at that checkpoint,
-  times the steps that the checkpoint stands for and divided by the batch size if the scale is to be that of the loss.
+  times the steps that the checkpoint stands for and divided by the batch size to have the scale of the loss.
 """
 
 from collections.abc import Callable, Sequence

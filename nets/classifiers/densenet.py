@@ -83,7 +83,7 @@ def _norm_conv_spec(d_in: int, d_out: int, kernel: int) -> dict:
 
 
 def _norm_conv(p: dict, x: Tensor, train: bool) -> Tensor:
-    """conv(relu(norm(x))). The norm comes first: a layer's output is normalised again by each layer that sees it.
+    """conv(relu(norm(x))). The norm comes first: the output of a layer is normalised again by each layer that sees it.
 
     x: (batch, d_in, height, width) -> (batch, d_out, height, width).
     """

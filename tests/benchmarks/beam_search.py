@@ -70,7 +70,7 @@ def net(preset: str, vocabulary: int, device: str) -> tuple[MarianMTModel, dict,
 
 
 def sentences(count: int, vocabulary: int, ordered: bool) -> tuple[Tensor, Tensor]:
-    """(source ids, padding behind; lengths), of the sentences and of their translations, which are as long."""
+    """(source ids, padded at the end; lengths), of the sentences and of their translations, which are as long."""
     lengths = (14 + 5 * random.normal(random.key(1), (count,))).round().long().clamp(4, LONGEST)
     lengths = lengths.sort().values if ordered else lengths
     ids = random.randint(random.key(2), (count, int(lengths.max())), 2, vocabulary - 1).long()
@@ -91,13 +91,13 @@ def compare(preset: str, args: argparse.Namespace) -> None:
     model.register_forward_hook(ending)
 
     def theirs(batches, scored=False):
-        found = []
+        outputs = []
         for source, lengths in batches:
             finishing.update(place=0, lengths=lengths.repeat_interleave(BEAMS))
             options = {"num_beams": BEAMS, "max_new_tokens": LONGEST, "do_sample": False}
             options |= {"return_dict_in_generate": scored, "output_scores": scored}
-            found.append(model.generate(source, attention_mask=(source != padding).long(), **options))
-        return found
+            outputs.append(model.generate(source, attention_mask=(source != padding).long(), **options))
+        return outputs
 
     def ours(batches, step):
         step = transformer.stepper(params, cfg, step)
@@ -108,15 +108,15 @@ def compare(preset: str, args: argparse.Namespace) -> None:
             logits[:, END].masked_fill_(ends, 50.0)
             return logits, cache
 
-        found = []
+        outputs = []
         for source, lengths in batches:
             mask = source != padding
             cache = transformer.start(params, transformer.encode(params, source, cfg, mask=mask), mask, cfg, 16)
             first = torch.full_like(lengths, padding)
             options = {"beams": BEAMS, "end": END, "max_length": LONGEST, "padding": padding, "positions_axis": 2}
             options["shared"] = {"source": cache["shared"], "lengths": lengths}
-            found.append(beam_search(ending_step, cache["past"], first, **options))
-        return found
+            outputs.append(beam_search(ending_step, cache["past"], first, **options))
+        return outputs
 
     step = partial(transformer.step, donate=True)  # the caches are not used again
     sides = {"functree": partial(ours, step=step), "transformers": theirs}
@@ -143,16 +143,16 @@ def compare(preset: str, args: argparse.Namespace) -> None:
             report("", medians, "functree, compiled", {"transformers": 1 / 3})
 
 
-def check(found, expected) -> None:
+def check(outputs, expected) -> None:
     """Tokens and scores are the same, but for a few sentences: where the last beam that goes on and the first that does
     not differ by less than single precision tells apart (2.6e-8, say), other beams go on, whichever side has it."""
     differ = 0
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(outputs, expected, strict=True):
         tokens = theirs.sequences[:, 1 : 1 + ours.tokens.shape[2]]
         same = (ours.tokens[:, 0] == tokens).all(1)
         torch.testing.assert_close(ours.scores[same, 0], theirs.sequences_scores[same], rtol=1e-5, atol=1e-5)
         differ += int((~same).sum())
-    total = sum(len(ours.scores) for ours in found)
+    total = sum(len(ours.scores) for ours in outputs)
     assert differ <= 0.05 * total, f"{differ} of {total} texts differ"
     if differ:
         print(f"{differ} of {total} texts differ")

@@ -1,10 +1,10 @@
-"""What experiments/classify.py reaches beside torchvision's module in a plain PyTorch loop: same recipe, same steps.
+"""Accuracy of experiments/classify.py beside torchvision's module in a plain PyTorch loop: same recipe, same steps.
 
 Both learn the class folders of a zip file, by default the CIFAR-10 JPEGs of FUNCTREE_DATA: random resized crops, flips,
 SGD with Nesterov's momentum 0.9, warm-up over a twentieth of the steps and a cosine to 0, weight decay of matrices and
 convolutions alone; tested on the middle of the test images. The plain loop has torchvision's net and transforms,
 torch's DataLoader with as many workers, torch.compile and the fused optimizer. Initial values, order and crops are
-their own, so figures of several seeds are to be compared.
+their own, so figures of several seeds have to be compared.
 
     python tests/benchmarks/classifier_accuracy.py [--data FOLDER.zip] [--net resnet18] [--size 32] [--epochs 4]
 """
@@ -38,8 +38,8 @@ def functree(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, 
     words += ["--data", str(folder), "--eval-every", str(args.epochs), "--workers", str(args.workers)]
     words += [] if args.compile else ["--no-compile"]
     subprocess.run([sys.executable, SCRIPT, *words], cwd=folder.parent, check=True, stdout=subprocess.DEVNULL)
-    found = json.loads((folder.parent / "runs" / "classify" / f"seed{seed}" / "result.json").read_text())
-    return found["accuracy"], found["seconds"]
+    result = json.loads((folder.parent / "runs" / "classify" / f"seed{seed}" / "result.json").read_text())
+    return result["accuracy"], result["seconds"]
 
 
 def plain(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, float]:

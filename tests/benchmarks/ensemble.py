@@ -1,7 +1,7 @@
 """One train step of 16 small classifiers: all at once as `compile(vmap(step))`, against one after the other, eager and
 compiled (one compiled step, called 16 times).
 
-Unless told otherwise the sizes are those of experiments/ensemble.py: a perceptron of 64, 128, 128, 10, batch 50. All
+Unless told otherwise the sizes are those of experiments/ensemble.py: an MLP of 64, 128, 128, 10, batch 50. All
 start from the same values and are first compared: every member's loss after five steps must agree.
 
     python tests/benchmarks/ensemble.py [--rounds 200] [--threads 2] [--members 16]

@@ -19,9 +19,9 @@ def peak(run: Callable[[], object], warmup: int = 2) -> int:
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # forget the peak so far
     before = _status("VmRSS")
-    kept = run()
+    outputs = run()
     after = _status("VmHWM")
-    del kept
+    del outputs
     return after - before
 
 

@@ -61,8 +61,8 @@ def plain(params: tree.Tree, batch: tuple):
 
 
 def functree(params: tree.Tree, batch: tuple):
-    found = per_example.reports(losses, params, batch)
-    return found.mean, found.norm
+    out = per_example.reports(losses, params, batch)
+    return out.mean, out.norm
 
 
 def vmap_grad(params: tree.Tree, batch: tuple):
@@ -84,16 +84,16 @@ def opacus(params: tree.Tree, batch: tuple, ghost: bool) -> Callable:
     def run():
         logits = module(batch[0])
         nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten()).backward()
-        found = {}
+        norms = {}
         for name, p in module.named_parameters():
             # The mean over N was undone by Opacus for the gradients of the examples, as its loss_reduction says.
             norm = p._norm_sample if ghost else p.grad_sample.flatten(1).norm(dim=1)
-            found[name.removeprefix("_module.")] = norm
+            norms[name.removeprefix("_module.")] = norm
         gradients = [p.grad for p in module.parameters()]
-        module.zero_grad(set_to_none=True)  # nothing stays behind, so that the peak of the next call is its own
+        module.zero_grad(set_to_none=True)  # nothing is left allocated, so that the peak of the next call is its own
         for p in module.parameters():
             p._norm_sample = None
-        return found, gradients
+        return norms, gradients
 
     return run
 
@@ -105,9 +105,9 @@ def check(runs: dict[str, Callable], params: tree.Tree) -> None:
         if name == "plain gradient":
             continue
         out = run()
-        found = out[0] if name.startswith("Opacus") else tree.flatten(out[1])
+        norms = out[0] if name.startswith("Opacus") else tree.flatten(out[1])
         for leaf, norm in expected.items():
-            theirs = found[leaf if leaf in found else leaf.replace(".attn.", ".").replace(".mlp.", ".")]
+            theirs = norms[leaf if leaf in norms else leaf.replace(".attn.", ".").replace(".mlp.", ".")]
             if not (name == "Opacus, ghost" and leaf == TIED):
                 where = f"{name}, {leaf}"
                 torch.testing.assert_close(theirs, norm, rtol=1e-3, atol=1e-6, msg=lambda m, at=where: f"{at}: {m}")

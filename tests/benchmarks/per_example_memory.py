@@ -1,6 +1,6 @@
 """Peak memory of the first backward pass with every example's gradient norm, beside a plain one.
 
-A multilayer perceptron 5120, 2560, 1280, batch 32, float32: the example with which Opacus presents ghost clipping
+An MLP of 5120, 2560, 1280, batch 32, float32: the example with which Opacus presents ghost clipping
 (https://pytorch.org/blog/clipping-in-opacus: 62.5 MB plain, 63 MB with ghost clipping, 3663 MB with hooks). Measured is
 the rise of resident memory over what stays: parameters and inputs are not in it, gradients are. The norms must be the
 same.

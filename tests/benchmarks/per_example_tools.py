@@ -111,14 +111,14 @@ def functree(about: Problem, want: str, compiled: bool = False):
 
     def call(params, batch):
         if want == "gradients":
-            found = tree.flatten(per_example.each(about.losses, params, batch))
-            return [found[name] for name in names]
+            gradients = tree.flatten(per_example.each(about.losses, params, batch))
+            return [gradients[name] for name in names]
         quantity = {"norms": "norm", "squares": "square", "gram": "gram"}[want]
-        found = per_example.reports(about.losses, params, batch, want=(quantity,))
+        out = per_example.reports(about.losses, params, batch, want=(quantity,))
         if want == "norms":
-            return [found.total_norm]
-        found = tree.flatten(getattr(found, quantity))
-        return [sum(found.values())] if want == "gram" else [found[name] for name in names]
+            return [out.total_norm]
+        leaves = tree.flatten(getattr(out, quantity))
+        return [sum(leaves.values())] if want == "gram" else [leaves[name] for name in names]
 
     call = torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
     return lambda: call(params, batch)
@@ -204,8 +204,8 @@ def backpack(about: Problem, want: str):
         module.zero_grad(set_to_none=True)
         with extensions(extension()):
             criterion(module(about.x), about.labels).backward()
-        found = [getattr(p, name) for p in module.parameters()]
-        return [sum(found).sqrt()] if want == "norms" else found
+        leaves = [getattr(p, name) for p in module.parameters()]
+        return [sum(leaves).sqrt()] if want == "norms" else leaves
 
     return run
 
@@ -249,7 +249,7 @@ CONTESTANTS = {
 
 
 def contestants(about: Problem, want: str) -> dict[str, Callable]:
-    found = {}
+    runs = {}
     for name, (package, make) in CONTESTANTS.items():
         if importlib.util.find_spec(package) is None:
             print(f"{name}: not installed")
@@ -257,8 +257,8 @@ def contestants(about: Problem, want: str) -> dict[str, Callable]:
         # A copy each: tools leave hooks and attributes in a module.
         run = make(about._replace(module=copy.deepcopy(about.module)), want)
         if run is not None:
-            found[name] = run
-    return found
+            runs[name] = run
+    return runs
 
 
 def main() -> None:
@@ -278,9 +278,9 @@ def main() -> None:
             runs = contestants(about, want)
             expected = runs["loop"]()
             for name, run in runs.items():
-                for found, right in zip(run(), expected, strict=True):
-                    worst = (found - right).abs().max() / right.abs().max()
-                    assert found.shape == right.shape and worst < 1e-4, f"{name}, {want}: off by {worst:.1e}"
+                for actual, right in zip(run(), expected, strict=True):
+                    worst = (actual - right).abs().max() / right.abs().max()
+                    assert actual.shape == right.shape and worst < 1e-4, f"{name}, {want}: off by {worst:.1e}"
             title = f"{net}, {want}, batch {len(about.x)}, {args.threads} threads"
             medians = interleaved(runs, args.rounds, warmup=1)
             report(title, medians, OURS, {name: TARGETS[want] for name in medians if name != OURS})

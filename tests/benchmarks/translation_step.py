@@ -2,7 +2,7 @@
 
 The same sizes, the same weights, one batch of `--tokens` source and target tokens in sentences of 25, label smoothing,
 Adam (torch's fused one on the other side). Without dropout first, where the losses of three steps must agree; then with
-the paper's dropout of 0.1, which torch.nn.Transformer draws in more places (attention weights, inside the perceptrons).
+the paper's dropout of 0.1, which torch.nn.Transformer draws in more places (attention weights, inside the MLPs).
 
     python tests/benchmarks/translation_step.py [--preset base] [--tokens 1500] [--vocabulary 37000] [--rounds 7]
         [--device cpu]
@@ -42,8 +42,8 @@ class Module(nn.Module):
         return self.drop(self.tokens(ids) * self.scale + self.positions)
 
     def forward(self, source, target, labels):
-        found = self.net(self.embed(source), self.embed(target), tgt_mask=self.causal, tgt_is_causal=True)
-        logits = found @ self.tokens.weight.T
+        hidden = self.net(self.embed(source), self.embed(target), tgt_mask=self.causal, tgt_is_causal=True)
+        logits = hidden @ self.tokens.weight.T
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=self.smoothing)
 
 
@@ -67,7 +67,7 @@ def module_step(cfg, params, batch, device):
 
 @torch.no_grad()
 def load(module: Module, params: dict) -> None:
-    """Our weights into the module; its norms behind the last layers are ours too (`final_norms`)."""
+    """Our weights into the module; its norms after the last layers are ours too (`final_norms`)."""
 
     def affine(theirs, ours):
         theirs.weight.copy_(ours["weight"])

@@ -162,14 +162,14 @@ def main() -> None:
     for epoch in range(1, args.epochs + 1):
         for side in (ours, theirs) if epoch % 2 else (theirs, ours):
             side.epoch()
-        found = ours.test_loss(), theirs.test_loss()
+        losses = ours.test_loss(), theirs.test_loss()
         without = ours.seconds - ours.compiling
         print(
-            f"{epoch:5}  {found[0]:8.3f} {ours.seconds:7.1f} {without:20.1f}   {found[1]:9.3f} {theirs.seconds:7.1f}",
+            f"{epoch:5}  {losses[0]:8.3f} {ours.seconds:7.1f} {without:20.1f}   {losses[1]:9.3f} {theirs.seconds:7.1f}",
             flush=True,
         )
-    better = found[0] <= found[1]
-    print(f"loss: {found[0]:.3f} against {found[1]:.3f} (at most that: {'reached' if better else 'missed'})")
+    better = losses[0] <= losses[1]
+    print(f"loss: {losses[0]:.3f} against {losses[1]:.3f} (at most that: {'reached' if better else 'missed'})")
     for name, seconds in (("with compilation", ours.seconds), ("without", without)):
         ratio = seconds / theirs.seconds
         print(f"time {name}: {ratio:.3f} of theirs (at most 0.5: {'reached' if ratio <= 0.5 else 'missed'})")

@@ -1,4 +1,4 @@
-"""What `experiments/gpt.py --watch-gradients` costs: a compiled step that looks at every gradient, and the plain one.
+"""Cost of `experiments/gpt.py --watch-gradients`: a compiled step that looks at every gradient beside the plain one.
 
 4 layers, 256 wide, 65 characters, 128 tokens, batch 16, AdamW, donated; float32 on the CPU. Watched are the norms of
 each example by parameter, the noise scale and the histogram of the norms. After five steps both have the same loss.

@@ -1,7 +1,7 @@
 """Small models in float64 on which tools for per-example gradients are compared: each as a module and as a function.
 
 A case has a module, a `function(params, x)` of the same parameters by the module's own dotted names, and a batch
-of 5 examples. Either maps x (batch, ...) to logits (batch, classes); an example's loss is its cross-entropy. Modules
+of 5 examples. Either maps x (batch, ...) to logits (batch, classes); the loss per example is its cross-entropy. Modules
 create their layers in the order of their use, which is where some tools begin and end.
 """
 

@@ -26,7 +26,7 @@ EXACT = 1e-10
 
 
 def verdict(tool: str, name: str) -> tuple[str, str]:
-    """(what the table says of a tool in a case, what the tool itself said)."""
+    """(the verdict on a tool in a case, its own message)."""
     if tool != "functree" and version(tool) is None:
         return "not installed", ""
     about, printed = case(name), io.StringIO()
@@ -48,15 +48,15 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
     # What a tool leaves out is found from the outside: its norm is exact over some of the parameters only.
     names = [name for name, _ in about.module.named_parameters()]
     for left in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(1, len(names))):
-        kept = [i for i, name in enumerate(names) if name not in left]
-        if _error(norms, squares[kept].sum(0)) <= EXACT:
-            said = all(any(word in text for word in _words(about.module, name)) for name in left)
-            return f"leaves out {_short(left, names)}{' (says so)' if said else ''}: {_percent(error)}", text
+        rest = [i for i, name in enumerate(names) if name not in left]
+        if _error(norms, squares[rest].sum(0)) <= EXACT:
+            named = all(any(word in text for word in _words(about.module, name)) for name in left)
+            return f"leaves out {_short(left, names)}{' (says so)' if named else ''}: {_percent(error)}", text
     return f"wrong: {_percent(error)}", text
 
 
 def _words(module: torch.nn.Module, parameter: str) -> list[str]:
-    """What a message may call a parameter: its name, or the type of the layer it is in (or that one is in)."""
+    """Words by which a message may name a parameter: its name, or the types of the layers around it."""
     layers = [parameter.rpartition(".")[0]]
     while "." in layers[-1]:
         layers.append(layers[-1].rpartition(".")[0])
@@ -75,7 +75,7 @@ def _percent(error: float) -> str:
 
 
 def _error(norms: torch.Tensor, squares: torch.Tensor) -> float:
-    """The greatest relative error of an example's norm."""
+    """The greatest relative error of the per-example norms."""
     return ((norms - squares.sqrt()).abs() / squares.sqrt()).max().item()
 
 
@@ -96,8 +96,8 @@ def markdown(rows: dict[str, list[str]], tools: list[str]) -> str:
 
 
 def versions(tools: list[str]) -> str:
-    found = {"torch": torch.__version__} | {TOOLS[tool][1]: version(tool) for tool in tools if TOOLS[tool][1]}
-    return "With " + ", ".join(f"{name} {number or 'not installed'}" for name, number in found.items()) + "."
+    numbers = {"torch": torch.__version__} | {TOOLS[tool][1]: version(tool) for tool in tools if TOOLS[tool][1]}
+    return "With " + ", ".join(f"{name} {number or 'not installed'}" for name, number in numbers.items()) + "."
 
 
 def write(text: str) -> None:
@@ -118,11 +118,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     rows = {}
     for name in CASES:
-        found = {tool: verdict(tool, name) for tool in args.tools}
-        rows[name] = [said for said, _ in found.values()]
-        for tool, (said, text) in found.items():
+        verdicts = {tool: verdict(tool, name) for tool in args.tools}
+        rows[name] = [words for words, _ in verdicts.values()]
+        for tool, (words, text) in verdicts.items():
             if args.errors and text:
-                print(f"{name}, {tool}: {said}: {' '.join(text.split())[:300]}")
+                print(f"{name}, {tool}: {words}: {' '.join(text.split())[:300]}")
     text = f"{markdown(rows, args.tools)}\n\n{versions(args.tools)}"
     print(text)
     if args.write:

@@ -48,33 +48,33 @@ def test_functree_is_right_in_every_case(name):
 def test_the_tool_agrees_where_it_is_right(tool):
     if version(tool) is None:
         pytest.skip(f"{TOOLS[tool][1]} is not installed")
-    found = {name: verdict(tool, name)[0] for name in RIGHT[tool]}
-    assert found == dict.fromkeys(RIGHT[tool], "exact")
+    verdicts = {name: verdict(tool, name)[0] for name in RIGHT[tool]}
+    assert verdicts == dict.fromkeys(RIGHT[tool], "exact")
 
 
 def test_verdicts(monkeypatch):
-    """What the table says of tools that are made to fail in a known way."""
+    """Verdicts on tools that fail in a known way."""
 
     def without_bias(case):
         case.module.out.bias.requires_grad_(False)
         grads = torch.func.vmap(torch.func.grad(lambda p, x, y: case.losses(p, (x[None], y[None]))[0]), (None, 0, 0))
-        found = grads(case.params, case.x, case.labels)
-        squares = [found["first"]["weight"], found["first"]["bias"], found["out"]["weight"]]
+        gradients = grads(case.params, case.x, case.labels)
+        squares = [gradients["first"]["weight"], gradients["first"]["bias"], gradients["out"]["weight"]]
         return sum(g.flatten(1).square().sum(1) for g in squares).sqrt()
 
     def refusing(case):
         raise NotImplementedError("no such layer")
 
-    made = {
+    broken = {
         "exact": loop,
         "wrong: 5 %": lambda case: 1.05 * loop(case),
         "shape (4,)": lambda case: loop(case)[:4],
         "refuses": refusing,
         "stops": lambda case: {}["missing"],
     }
-    for said, tool in made.items():
+    for words, tool in broken.items():
         monkeypatch.setitem(TOOLS, "made", (tool, "torch"))
-        assert verdict("made", "multilayer perceptron")[0] == said
+        assert verdict("made", "multilayer perceptron")[0] == words
     monkeypatch.setitem(TOOLS, "made", (without_bias, "torch"))
     assert verdict("made", "multilayer perceptron")[0].startswith("leaves out out.bias: ")
     monkeypatch.setitem(TOOLS, "made", (loop, "no-such-distribution"))

@@ -1,6 +1,6 @@
 """Tools for per-example gradients, each used as its own documentation says: `tool(case)` -> norms (batch,).
 
-The norm is that of an example's whole gradient. Where a tool leaves a gradient a parameter, those that it left are
+The norm is that of the whole gradient per example. Where a tool leaves a gradient a parameter, those that it left are
 summed up; what it leaves out is for the table to find. A tool is imported only when it is called.
 """
 
@@ -82,7 +82,7 @@ def opacus_ghost(case: Case) -> Tensor:
 
 
 class OtherFunction(Exception):
-    """What a tool made of a module is not the same function."""
+    """The module as a tool has changed it is a different function."""
 
 
 def _opacus(case: Case) -> nn.Module:
@@ -238,7 +238,7 @@ TOOLS = {
 
 
 def version(tool: str) -> str | None:
-    """Of the tool's distribution; None where it is not installed."""
+    """Version of the tool's distribution; None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(TOOLS[tool][1])
     return None

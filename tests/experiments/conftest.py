@@ -1,4 +1,4 @@
-"""What the tests of all experiments stand on."""
+"""Fixtures of the tests of all experiments."""
 
 import shutil
 
@@ -19,7 +19,7 @@ def threads():
 
 @pytest.fixture
 def here(place, tmp_path, monkeypatch):
-    """A copy of the folder `place`, which each file of tests makes once; the test stands in it."""
+    """A copy of the folder `place`, which each file of tests makes once; which is the current folder of the test."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,4 +1,4 @@
-"""What the tests of experiments/gpt.py share: how they start it, its text, its state."""
+"""Shared parts of the tests of experiments/gpt.py: how they start it, its text, its state."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How the tests start an experiment, in this process or for real as a process of its own, and look at its runs.
+"""Starting an experiment from a test, in this process or as a process of its own, and reading its runs.
 
 A file of tests binds the functions to its experiment: `call = functools.partial(runs.call, "gpt")`.
 """
@@ -79,7 +79,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def completed(experiment: str, folder: Path, *argv: Any) -> str:
-    """What the script prints, as a process of its own that must end well and say nothing on stderr."""
+    """Output of the script as a process of its own, which must succeed and leave stderr empty."""
     code, out, err = finish(start(experiment, folder, *argv))
     assert (code, err) == (0, "")
     return out

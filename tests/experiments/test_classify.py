@@ -137,8 +137,8 @@ def test_evaluation_of_other_pictures(here, capsys):
 
 def test_all_options_together(here):
     flags = "--optimizer muon --ema 0.9 --micro-batches 2 --dtype bfloat16 --label-smoothing 0.1 --schedule step"
-    kept = "--no-decay head* --channels-last --head-learning-rate 0.01 --freeze convs.0.*"
-    assert call(*QUICK, *flags.split(), *kept.split(), *CHANGES, "--name", "all") == 0
+    more = "--no-decay head* --channels-last --head-learning-rate 0.01 --freeze convs.0.*"
+    assert call(*QUICK, *flags.split(), *more.split(), *CHANGES, "--name", "all") == 0
     run = here / "runs" / "classify" / "all"
     first, last = (parameters(run, step=step) for step in (10, 15))
     assert same_bits(first["convs"][0], last["convs"][0]) and not same_bits(first["convs"][1], last["convs"][1])
@@ -164,7 +164,7 @@ def test_finetuning_of_an_own_run(here, capsys):
 
 
 def test_finetuning_of_a_checkpoint(here, capfd):
-    """Of torchvision's net in DistributedDataParallel, without its head."""
+    """A checkpoint of torchvision's net in DistributedDataParallel, without its head."""
     cfg = squeezenet.PRESETS["squeezenet1_1"]
     model, table = squeezenet.spec(cfg), squeezenet.rename_table(cfg)
     values = spec.init(random.key(5), model)
@@ -204,8 +204,8 @@ def test_compiled_run_has_the_same_values(here, monkeypatch):
     monkeypatch.setattr("train.step.make_step", functools.partial(make_step, backend="aot_eager"))
     torch._dynamo.reset()
     assert call(*QUICK[:-1], "--name", "compiled") == 0
-    found, wanted = (parameters(here / "runs" / "classify" / name) for name in ("compiled", "whole"))
-    for (name, a), b in zip(tree.items(found), tree.leaves(wanted), strict=True):
+    compiled, whole = (parameters(here / "runs" / "classify" / name) for name in ("compiled", "whole"))
+    for (name, a), b in zip(tree.items(compiled), tree.leaves(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 

@@ -227,11 +227,11 @@ def test_tokenizer_of_another_run(here, capfd):
 @pytest.mark.parametrize("rate", ["1e13", "1e39"])
 def test_loss_that_is_not_finite_stops_the_run(rate, here, capfd):
     code = call(*QUICK, "--steps", "9", "--save-every", "1", "--name", "wild", "--learning-rate", rate)
-    line, kept = one_error(capfd.readouterr().err), checkpoints.latest(here / "runs/gpt/wild/checkpoints")
+    line, newest = one_error(capfd.readouterr().err), checkpoints.latest(here / "runs/gpt/wild/checkpoints")
     assert code == 2
     if rate == "1e13":
         assert "step 2 is not finite (loss nan" in line and "the last good checkpoint is that of step 1" in line
-        assert kept == 1 and finite(state_of(here / "runs/gpt/wild"))
+        assert newest == 1 and finite(state_of(here / "runs/gpt/wild"))
     else:  # the loss is that of the initial values, but the update spoils them
         assert "step 1 is not finite (loss 3." in line and "there is no checkpoint yet" in line
-        assert kept is None
+        assert newest is None

@@ -30,10 +30,10 @@ def published(model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("published")
     model.save_pretrained(folder)
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    made.save(str(folder / "tokenizer.json"))
-    made.save_model(str(folder))  # vocab.json and merges.txt
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save_model(str(folder))  # vocab.json and merges.txt
     return folder
 
 

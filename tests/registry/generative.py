@@ -116,7 +116,7 @@ UNET = {"channels": 2, "widths": (8, 12), "blocks": 1, "groups": 4, "zero": Fals
 
 
 def denoiser(name: str, cfg: unet.Config, **options) -> None:
-    """The batch is images, times and, if there are classes, labels, the last of which stands for none."""
+    """The batch is images, times and, if there are classes, labels, the last of which means none."""
 
     def apply(params: Tree, x: Tree, key: Tensor | None, train: bool) -> Tensor:
         noisy, time, *classes = x

@@ -17,7 +17,7 @@ SGD = optimizers.sgd(0.5)
 
 
 def text(lengths=(6, 6, 5, 4, 3, 2, 1, 1)):
-    """Tokens (examples, TOKENS), padded behind the length of each example."""
+    """Tokens (examples, TOKENS), padded after the length of each example."""
     tokens = random.randint(random.key(3), (len(lengths), TOKENS), 1, 9).long()
     return torch.where(torch.arange(TOKENS) < torch.tensor(lengths)[:, None], tokens, PAD)
 

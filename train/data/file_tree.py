@@ -1,4 +1,4 @@
-"""The files below a folder, without hidden ones and what file managers leave behind, each folder once."""
+"""The files below a folder, without hidden ones and the leftovers of file managers, each folder once."""
 
 import os
 from collections.abc import Container
@@ -10,7 +10,7 @@ from train.data import DataError
 LEFTOVERS = frozenset(
     name.lower() for name in ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found", "__pycache__")
 ) | {"system volume information", "thumbs.db", "desktop.ini"}
-"""Names, in lower case, of what archives, network drives and file managers leave behind; never data."""
+"""Names, in lower case, of what archives, network drives and file managers leave; never data."""
 
 LINK = "is a link to a folder above or beside it"
 

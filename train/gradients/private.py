@@ -153,7 +153,7 @@ def _shortened(norm: Tensor, bound: float | Tensor) -> Tensor:
 
 
 def sensitivity(max_norm: Norm) -> float:
-    """The greatest length of an example's part in `clipped_sum`: of groups the root of the sum of their squares."""
+    """The greatest length of one example's part in `clipped_sum`: of groups the root of the sum of their squares."""
     return math.sqrt(sum(x**2 for x in max_norm.values())) if isinstance(max_norm, Mapping) else max_norm
 
 

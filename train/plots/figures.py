@@ -379,7 +379,7 @@ def _without_missing_letters():
 
 
 def write(path: Any, figure: "Figure") -> None:
-    """Write a figure as PNG; nothing where axes stand in the place of a path: `panels` writes theirs."""
+    """Write a figure as PNG; nothing if given axes instead of a path: `panels` writes theirs."""
     if _is_axes(path):
         return
     with replacing(path) as temporary, _without_missing_letters():

@@ -195,7 +195,7 @@ def _numpy_dtype(leaf: dict) -> np.dtype:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an exception, or the plain fact behind it where that is a limit of the disk."""
+    """The first line of an exception, or its plain cause where that is a limit of the disk."""
     number, text = getattr(error, "errno", None), str(error)
     for code, meaning in LIMITS.items():
         # Errors of tensorstore carry the system's code in their text only.

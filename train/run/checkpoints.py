@@ -294,7 +294,7 @@ def restore(directory: str | os.PathLike, like: Tree, step: int | None = None, p
         like: the template: a tree of tensors (values are not used; meta tensors will do) or of Param and Stat. Leaves
             come back on the device of their template, those of a meta tensor or a Param on the CPU.
         step: the newest if None.
-        part: the dotted path of the subtree that `like` stands for, "" for the whole state: `part="params"` reads the
+        part: the dotted path of the subtree that `like` describes, "" for the whole state: `part="params"` reads the
             parameters of a TrainState and nothing else.
 
     Returns:

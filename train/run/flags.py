@@ -126,5 +126,5 @@ def range_of(kind: Any) -> Range | None:
         inner, *notes = typing.get_args(kind)
         return next((note for note in notes if isinstance(note, Range)), None) or range_of(inner)
     if typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
-        return next((found for part in typing.get_args(kind) if (found := range_of(part)) is not None), None)
+        return next((inner for part in typing.get_args(kind) if (inner := range_of(part)) is not None), None)
     return None

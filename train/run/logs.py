@@ -29,7 +29,7 @@ class RunLog:
         resume: the step the run continues from: metrics of later steps are dropped from the record, new ones appended.
             None for a new run.
         quiet: no progress.
-        every: where stdout is not a terminal, a line of progress at most every so many seconds.
+        every: where stdout is not a terminal, seconds between two lines of progress.
 
     Raises ValueError if the folder already has metrics and `resume` is None.
     """

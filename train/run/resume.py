@@ -108,7 +108,7 @@ class SavedRun(NamedTuple):
             model: its spec, of Param and Stat.
             part: the dotted path of its `train.step.TrainState` in the state of the run; "" if it is the state.
             averaged: the moving average of the parameters, by `optimizers.ema` with debias, instead of the parameters.
-            members: if more than 1, the state is stacked, of so many that were trained at once; the first is taken.
+            members: if more than 1, the state is stacked, of that many members trained at once; the first is taken.
 
         Raises CheckpointError: the checkpoint is of another model, or damaged.
         """

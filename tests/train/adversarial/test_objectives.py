@@ -1,4 +1,4 @@
-"""What the two players minimise, against formulas written out with torch.nn.functional and numpy, in float64."""
+"""Losses of the two players against formulas written out with torch.nn.functional and numpy, in float64."""
 
 import math
 

@@ -19,7 +19,7 @@ from train.step import Policy
 LATENT, WIDTH, BATCH = 3, 8, 6
 SPECS = {
     "critic": {"hidden": linear_spec(2, WIDTH), "out": linear_spec(WIDTH, 1)},
-    # Batch norm takes a bias in front of it out again: Adam would move it by rounding errors.
+    # Batch norm removes a bias before it: Adam would move it by rounding errors.
     "generator": {
         "hidden": linear_spec(LATENT, WIDTH, bias=False),
         "norm": batch_norm_spec(WIDTH),

@@ -1,4 +1,4 @@
-"""What scripts print of their data at the start."""
+"""The description of their data that scripts print at the start."""
 
 import os
 from pathlib import Path

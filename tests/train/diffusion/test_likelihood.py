@@ -33,7 +33,7 @@ def gaussian(schedule: Schedule, covariance: Tensor, predicts: str = "noise"):
 
 
 def density(schedule: Schedule, covariance: Tensor) -> MultivariateNormal:
-    """Of the data after the first noising."""
+    """Density of the data after the first noising."""
     first, width = schedule.alpha_bars[0], len(covariance)
     whole = first * covariance + (1 - first) * torch.eye(width, dtype=torch.float64)
     return MultivariateNormal(torch.zeros(width, dtype=torch.float64), whole)
@@ -67,7 +67,7 @@ def test_random_signs_have_the_trace_as_their_mean():
 
 
 def test_the_flow_s_bits_are_those_of_the_bins():
-    """Of a smooth density, bins between their dequantised density and their exact mass there is little."""
+    """For a smooth density, bins between their dequantised density and their exact mass there is little."""
     covariance, levels = torch.tensor([[0.3]], dtype=torch.float64), 16
     schedule = linear(1000, first=1e-6)
     image = torch.linspace(-1, 1, levels, dtype=torch.float64)[3:13, None]

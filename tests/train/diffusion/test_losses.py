@@ -182,7 +182,7 @@ def test_an_example_s_gradient_is_its_own(weight):
 
 
 def test_a_compiled_gradient_equals_the_eager_one():
-    """Of the hybrid loss, which has all parts."""
+    """The gradient is that of the hybrid loss, which has all parts."""
 
     def gradient(params: Tensor, image: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         def loss(params):

@@ -1,4 +1,4 @@
-"""What a watched run logs of the gradients of its examples, and draws."""
+"""Metrics that a watched run logs of the gradients of its examples, and draws."""
 
 import numpy as np
 import pytest

@@ -67,7 +67,7 @@ def bound(samples, key, chunk=None):
 
 
 def mean_bound(samples, key, times):
-    """The mean over so many draws: (6,)."""
+    """The mean over all samples: (6,)."""
     x, mean, log_variance = (t.repeat(times, 1) for t in (DATA, *Q))
     actual = variational.importance_weighted_bound(lambda z: likelihood(z, x), mean, log_variance, key, samples)
     return actual.reshape(times, 6).mean(0)
@@ -126,7 +126,7 @@ def test_bound_does_not_depend_on_chunks_or_the_batch():
 
 
 def test_active_units():
-    """Of a linear model: the variance of the posterior means is known, and latents that say nothing have none."""
+    """For a linear model: the variance of the posterior means is known, and latents that say nothing have none."""
     means = torch.cat([normal(10, 4000, 2) * torch.tensor([0.5, 0.2]), 1e-3 * normal(11, 4000, 3) + 2], 1)
     torch.testing.assert_close(variational.activity(means)[:2], torch.tensor([0.25, 0.04]).double(), rtol=0.1, atol=0)
     assert variational.active_units(means) == 2 and variational.active_units(means, 0.1) == 1

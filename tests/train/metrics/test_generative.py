@@ -38,7 +38,7 @@ def test_frechet_distance_is_scipys(width, counts):
 
 
 def test_frechet_distance_of_known_gaussians():
-    """Of N(0, s^2) and N(m, t^2) on a line it is m^2 + (s - t)^2."""
+    """Between N(0, s^2) and N(m, t^2) on a line it is m^2 + (s - t)^2."""
     x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # variance 2 with n - 1
     actual = generative.frechet_distance(x, 3 * x + 5)
     torch.testing.assert_close(actual, torch.tensor(25 + (2 * math.sqrt(2)) ** 2, dtype=torch.float64))
@@ -57,7 +57,7 @@ def test_frechet_distance_with_fewer_examples_than_features():
 
 
 def neighbour_radii(x, k):
-    """Of scikit-learn, without the example itself."""
+    """Neighbours by scikit-learn, without the example itself."""
     return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x).kneighbors()[0][:, -1]
 
 

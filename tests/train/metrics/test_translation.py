@@ -13,7 +13,7 @@ def example():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_divergence_is_that_of_torch(smoothing):
-    """Of smoothed targets written out."""
+    """Loss of smoothed targets written out."""
     logits, labels = example()
     value = translation.smoothed_divergence(logits, labels, smoothing, padding=0)
     q = (1 - smoothing) * F.one_hot(labels, 7) + smoothing / 7

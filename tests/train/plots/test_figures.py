@@ -13,7 +13,7 @@ def pixels(path) -> np.ndarray:
 
 
 def amount(picture: np.ndarray, colour: str, tolerance: int = 12) -> int:
-    """How many pixels have a colour."""
+    """Number of pixels of a colour."""
     expected = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return int((np.abs(picture - expected).max(-1) <= tolerance).sum())
 

@@ -111,7 +111,7 @@ def test_damage_is_said_and_an_intact_step_is_named(damage, tmp_path):
 @pytest.mark.parametrize("damage", [truncate, garble, Path.unlink])
 def test_damage_to_any_one_file_is_found_or_harmless(damage, tmp_path):
     write(tmp_path, 1)
-    found = 0
+    refused = 0
     for path in [p for p in (tmp_path / "1").rglob("*") if p.is_file()]:
         content = path.read_bytes()
         damage(path)
@@ -119,9 +119,9 @@ def test_damage_to_any_one_file_is_found_or_harmless(damage, tmp_path):
             assert same(checkpoints.restore(tmp_path, make_state()), make_state(1))
         except CheckpointError as error:
             assert "damaged" in str(error)
-            found += 1
+            refused += 1
         path.write_bytes(content)
-    assert found >= 3
+    assert refused >= 3
 
 
 def test_silent_bit_flip_is_found(tmp_path):
@@ -164,8 +164,8 @@ def test_full_disk_is_one_line_and_the_last_good_one_stays(tmp_path, capfd, capl
     assert same(checkpoints.restore(tmp_path, big), big) and checkpoints.steps(tmp_path) == [1, 3]
 
 
-@pytest.mark.parametrize(("package", "said"), [("orbax", 0), ("other", 1)])
-def test_writes_that_fail_after_another_are_not_heard_of(package, said, tmp_path, caplog):
+@pytest.mark.parametrize(("package", "messages"), [("orbax", 0), ("other", 1)])
+def test_writes_that_fail_after_another_are_not_heard_of(package, messages, tmp_path, caplog):
     """asyncio logs a task whose failure nobody asked for; those of orbax follow a failure that was raised to us."""
     write(tmp_path / "checkpoints", 1)
     source = compile("async def fail():\n    raise OSError('the disk is full')", f"/{package}/handlers.py", "exec")
@@ -181,7 +181,7 @@ def test_writes_that_fail_after_another_are_not_heard_of(package, said, tmp_path
     with caplog.at_level(logging.ERROR):
         asyncio.run(leave_behind())
         gc.collect()
-    assert len([r for r in caplog.records if "never retrieved" in r.getMessage()]) == said
+    assert len([r for r in caplog.records if "never retrieved" in r.getMessage()]) == messages
 
 
 def test_full_disk_on_close_does_not_hide_the_error_of_the_run(tmp_path):
@@ -238,8 +238,8 @@ def test_killed_while_saving_leaves_only_whole_checkpoints(tmp_path):
         assert all(name.isdecimal() for name in os.listdir(tmp_path))  # the remains are swept away
 
 
-@pytest.mark.parametrize(("raised", "said"), [(False, 0), (True, 1)], ids=["native", "in Python"])
-def test_writes_that_fail_after_another_one_are_not_mentioned(raised, said, caplog):
+@pytest.mark.parametrize(("raised", "messages"), [(False, 0), (True, 1)], ids=["native", "in Python"])
+def test_writes_that_fail_after_another_one_are_not_mentioned(raised, messages, caplog):
     """A future that failed in native code, as tensorstore's do, and one whose error Python code has raised."""
     record = logging.getLogger("asyncio")
     silent = Unretrieved()
@@ -258,4 +258,4 @@ def test_writes_that_fail_after_another_one_are_not_mentioned(raised, said, capl
     finally:
         loop.close()
         record.removeFilter(silent)
-    assert len(caplog.records) == said
+    assert len(caplog.records) == messages

@@ -65,10 +65,10 @@ def test_orbax_alone_reads_the_arrays(tmp_path):
 
     write(tmp_path, 1)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        found = reader.restore(tmp_path / "1", args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
+        state = reader.restore(tmp_path / "1", args=ocp.args.Composite(state=ocp.args.PyTreeRestore()))["state"]
     expected = make_state(1)
-    np.testing.assert_array_equal(found["params.blocks.0.weight"], expected.params["blocks"][0]["weight"].numpy())
-    np.testing.assert_array_equal(found["key"], expected.key.numpy())
+    np.testing.assert_array_equal(state["params.blocks.0.weight"], expected.params["blocks"][0]["weight"].numpy())
+    np.testing.assert_array_equal(state["key"], expected.key.numpy())
 
 
 def test_leaves_may_be_overwritten_as_soon_as_save_returns(tmp_path):

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 def listing(directory: str | os.PathLike, classes: Sequence[str] | None = None, labelled: bool = True) -> Files:
     """The pictures of a folder with one sub-folder per class; classes and files in sorted order.
 
-    Files whose suffix is no picture's, hidden ones, and those that file managers leave behind (`__MACOSX`, `@eaDir`)
+    Files whose suffix is no picture's, hidden ones, and those that file managers leave (`__MACOSX`, `@eaDir`)
     are ignored. A sub-folder without a picture is no class. A link to a folder above or beside it is not followed.
 
     Args:

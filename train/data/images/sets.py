@@ -25,8 +25,8 @@ FASHION = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 class ImageSet(NamedTuple):
     """Images to train on and to test on: all of them in memory, or files that are decoded when they are needed.
 
-    `kind` is digits, mnist (one channel), cifar10 or folder; `classes[label]` is a class's name. `name` is the value of
-    `--data`; `origin` names the part of it that the training images and the test images come from; `skipped` lists
+    `kind` is digits, mnist (one channel), cifar10 or folder; `classes[label]` is the name of a class. `name` is the
+    value of `--data`; `origin` names the parts of it that the training and test images come from; `skipped` lists
     files and folders that are not used, with the reason. `facts` makes these printable.
     """
 

@@ -101,7 +101,7 @@ def read_text(path: str | os.PathLike, minimum: int = 1) -> str:
 
 
 class Survey(NamedTuple):
-    """The text files that a path stands for: `paths` in order, `skipped` files with the reason, the number of
+    """The text files of a path: `paths` in order, `skipped` files with the reason, the number of
     characters, and the SHA-256 of their text."""
 
     paths: tuple[Path, ...]

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FORMAT = "functree characters 1"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
-"""Ids of the tokens that fill up a batch, begin a translation, end a sentence, and stand for an unknown word."""
+"""Ids of the tokens that fill up a batch, begin a translation, end a sentence, and replace an unknown word."""
 KINDS = {"BPE": "byte pairs", "WordPiece": "WordPiece", "Unigram": "unigram", "WordLevel": "words"}
 """Models of the `tokenizers` library."""
 PROBES = ("A cat.", "the 1st  of\n\n\tJune", "naïve Ünïcode", "你好，世界", "🙂 \u2028")
@@ -92,7 +92,7 @@ def _codes(text: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _table(chars: tuple[str, ...]) -> np.ndarray:
-    """The id of each code point, -1 for unknown; the last entry is always -1 and stands for all code points beyond."""
+    """The id of each code point, -1 for unknown; the last entry is always -1 and covers all code points beyond."""
     codes = _codes("".join(chars))
     table = np.full(int(codes.max()) + 2, -1, np.int64)
     table[codes] = np.arange(len(chars))
@@ -255,7 +255,7 @@ def kind_of(tokenizer: Tokenizer) -> str:
 def loss_of(tokenizer: Tokenizer | None) -> str | None:
     """An example of text that the tokenizer does not give back; None if it reproduces any.
 
-    A space before the first word is no loss. None stands for the characters of the text itself.
+    A space before the first word is no loss. None means the characters of the text itself.
     """
     if tokenizer is None or isinstance(tokenizer, CharTokenizer):
         return None

@@ -211,7 +211,7 @@ def test_changes_are_functions_of_the_key(changes, stay_bytes):
 
 
 def test_each_change_has_a_key_of_its_own():
-    """One more change leaves the chances of the others as they were."""
+    """One more change leaves the probabilities of the others as they were."""
     flipped = (change(augment.Changes(flip=True))[0] != BYTES).flatten(1).any(1)
     assert 0 < flipped.sum() < N
     images = torch.where(flipped[:, None, None, None], IMAGES.flip(-1), IMAGES)

@@ -109,7 +109,7 @@ def test_a_file_in_blocks_gives_the_batches_of_the_tensor(tmp_path):
 
 
 def test_parts_of_the_embedded_text_are_alike():
-    """What a text's end flatters: under the frequencies of the rest it is 0.06 nats per character easier."""
+    """Why the end of a text flatters: under the frequencies of the rest it is 0.06 nats per character easier."""
     tokens = open_text(None, None, "nowhere").tokens
     spread, tail = (unigram_entropy(*split(tokens, blocks=blocks)) for blocks in (10, 1))
     whole = unigram_entropy(tokens, tokens)
