@@ -34,7 +34,7 @@ CASES = [
     ("nanogpt --steps 1 --no-compile", "validation loss after 1 steps"),
     ("per_example_gpt --batch 2 --rounds 1", "functree / plain gradient"),
     ("per_example_gpt --batch 2 --memory", "of the plain gradient"),
-    ("per_example_memory --sizes 20 30 10 --batch 4", "functree, compiled"),
+    ("per_example_memory --sizes 2000 1000 10 --batch 4", "functree, compiled"),
     ("per_example_tools --nets mlp --wants norms --rounds 1", "functree, compiled / loop"),
     ("private --data mnist --batch 8 --physical-batch 8 --steps 1 --rounds 1", "functree / opacus, ghost clipping"),
     ("random_bits --rounds 1", "dropout / F.dropout"),
