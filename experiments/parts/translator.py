@@ -1,8 +1,9 @@
-"""A translator that `experiments/translate.py` has trained, to be used: sentences in, translations out, and pictures of
-where its attention looks."""
+"""A translator that `experiments/translate.py` has trained, to be used: sentences in, translations out, their figures,
+and pictures of where its attention looks."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,11 @@ from train import plots
 from train.data.text import tokenizers
 from train.data.text.tokenizers import BOS, EOS, PAD, SentenceTokenizer
 from train.data.translation import buckets, corpus
-from train.run import checkpoints, command_line
-from train.run import run as runs
+from train.data.translation.files import Pair
+from train.metrics import translation
+from train.run import Count, Integer, NonNegative, Positive, SavedRun, checkpoints, command_line
+
+log = logging.getLogger(__name__)
 
 DECODED = 4000  # tokens of sentences that are translated at once
 LONGER = 50  # a translation has at most so many tokens more than its source (section 6.1 of the paper)
@@ -34,47 +38,44 @@ class Translator(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """How translations are found; flags of whatever translates."""
+    """Decoding; flags of the sub-commands that translate."""
 
-    beam: int = 4
-    """Beams of the search; 1 takes the most likely token at each place."""
-    length_penalty: float = 0.6
+    beam: Count = 4
+    """Beams of the search; 1 takes the most likely token at each position."""
+    length_penalty: NonNegative = 0.6
     """Alpha: log-probabilities are divided by the length to this power."""
-    temperature: float | None = None
-    """Draw each token at this temperature instead of searching."""
-    top_k: int | None = None
-    """... from the k most likely tokens."""
-    top_p: float | None = None
-    """... from the fewest tokens of this probability."""
-    seed: int = 0
-    """Seed of the draws."""
+    temperature: Positive | None = None
+    """Sample each token at this temperature instead of searching."""
+    top_k: Count | None = None
+    """Sample only from this many most likely tokens."""
+    top_p: Positive | None = None
+    """Sample only from the most likely tokens that together have this probability."""
+    seed: Integer = 0
+    """Seed of the samples."""
 
     def check(self) -> None:
-        command_line.at_least_one(beam=self.beam)
+        """Raise ValueError if flags contradict each other."""
         if self.temperature is None and (self.top_k is not None or self.top_p is not None):
-            raise ValueError("--top-k and --top-p are for drawing tokens; give --temperature too")
-        if self.temperature is not None:
-            command_line.positive(temperature=self.temperature)
+            raise ValueError("--top-k and --top-p are for sampling; give --temperature too")
 
 
 GREEDY = Decoder(beam=1)
 
 
-def averaged(folder: Path, model: tree.Tree, count: int) -> tree.Tree:
-    """The mean of the parameters of the last checkpoints of a run (section 6.1 of the paper)."""
-    saved = folder / "checkpoints"
-    parts = [checkpoints.restore(saved, model, step, part="params") for step in checkpoints.steps(saved)[-count:]]
-    return tree.map(lambda *leaves: torch.stack(leaves).mean(0), *parts)
+def load(run: SavedRun, device: str, average: int | None = None) -> Translator:
+    """The translator of a run, its parameters averaged over the last checkpoints up to that of `run` (section 6.1).
 
+    average: number of checkpoints; what the run's --average says if None.
 
-def load(folder: Path, device: str, average: int) -> Translator:
-    """What a run has learned, averaged over its last checkpoints.
-
-    Raises ValueError: there is no checkpoint or no tokenizer, it is of another experiment, or damaged.
+    Raises ValueError: there is no tokenizer, or a checkpoint is of another net or damaged.
     """
-    cfg, tokenizer = runs.read_config(folder, "net", transformer.Config), tokenizers.load(folder / "tokenizer.json")
-    params = averaged(folder, transformer.spec(cfg), average)
-    return Translator(tree.move(params, command_line.device(device)), cfg, tokenizer)
+    place, cfg = command_line.device(device), run.read("net", transformer.Config)
+    tokenizer, model = tokenizers.load(run.folder / "tokenizer.json"), transformer.spec(cfg)
+    saved, count = run.folder / "checkpoints", average or run.config["args"]["average"]
+    steps = [step for step in checkpoints.steps(saved) if step <= run.step][-count:]
+    parts = [checkpoints.restore(saved, model, step, part="params") for step in steps]
+    params = tree.map(lambda *leaves: torch.stack(leaves).mean(0), *parts)
+    return Translator(tree.move(params, place), cfg, tokenizer)
 
 
 @torch.no_grad()
@@ -88,8 +89,7 @@ def decode(
 ) -> Decoded:
     """Translations of source (batch, time), padded: n_best of each, (batch, n_best, tokens).
 
-    Args:
-        keys: (batch, 2), for drawing.
+    keys: (batch, 2), to sample with a temperature.
     """
     mask = source != cfg.padding_id
     memory = transformer.encode(params, source, cfg, mask=mask)
@@ -102,35 +102,68 @@ def decode(
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
         return beam_search(step, cache["past"], first, **options)
     if decoder.temperature is None:
-        found = greedy(step, cache["past"], first, **options)
+        out = greedy(step, cache["past"], first, **options)
     else:
         options |= {"temperature": decoder.temperature, "top_k": decoder.top_k, "top_p": decoder.top_p}
-        found = sample(step, cache["past"], first, keys, **options)
-    return Decoded(*(part[:, None] for part in found))
+        out = sample(step, cache["past"], first, keys, **options)
+    return Decoded(*(part[:, None] for part in out))  # tokens (batch, 1, time), scores (batch, 1)
 
 
 def translations(
     translator: Translator, sentences: Sequence[str], decoder: Decoder = GREEDY, n_best: int = 1
 ) -> list[list[tuple[str, float]]]:
-    """The best translations of each sentence with their scores, best first; that of nothing is nothing.
+    """The best translations of each sentence with their scores, best first; that of an empty sentence is empty.
 
-    With a temperature they are n_best draws, sentence i drawn with the key `fold_in(fold_in(seed, draw), i)`.
+    With a temperature they are n_best samples, sentence i with the key `fold_in(fold_in(seed, sample), i)`.
+
+    Raises DataError naming the first sentence that is too long or no Unicode text.
     """
     params, cfg, tokenizer = translator
     device = tree.leaves(params)[0].device
     pairs = corpus.of_sentences(sentences, tokenizer, cfg.context)
-    found: list[list[tuple[str, float]]] = [[] for _ in sentences]
-    draws = 1 if decoder.temperature is None else n_best
+    best: list[list[tuple[str, float]]] = [[] for _ in sentences]
     for indices, source, _ in buckets.evaluation_batches(pairs, DECODED, cfg.context):
-        for draw in range(draws):
-            key = random.fold_in(random.key(decoder.seed), draw)
+        for number in range(1 if decoder.temperature is None else n_best):
+            key = random.fold_in(random.key(decoder.seed), number)
             keys = random.fold_in(key, indices).to(device)
-            decoded = decode(params, cfg, source.to(device), decoder, n_best, keys)
-            for i, texts, scores in zip(
-                indices.tolist(), decoded.tokens.tolist(), decoded.scores.tolist(), strict=True
-            ):
-                found[i] += [(tokenizer.decode(ids), s) for ids, s in zip(texts, scores, strict=True) if s > -math.inf]
-    return [best if sentence.strip() else [("", 0.0)] for sentence, best in zip(sentences, found, strict=True)]
+            out = decode(params, cfg, source.to(device), decoder, n_best, keys)
+            for i, texts, scores in zip(indices.tolist(), out.tokens.tolist(), out.scores.tolist(), strict=True):
+                best[i] += [(tokenizer.decode(ids), s) for ids, s in zip(texts, scores, strict=True) if s > -math.inf]
+    return [texts if sentence.strip() else [("", 0.0)] for sentence, texts in zip(sentences, best, strict=True)]
+
+
+def usable(translator: Translator, parts: Iterable[list[str]]) -> Iterator[list[str]]:
+    """The sentences part by part, empty where one is too long or no Unicode text: each of these is logged with its
+    number, and their count at the end."""
+    bad, total = 0, 0
+    for sentences in parts:
+        options = {"skip": True, "first": total + 1}
+        checked = corpus.of_sentences(sentences, translator.tokenizer, translator.cfg.context, **options)
+        bad, total = bad + len(checked.left_out), total + len(sentences)
+        yield ["" if i in checked.left_out else sentence for i, sentence in enumerate(sentences)]
+    if bad:
+        log.warning("%d of %d sentences are left empty: too long or no text", bad, total)
+
+
+def copied(pairs: Sequence[Pair]) -> dict[str, float]:
+    """The figures of translations that are the source sentences themselves: a baseline without a net."""
+    figures = translation.scores(*zip(*pairs, strict=True))
+    return {"copy_bleu": figures["bleu"], "copy_chrf": figures["chrf"]}
+
+
+def evaluate(
+    translator: Translator, pairs: Sequence[Pair], decoder: Decoder = GREEDY
+) -> tuple[dict[str, float | str], list[str]]:
+    """(The figures of the translations beside those of `copied`, the translations)."""
+    sources, references = zip(*pairs, strict=True)
+    texts = [best[0][0] for best in translations(translator, sources, decoder)]
+    return {**translation.scores(texts, references), **copied(pairs)}, texts
+
+
+SUMMARY = """\
+{test}: BLEU {bleu:.2f}, chrF {chrf:.2f}, {exact_match:.2%} word for word (copied: BLEU {copy_bleu:.2f}, \
+chrF {copy_chrf:.2f})
+BLEU|{bleu_signature}"""
 
 
 def maps(translator: Translator, sentence: str, translation: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
@@ -138,13 +171,13 @@ def maps(translator: Translator, sentence: str, translation: str) -> tuple[dict[
     params, cfg, tokenizer = translator
     source, target = [*tokenizer.encode(sentence), EOS], tokenizer.encode(translation)
     x = torch.tensor([source]), torch.tensor([[BOS, *target]])
-    found = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
-    return found, tokenizer.tokens(source), tokenizer.tokens([*target, EOS])
+    weights = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
+    return weights, tokenizer.tokens(source), tokenizer.tokens([*target, EOS])
 
 
 def draw_attention(folder: Path, translator: Translator, sentence: str, translation: str) -> None:
-    """`encoder.png`, `decoder.png` and `cross.png`: a row a layer, a column a head."""
-    found, read, written = maps(translator, sentence, translation)
+    """`encoder.png`, `decoder.png` and `cross.png`: a row per layer, a column per head."""
+    weights, read, written = maps(translator, sentence, translation)
     layers, heads = translator.cfg.layers, translator.cfg.heads
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows, columns in (
@@ -157,4 +190,4 @@ def draw_attention(folder: Path, translator: Translator, sentence: str, translat
             for i, panel in enumerate(axes):
                 layer, head = divmod(i, heads)
                 title = f"layer {layer + 1}, head {head + 1}"
-                plots.matrix(panel, found[name][0, layer, head], rows, columns, title=title, numbers=False)
+                plots.matrix(panel, weights[name][0, layer, head], rows, columns, title=title, numbers=False)

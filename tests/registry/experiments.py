@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.data.translation import dates
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -40,6 +42,18 @@ class Experiment:
 def text(folder: Path) -> None:
     lines = (f"The {n} quick brown foxes jump over {n * n} lazy dogs, and café owners laugh.\n" for n in range(40))
     (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def pairs(folder: Path) -> None:
+    """Parallel files in pairs/; tables with one empty side and of other languages; files of unlike length."""
+    (folder / "pairs").mkdir()
+    for part, sentences in zip(("train", "val", "test"), dates.pairs(120, 12, 10), strict=True):
+        for language, lines in zip(("de", "en"), zip(*sentences, strict=True), strict=True):
+            (folder / "pairs" / f"{part}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "empty.tsv").write_text("de\ten\n" + "Haus\t\n" * 300, encoding="utf-8")
+    (folder / "french.tsv").write_text("fr\ten\n" + "maison\thouse\n" * 300, encoding="utf-8")
+    (folder / "a.de").write_text("eins\nzwei\n", encoding="utf-8")
+    (folder / "b.en").write_text("one\n", encoding="utf-8")
 
 
 DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "0.5")
@@ -203,6 +217,35 @@ EXPERIMENTS = [
             (("--pool", "3"), "--pool"),
             (("--spectra", "-5"), "--spectra is -5; expected at least 0"),
             (("--resume", "--name", "a", "--pool", "2"), "with --pool 2: it was started with 4"),
+        ),
+    ),
+    Experiment(
+        "translate",
+        ("--data", "pairs", "--vocabulary", "300", "--tokens", "300", "--steps", "12", "--save-every", "6")
+        + ("--eval-every", "6"),
+        12,
+        pictures=("loss.png", "attention/encoder.png", "attention/decoder.png", "attention/cross.png"),
+        files=("samples.txt", "tokenizer.json"),
+        inputs=pairs,
+        baseline="copy_bleu",
+        refusals=(
+            (("--preset", "huge"), "--preset"),
+            (("--tokenizer", "letters"), "--tokenizer"),
+            (("--data", "nowhere"), "'nowhere' does not exist"),
+            (("--data", "pairs", "--target", "fr"), "no pair of languages de-fr; there are de, en"),
+            (("--source", "en", "--target", "en"), "source and target are both en"),
+            (("--data", "a.de,b.en"), "a.de has 2 sentences and b.en has 1 sentences; expected as many"),
+            (("--data", "empty.tsv"), "there is not one pair of sentences, as all of column 2 of empty.tsv is empty"),
+            (("--data", "french.tsv"), "french.tsv: no pair of languages de-en; there are fr, en"),
+            (("--data", "pairs", "--vocabulary", "100"), "a vocabulary of 100 is too small: expected at least 260"),
+            (("--data", "pairs", "--tokens", "3"), "a batch of 3 tokens has no room for a sentence of"),
+            (("--dropout", "1"), "--dropout is 1.0; expected a number in [0, 1)"),
+            (("--resume", "--name", "a", "--preset", "base"), "with --preset base: it was started with tiny"),
+        ),
+        commands=(
+            (("translate", "Der Bus", "--beam", "2", "--n-best", "2"), ()),
+            (("translate", "Der Bus", "--beam", "2", "--n-best", "2", "--checkpoint", "6"), ()),
+            (("evaluate", "--beam", "1"), ()),
         ),
     ),
 ]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from train.losses.basic import cross_entropy
+from train.losses.weighted import WeightedLoss, token_cross_entropy
 
 
-def smoothed_divergence(logits: Tensor, labels: Tensor, smoothing: float, padding: int) -> Tensor:
-    """Kullback-Leibler divergence of the prediction p from the smoothed target q, mean over the tokens, 0 without any.
+def smoothed_divergence(logits: Tensor, labels: Tensor, smoothing: float, padding: int) -> WeightedLoss:
+    """Kullback-Leibler divergence of the prediction p from the smoothed target q, a mean over the tokens.
 
     KL(q | p) = -sum q log p - H(q);  q = (1 - smoothing) * label + smoothing / classes
 
@@ -17,16 +17,16 @@ def smoothed_divergence(logits: Tensor, labels: Tensor, smoothing: float, paddin
     2016, arXiv:1512.00567, section 7).
 
     Args:
-        logits: (..., classes).
-        labels: (...) integers; where they are `padding` they do not count.
+        logits: (examples, ..., classes).
+        labels: (examples, ...) integers; where they are `padding` they do not count.
         smoothing: in [0, 1).
     """
     classes = logits.shape[-1]
     wrong = smoothing / classes
     right = 1 - smoothing + wrong
     entropy = -right * math.log(right) - (classes - 1) * wrong * math.log(wrong) if smoothing else 0.0
-    mean = cross_entropy(logits, labels, label_smoothing=smoothing, ignore_id=padding)  # -sum q log p
-    return mean - entropy * (labels != padding).any()
+    cross, counts = token_cross_entropy(logits, labels, label_smoothing=smoothing, ignore_id=padding)  # -sum q log p
+    return WeightedLoss(cross - entropy * counts, counts)  # each (examples,)
 
 
 def token_accuracy(logits: Tensor, labels: Tensor, padding: int) -> Tensor:

@@ -15,14 +15,14 @@ def example():
 def test_divergence_is_that_of_torch(smoothing):
     """Loss of smoothed targets written out."""
     logits, labels = example()
-    value = translation.smoothed_divergence(logits, labels, smoothing, padding=0)
+    value = translation.smoothed_divergence(logits, labels, smoothing, padding=0).mean
     q = (1 - smoothing) * F.one_hot(labels, 7) + smoothing / 7
     divergence = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)[labels != 0].mean()
     torch.testing.assert_close(value, divergence)
     right = q.clamp(min=1e-9).log()
-    perfect = translation.smoothed_divergence(right, labels, smoothing, padding=0)
+    perfect = translation.smoothed_divergence(right, labels, smoothing, padding=0).mean
     torch.testing.assert_close(perfect, torch.tensor(0.0), atol=1e-6, rtol=0)
-    assert translation.smoothed_divergence(logits, torch.zeros_like(labels), smoothing, padding=0) == 0
+    assert translation.smoothed_divergence(logits, torch.zeros_like(labels), smoothing, padding=0).mean == 0
 
 
 def test_token_accuracy_counts_no_padding():

@@ -83,7 +83,9 @@ def make_buckets(corpus: Corpus, tokens: int, longest: int, shapes: int = 6, mul
     return Buckets(tuple(buckets), len(corpus) - len(short), int(lengths[short].sum()) / padded)
 
 
-def batch_at(corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+def batch_at(
+    corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor, parts: int = 1
+) -> tuple[Tensor, Tensor]:
     """The batch of one step; a pure function of key and step, so a resumed run repeats it.
 
     Every epoch goes through the batches of all buckets in an order of its own, and through the pairs of a bucket in an
@@ -92,6 +94,8 @@ def batch_at(corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor) 
     Args:
         key: (2,).
         step: 0, 1, 2 ...
+        parts: the batch is filled up to a multiple of so many rows, to be cut into micro-batches. These rows are no
+            pairs: an empty source (<eos>) and a target of <bos> only, in which no token counts.
 
     Returns:
         source (rows, length), the sentence and <eos>, and target (rows, length), <bos>, the sentence and <eos>, int64
@@ -105,7 +109,7 @@ def batch_at(corpus: Corpus, buckets: Buckets, key: Tensor, step: int | Tensor) 
     number = int(np.searchsorted(np.cumsum(per_bucket), batch, side="right"))
     bucket, first = buckets.buckets[number], batch - sum(per_bucket[:number])
     indices = bucket.members[pairs[number][first * bucket.rows : (first + 1) * bucket.rows]]
-    return _padded(corpus, indices, *bucket[:3])
+    return _padded(corpus, indices, -(-bucket.rows // parts) * parts, bucket.source, bucket.target)
 
 
 def evaluation_batches(

@@ -114,12 +114,15 @@ def fitting(pairs: Sequence[Pair], tokenizer: SentenceTokenizer, longest: int) -
     return [pair for pair, bad in zip(pairs, too_long, strict=True) if not bad], np.flatnonzero(too_long).tolist()
 
 
-def of_sentences(sentences: Sequence[str], tokenizer: SentenceTokenizer, longest: int, skip: bool = False) -> Corpus:
+def of_sentences(
+    sentences: Sequence[str], tokenizer: SentenceTokenizer, longest: int, skip: bool = False, first: int = 1
+) -> Corpus:
     """Sentences to translate, with empty targets; an empty sentence stays one.
 
     Args:
         longest: the network's positions, one of them for <eos>.
         skip: leave a sentence empty that is longer or no Unicode text, log it, and list its index in `left_out`.
+        first: the number of the first sentence, for messages.
 
     Raises DataError naming the first such sentence, unless `skip`.
     """
@@ -129,9 +132,9 @@ def of_sentences(sentences: Sequence[str], tokenizer: SentenceTokenizer, longest
         if not problem and len(ids) + 1 > longest:
             problem = f"has {len(ids) + 1} tokens, the network positions for {longest}"
         if problem and not skip:
-            raise DataError(f"sentence {i + 1} {problem}: '{_short(sentence)}'")
+            raise DataError(f"sentence {i + first} {problem}: '{_short(sentence)}'")
         if problem:
-            log.warning("sentence %d %s; it is left empty: '%s'", i + 1, problem, _short(sentence))
+            log.warning("sentence %d %s; it is left empty: '%s'", i + first, problem, _short(sentence))
             left_out.append(i)
         encoded.append([] if problem else ids)
     ids = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32)

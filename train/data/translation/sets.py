@@ -1,15 +1,16 @@
 """The sentence pairs that the `--data` of an experiment names: one entrance, whatever files they come from."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.data import DataError
 from train.data.downloads import fetch, folder_of
 from train.data.file_tree import Skipped
+from train.data.text.tokenizers import SentenceTokenizer
 from train.data.translation import dates
-from train.data.translation.corpus import Corpus
+from train.data.translation.corpus import Corpus, fitting
 from train.data.translation.files import Pair, PairFiles, Pairs, no_pairs, read, tsv
 from train.files import shown
 
@@ -34,6 +35,11 @@ class ParallelSet(NamedTuple):
     tests: dict[str, list[Pair]]
     origin: str = ""
     skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def test_sets(self) -> dict[str, list[Pair]]:
+        """`tests`, or where there are none the validation part."""
+        return self.tests or {"validation": self.validation}
 
 
 class Download(NamedTuple):
@@ -124,14 +130,42 @@ def open_pairs(data: str, source: str = "de", target: str = "en") -> ParallelSet
             raise DataError(f"{data} has no published checksum to download by: unpack {address} and name the folder")
     if path.is_dir():
         return _open_folder(path, path.resolve().name, source, target)
-    if path.is_file():
-        return _held_out(path.name, tsv(path, source, target), (source, target))
-    if "," in data:
-        first, second = (Path(part.strip()) for part in data.split(",", 1))
-        return _held_out(first.name, PairFiles((first,), (second,)), (source, target))
-    if path.parent.is_dir() and path.name in _parts(path.parent):
-        return _held_out(path.name, _files(path, source, target), (source, target))
-    raise DataError(f"'{data}' does not exist; expected a folder, a TSV, SOURCE,TARGET or one of {', '.join(NAMES)}")
+    part = _one_part(data, source, target)
+    if part is None:
+        expected = f"a folder, a TSV, SOURCE,TARGET or one of {', '.join(NAMES)}"
+        raise DataError(f"'{data}' does not exist; expected {expected}")
+    return _held_out(*part, (source, target))
+
+
+def open_tests(data: str, source: str = "de", target: str = "en") -> dict[str, list[Pair]]:
+    """Pairs to evaluate on, by name: all pairs of a TSV, SOURCE,TARGET or PREFIX; of a folder, which needs no training
+    part, or of a name the test sets, or the validation part where there are none.
+
+    Raises DataError as `open_pairs`.
+    """
+    path, part = Path(data), _one_part(data, source, target)
+    if part is not None:
+        return {part[0]: read(part[1])}
+    tests = _tests(path, _parts(path), source, target)[0] if path.is_dir() else {}
+    return tests or open_pairs(data, source, target).test_sets
+
+
+def fit(
+    parts: Mapping[str, list[Pair]], tokenizer: SentenceTokenizer, longest: int
+) -> tuple[dict[str, list[Pair]], list[str]]:
+    """(Validation and test parts without their pairs that are too long, a note per part that had some), by the rule by
+    which `corpus.open_corpus` leaves them out of the training part.
+
+    Raises DataError: no pair of a part is left.
+    """
+    fitting_parts, notes = {}, []
+    for name, pairs in parts.items():
+        fitting_parts[name], too_long = fitting(pairs, tokenizer, longest)
+        if too_long:
+            notes.append(f"{name}: {len(too_long):,} pairs with over {longest} tokens")
+        if not fitting_parts[name]:
+            raise DataError(f"{name}: not one of {len(pairs)} pairs has up to {longest} tokens on both sides")
+    return fitting_parts, notes
 
 
 def download(name: str, directory: Path | None = None, base_url: str | None = None) -> Path:
@@ -169,6 +203,19 @@ def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelS
     if "train" not in parts:
         raise DataError(f"no train.{source} and train.{target}, nor train.tsv, in {folder}")
     train = _files(folder / "train", source, target)
+    tests, skipped = _tests(folder, parts, source, target)
+    validations = [part for part in VALIDATIONS if part in parts]
+    skipped += [(folder / part, f"is not used: {validations[0]} is for validation") for part in validations[1:]]
+    if not validations:
+        return _held_out(name, train, (source, target))._replace(tests=tests, skipped=tuple(skipped))
+    validation = read(_files(folder / validations[0], source, target))
+    return ParallelSet(name, (source, target), train, validation, tests, validations[0], tuple(skipped))
+
+
+def _tests(
+    folder: Path, parts: Mapping[str, Any], source: str, target: str
+) -> tuple[dict[str, list[Pair]], list[Skipped]]:
+    """(The test sets of a folder by name, those that are not in both languages)."""
     tests, skipped = {}, []
     for part in sorted(part for part in parts if part.startswith("test")):
         if parts[part].keys() >= {source, target} or "tsv" in parts[part]:
@@ -177,12 +224,7 @@ def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelS
             reason = f"there is only {', '.join(parts[part])}; this test set is left out"
             log.warning("%s: %s", shown(folder / part), reason)
             skipped.append((folder / part, f"is left out: there is only {', '.join(parts[part])}"))
-    validations = [part for part in VALIDATIONS if part in parts]
-    skipped += [(folder / part, f"is not used: {validations[0]} is for validation") for part in validations[1:]]
-    if not validations:
-        return _held_out(name, train, (source, target))._replace(tests=tests, skipped=tuple(skipped))
-    validation = read(_files(folder / validations[0], source, target))
-    return ParallelSet(name, (source, target), train, validation, tests, validations[0], tuple(skipped))
+    return tests, skipped
 
 
 def _open_iwslt(folder: Path, name: str, source: str, target: str) -> ParallelSet:
@@ -259,6 +301,21 @@ def facts(
     parts = {"training": train, "validation": validation}
     notes = [f"{name}: {note}" for name, corpus in parts.items() if corpus is not None for note in corpus.notes]
     return out | {"left out": [*notes, *left_out], "skipped": list(data.skipped)}
+
+
+def _one_part(data: str, source: str, target: str) -> tuple[str, PairFiles] | None:
+    """(name, pairs) of a TSV, SOURCE,TARGET or PREFIX; None for anything else."""
+    path = Path(data)
+    if path.is_file():
+        return path.name, tsv(path, source, target)
+    if path.exists() or data in NAMES:
+        return None
+    if "," in data:
+        first, second = (Path(part.strip()) for part in data.split(",", 1))
+        return first.name, PairFiles((first,), (second,))
+    if path.parent.is_dir() and path.name in _parts(path.parent):
+        return path.name, _files(path, source, target)
+    return None
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Path]]:
