@@ -6,94 +6,105 @@ Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762). Each cell d
     python experiments/playground.py                                 about 20 seconds on 2 CPU cores
     python experiments/playground.py --run runs/translate/NAME "Der dritte Mai ist ein Montag."
 
-Without a run, attention is that of a transformer of one layer, which here learns in a few seconds to write letters in
-reverse: its cross attention is the other diagonal. Expected: 100 % of the letters right; attention to sequences of
-twice the length takes four times as long, once they are long.
+Without --run, attention is that of a transformer of one layer, which first learns in a few seconds to write letters in
+reverse: its cross attention is the other diagonal. Expected: 100 % of the letters right (12.6 % if they are copied);
+attention to sequences of twice the length takes four times as long, once they are long.
 """
 
 # %% What the cells share
+import contextlib
 import functools
 import statistics
 import string
 import sys
-import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor
 
-from core import random
+from core import random, tree
 from core.attention import attention, causal_mask
-from experiments.parts.translator import Decoder, draw_attention, load, maps, translations
+from experiments.parts import translator as translators
+from experiments.parts.translator import Decoder, draw_attention, maps, translations
 from nets.language import transformer
 from train import optimizers, plots
 from train.data.text import tokenizers
 from train.data.text.tokenizers import BOS, EOS, PAD
 from train.data.translation import buckets, corpus
+from train.data.understood import understood
+from train.losses import WeightedLoss
 from train.metrics import translation
 from train.optimizers import schedules
-from train.run import command_line
-from train.run import run as runs
-from train.run.logs import RunLog
+from train.run import Common, Count, Run, Shared, begin, command_line, open_run
+from train.run.run import format_figures
 from train.step import create, make_step
 
 RUNS = Path("runs/playground")
+SENTENCE = "Am Montag um zwanzig vor zehn fährt der Zug nach München ab."
 NOTEBOOK = "ipykernel" in sys.modules
+if NOTEBOOK:
+    sys.argv[1:] = []  # those of the kernel
 CELLS: list[Callable] = []
 
 
 @dataclass(frozen=True)
 class Args:
-    sentence: Annotated[str, tyro.conf.Positional] = "Am Montag um zwanzig vor zehn fährt der Zug nach München ab."
-    """What the trained model of --run translates while its attention is drawn."""
+    sentence: Annotated[str | None, tyro.conf.Positional] = None
+    """Sentence that the translator of --run translates while its attention is drawn; one about a train if None."""
     run: Path | None = None
     """Folder of a run of translate.py, whose attention is drawn instead."""
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    lengths: tuple[Count, ...] = (64, 128, 256, 512, 1024, 2048)
     """Lengths of the sequences for which attention is timed."""
-    rounds: int = 5
-    """How often each time is taken; the median counts."""
-    steps: int = 400
+    rounds: Count = 5
+    """Measurements per time, of which the median counts."""
+    steps: Count = 400
     """Training steps of the transformer that learns to reverse."""
-    seed: int = 0
-    """Seed of everything random."""
-    name: str | None = None
-    """Folder under runs/playground; the date and time if not given."""
+    common: Shared = Common(save_every=200, compile=False)
 
 
-def cell(draw: Callable[[Path, Args], dict]) -> Callable:
-    """Mark `draw(file, args) -> figures`; in a notebook it is called at once and its picture shown."""
+class Look(NamedTuple):
+    """The argument of a cell: the flags, the translator of --run, or the parameters of the net that reverses."""
+
+    args: Args = Args()
+    translator: translators.Translator | None = None
+    params: tree.Tree | None = None
+
+
+def cell(draw: Callable[[Path, Look], dict]) -> Callable:
+    """Mark `draw(file, look) -> figures`; in a notebook it is called at once and its picture shown."""
     CELLS.append(draw)
     if NOTEBOOK:
         from IPython.display import Image, display
 
         path = RUNS / "notebook" / f"{draw.__name__}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(draw(path, Args()))
+        print(draw(path, Look()))
         display(Image(path))
     return draw
 
 
 # %% Positions: sines and cosines of ever longer waves, so that the product of two of them tells how far apart they are
 @cell
-def positions(path: Path, args: Args) -> dict:
-    table = transformer.sinusoids(torch.arange(100), 128)  # (places, width)
+def positions(path: Path, look: Look) -> dict:
+    table = transformer.sinusoids(torch.arange(100), 128)  # (positions, width)
     with plots.panels(path, 1, 3, 4.8, 4.0) as (left, middle, right):
-        plots.heat_map(left, table.T, range(101), range(129), "place", "component", "PE(place, component)")
+        plots.heat_map(left, table.T, range(101), range(129), "position", "component", "PE(position, component)")
         some = {f"component {i}": (range(100), table[:, i]) for i in (8, 24, 48)}
-        plots.curves(middle, some, "place", "", "Some components")
+        plots.curves(middle, some, "position", "", "Some components")
         near = table @ table.T
-        lines = {f"place {i}": (range(100), near[i]) for i in (10, 50, 90)}
-        plots.curves(right, lines, "other place", "", "Products of two places")
+        lines = {f"position {i}": (range(100), near[i]) for i in (10, 50, 90)}
+        plots.curves(right, lines, "other position", "", "Products of two positions")
     return {}
 
 
-# %% Masks: what may look where. Nothing looks at padding; in a target nothing looks ahead
+# %% Masks: which tokens may look where. Nothing looks at padding; in a target nothing looks ahead
 @cell
-def masks(path: Path, args: Args) -> dict:
+def masks(path: Path, look: Look) -> dict:
     pairs = [("Montag", "Monday"), ("Am Montag um zehn", "on Monday at ten")]
     tokenizer = tokenizers.train_sentences((text for pair in pairs for text in pair), 300, words=True)
     known = corpus.open_corpus(pairs, tokenizer)
@@ -114,25 +125,26 @@ def masks(path: Path, args: Args) -> dict:
 
 # %% Smoothed targets: the right token less than all, the others more than nothing; then being too sure costs
 @cell
-def smoothed_targets(path: Path, args: Args) -> dict:
+def smoothed_targets(path: Path, look: Look) -> dict:
     labels = torch.tensor([3, 1, 6, 4, 2])
     smoothed = 0.6 * torch.nn.functional.one_hot(labels, 8) + 0.4 / 8
     right = torch.linspace(0.3, 0.9995, 200)
     lines = {}
     for smoothing in (0.0, 0.1, 0.4):
-        logits = torch.stack([right, *[(1 - right) / 7] * 7], 1).log()  # the rest is spread evenly
-        losses = [float(translation.smoothed_divergence(row, torch.tensor(0), smoothing, -1)) for row in logits]
-        lines[f"smoothing {smoothing}"] = (right, losses)
+        logits = torch.stack([right, *[(1 - right) / 7] * 7], 1).log()  # (200, 8): the rest is spread evenly
+        label = torch.zeros(200, 1, dtype=torch.int64)
+        losses, _ = translation.smoothed_divergence(logits[:, None], label, smoothing, -1)  # (200,)
+        lines[f"smoothing {smoothing}"] = (right, losses.tolist())
     with plots.panels(path, 1, 2, 4.8, 4.0) as (left, right_panel):
-        title = "Targets of five places, smoothing 0.4"
-        plots.matrix(left, smoothed, [f"place {i}" for i in range(5)], list("abcdefgh"), "token", "", title)
+        title = "Targets of five positions, smoothing 0.4"
+        plots.matrix(left, smoothed, [f"position {i}" for i in range(5)], list("abcdefgh"), "token", "", title)
         plots.curves(right_panel, lines, "probability of the right token", "divergence (nats)", "What it costs")
     return {f"divergence_when_sure_{name[-3:]}": values[1][-1] for name, values in lines.items()}
 
 
 # %% The learning rate: up to the warm-up's last step, then down with the root of the step
 @cell
-def learning_rate(path: Path, args: Args) -> dict:
+def learning_rate(path: Path, look: Look) -> dict:
     steps = torch.arange(0, 20_000, 50)
     options = {"width 512, warm-up 4000": (512, 4000), "width 512, warm-up 8000": (512, 8000)}
     options |= {"width 256, warm-up 4000": (256, 4000), "width 1024, warm-up 4000": (1024, 4000)}
@@ -143,7 +155,7 @@ def learning_rate(path: Path, args: Args) -> dict:
 
 # %% Attention of a model that was trained: by translate.py, or here, to write letters in reverse
 REVERSE = transformer.Config(32, 32, layers=1, heads=2, width=64, hidden=128, dropout=0.0, context=16)
-LETTERS = 10
+LETTERS, BATCH = 10, 64
 
 
 def reversals(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -153,59 +165,71 @@ def reversals(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat([letters, end], 1), torch.cat([start, letters.flip(1), end], 1)
 
 
-def reverse_loss(params, batch, keys) -> tuple[Tensor, dict]:
+def reverse_loss(params, batch, keys) -> tuple[WeightedLoss, dict]:
     source, target = batch
     logits = transformer.apply(params, (source, target[:, :-1]), REVERSE)
     right = translation.token_accuracy(logits, target[:, 1:], PAD)
     return translation.smoothed_divergence(logits, target[:, 1:], 0.0, PAD), {"accuracy": right}
 
 
+@contextlib.contextmanager
+def learned(run: Run) -> Iterator[tree.Tree]:
+    """Context in which the run is open, and a transformer has learned to reverse: its parameters, on the CPU."""
+    create_key, data_key = random.split(random.key(run.args.common.seed)).unbind(0)
+    steps, model = run.args.steps, transformer.spec(REVERSE)
+    optimizer = optimizers.adam(schedules.warmup_cosine(5e-3, steps // 10, steps), 0.9, 0.98)
+    state = create(create_key.to(run.device), model, optimizer)
+    state = run.restore(state, {"net": REVERSE}, 0 if run.args.run else steps)
+    step = make_step(reverse_loss, optimizer, donate=True, policy=run.policy, compile=run.args.common.compile)
+    with run.open({}):
+        run.log.print(f"{tree.count(model):,} parameters; run in {run.folder}")
+        for at, batch in run.steps(reversals(random.fold_in(data_key, t), BATCH) for t in run.remaining):
+            state, metrics = step(state, tree.move(batch, run.device))
+            run.record(at, metrics, BATCH)
+            if run.due(at, run.args.common.save_every):
+                run.save(at, state)
+        yield tree.move(state.params, "cpu")
+
+
 @cell
-def attention_maps(path: Path, args: Args) -> dict:
-    if args.run is not None:
-        translator = load(args.run, "cpu", average=1)
-        ((found, _),) = translations(translator, [args.sentence], Decoder())[0]
-        draw_attention(path.with_suffix(""), translator, args.sentence, found)
-        weights, read, written = maps(translator, args.sentence, found)
-        cross, heads, figures = weights["cross"][0, -1], translator.cfg.heads, {"translation": found}
+def attention_maps(path: Path, look: Look) -> dict:
+    if look.translator:
+        sentence = look.args.sentence or SENTENCE
+        ((text, _),) = translations(look.translator, [sentence], Decoder())[0]
+        draw_attention(path.with_suffix(""), look.translator, sentence, text)
+        weights, read, written = maps(look.translator, sentence, text)
+        figures = {"translation": text}
     else:
-        optimizer = optimizers.adam(schedules.warmup_cosine(5e-3, args.steps // 10, args.steps), 0.9, 0.98)
-        step = make_step(reverse_loss, optimizer, compile=False)
-        state = create(random.key(args.seed), transformer.spec(REVERSE), optimizer)
-        batches = random.fold_in(random.key(args.seed), 2)  # `create` has 0 and 1
-        for at in range(args.steps):
-            state, _ = step(state, reversals(random.fold_in(batches, at), 64))
-        source, target = reversals(random.fold_in(batches, args.steps), 200)
+        with learned(begin(RUNS, look.args)) if NOTEBOOK else contextlib.nullcontext(look.params) as params:
+            source, target = reversals(random.key(look.args.common.seed), 200)
         with torch.no_grad():
-            accuracy = reverse_loss(state.params, (source, target), None)[1]["accuracy"]
-            cross = transformer.attention_maps(state.params, (source[:1], target[:1, :-1]), REVERSE)["cross"][0, -1]
+            accuracy = reverse_loss(params, (source, target), None)[1]["accuracy"]
+            weights = transformer.attention_maps(params, (source[:1], target[:1, :-1]), REVERSE)
         names = dict(enumerate(string.ascii_lowercase, 4)) | {EOS: "<eos>"}
         read, written = ([names[i] for i in ids[0].tolist()] for ids in (source, target[:, 1:]))
-        heads, figures = REVERSE.heads, {"reversed_letters_right": float(accuracy)}
+        copied = (source == target[:, 1:]).float().mean()
+        figures = {"reversed_letters_right": float(accuracy), "copied_letters_right": float(copied)}
+    cross = weights["cross"][0, -1]  # (heads, written, read)
     size = {"width": 1.6 + 0.2 * len(read), "height": 1.6 + 0.2 * len(written)}
-    with plots.panels(path, 1, heads, **size) as axes:
+    with plots.panels(path, 1, len(cross), **size) as axes:
         for i, panel in enumerate(axes):
             title = f"last layer, head {i + 1}"
             plots.matrix(panel, cross[i], written, read, "read", "written", title, numbers=False)
     return figures
 
 
-# %% What attention costs: every place looks at every other, so twice the length is four times the work and the weights
+# %% Cost of attention: every position looks at every other, so twice the length is four times the work and the weights
 @cell
-def cost(path: Path, args: Args) -> dict:
+def cost(path: Path, look: Look) -> dict:
+    args = look.args
     seconds: dict[str, list[float]] = {"explicit": [], "fused": []}
     for number, length in enumerate(args.lengths):
-        keys = random.split(random.fold_in(random.key(args.seed), number), 3)
+        keys = random.split(random.fold_in(random.key(args.common.seed), number), 3)
         q, k, v = (random.normal(key, (1, 4, length, 64)) for key in keys)
         for method, times in seconds.items():
             call = functools.partial(attention, q, k, v, method=method)
             call()  # the first is to warm up
-            taken = []
-            for _ in range(args.rounds):
-                began = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - began)
-            times.append(statistics.median(taken))
+            times.append(statistics.median(timeit.repeat(call, number=1, repeat=args.rounds)))
     first = seconds["explicit"][-1] / args.lengths[-1] ** 2
     lines = {name: (args.lengths, [1e3 * t for t in times]) for name, times in seconds.items()}
     lines["length squared"] = (args.lengths, [1e3 * first * n**2 for n in args.lengths])
@@ -218,25 +242,27 @@ def cost(path: Path, args: Args) -> dict:
             panel.set_xscale("log", base=2)
             panel.set_xticks(args.lengths, map(str, args.lengths))
     return {
-        f"ms/{name}/{n}": 1e3 * t for name, times in seconds.items() for n, t in zip(args.lengths, times, strict=True)
+        f"{name}/{n}/seconds": t for name, times in seconds.items() for n, t in zip(args.lengths, times, strict=True)
     }
 
 
 # %% All of them, as a script
 def main(args: Args) -> None:
-    command_line.at_least_one(rounds=args.rounds, steps=args.steps, lengths=min(args.lengths, default=0))
-    if args.run is not None:
-        load(args.run, "cpu", average=1)  # fails now rather than in the middle
-    folder, began, figures = runs.new_folder(RUNS, args.name), time.perf_counter(), {}
-    with RunLog(folder, {"args": args, "torch": torch.__version__}, total=len(CELLS), unit="pictures") as log:
-        for at, draw in enumerate(CELLS, 1):
-            figures |= draw(folder / f"{draw.__name__}.png", args)
-            log.progress(at, 1)
-        log.result({**figures, "seconds": time.perf_counter() - began})
-    for name, value in figures.items():
-        print(f"{name}: {value if isinstance(value, str) else format(value, '.4g')}")
-    print(f"{time.perf_counter() - began:.0f} s; files in {folder}/")
+    run = begin(RUNS, args, free=("sentence", "lengths", "rounds", "steps"))
+    if args.sentence is not None and args.run is None:
+        raise ValueError(f"'{args.sentence}' is for a translator; name its run with --run")
+    if not args.lengths:
+        raise ValueError("--lengths is empty; expected at least one length")
+    translator = args.run and translators.load(open_run(args.run, translators.RUNS), "cpu")
+    understood(print, {"attention of": args.run or "a net that learns to reverse", "lengths": args.lengths})
+    with learned(run) as params:
+        figures, look = {}, Look(args, translator, params)
+        for draw in CELLS:
+            figures |= draw(run.folder / f"{draw.__name__}.png", look)
+        run.result(figures)
+    print(figures.get("translation", ""), format_figures(figures), sep="\n")
+    print(f"{run.seconds:.0f} s; files in {run.folder}/")
 
 
-if __name__ == "__main__" and not NOTEBOOK:
-    command_line.run(__doc__, (Args, main))
+if __name__ == "__main__":
+    command_line.run(__doc__, (Args, main), root=RUNS)

@@ -26,6 +26,7 @@ from train.run import Count, Integer, NonNegative, Positive, SavedRun, checkpoin
 
 log = logging.getLogger(__name__)
 
+RUNS = Path("runs/translate")
 DECODED = 4000  # tokens of sentences that are translated at once
 LONGER = 50  # a translation has at most so many tokens more than its source (section 6.1 of the paper)
 

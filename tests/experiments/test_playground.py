@@ -1,50 +1,49 @@
-import functools
+import sys
+import types
 
 import pytest
 
-from tests.experiments.runs import call, flag_id, is_png, refused, result
+from tests.experiments.runs import call, execute, is_png, result, script
+from tests.registry import experiments as registry
 
-QUICK = ("--steps", "300", "--lengths", "16", "32", "--rounds", "1", "--name", "one")
-PICTURES = ("positions", "masks", "smoothed_targets", "learning_rate", "attention_maps", "cost")
-refuse = functools.partial(refused, "playground")
+QUICK = ("--lengths", "16", "32", "--rounds", "1", "--name", "one")
 
 
-def test_pictures_and_figures(tmp_path, monkeypatch):
+def test_figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call("playground", *QUICK) == 0
-    folder = tmp_path / "runs" / "playground" / "one"
-    assert all(is_png(folder / f"{name}.png") for name in PICTURES)
-    figures = result(folder)
+    assert call("playground", *QUICK, "--steps", "300") == 0
+    figures = result(tmp_path / "runs" / "playground" / "one")
+    # Copied letters: 1 of 26 of them, and the end, which is always right: (10 / 26 + 1) / 11.
     assert figures["reversed_letters_right"] > 0.95
+    assert figures["copied_letters_right"] == pytest.approx(0.126, abs=0.02)
     # The peak of width^-0.5 min(step^-0.5, step warmup^-1.5) is at the end of the warm-up.
     assert figures["peak_width_512"] == pytest.approx((512 * 4000) ** -0.5, rel=1e-3)
     assert figures["divergence_when_sure_0.4"] > figures["divergence_when_sure_0.1"] > 0.1
     assert figures["divergence_when_sure_0.0"] < 1e-3
-    assert all(figures[f"ms/{method}/{n}"] > 0 for method in ("explicit", "fused") for n in (16, 32))
+    assert all(figures[f"{method}/{n}/seconds"] > 0 for method in ("explicit", "fused") for n in (16, 32))
 
 
-def test_attention_of_a_run(tmp_path, monkeypatch):
+def test_attention_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for part in ("train", "val", "test"):
-        for language, lines in (("de", "Der Bus\nAm Montag\n"), ("en", "the bus\non Monday\n")):
-            (tmp_path / f"{part}.{language}").write_text(lines, encoding="utf-8")
-    options = ("--data", ".", "--steps", "2", "--vocabulary", "300", "--tokens", "20", "--no-compile")
+    registry.pairs(tmp_path)
+    options = ("--data", "pairs", "--steps", "2", "--vocabulary", "300", "--tokens", "300", "--no-compile")
     assert call("translate", *options, "--eval-every", "1000", "--name", "trained") == 0
-    assert call("playground", *QUICK, "--steps", "1", "--run", "runs/translate/trained", "Der Bus") == 0
+    assert call("playground", *QUICK, "--run", "runs/translate/trained", "Der Bus") == 0
     folder = tmp_path / "runs" / "playground" / "one"
     assert is_png(folder / "attention_maps.png") and is_png(folder / "attention_maps" / "cross.png")
-    assert "translation" in result(folder)
+    figures = result(folder)
+    assert "translation" in figures and figures["steps"] == 0 and "reversed_letters_right" not in figures
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--rounds", "0"], "--rounds is 0; expected at least 1"),
-        (["--lengths", "0"], "--lengths is 0; expected at least 1"),
-        (["--run", "nowhere"], "nowhere"),
-    ],
-    ids=flag_id,
-)
-def test_refused_in_one_line(flags, message, tmp_path, monkeypatch, capfd):
+@pytest.mark.slow
+def test_cells_of_a_notebook(tmp_path, monkeypatch):
+    """Each cell draws its picture at once and shows it; the last one is the whole script, which is not run here."""
     monkeypatch.chdir(tmp_path)
-    assert message in refuse(capfd, *QUICK[:-2], *flags)
+    shown = []
+    display = types.SimpleNamespace(Image=lambda path: path, display=shown.append)
+    for name, module in {"ipykernel": display, "IPython": display, "IPython.display": display}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("train.run.command_line.run", lambda *args, **options: None)
+    execute(script("playground"), "-f", "kernel.json")
+    row = next(row for row in registry.EXPERIMENTS if row.name == "playground")
+    assert [path.name for path in shown] == list(row.pictures) and all(map(is_png, shown))

@@ -147,7 +147,8 @@ def test_data_may_move_but_not_change(here, capfd):
     file = here / "moved" / "train.en"
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([*lines[1:], lines[0]]), encoding="utf-8")  # as many, and as long
-    line = refused(capfd, "--resume", "--name", "whole", "--data", "moved", "--steps", "14")
+    assert call("--resume", "--name", "whole", "--data", "moved", "--steps", "14") == 2
+    line = runs.one_error(capfd.readouterr().err)
     assert "cannot resume 'runs/translate/whole': its checkpoint has data" in line
 
 

@@ -238,7 +238,6 @@ EXPERIMENTS = [
             (("--data", "empty.tsv"), "there is not one pair of sentences, as all of column 2 of empty.tsv is empty"),
             (("--data", "french.tsv"), "french.tsv: no pair of languages de-en; there are fr, en"),
             (("--data", "pairs", "--vocabulary", "100"), "a vocabulary of 100 is too small: expected at least 260"),
-            (("--data", "pairs", "--tokens", "3"), "a batch of 3 tokens has no room for a sentence of"),
             (("--dropout", "1"), "--dropout is 1.0; expected a number in [0, 1)"),
             (("--resume", "--name", "a", "--preset", "base"), "with --preset base: it was started with tiny"),
         ),
@@ -246,6 +245,23 @@ EXPERIMENTS = [
             (("translate", "Der Bus", "--beam", "2", "--n-best", "2"), ()),
             (("translate", "Der Bus", "--beam", "2", "--n-best", "2", "--checkpoint", "6"), ()),
             (("evaluate", "--beam", "1"), ()),
+        ),
+    ),
+    Experiment(
+        "playground",
+        ("--lengths", "16", "32", "--rounds", "1", "--steps", "20", "--save-every", "10"),
+        20,
+        pictures=tuple(
+            f"{name}.png"
+            for name in ("positions", "masks", "smoothed_targets", "learning_rate", "attention_maps", "cost")
+        ),
+        baseline="copied_letters_right",
+        refusals=(
+            (("--run", "nowhere"), "'nowhere' is not the folder of a run"),
+            (("--run", "runs/playground/a", "Der Bus"), "is a run of playground.py, expected one of translate.py"),
+            (("Der Bus",), "'Der Bus' is for a translator; name its run with --run"),
+            (("--lengths",), "--lengths is empty; expected at least one length"),
+            (("--resume", "--name", "a", "--steps", "3"), "--steps is 3, but 'runs/playground/a' has done 20"),
         ),
     ),
 ]
