@@ -21,7 +21,7 @@ import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import tyro
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from core import random, tree
 from core.attention import attention, causal_mask
-from experiments.parts import translator as translators
-from experiments.parts.translator import Decoder, draw_attention, maps, translations
+from experiments.parts.translator import RUNS as TRANSLATORS
+from experiments.parts.translator import Decoder, Translator, draw_attention, draw_maps, load, maps, translations
 from nets.language import transformer
 from train import optimizers, plots
 from train.data.text import tokenizers
@@ -67,30 +67,22 @@ class Args:
     common: Shared = Common(save_every=200, compile=False)
 
 
-class Look(NamedTuple):
-    """The argument of a cell: the flags, the translator of --run, or the parameters of the net that reverses."""
-
-    args: Args = Args()
-    translator: translators.Translator | None = None
-    params: tree.Tree | None = None
-
-
-def cell(draw: Callable[[Path, Look], dict]) -> Callable:
-    """Mark `draw(file, look) -> figures`; in a notebook it is called at once and its picture shown."""
+def cell(draw: Callable[[Path, Args, Translator | None], dict]) -> Callable:
+    """Mark `draw(file, args, model) -> figures`; in a notebook it is called at once and its picture shown."""
     CELLS.append(draw)
     if NOTEBOOK:
         from IPython.display import Image, display
 
         path = RUNS / "notebook" / f"{draw.__name__}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(draw(path, Look()))
+        print(draw(path, Args(), None))
         display(Image(path))
     return draw
 
 
 # %% Positions: sines and cosines of ever longer waves, so that the product of two of them tells how far apart they are
 @cell
-def positions(path: Path, look: Look) -> dict:
+def positions(path: Path, args: Args, model: Translator | None) -> dict:
     table = transformer.sinusoids(torch.arange(100), 128)  # (positions, width)
     with plots.panels(path, 1, 3, 4.8, 4.0) as (left, middle, right):
         plots.heat_map(left, table.T, range(101), range(129), "position", "component", "PE(position, component)")
@@ -104,7 +96,7 @@ def positions(path: Path, look: Look) -> dict:
 
 # %% Masks: which tokens may look where. Nothing looks at padding; in a target nothing looks ahead
 @cell
-def masks(path: Path, look: Look) -> dict:
+def masks(path: Path, args: Args, model: Translator | None) -> dict:
     pairs = [("Montag", "Monday"), ("Am Montag um zehn", "on Monday at ten")]
     tokenizer = tokenizers.train_sentences((text for pair in pairs for text in pair), 300, words=True)
     known = corpus.open_corpus(pairs, tokenizer)
@@ -125,7 +117,7 @@ def masks(path: Path, look: Look) -> dict:
 
 # %% Smoothed targets: the right token less than all, the others more than nothing; then being too sure costs
 @cell
-def smoothed_targets(path: Path, look: Look) -> dict:
+def smoothed_targets(path: Path, args: Args, model: Translator | None) -> dict:
     labels = torch.tensor([3, 1, 6, 4, 2])
     smoothed = 0.6 * torch.nn.functional.one_hot(labels, 8) + 0.4 / 8
     right = torch.linspace(0.3, 0.9995, 200)
@@ -144,7 +136,7 @@ def smoothed_targets(path: Path, look: Look) -> dict:
 
 # %% The learning rate: up to the warm-up's last step, then down with the root of the step
 @cell
-def learning_rate(path: Path, look: Look) -> dict:
+def learning_rate(path: Path, args: Args, model: Translator | None) -> dict:
     steps = torch.arange(0, 20_000, 50)
     options = {"width 512, warm-up 4000": (512, 4000), "width 512, warm-up 8000": (512, 8000)}
     options |= {"width 256, warm-up 4000": (256, 4000), "width 1024, warm-up 4000": (1024, 4000)}
@@ -155,12 +147,13 @@ def learning_rate(path: Path, look: Look) -> dict:
 
 # %% Attention of a model that was trained: by translate.py, or here, to write letters in reverse
 REVERSE = transformer.Config(32, 32, layers=1, heads=2, width=64, hidden=128, dropout=0.0, context=16)
-LETTERS, BATCH = 10, 64
+LETTERS = tokenizers.train_sentences(string.ascii_lowercase, 30, words=True)
+LENGTH, BATCH = 10, 64
 
 
 def reversals(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(letters and the end, the start, the letters in reverse and the end), each (count, LETTERS + 1 or 2)."""
-    letters = random.randint(key, (count, LETTERS), 4, 30).long()
+    """(letters and the end, the start, the letters in reverse and the end), each (count, LENGTH + 1 or 2)."""
+    letters = random.randint(key, (count, LENGTH), 4, 30).long()
     end, start = torch.full((count, 1), EOS), torch.full((count, 1), BOS)
     return torch.cat([letters, end], 1), torch.cat([start, letters.flip(1), end], 1)
 
@@ -173,8 +166,8 @@ def reverse_loss(params, batch, keys) -> tuple[WeightedLoss, dict]:
 
 
 @contextlib.contextmanager
-def learned(run: Run) -> Iterator[tree.Tree]:
-    """Context in which the run is open, and a transformer has learned to reverse: its parameters, on the CPU."""
+def learned(run: Run) -> Iterator[Translator]:
+    """Context in which the run is open, and a transformer has learned to reverse letters; on the CPU."""
     create_key, data_key = random.split(random.key(run.args.common.seed)).unbind(0)
     steps, model = run.args.steps, transformer.spec(REVERSE)
     optimizer = optimizers.adam(schedules.warmup_cosine(5e-3, steps // 10, steps), 0.9, 0.98)
@@ -188,40 +181,34 @@ def learned(run: Run) -> Iterator[tree.Tree]:
             run.record(at, metrics, BATCH)
             if run.due(at, run.args.common.save_every):
                 run.save(at, state)
-        yield tree.move(state.params, "cpu")
+        yield Translator(tree.move(state.params, "cpu"), REVERSE, LETTERS)
 
 
 @cell
-def attention_maps(path: Path, look: Look) -> dict:
-    if look.translator:
-        sentence = look.args.sentence or SENTENCE
-        ((text, _),) = translations(look.translator, [sentence], Decoder())[0]
-        draw_attention(path.with_suffix(""), look.translator, sentence, text)
-        weights, read, written = maps(look.translator, sentence, text)
+def attention_maps(path: Path, args: Args, model: Translator | None) -> dict:
+    if model is None:  # in a notebook
+        with learned(begin(RUNS, args)) as model:
+            pass
+    if args.run is not None:
+        sentence = args.sentence or SENTENCE
+        ((text, _),) = translations(model, [sentence], Decoder())[0]
+        draw_attention(path.with_suffix(""), model, sentence, text)
         figures = {"translation": text}
     else:
-        with learned(begin(RUNS, look.args)) if NOTEBOOK else contextlib.nullcontext(look.params) as params:
-            source, target = reversals(random.key(look.args.common.seed), 200)
+        source, target = reversals(random.key(args.common.seed), 200)
         with torch.no_grad():
-            accuracy = reverse_loss(params, (source, target), None)[1]["accuracy"]
-            weights = transformer.attention_maps(params, (source[:1], target[:1, :-1]), REVERSE)
-        names = dict(enumerate(string.ascii_lowercase, 4)) | {EOS: "<eos>"}
-        read, written = ([names[i] for i in ids[0].tolist()] for ids in (source, target[:, 1:]))
+            accuracy = reverse_loss(model.params, (source, target), None)[1]["accuracy"]
         copied = (source == target[:, 1:]).float().mean()
         figures = {"reversed_letters_right": float(accuracy), "copied_letters_right": float(copied)}
-    cross = weights["cross"][0, -1]  # (heads, written, read)
-    size = {"width": 1.6 + 0.2 * len(read), "height": 1.6 + 0.2 * len(written)}
-    with plots.panels(path, 1, len(cross), **size) as axes:
-        for i, panel in enumerate(axes):
-            title = f"last layer, head {i + 1}"
-            plots.matrix(panel, cross[i], written, read, "read", "written", title, numbers=False)
+        sentence, text = (LETTERS.decode(ids[0].tolist()) for ids in (source, target))
+    weights, read, written = maps(model, sentence, text)
+    draw_maps(path, weights["cross"], written, read)
     return figures
 
 
 # %% Cost of attention: every position looks at every other, so twice the length is four times the work and the weights
 @cell
-def cost(path: Path, look: Look) -> dict:
-    args = look.args
+def cost(path: Path, args: Args, model: Translator | None) -> dict:
     seconds: dict[str, list[float]] = {"explicit": [], "fused": []}
     for number, length in enumerate(args.lengths):
         keys = random.split(random.fold_in(random.key(args.common.seed), number), 3)
@@ -253,12 +240,12 @@ def main(args: Args) -> None:
         raise ValueError(f"'{args.sentence}' is for a translator; name its run with --run")
     if not args.lengths:
         raise ValueError("--lengths is empty; expected at least one length")
-    translator = args.run and translators.load(open_run(args.run, translators.RUNS), "cpu")
+    translator = args.run and load(open_run(args.run, TRANSLATORS), "cpu")
     understood(print, {"attention of": args.run or "a net that learns to reverse", "lengths": args.lengths})
-    with learned(run) as params:
-        figures, look = {}, Look(args, translator, params)
+    with learned(run) as letters:
+        figures = {}
         for draw in CELLS:
-            figures |= draw(run.folder / f"{draw.__name__}.png", look)
+            figures |= draw(run.folder / f"{draw.__name__}.png", args, translator or letters)
         run.result(figures)
     print(figures.get("translation", ""), format_figures(figures), sep="\n")
     print(f"{run.seconds:.0f} s; files in {run.folder}/")

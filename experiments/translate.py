@@ -185,20 +185,11 @@ def train(args: Args) -> None:
             run.record(at, metrics, int((batch[1] != PAD).sum()))
             if run.due(at, args.eval_every):
                 run.log.metrics(at, {f"validation/{k}": v for k, v in validate(state.params, cfg, held).items()})
-                write_samples(run, Translator(state.params, cfg, tokenizer), data.validation[:4])
+                translators.write_samples(run, Translator(state.params, cfg, tokenizer), data.validation[:4])
             if run.due(at, args.common.save_every):
                 run.save(at, state)
         run.wait()
         report(run, test, data.test_sets[test], len(shapes.buckets))
-
-
-def write_samples(run: Run, model: Translator, pairs: list[Pair]) -> None:
-    """Append translations of the same sentences, with their references, to `samples.txt`."""
-    texts = [best[0][0] for best in translations(model, [source for source, _ in pairs])]
-    with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
-        file.write(f"step {run.at}\n")
-        file.writelines(f"  {s}\n  = {r}\n  > {t}\n" for (s, r), t in zip(pairs, texts, strict=True))
-        file.write("\n")
 
 
 def report(run: Run, name: str, pairs: list[Pair], shapes: int) -> None:

@@ -22,7 +22,7 @@ from train.data.text.tokenizers import BOS, EOS, PAD, SentenceTokenizer
 from train.data.translation import buckets, corpus
 from train.data.translation.files import Pair
 from train.metrics import translation
-from train.run import Count, Integer, NonNegative, Positive, SavedRun, checkpoints, command_line
+from train.run import Count, Integer, NonNegative, Positive, Run, SavedRun, checkpoints, command_line
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,15 @@ def usable(translator: Translator, parts: Iterable[list[str]]) -> Iterator[list[
         log.warning("%d of %d sentences are left empty: too long or no text", bad, total)
 
 
+def write_samples(run: Run, translator: Translator, pairs: Sequence[Pair]) -> None:
+    """Append translations of a few sentences, below their references, to the run's `samples.txt`."""
+    texts = [best[0][0] for best in translations(translator, [source for source, _ in pairs])]
+    with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(f"step {run.at}\n")
+        file.writelines(f"  {s}\n  = {r}\n  > {t}\n" for (s, r), t in zip(pairs, texts, strict=True))
+        file.write("\n")
+
+
 def copied(pairs: Sequence[Pair]) -> dict[str, float]:
     """The figures of translations that are the source sentences themselves: a baseline without a net."""
     figures = translation.scores(*zip(*pairs, strict=True))
@@ -177,18 +186,19 @@ def maps(translator: Translator, sentence: str, translation: str) -> tuple[dict[
 
 
 def draw_attention(folder: Path, translator: Translator, sentence: str, translation: str) -> None:
-    """`encoder.png`, `decoder.png` and `cross.png`: a row per layer, a column per head."""
+    """`encoder.png`, `decoder.png` and `cross.png`, each as `draw_maps`."""
     weights, read, written = maps(translator, sentence, translation)
-    layers, heads = translator.cfg.layers, translator.cfg.heads
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows, columns in (
-        ("encoder", read, read),
-        ("decoder", written, ["<bos>", *written[:-1]]),
-        ("cross", written, read),
-    ):
-        size = {"width": 1.6 + 0.17 * len(columns), "height": 1.6 + 0.17 * len(rows)}
-        with plots.panels(folder / f"{name}.png", layers, heads, **size) as axes:
-            for i, panel in enumerate(axes):
-                layer, head = divmod(i, heads)
-                title = f"layer {layer + 1}, head {head + 1}"
-                plots.matrix(panel, weights[name][0, layer, head], rows, columns, title=title, numbers=False)
+    draw_maps(folder / "encoder.png", weights["encoder"], read, read)
+    draw_maps(folder / "decoder.png", weights["decoder"], written, ["<bos>", *written[:-1]])
+    draw_maps(folder / "cross.png", weights["cross"], written, read)
+
+
+def draw_maps(path: Path, weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Attention weights (1, layers, heads, rows, columns): a row of panels per layer, a column per head."""
+    (layers, heads), size = weights.shape[1:3], {"width": 1.6 + 0.17 * len(columns), "height": 1.6 + 0.17 * len(rows)}
+    with plots.panels(path, layers, heads, **size) as axes:
+        for i, panel in enumerate(axes):
+            layer, head = divmod(i, heads)
+            title = f"layer {layer + 1}, head {head + 1}"
+            plots.matrix(panel, weights[0, layer, head], rows, columns, title=title, numbers=False)

@@ -198,6 +198,20 @@ def test_the_batch_is_a_function_of_key_and_step(corpus):
     assert shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
 
 
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_batches_are_filled_up_for_micro_batches(parts, corpus):
+    """By rows in which no token counts."""
+    buckets = make_buckets(corpus, 256, 64)
+    for step in range(3):
+        source, target = batch_at(corpus, buckets, KEY, step)
+        rows = len(source)
+        filled = batch_at(corpus, buckets, KEY, step, parts)
+        assert len(filled[0]) == len(filled[1]) == -(-rows // parts) * parts
+        assert torch.equal(filled[0][:rows], source) and torch.equal(filled[1][:rows], target)
+        assert (filled[0][rows:, 0] == EOS).all() and (filled[0][rows:, 1:] == PAD).all()
+        assert (filled[1][rows:, 0] == BOS).all() and (filled[1][rows:, 1:] == PAD).all()
+
+
 def test_the_order_is_that_of_the_keys():
     corpus = of_lengths([(3, 3)] * 12)
     buckets = make_buckets(corpus, 20, 10)

@@ -15,7 +15,7 @@ from train.data import DataError
 from train.data.text.tokenizers import train_sentences
 from train.data.translation import sets as pair_sets
 from train.data.translation.corpus import open_corpus
-from train.data.translation.sets import Download, open_pairs
+from train.data.translation.sets import Download, open_pairs, open_tests
 
 DATA = os.environ.get("FUNCTREE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="FUNCTREE_DATA does not name a folder with real data sets")
@@ -101,6 +101,56 @@ def test_own_files_without_validation(how, tmp_path):
     actual = open_pairs(data[how])
     assert actual.validation == [("99", "99"), ("199", "199")] and actual.tests == {}
     assert [s for s, _ in actual.train] == [n for n in NUMBERS if n not in ("99", "199")]
+
+
+@pytest.mark.parametrize(
+    ("data", "sizes"),
+    [
+        ("table.tsv", {"table.tsv": 250}),
+        ("news.de,news.en", {"news.de": 3}),
+        ("news", {"news": 3}),
+        ("whole", {"test_a": 1, "test_b": 2}),
+        ("tests", {"test": 2}),
+        ("parts", {"validation": 1}),
+        ("dates", {"test": 500}),
+    ],
+)
+def test_pairs_to_evaluate_on(data, sizes, tmp_path, monkeypatch):
+    """All that is named, and no training part."""
+    monkeypatch.chdir(
+        write(tmp_path, news_de=GERMAN, news_en=ENGLISH, table_tsv=["de\ten"] + [f"{n}\t1" for n in NUMBERS])
+    )
+    train = {"train_de": GERMAN, "train_en": ENGLISH}
+    first = {"test_a_de": GERMAN[:1], "test_a_en": ENGLISH[:1]}
+    write(tmp_path / "whole", **train, **first, test_b_tsv=["eins\tone", "zwei\ttwo"])
+    write(tmp_path / "tests", test_tsv=["eins\tone", "zwei\ttwo"])
+    write(tmp_path / "parts", **train, val_tsv=["eins\tone"])
+    tests = open_tests(data)
+    assert {name: len(pairs) for name, pairs in tests.items()} == sizes
+    assert open_tests(data, "en", "de").keys() == sizes.keys()
+
+
+def test_nothing_to_evaluate_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, few_de=GERMAN, few_en=[""] * 3))
+    with pytest.raises(DataError, match="not one pair of sentences, as all of few.en is empty"):
+        open_tests("few.de,few.en")
+    with pytest.raises(DataError, match="'nothing' does not exist"):
+        open_tests("nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no train.de and train.en"):
+        open_tests("empty")
+
+
+def test_parts_that_fit():
+    tokenizer = train_sentences([*GERMAN, *ENGLISH], 300)
+    long = ("ja " * 20, "yes")
+    parts, notes = pair_sets.fit(
+        {"validation": [("eins", "one")], "test": [long, ("drei", "three"), long]}, tokenizer, 12
+    )
+    assert parts == {"validation": [("eins", "one")], "test": [("drei", "three")]}
+    assert notes == ["test: 2 pairs with over 12 tokens"]
+    with pytest.raises(DataError, match="test: not one of 1 pairs has up to 12 tokens on both sides"):
+        pair_sets.fit({"test": [long]}, tokenizer, 12)
 
 
 @pytest.mark.parametrize(
