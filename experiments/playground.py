@@ -166,7 +166,7 @@ def reverse_loss(params, batch, keys) -> tuple[WeightedLoss, dict]:
 
 
 @contextlib.contextmanager
-def learned(run: Run) -> Iterator[Translator]:
+def reverser(run: Run) -> Iterator[Translator]:
     """Context in which the run is open, and a transformer has learned to reverse letters; on the CPU."""
     create_key, data_key = random.split(random.key(run.args.common.seed)).unbind(0)
     steps, model = run.args.steps, transformer.spec(REVERSE)
@@ -187,7 +187,7 @@ def learned(run: Run) -> Iterator[Translator]:
 @cell
 def attention_maps(path: Path, args: Args, model: Translator | None) -> dict:
     if model is None:  # in a notebook
-        with learned(begin(RUNS, args)) as model:
+        with reverser(begin(RUNS, args)) as model:
             pass
     if args.run is not None:
         sentence = args.sentence or SENTENCE
@@ -228,9 +228,7 @@ def cost(path: Path, args: Args, model: Translator | None) -> dict:
         for panel in axes:
             panel.set_xscale("log", base=2)
             panel.set_xticks(args.lengths, map(str, args.lengths))
-    return {
-        f"{name}/{n}/seconds": t for name, times in seconds.items() for n, t in zip(args.lengths, times, strict=True)
-    }
+    return {f"{name}/{n}/seconds": seconds[name][i] for name in seconds for i, n in enumerate(args.lengths)}
 
 
 # %% All of them, as a script
@@ -242,7 +240,7 @@ def main(args: Args) -> None:
         raise ValueError("--lengths is empty; expected at least one length")
     translator = args.run and load(open_run(args.run, TRANSLATORS), "cpu")
     understood(print, {"attention of": args.run or "a net that learns to reverse", "lengths": args.lengths})
-    with learned(run) as letters:
+    with reverser(run) as letters:
         figures = {}
         for draw in CELLS:
             figures |= draw(run.folder / f"{draw.__name__}.png", args, translator or letters)

@@ -162,17 +162,17 @@ def train(args: Args) -> None:
     data = data._replace(validation=parts.pop("validation"), tests=parts)
     cache = None if args.data == "dates" else RUNS / "corpora"
     pairs = corpus.open_corpus(data.train, tokenizer, cache, longest=cfg.context)
-    held = corpus.open_corpus(data.validation, tokenizer)
+    validation = corpus.open_corpus(data.validation, tokenizer)
     shapes = buckets.make_buckets(pairs, args.tokens, cfg.context, args.shapes)
     test = next(iter(data.test_sets))
-    facts = pair_sets.facts(data, pairs, left_out=left_out) | translators.copied(data.test_sets[test])
+    facts = pair_sets.facts(data, pairs, left_out=left_out) | translators.copy_baseline(data.test_sets[test])
     understood(print, facts | {"vocabulary": tokenizer.vocabulary_size, "net": cfg})
 
     init_key, run_key, order_key = random.split(random.key(args.common.seed), 3).unbind(0)
     model, rate = transformer.spec(cfg), schedules.noam(cfg.width, args.warmup, args.factor)
     optimizer = optimizers.adam(rate, 0.9, 0.98, eps=1e-9)  # section 5.3 of the paper
     state = start(run_key.to(run.device), spec.init(init_key.to(run.device), model), model, optimizer)
-    state = run.restore(state, {"net": cfg, "data": fingerprint(pairs, held)}, args.steps)
+    state = run.restore(state, {"net": cfg, "data": fingerprint(pairs, validation)}, args.steps)
     objective = functools.partial(loss, cfg=cfg, smoothing=args.label_smoothing)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
     step = make_step(objective, optimizer, donate=True, **options)
@@ -184,7 +184,7 @@ def train(args: Args) -> None:
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, int((batch[1] != PAD).sum()))
             if run.due(at, args.eval_every):
-                run.log.metrics(at, {f"validation/{k}": v for k, v in validate(state.params, cfg, held).items()})
+                run.log.metrics(at, {f"validation/{k}": v for k, v in validate(state.params, cfg, validation).items()})
                 translators.write_samples(run, Translator(state.params, cfg, tokenizer), data.validation[:4])
             if run.due(at, args.common.save_every):
                 run.save(at, state)

@@ -155,7 +155,7 @@ def write_samples(run: Run, translator: Translator, pairs: Sequence[Pair]) -> No
         file.write("\n")
 
 
-def copied(pairs: Sequence[Pair]) -> dict[str, float]:
+def copy_baseline(pairs: Sequence[Pair]) -> dict[str, float]:
     """The figures of translations that are the source sentences themselves: a baseline without a net."""
     figures = translation.scores(*zip(*pairs, strict=True))
     return {"copy_bleu": figures["bleu"], "copy_chrf": figures["chrf"]}
@@ -164,10 +164,10 @@ def copied(pairs: Sequence[Pair]) -> dict[str, float]:
 def evaluate(
     translator: Translator, pairs: Sequence[Pair], decoder: Decoder = GREEDY
 ) -> tuple[dict[str, float | str], list[str]]:
-    """(The figures of the translations beside those of `copied`, the translations)."""
+    """(The figures of the translations beside those of `copy_baseline`, the translations)."""
     sources, references = zip(*pairs, strict=True)
     texts = [best[0][0] for best in translations(translator, sources, decoder)]
-    return {**translation.scores(texts, references), **copied(pairs)}, texts
+    return {**translation.scores(texts, references), **copy_baseline(pairs)}, texts
 
 
 SUMMARY = """\
