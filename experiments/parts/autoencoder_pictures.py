@@ -1,140 +1,195 @@
-"""Pictures of an autoencoder that was trained."""
+"""Pictures of a trained autoencoder, and the sub-commands that draw them: sample, reconstruct, interpolate."""
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from core import random, tree
-from experiments.parts.autoencoder import Trained, corrupted, decoded, encoded, in_turn, integers, sampled
-from nets.generative import vqvae
+from experiments.parts.autoencoder import Autoencoder, every_class
 from train import plots
+from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
+from train.losses import variational
 from train.plots import gan as gan_plots
-from train.run.logs import read_curves
+from train.run import Count, FromRun, Natural, Positive, SavedRun, command_line, open_run
+from train.run.run import unused
 
 SHOWN = 10  # images in a row
 EMBEDDED = 1000  # codes in the plane, at most
 
 
-def draw(folder: Path, values: tree.Tree, who: Trained, test: Labelled, key: Tensor, log=print) -> None:
-    """All pictures of a run."""
-    images, labels = test.images[:SHOWN], test.labels[:SHOWN]
-    draw_reconstructions(folder / "reconstructions.png", values, who, images, labels, key)
-    draw_walks(folder / "walk.png", values, who, test, torch.arange(min(SHOWN, len(labels))))
-    if who.quantised or who.variational:
-        draw_samples(folder / "samples.png", values, who, random.fold_in(key, 2))
-    if not who.quantised and who.cfg.latent == 2:
-        draw_latent_grid(folder / "latent_grid.png", values, who, test)
-    codes = encoded(values, who, test.images, test.labels)
-    if who.quantised:
-        draw_usage(folder / "usage.png", integers(values, who, codes), who.cfg)
-    log("drawing the codes (PCA, t-SNE) ...")
-    draw_codes(folder / "codes.png", codes[:EMBEDDED].flatten(1), test.labels[:EMBEDDED], who.classes)
+def draw(folder: Path, model: Autoencoder, test: Labelled, key: Tensor) -> Tensor:
+    """The pictures that every autoencoder has, in the folder of its run; returns the codes of the test images."""
+    first = Labelled(*(part[:SHOWN] for part in test))
+    draw_reconstructions(folder / "reconstructions.png", model, first, key)
+    draw_walks(folder / "walk.png", model, test, torch.arange(len(first.labels)))
+    if model.sample is not None:
+        draw_samples(folder / "samples.png", model, random.fold_in(key, 2))
+    codes = model.encode(*test)
+    print("drawing the codes (PCA, t-SNE) ...")
+    draw_codes(folder / "codes.png", codes[:EMBEDDED].flatten(1), test.labels[:EMBEDDED], model.classes)
+    return codes
 
 
-def draw_reconstructions(path: Path, values: tree.Tree, who: Trained, images, labels, key: Tensor) -> None:
-    """Images (count, ...) over what comes back; between them what a denoising autoencoder is shown."""
-    rows, shown = {"image": images}, images
-    if who.noise:
-        rows["shown"] = shown = corrupted(images, random.sites(key, len(images)), who.noise)
-    rows["back"] = decoded(values, who, encoded(values, who, shown, labels), labels)
-    columns = [who.classes[i] for i in labels.tolist()]
+def draw_reconstructions(path: Path, model: Autoencoder, images: Labelled, key: Tensor) -> Tensor:
+    """Images above their reconstructions, which are returned; between them the corrupted ones, if there are any."""
+    rows = {"image": images.images}
+    if model.corrupt is not None:
+        rows["corrupted"] = model.corrupt(images.images, random.sites(key, len(images.labels)))
+    shown = list(rows.values())[-1]
+    rows["back"] = model.decode(model.encode(shown, images.labels), images.labels)
+    columns = [model.classes[i] for i in images.labels.tolist()]
     gan_plots.image_table(path, torch.stack(list(rows.values())), list(rows), columns)
+    return rows["back"]
 
 
-def draw_walks(path: Path, values: tree.Tree, who: Trained, test: Labelled, chosen: Tensor, steps: int = 9) -> None:
-    """Straight lines between the codes of two images a row, chosen[0] to chosen[1], chosen[2] to chosen[3] ..., between
-    the images themselves. A class goes over into the other at half of the way."""
-    chosen = chosen[: len(chosen) // 2 * 2].to(test.labels.device)
-    images, labels = test.images[chosen], test.labels[chosen]
-    codes = encoded(values, who, images, labels)
+def draw_walks(path: Path, model: Autoencoder, test: Labelled, ends: Tensor, steps: int = 9) -> None:
+    """Straight lines between codes, one per row, with the two images at its ends: ends[0] to ends[1], ends[2] to
+    ends[3] ... The class changes at half of the way."""
+    ends = ends[: len(ends) // 2 * 2].to(test.labels.device)
+    images, labels = test.images[ends], test.labels[ends]
+    codes = model.encode(images, labels)
     way = torch.linspace(0, 1, steps, device=codes.device).reshape(1, -1, *(1,) * (codes.ndim - 1))
-    between = (1 - way) * codes[::2, None] + way * codes[1::2, None]
-    later = torch.arange(steps, device=codes.device) >= steps / 2
-    classes = torch.where(later, labels[1::2, None], labels[::2, None])
-    found = decoded(values, who, between.flatten(0, 1), classes.flatten()).reshape(*classes.shape, *images.shape[1:])
-    table = torch.cat([images[::2, None], found, images[1::2, None]], 1)
+    between = (1 - way) * codes[::2, None] + way * codes[1::2, None]  # (rows, steps, ...)
+    second_half = torch.arange(steps, device=codes.device) >= steps / 2
+    classes = torch.where(second_half, labels[1::2, None], labels[::2, None])  # (rows, steps)
+    decoded = model.decode(between.flatten(0, 1), classes.flatten()).unflatten(0, classes.shape)
+    table = torch.cat([images[::2, None], decoded, images[1::2, None]], 1)
     columns = ["image", *(f"{w:.2f}" for w in way.flatten().tolist()), "image"]
     gan_plots.image_table(path, table, None, columns, "From the code of one image to that of another")
 
 
-def draw_samples(path: Path, values: tree.Tree, who: Trained, key: Tensor) -> None:
-    """64 samples, or a class a row where the model knows classes."""
-    device, classes = key.device, who.conditional
-    labels = in_turn(who, 64, device) if not classes else torch.arange(classes, device=device).repeat_interleave(SHOWN)
-    images = sampled(values, who, key, labels)
-    if not classes:
+def draw_samples(path: Path, model: Autoencoder, key: Tensor) -> None:
+    """64 samples, or a row per class where the model is conditional."""
+    if not model.conditional:
+        images = model.sample(key, every_class(model, 64, key.device), 1.0)
         plots.image_grid(path, images, 8, title="Samples", scale=0.6)
         return
-    table = images.reshape(classes, SHOWN, *images.shape[1:])
-    gan_plots.image_table(path, table, who.classes, None, "Samples, a class a row", scale=0.6)
-
-
-def draw_latent_grid(path: Path, values: tree.Tree, who: Trained, test: Labelled, side: int = 20) -> None:
-    """The decoder over a code of two numbers: at the quantiles of the Gaussian prior (Kingma and Welling 2014, figure
-    4), or, where there is none, of the codes of the test images. A conditional decoder draws the class in the middle of
-    its list."""
-    place = (torch.arange(side, device=test.labels.device) + 0.5) / side
-    if who.variational:
-        xs = ys = torch.special.ndtri(place)
-    else:
-        xs, ys = torch.quantile(encoded(values, who, test.images, test.labels), place, 0).unbind(1)
-    codes = torch.stack(torch.meshgrid(xs, ys.flip(0), indexing="xy"), -1).reshape(-1, 2)
-    labels = torch.full_like(codes[:, 0], len(who.classes) // 2, dtype=torch.int64)
-    images = decoded(values, who, codes, labels)
-    what = f", class {who.classes[len(who.classes) // 2]}" if who.conditional else ""
-    of = "the prior" if who.variational else "the codes"
-    table = images.reshape(side, side, *images.shape[1:])
-    gan_plots.image_table(path, table, None, None, f"The decoder at quantiles of {of}{what}", scale=0.36)
-
-
-def draw_usage(path: Path, codes: Tensor, cfg: vqvae.Config) -> None:
-    """How often each row of the codebook is chosen, in descending order."""
-    counts = vqvae.usage(codes, cfg).cpu()
-    share, rank = 100 * counts.sort(descending=True).values / counts.sum(), torch.arange(1, cfg.codes + 1)
-    lines = {"test images": (rank, share), "even use": (rank, torch.full_like(share, 100 / cfg.codes))}
-    title = f"{int((counts > 0).sum())} of {cfg.codes} codes used, perplexity {float(vqvae.perplexity(counts)):.1f}"
-    plots.curves(path, lines, "code, by its use", "% of the places", title)
+    labels = torch.arange(len(model.classes), device=key.device).repeat_interleave(SHOWN)
+    table = model.sample(key, labels, 1.0).unflatten(0, (-1, SHOWN))  # (classes, SHOWN, channels, height, width)
+    gan_plots.image_table(path, table, model.classes, None, "Samples, a row per class", scale=0.6)
 
 
 def draw_codes(path: Path, codes: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
-    """Codes (count, numbers) in the plane: by their first two principal components, and by t-SNE."""
-    from sklearn.decomposition import PCA
+    """Codes (count, dimensions) in the plane: by their first two principal components, and by t-SNE."""
     from sklearn.manifold import TSNE
 
-    x, labels = codes.double().cpu().numpy(), labels.cpu()
-    flat = x if x.shape[1] == 2 else PCA(2, random_state=0).fit_transform(x)
-    near = TSNE(2, perplexity=min(30, (len(x) - 1) / 3), init="random", random_state=0, n_jobs=1).fit_transform(x)
+    x, labels = codes.double().cpu(), labels.cpu()
+    dimensions = x.shape[1]
+    flat, name = x, "The codes, of two dimensions"
+    if dimensions != 2:
+        # X = U S V^T, centred: the first principal components are U S, and U S^2 U^T = X X^T.
+        squares, axes = torch.linalg.eigh((x - x.mean(0)) @ (x - x.mean(0)).T)  # ascending
+        flat = axes[:, [-1, -2]] * squares[[-1, -2]].clamp(min=0).sqrt()
+        name = f"PCA of the codes, of {dimensions} dimension{'s' * (dimensions > 1)}"
+    perplexity = min(30, (len(x) - 1) / 3)
+    near = TSNE(2, perplexity=perplexity, init="random", random_state=0, n_jobs=1).fit_transform(x.numpy())
     with plots.panels(path, 1, 2, 5.2, 4.8) as (left, right):
-        name = "The two numbers of a code" if x.shape[1] == 2 else f"PCA of the {x.shape[1]} numbers of a code"
         plots.scatter(left, flat, labels, classes, name)
         plots.scatter(right, near, labels, classes, "t-SNE of the codes")
 
 
-def draw_curves(folder: Path, who: Trained) -> None:
-    """loss.png, from the log of a run."""
-    if who.quantised:
-        with plots.panels(folder / "loss.png", 1, 2, 5.6, 4.0) as (left, right):
-            lines = read_curves(folder, "train/error", "test/error")
-            plots.curves(left, lines, ylabel="squared error of a pixel", title="Reconstruction", log=True)
-            plots.curves(
-                right, read_curves(folder, "prior/loss", "test/prior_nats"), ylabel="nats a code", title="Prior"
-            )
-        return
-    if not who.variational:
-        lines = read_curves(folder, "train/loss", "test/reconstruction")
-        lines = {"train": lines["train/loss"], "test": _minus(lines["test/reconstruction"])}
-        plots.curves(folder / "loss.png", lines, ylabel="nats an image", title="-log p(x | z)")
-        return
-    names = {"train/elbo": "train", "test/elbo": "test", "train/bound": "train, importance-weighted bound"}
-    lines = read_curves(folder, *names, "test/reconstruction", "test/kl")
-    bound = {said: _minus(lines[name]) for name, said in names.items() if lines[name][0]}
-    parts = {"-log p(x | z)": _minus(lines["test/reconstruction"]), "KL(q(z | x) || p(z))": lines["test/kl"]}
-    with plots.panels(folder / "loss.png", 1, 2, 5.6, 4.0) as (left, right):
-        plots.curves(left, bound, ylabel="nats an image", title="-ELBO")
-        plots.curves(right, parts, ylabel="nats an image", title="Its parts, test images")
+def draw_latent_grid(path: Path, model: Autoencoder, codes: Tensor, side: int = 20) -> None:
+    """The decoder over codes of two dimensions: at the quantiles of the Gaussian prior (Kingma and Welling 2014, figure
+    4), or, where there is none, of `codes` (N, 2). A conditional decoder draws the class in the middle of its list."""
+    quantiles = (torch.arange(side, device=codes.device) + 0.5) / side
+    if model.sample is not None:
+        xs = ys = torch.special.ndtri(quantiles)
+    else:
+        xs, ys = torch.quantile(codes, quantiles, 0).unbind(1)
+    grid = torch.stack(torch.meshgrid(xs, ys.flip(0), indexing="xy"), -1).reshape(-1, 2)
+    middle = len(model.classes) // 2
+    table = model.decode(grid, torch.full_like(grid[:, 0], middle, dtype=torch.int64)).unflatten(0, (side, side))
+    label = f", class {model.classes[middle]}" if model.conditional else ""
+    of = "the prior" if model.sample is not None else "the codes"
+    gan_plots.image_table(path, table, None, None, f"The decoder at quantiles of {of}{label}", scale=0.36)
 
 
-def _minus(line: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    return line[0], [-y for y in line[1]]
+@dataclass(frozen=True)
+class SampleArgs(FromRun):
+    count: Count = 64
+    """Number of samples."""
+    label: Natural | None = None
+    """Class of all samples, where the model is conditional; every class in turn if None."""
+    temperature: Positive = 1.0
+    """Standard deviation of Gaussian codes; divisor of the logits of a prior of discrete ones."""
+    seed: Natural = 0
+    """Seed of the codes."""
+    out: Path | None = None
+    """New picture; RUN/sampled.png, numbered if it exists, if None."""
+
+
+@dataclass(frozen=True)
+class ReconstructArgs(FromRun):
+    count: Count = 20
+    """Number of test images."""
+    seed: Natural = 0
+    """Seed of their choice."""
+    out: Path | None = None
+    """New picture; RUN/reconstructed.png, numbered if it exists, if None."""
+
+
+@dataclass(frozen=True)
+class InterpolateArgs(FromRun):
+    images: tuple[Natural, ...] = (0, 1, 2, 3, 4, 5)
+    """Indices of test images: from the first to the second, from the third to the fourth ..."""
+    steps: Count = 9
+    """Images on the way."""
+    out: Path | None = None
+    """New picture; RUN/interpolated.png, numbered if it exists, if None."""
+
+
+Load = Callable[[SavedRun, torch.device], Autoencoder]
+
+
+def commands(root: Path, load: Load) -> dict[str, tuple]:
+    """The sub-commands of a script whose runs are in `root`; `load` gives the autoencoder of a run, on a device."""
+    table = ((SampleArgs, sample), (ReconstructArgs, reconstruct), (InterpolateArgs, interpolate))
+    return {f.__name__: (kind, functools.partial(f, root, load)) for kind, f in table}
+
+
+def sample(root: Path, load: Load, args: SampleArgs) -> None:
+    run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
+    model = load(run, device)
+    if model.sample is None:
+        raise ValueError(f"'{args.run}' has an autoencoder without a prior to sample codes from")
+    if args.label is not None and not (model.conditional and args.label < len(model.classes)):
+        kinds = f"0 to {len(model.classes) - 1}" if model.conditional else "none: this model is not conditional"
+        raise ValueError(f"--label is {args.label}; expected {kinds}")
+    path = unused(args.out, args.run / "sampled.png")
+    labels = every_class(model, args.count, device)
+    labels = labels if args.label is None else torch.full_like(labels, args.label)
+    plots.image_grid(path, model.sample(random.key(args.seed, device), labels, args.temperature), scale=0.6)
+    print(f"{args.count} samples in {path}")
+
+
+def reconstruct(root: Path, load: Load, args: ReconstructArgs) -> None:
+    run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
+    test = test_images(run)
+    if args.count > len(test.labels):
+        raise ValueError(f"--count is {args.count}, but there are {len(test.labels)} test images")
+    path, key = unused(args.out, args.run / "reconstructed.png"), random.key(args.seed)
+    rows = random.permutation(key, len(test.labels))[: args.count]
+    some = tree.move(Labelled(test.images[rows], test.labels[rows]), device)
+    back = draw_reconstructions(path, load(run, device), some, key.to(device))
+    error = float(variational.squared_error(back, some.images).mean())
+    print(f"{args.count} test images, squared error per pixel {error:.4g}, in {path}")
+
+
+def interpolate(root: Path, load: Load, args: InterpolateArgs) -> None:
+    run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
+    test, ends = test_images(run), args.images
+    if len(ends) < 2 or len(ends) % 2 or max(ends) >= len(test.labels):
+        numbers = " ".join(map(str, ends))
+        raise ValueError(f"--images {numbers}: expected pairs of numbers from 0 to {len(test.labels) - 1}")
+    path = unused(args.out, args.run / "interpolated.png")
+    draw_walks(path, load(run, device), tree.move(test, device), torch.tensor(ends), args.steps)
+    print(f"{len(ends) // 2} walks in {path}")
+
+
+def test_images(run: SavedRun) -> Labelled:
+    return image_sets.read_all(run.config["args"]["data"], run.config["args"]["size"]).test

@@ -1,142 +1,105 @@
 import functools
 import math
-import shutil
-import signal
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from nets.generative import autoencoder, pixelcnn, vqvae
+from core import random
+from experiments.parts import variational
+from nets.generative import autoencoder
 from tests.experiments import runs
-from tests.experiments.runs import config, flag_id, is_png, metrics, result, same_bits
+from tests.experiments.runs import config, flag_id, is_png, metrics, result
+from tests.experiments.test_laws import final_state
 from train import plots
 from train.data.images import arrays
-from train.run import checkpoints
-from train.run import run as train_runs
+from train.run import open_run
 
-call, refused, start = (functools.partial(function, "vae") for function in (runs.call, runs.refused, runs.start))
+call, refused = (functools.partial(function, "vae") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "4", "--batch", "50", "--save-every", "2", "--test-every", "2", "--no-compile")
 SMALL = ("--width", "16", "--bound-samples", "3")
-CODEBOOK = ("--model", "vq-vae", "--width", "8", "--codes", "8", "--steps", "3", "--prior-steps", "3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_pictures():
-    """t-SNE of fewer codes, and a prior of fewer channels."""
-    from experiments.parts import autoencoder_pictures
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder_pictures, "EMBEDDED", 40)
-        patch.setitem(pixelcnn.PRESETS, "digits", pixelcnn.Config((4, 4), 64, 8, 2, 3, hidden=8))
-        yield
 
 
 @pytest.fixture
 def without_codes(monkeypatch):
-    """PCA and t-SNE are drawn by `place` already."""
+    """PCA and t-SNE are drawn by the laws already."""
     monkeypatch.setattr("experiments.parts.autoencoder_pictures.draw_codes", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Finished runs, not to be changed: `whole`, a VAE with codes of two numbers, and `codebook`, a VQ-VAE."""
+    """A finished run of a VAE with codes in the plane, runs/vae/whole; not to be changed by a test."""
     folder = tmp_path_factory.mktemp("vae")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        runs.undrawn(patch)
         assert call(*QUICK, *SMALL, "--latent", "2", "--name", "whole") == 0
-        assert call(*QUICK, *CODEBOOK, "--revive-every", "2", "--name", "codebook") == 0
     return folder
 
 
-def learned(run):
-    """Both trees of a run."""
-    quantised = config(run)["args"]["model"] == "vq-vae"
-    cfg = train_runs.read_config(run, "net", vqvae.Config if quantised else autoencoder.Config)
-    found = [train_runs.learned(run, (vqvae if quantised else autoencoder).spec(cfg), "model", averaged=False)]
-    if quantised:
-        prior = train_runs.read_config(run, "prior", pixelcnn.Config)
-        found.append(train_runs.learned(run, pixelcnn.spec(prior), "prior", averaged=False))
-    return found
+def noise_folder(folder, count, size=(20, 24)):
+    """A folder of pictures, without sub-folders, and one file that is none."""
+    folder.mkdir()
+    for i in range(count):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
 
 
-def test_folder_of_a_run(place):
+def test_figures(place):
     run = place / "runs" / "vae" / "whole"
-    assert checkpoints.steps(run / "checkpoints") == [2, 4]
-    names = ("reconstructions", "samples", "latent_grid", "walk", "codes", "loss")
-    assert all(is_png(run / f"{name}.png") for name in names)
     figures, last = result(run), metrics(run)[-1]
     assert figures["elbo"] == pytest.approx(figures["reconstruction"] - figures["kl"], abs=1e-4)
     assert figures["elbo"] == last["test/elbo"] and 0 <= figures["active_units"] <= 2
 
 
-def test_figures_against_distributions(place):
-    """The bound's parts by torch.distributions on the same draws, and log p(x) over a fine grid of the plane."""
-    from core import random
-    from experiments.parts.autoencoder import Trained, figures_of
-
-    run = place / "runs" / "vae" / "whole"
-    (values,) = learned(run)
-    cfg = train_runs.read_config(run, "net", autoencoder.Config)
-    test = arrays.digits()[1]
+def test_figures_against_distributions(place, monkeypatch):
+    """The bound's parts by torch.distributions with the same samples, and log p(x) over a fine grid of the plane."""
+    monkeypatch.chdir(place)
+    run = open_run(place / "runs" / "vae" / "whole", Path("runs/vae"))
+    cfg = run.read("net", autoencoder.Config)
+    values = run.learned(autoencoder.spec(cfg), averaged=False)
+    learn, test = arrays.digits()
     part = test._replace(images=test.images[:20], labels=test.labels[:20])
     key = random.key(3)
-    figures = figures_of({"model": values}, Trained(cfg, tuple("0123456789")), part, key, 2000)
+    figures = variational.figures_of(values, cfg, part, key, samples=2000)
     q = autoencoder.encode(values, part.images, cfg)
     z = autoencoder.draw(q, random.sites(key, 20))
 
-    def given(z, x):
+    def log_p(z, x):
         output = torch.distributions.Bernoulli(logits=autoencoder.decode(values, z, cfg), validate_args=False)
         return output.log_prob(x).flatten(1).sum(1)
 
     posterior = torch.distributions.Normal(q.mean, (0.5 * q.log_variance).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
     assert figures["kl"] == pytest.approx(float(kl), rel=1e-4)
-    assert figures["reconstruction"] == pytest.approx(float(given(z, part.images).mean()), rel=1e-5)
+    assert figures["reconstruction"] == pytest.approx(float(log_p(z, part.images).mean()), rel=1e-5)
     axis = torch.linspace(-6, 6, 121)
     grid = torch.cartesian_prod(axis, axis)
     weight = torch.distributions.Normal(0.0, 1.0).log_prob(grid).sum(1) + 2 * math.log(0.1)
-    exact = torch.stack([(given(grid, x.expand(len(grid), *x.shape)) + weight).logsumexp(0) for x in part.images])
+    exact = torch.stack([(log_p(grid, x.expand(len(grid), *x.shape)) + weight).logsumexp(0) for x in part.images])
     assert figures["log_likelihood"] == pytest.approx(float(exact.mean()), abs=0.02)
 
 
-def test_folder_of_a_codebook(place):
-    run = place / "runs" / "vae" / "codebook"
-    assert checkpoints.steps(run / "checkpoints") == [2, 4, 6]  # 3 steps and 3 of the prior
-    assert all(is_png(run / f"{name}.png") for name in ("reconstructions", "samples", "usage", "walk", "codes", "loss"))
-    figures = result(run)
-    assert 0 < figures["codes_used"] <= 1 and 1 <= figures["perplexity"] <= 8 and figures["prior_nats"] > 0
-    seen = [line for line in metrics(run) if "test/prior_nats" in line]
-    assert [line["step"] for line in seen] == [4, 6] and "test/error" not in seen[0]
+def test_mean_image_against_distributions():
+    """The baseline without a net, of both likelihoods."""
+    learn, test = arrays.digits()
+    mean = learn.images.mean(0)
+    figures = variational.mean_image(learn, test, autoencoder.Config())
+    output = torch.distributions.Bernoulli(mean.clamp(1e-6, 1 - 1e-6), validate_args=False)
+    expected = output.log_prob(test.images).flatten(1).sum(1).mean()
+    assert figures["mean_image_log_likelihood"] == pytest.approx(float(expected), rel=1e-5)
+    assert figures["mean_image_error"] == pytest.approx(float((test.images - mean).square().mean()), rel=1e-5)
+    for learned in (True, False):
+        cfg = autoencoder.Config(output="mean", learned_variance=learned)
+        output = torch.distributions.Normal(mean, (learn.images - mean).square().mean().sqrt() if learned else 1.0)
+        expected = output.log_prob(test.images).flatten(1).sum(1).mean()
+        assert variational.mean_image(learn, test, cfg)["mean_image_log_likelihood"] == pytest.approx(
+            float(expected), rel=1e-5
+        )
 
 
-@pytest.mark.parametrize(("name", "left"), [("whole", 2), ("codebook", 2), ("codebook", 4)])
-def test_resumed_run_has_the_same_bits(name, left, here, without_codes):
-    """Also one that was stopped while the prior learned."""
-    run = here / "runs" / "vae" / name
-    whole, figures = learned(run), result(run)
-    for step in checkpoints.steps(run / "checkpoints"):
-        if step > left:
-            shutil.rmtree(run / "checkpoints" / str(step))
-    assert checkpoints.latest(run / "checkpoints") == left
-    assert call("--resume", "--name", name) == 0
-    again = result(run)
-    assert all(same_bits(a, b) for a, b in zip(learned(run), whole, strict=True))
-    assert all(again[name] == figures[name] for name in figures if name != "seconds")
-
-
-def test_interrupted(here, without_codes):
-    """Ctrl-C saves; what is resumed ends as if it had not happened."""
-    flags = ("--batch", "50", "--steps", "40", "--save-every", "10", "--no-compile", *SMALL)
-    process = start(here, *flags, "--name", "cut")
-    runs.wait_for_step(process, here / "runs" / "vae" / "cut", 10)
-    process.send_signal(signal.SIGINT)
-    code, out, _ = runs.finish(process)
-    at = checkpoints.latest(here / "runs" / "vae" / "cut" / "checkpoints")
-    assert code == 0 and (at == 40 or f"stopped at step {at}" in out)
-    assert call("--resume", "--name", "cut") == 0 and call(*flags, "--name", "uncut") == 0
-    assert same_bits(*(learned(here / "runs" / "vae" / name)[0] for name in ("cut", "uncut")))
-
-
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("model", "flags", "pictures"),
     [
@@ -146,17 +109,20 @@ def test_interrupted(here, without_codes):
         ("vae", ("--likelihood", "gaussian", "--beta", "4"), ("samples",)),
         ("conditional-vae", ("--kind", "convolutional", "--latent", "2"), ("samples", "latent_grid")),
         ("iwae", ("--samples", "3"), ("samples",)),
-        ("vq-vae", ("--codebook", "loss", "--codes", "8", "--revive-every", "5", "--prior-steps", "2"), ("samples",)),
     ],
 )
-def test_each(model, flags, pictures, tmp_path, monkeypatch, without_codes):
+def test_each(model, flags, pictures, dtype, tmp_path, monkeypatch, without_codes):
     monkeypatch.chdir(tmp_path)
-    assert call(*QUICK, *SMALL, "--steps", "30", "--model", model, *flags, "--name", "one") == 0
+    if dtype == "bfloat16":
+        runs.undrawn(monkeypatch)
+    flags = (*QUICK, *SMALL, "--steps", "30", "--model", model, *flags, "--dtype", dtype)
+    assert call(*flags, "--name", "one") == 0
     run = tmp_path / "runs" / "vae" / "one"
     assert all(is_png(run / f"{name}.png") for name in ("reconstructions", *pictures))
     assert (run / "samples.png").exists() == ("samples" in pictures)
     losses = [line["train/loss"] for line in metrics(run) if "train/loss" in line]
     assert losses[-1] < losses[0]
+    assert all(leaf.dtype != torch.bfloat16 for leaf in final_state(run)["params"]["decoder"]["output"].values())
 
 
 def test_watched_gradients(tmp_path, monkeypatch, without_codes):
@@ -169,55 +135,62 @@ def test_watched_gradients(tmp_path, monkeypatch, without_codes):
     assert is_png(tmp_path / "runs" / "vae" / "watched" / "gradients.png")
 
 
-@pytest.mark.parametrize("name", ["whole", "codebook"])
-def test_use(name, here, capsys):
-    run = here / "runs" / "vae" / name
-    assert call("sample", "--run", f"runs/vae/{name}", "--count", "9") == 0
-    first = (run / "sampled.png").read_bytes()
-    assert "9 samples" in capsys.readouterr().out
-    assert call("sample", "--run", f"runs/vae/{name}", "--count", "9", "--seed", "1") == 0
-    assert is_png(run / "sampled.png") and (run / "sampled.png").read_bytes() != first
-    assert call("reconstruct", "--run", f"runs/vae/{name}", "--count", "6") == 0 and is_png(run / "reconstructed.png")
-    assert call("interpolate", "--run", f"runs/vae/{name}", "--images", "5", "9", "--steps", "4") == 0
-    assert is_png(run / "interpolated.png")
+def test_flat_folder_of_pictures(tmp_path, monkeypatch, capsys):
+    """No classes are needed where none are used; a file that cannot be read is skipped and counted. A resumed run takes
+    the same pictures at another place, and no others."""
+    monkeypatch.chdir(tmp_path)
+    noise_folder(tmp_path / "faces", 20)
+    flags = ("--steps", "2", "--batch", "4", "--width", "4", "--data", "faces", "--size", "16", "--name", "one")
+    assert call(*flags) == 0
+    assert any(line.startswith("skipped") and "broken.png" in line for line in capsys.readouterr().out.splitlines())
+    run = tmp_path / "runs" / "vae" / "one"
+    assert is_png(run / "samples.png") and config(run)["net"]["output"] == "mean"
+    assert call("sample", "--run", "runs/vae/one", "--count", "4") == 0 and is_png(run / "sampled.png")
+    (tmp_path / "faces").rename(tmp_path / "moved")
+    runs.undrawn(monkeypatch)
+    assert call("--resume", "--name", "one", "--data", "moved", "--steps", "3") == 0
+    Image.effect_noise((20, 24), 60).convert("RGB").save(tmp_path / "moved" / "3.png")
+    assert call("--resume", "--name", "one", "--steps", "4") == 2
+    assert "its checkpoint has data" in capsys.readouterr().err
 
 
-def test_samples_of_a_class(here, capfd):
-    """The prior of the codes knows the classes; the first samples are the same of any number of them."""
-    assert call("sample", "--run", "runs/vae/codebook", "--label", "3", "--count", "2") == 0
-    assert "--label is 10; expected 0 to 9" in refused(capfd, "sample", "--run", "runs/vae/codebook", "--label", "10")
+def test_too_few_test_images_are_refused_at_the_start(tmp_path, monkeypatch, capfd):
+    """The pictures at the end need three."""
+    monkeypatch.chdir(tmp_path)
+    noise_folder(tmp_path / "faces", 10)
+    flags = ("--data", "faces", "--batch", "4", "--size", "16")
+    (tmp_path / "faces" / "broken.png").unlink()
+    assert "'faces' has 2 images to test on; expected at least 3" in refused(capfd, *QUICK, *flags)
+    noise_folder(tmp_path / "more", 15)
+    assert call("--data", "more", "--batch", "4", "--size", "16", *QUICK[:2], "--width", "4", "--latent", "1") == 0
+
+
+def test_samples_of_a_class(tmp_path, monkeypatch, capfd, without_codes):
+    monkeypatch.chdir(tmp_path)
+    assert call(*QUICK, *SMALL, "--model", "conditional-vae", "--name", "one") == 0
+    folder = tmp_path / "runs" / "vae" / "one"
+    assert call("sample", "--run", "runs/vae/one", "--label", "3", "--count", "4") == 0
+    first = (folder / "sampled.png").read_bytes()
+    assert call("sample", "--run", "runs/vae/one", "--label", "4", "--count", "4", "--checkpoint", "4") == 0
+    assert (folder / "sampled_2.png").read_bytes() != first == (folder / "sampled.png").read_bytes()
+    assert "--label is 10; expected 0 to 9" in refused(capfd, "sample", "--run", "runs/vae/one", "--label", "10")
+    taken = ("--out", "runs/vae/one/sampled.png")
+    assert "exists already; choose another --out" in refused(capfd, "sample", "--run", "runs/vae/one", *taken)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "gan"], "--model 'gan' is unknown; expected one of autoencoder, denoising, conditional, vae"),
-        (["--kind", "transformer"], "--kind 'transformer' is unknown; expected one of mlp, convolutional"),
-        (["--likelihood", "poisson"], "--likelihood 'poisson' is unknown"),
-        (["--beta", "2", "--model", "autoencoder"], "--beta is for vae, conditional-vae; the model is 'autoencoder'"),
-        (["--latent", "2", "--model", "vq-vae"], "--latent is for autoencoder"),
-        (["--model", "vq-vae", "--codebook", "list"], "codebook 'list'; expected ema or loss"),
-        (["--model", "vq-vae", "--watch-gradients"], "use --codebook loss"),
-        (["--model", "iwae", "--watch-gradients"], "--watch-gradients is not for iwae"),
-        (["--model", "vq-vae", "--size", "7"], "images of 7 x 7 pixels cannot be halved 1 times"),
-        (["--kind", "convolutional", "--size", "6"], "images of 6 x 6 pixels cannot be halved 2 times"),
-        (["--model", "denoising", "--noise", "1"], "--noise is 1.0; expected a number between 0 and 1"),
-        (["--beta", "-1"], "--beta and --commitment must be"),
-        (["--width", "0"], "--width is 0; expected at least 1"),
-        (["--data", "nowhere"], "'nowhere' does not exist"),
-        (["--batch", "5000"], "--batch is 5000, but there are 1500 images"),
-        (["--resume", "--name", "whole", "--model", "iwae"], "it was started with vae"),
-        (["--resume", "--name", "codebook", "--steps", "9"], "its checkpoint has steps 3, expected 9"),
-        (["sample", "--run", "runs/vae/whole", "--label", "1"], "this model is not conditional"),
-        (["sample", "--run", "nowhere"], "nowhere"),
-        (["reconstruct", "--run", "runs/vae/whole", "--count", "298"], "there are 297 test images"),
-        (["interpolate", "--run", "runs/vae/whole", "--images", "1", "2", "3"], "expected pairs of numbers from 0 to"),
+        (["sample", "--label", "1"], "this model is not conditional"),
+        (["sample", "--temperature", "0"], "--temperature is 0.0; expected a number above 0"),
+        (["reconstruct", "--count", "298"], "--count is 298, but there are 297 test images"),
+        (["interpolate", "--images", "1", "2", "3"], "--images 1 2 3: expected pairs of numbers from 0 to 296"),
+        (["interpolate", "--images", "0", "297"], "--images 0 297: expected pairs of numbers from 0 to 296"),
     ],
     ids=flag_id,
 )
-def test_refused_in_one_line(flags, message, here, capfd):
-    quick = () if flags[0] in ("sample", "reconstruct", "interpolate", "--resume") else QUICK
-    assert message in refused(capfd, *quick, *flags)
+def test_sub_commands_refuse_in_one_line(flags, message, here, capfd):
+    assert message in refused(capfd, *flags, "--run", "runs/vae/whole")
 
 
 def test_autoencoder_has_nothing_to_sample_from(tmp_path, monkeypatch, capfd, without_codes):
@@ -226,18 +199,35 @@ def test_autoencoder_has_nothing_to_sample_from(tmp_path, monkeypatch, capfd, wi
     assert "without a prior to sample codes from" in refused(capfd, "sample", "--run", "runs/vae/one")
 
 
+def test_defaults_follow_the_model_and_the_images(monkeypatch, capsys):
+    """The help shows the numbers that a run would have."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for flags, default in (
+        ((), "Dimension of a code. (default: 8)"),
+        (("--data", "mnist"), "Dimension of a code. (default: 20)"),
+        (("--data", "mnist"), "first feature maps. (default: 400)"),
+        (("--size", "28", "--kind", "convolutional"), "first feature maps. (default: 32)"),
+        (("--data", "cifar10"), "by default for coloured images. (default: gaussian)"),
+        (("--data", "cifar10"), "pixels per side. (default: convolutional)"),
+        (("--model", "iwae"), "importance-weighted bound (iwae). (default: 5)"),
+        (("--model", "iwae"), "Weight of the divergence (vae, conditional-vae). (default: None)"),
+    ):
+        assert call(*flags, "--help") == 0
+        assert default in " ".join(capsys.readouterr().out.replace("│", "").split()), default
+
+
 def test_scatter(tmp_path):
     points, labels = torch.randn(12, 2), torch.arange(12) % 3
     for classes in (tuple("abc"), ("cat", "dog", "bird")):
         plots.scatter(tmp_path / "points.png", points, labels, classes)
         assert is_png(tmp_path / "points.png")
-    for given, message in (
+    for args, message in (
         ((points[:, :1], labels, "abc"), r"shape \(12, 1\), expected \(count, 2\)"),
         ((points, labels[:3], "abc"), r"12 points have labels of shape \(3,\)"),
         ((points, labels, "ab"), "labels go from 0 to 2, but there are 2 classes"),
     ):
         with pytest.raises(ValueError, match=message):
-            plots.scatter(tmp_path / "points.png", *given)
+            plots.scatter(tmp_path / "points.png", *args)
 
 
 @pytest.mark.slow
@@ -247,3 +237,4 @@ def test_no_flags(tmp_path):
     (run,) = (tmp_path / "runs" / "vae").iterdir()
     figures = result(run)
     assert figures["elbo"] > -24.5 and figures["log_likelihood"] > figures["elbo"] and figures["active_units"] >= 4
+    assert figures["elbo"] > figures["mean_image_log_likelihood"] + 2

@@ -264,4 +264,31 @@ EXPERIMENTS = [
             (("--resume", "--name", "a", "--steps", "3"), "--steps is 3, but 'runs/playground/a' has done 20"),
         ),
     ),
+    Experiment(
+        "vae",
+        ("--width", "16", "--latent", "2", "--bound-samples", "3", "--steps", "4", "--batch", "50")
+        + ("--test-every", "2", "--save-every", "2"),
+        4,
+        pictures=("reconstructions.png", "samples.png", "latent_grid.png", "walk.png", "codes.png", "loss.png"),
+        baseline="mean_image_log_likelihood",
+        refusals=(
+            (("--model", "gan"), "invalid choice 'gan' for argument '--model'"),
+            (("--kind", "transformer"), "invalid choice 'transformer' for argument '--kind'"),
+            (("--likelihood", "poisson"), "invalid choice 'poisson' for argument '--likelihood'"),
+            (("--beta", "2", "--model", "autoencoder"), "--beta 2.0 is for vae, conditional-vae; the model is 'auto"),
+            (("--noise", "0.5"), "--noise 0.5 is for denoising; the model is 'vae'"),
+            (("--model", "denoising", "--noise", "1"), "--noise is 1.0; expected a number in (0, 1)"),
+            (("--model", "iwae", "--watch-gradients"), "--watch-gradients is not for iwae"),
+            (("--kind", "convolutional", "--size", "6"), "images of 6 x 6 pixels cannot be halved 2 times"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist"),
+            (("--batch", "5000"), "--batch is 5000, but there are 1500 images"),
+            (("--resume", "--name", "a", "--model", "iwae"), "with --model iwae: it was started with vae"),
+            (("--resume", "--name", "a", "--steps", "3"), "--steps is 3, but 'runs/vae/a' has done 4"),
+        ),
+        commands=(
+            (("sample", "--count", "9"), ("sampled.png",)),
+            (("reconstruct", "--count", "6"), ("reconstructed.png",)),
+            (("interpolate", "--images", "5", "9", "--steps", "4"), ("interpolated.png",)),
+        ),
+    ),
 ]

@@ -132,6 +132,12 @@ def active_units(means: Tensor, threshold: float = ACTIVE) -> Tensor:
     return (activity(means) > threshold).sum()
 
 
+def squared_error(output: Tensor, x: Tensor) -> Tensor:
+    """mean (output - x)^2 over all dimensions of an example: (N, ...) both -> (N,)."""
+    _same_shape(output, x, "output and x")
+    return _mean_square(output, x)
+
+
 def codebook_loss(encodings: Tensor, nearest: Tensor) -> Tensor:
     """mean (stop(z) - e)^2, which moves the rows of a codebook to the encodings nearest to them: (N, ...) both -> (N,).
 

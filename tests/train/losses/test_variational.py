@@ -47,6 +47,13 @@ def test_kl_and_elbo_equal_torch():
     torch.testing.assert_close(variational.elbo(likelihood, kl, 4.0), likelihood - 4 * expected.sum(1))
 
 
+def test_squared_error_equals_torch():
+    expected = torch.stack([torch.nn.functional.mse_loss(a, b) for a, b in zip(LOGITS, X, strict=True)])
+    torch.testing.assert_close(variational.squared_error(LOGITS, X), expected)
+    half = variational.squared_error(LOGITS.bfloat16(), X.bfloat16())
+    assert half.dtype == torch.float32
+
+
 # Probabilistic PCA (Tipping & Bishop 1999): x = W z + b + noise, so x ~ N(b, W W^T + s^2 I), and the posterior of z is
 # N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I.
 W, B, NOISE = 0.7 * normal(6, 4, 2), normal(7, 4), 0.6
@@ -146,6 +153,7 @@ def test_half_precision_is_widened():
         (lambda: variational.elbo(X.sum((1, 2)), MEAN.sum(1)), r"divergences \(N, latent\), found \(5,\) and \(5,\)"),
         (lambda: bound(0, random.key(0)), "0 samples in chunks of 0"),
         (lambda: variational.activity(MEAN[:1]), r"2 or more, latent\), found \(1, 4\)"),
+        (lambda: variational.squared_error(X, X[0]), "output and x must have one shape"),
         (lambda: variational.codebook_loss(X, X[0]), "encodings and nearest must have one shape"),
     ],
     ids=["bernoulli", "gaussian", "elbo", "bound", "activity", "codebook"],
