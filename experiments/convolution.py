@@ -28,33 +28,34 @@ from core import random
 from nets.explained.convolution import WAYS, by_definition, by_fft, im2col, matrix, transposed
 from train import plots
 from train.data.images import arrays
-from train.run import command_line
-from train.run import run as runs
+from train.data.understood import understood
+from train.run import Count, Integer, command_line
 from train.run.logs import RunLog
+from train.run.run import check_name, new_folder
 
 RUNS = Path("runs/convolution")
-OWN, KEPT = "torch", "matrix, kept"  # torch's convolution; the product alone with a matrix that was made before
-MOST_ENTRIES = 2**21  # of a matrix that is timed: 40 MB, and some time to make
+OWN, PRODUCT = "torch", "matrix, kept"  # torch's convolution; the product alone, with the matrix of an earlier call
+MOST_ENTRIES = 2**21  # of a matrix that is timed: 40 MB, and some time to build
 
 
 @dataclass(frozen=True)
 class Args:
     image: Path | None = None
-    """An image file instead of the photograph in scikit-learn."""
-    size: int = 256
-    """The image is scaled and cut to a square of so many pixels per side."""
-    kernels: tuple[int, ...] = (1, 3, 5, 9, 15, 25)
-    """Sides of the kernels to time, on images of the middle one of --sides."""
-    sides: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Sides of the images to time, with a kernel of 5 x 5."""
-    channels: int = 4
-    """Channels of the images to time, of the input as of the output."""
-    rounds: int = 21
-    """How often each time is taken; the median counts."""
-    seed: int = 0
-    """Seed of everything random: the numbers in what is timed, and the order in each round."""
+    """Picture to use; the photograph in scikit-learn if None."""
+    size: Count = 256
+    """Pixels per side, at least 16, that the picture is scaled and cropped to."""
+    kernels: tuple[Count, ...] = (1, 3, 5, 9, 15, 25)
+    """Side lengths of the timed kernels, on images of the middle one of --sides."""
+    sides: tuple[Count, ...] = (16, 32, 64, 128, 256)
+    """Side lengths of the timed images, with a kernel of 5 x 5."""
+    channels: Count = 4
+    """Channels of the timed images, of both input and output."""
+    rounds: Count = 21
+    """Number of measurements of each time; the median counts."""
+    seed: Integer = 0
+    """Seed of everything random: the timed images and kernels, and the order in each round."""
     name: str | None = None
-    """Folder under runs/convolution; the date and time if not given."""
+    """Folder under runs/convolution; the date and time if None."""
     device: str = "cpu"
     """cpu, cuda, cuda:1 ..."""
 
@@ -81,7 +82,7 @@ FILTERS = {"none": IDENTITY, "Gauss": gaussian(9, 2.0), "Laplace": LAPLACE, "Sob
 VARIANTS = ({}, {"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 1})
 
 
-def shown(y: Tensor, kernel: Tensor) -> Tensor:
+def as_pixels(y: Tensor, kernel: Tensor) -> Tensor:
     """The image (1, channels, height, width) as imshow takes it; where the kernel's sum is 0, grey is 0."""
     if kernel.sum().abs() < 0.1:
         y = 0.5 + 0.15 * y / y.std().clamp(min=1e-6)
@@ -99,10 +100,10 @@ def cells(axes, values: Tensor, title: str = "", numbers: bool = False) -> None:
     """A matrix in colours, its zeros white."""
     high = float(values.abs().max())
     low, cmap = (-high, "RdBu_r") if values.min() < 0 or title == "" else (0.0, "viridis")
-    drawn = picture(axes, values.where(values != 0, torch.nan), title, cmap=cmap, vmin=low, vmax=high)
+    mesh = picture(axes, values.where(values != 0, torch.nan), title, cmap=cmap, vmin=low, vmax=high)
     for i, row in enumerate(values.tolist() if numbers else ()):
         for j, value in enumerate(row):
-            dark = value != 0 and sum(drawn.to_rgba(value)[:3]) < 1.5
+            dark = value != 0 and sum(mesh.to_rgba(value)[:3]) < 1.5
             axes.text(j, i, f"{value:g}", ha="center", va="center", color="white" if dark else plots.INK, fontsize=9)
 
 
@@ -110,7 +111,7 @@ def draw_kernels(path: Path, image: Tensor) -> None:
     with plots.panels(path, 2, 4, 3.2, 3.5) as axes:
         for panel, (name, kernel) in zip(axes, KERNELS.items(), strict=True):
             weight = kernel.expand(3, 1, *kernel.shape)  # three groups: each colour by itself
-            picture(panel, shown(by_definition(image, weight, groups=3), kernel), name)
+            picture(panel, as_pixels(by_definition(image, weight, groups=3), kernel), name)
             cells(panel.inset_axes((0.02, 0.02, 0.28, 0.28)), kernel, numbers=len(kernel) == 3)
 
 
@@ -119,14 +120,14 @@ def draw_matrices(path: Path) -> None:
     kernel, count = torch.arange(1.0, 10.0).view(1, 1, 3, 3), len(VARIANTS)
     with plots.panels(path, 2, 1 + count, 3.1, 3.4) as axes:
         cells(axes[0], kernel[0, 0], "the kernel", numbers=True)
-        painted = transposed(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), stride=2)[0, 0]
-        cells(axes[count + 1], painted, "how often a transposed\nconvolution of stride 2 paints a pixel", numbers=True)
+        strokes = transposed(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), stride=2)[0, 0]
+        cells(axes[count + 1], strokes, "how often a transposed\nconvolution of stride 2 paints a pixel", numbers=True)
         for column, options in enumerate(VARIANTS, 1):
             m = matrix(kernel, (6, 6), **options).to_dense()
             name = ", ".join(f"{option} {number}" for option, number in options.items()) or "plain"
-            for panel, values, what in ((axes[column], m, name), (axes[count + 1 + column], m.T, "its transpose")):
+            for panel, values, label in ((axes[column], m, name), (axes[count + 1 + column], m.T, "its transpose")):
                 rows, columns = (math.isqrt(n) for n in values.shape)
-                cells(panel, values, f"{what}: {len(values)} x {len(values.T)}")
+                cells(panel, values, f"{label}: {len(values)} x {len(values.T)}")
                 panel.set_ylabel(f"output, {rows} x {rows}", color=plots.INK, fontsize=9)
                 panel.set_xlabel(f"image, {columns} x {columns}", color=plots.INK, fontsize=9)
                 for line, side in ((panel.axhline, rows), (panel.axvline, columns)):
@@ -135,23 +136,23 @@ def draw_matrices(path: Path) -> None:
 
 
 def draw_im2col(path: Path) -> None:
-    """Numbered pixels, their patches as columns, one of them framed, and what the kernel makes of it."""
+    """Numbered pixels, their patches as columns, one of them framed, and its product with the kernel."""
     from matplotlib.patches import Rectangle
 
     image, kernel = torch.arange(25.0).view(1, 1, 5, 5), torch.tensor([[0.0, 1, 0], [1, 2, 1], [0, 1, 0]])
-    columns, places = im2col(image, 3)[0], [f"{a}, {b}" for a in range(3) for b in range(3)]
+    columns, positions = im2col(image, 3)[0], [f"{a}, {b}" for a in range(3) for b in range(3)]
     frames = (((1.5, 0.5), 3, 3), ((-0.5, -0.5), 3, 3), ((4.5, -0.5), 1, 9), ((1.5, 0.5), 1, 1))
     with plots.panels(path, 1, 4, 3.3, 3.8) as axes:
         plots.matrix(axes[0], image[0, 0], title="The image")
         plots.matrix(axes[1], kernel, title="The kernel")
-        plots.matrix(axes[2], columns, places, places, "patch", "place in the kernel", "Patches as columns")
+        plots.matrix(axes[2], columns, positions, positions, "patch", "position in the kernel", "Patches as columns")
         plots.matrix(axes[3], (kernel.flatten() @ columns).view(3, 3), title="Kernel as a row, times columns")
         for panel, frame in zip(axes, frames, strict=True):
             panel.add_patch(Rectangle(*frame, fill=False, ec=plots.COLOURS[1], lw=3, clip_on=False, zorder=5))
 
 
 def draw_spectra(path: Path, image: Tensor) -> None:
-    """A column for each filter: its spectrum, the product with that of the image, and the image that this makes."""
+    """A column per filter: its spectrum, the product with that of the image, and the filtered image."""
     grey = image.mean(1, keepdim=True)
     spectrum = torch.fft.fft2(grey[0, 0] - grey.mean()).abs()
     high = float(spectrum.max().clamp(min=1e-3).log10())
@@ -163,18 +164,18 @@ def draw_spectra(path: Path, image: Tensor) -> None:
             y = by_fft(grey, kernel[None, None], padding=len(kernel) // 2)
             picture(upper, response, f"{name}: spectrum of the kernel", cmap="viridis", vmin=0)
             picture(middle, product, "times that of the image (log)", cmap="magma", vmin=high - 4.5, vmax=high)
-            picture(lower, shown(y, kernel), "the image then", cmap="gray", vmin=0, vmax=1)
+            picture(lower, as_pixels(y, kernel), "the image then", cmap="gray", vmin=0, vmax=1)
         axes[0].set_ylabel("from -1/2 to 1/2 cycle a pixel", color=plots.INK, fontsize=9)
 
 
 def contestants(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """{way: the convolution of x in it}, with padding of half the kernel; without matrices that are too large."""
+    """{way: convolution of x}, with padding of half the kernel; without matrices that are too large."""
     padding, size = weight.shape[-1] // 2, x.shape[2:]
     calls = {way: lambda f=f: f(x, weight, padding=padding) for way, f in {OWN: conv2d, **WAYS}.items()}
     if weight.numel() * math.prod(size) > MOST_ENTRIES:
         return {way: call for way, call in calls.items() if way != "matrix"}
-    kept = matrix(weight, size, padding=padding)
-    return {**calls, KEPT: lambda: (kept @ x.flatten(1).T).T}
+    m = matrix(weight, size, padding=padding)
+    return {**calls, PRODUCT: lambda: (m @ x.flatten(1).T).T}
 
 
 def measure(calls: dict[str, Callable[[], Tensor]], exact: Tensor, rounds: int, key: Tensor) -> dict[str, float]:
@@ -183,28 +184,30 @@ def measure(calls: dict[str, Callable[[], Tensor]], exact: Tensor, rounds: int, 
     Each round has another order, so that all ways meet the same disturbances.
     """
     seconds: dict[str, list[float]] = {way: [] for way in calls}
-    for number in range(rounds + 1):  # the first is to warm up
+    for number in range(rounds + 1):  # the first warms up
         for i in random.permutation(random.fold_in(key, number), len(calls)).tolist():
             began = time.perf_counter()
             if list(calls.values())[i]().is_cuda:
                 torch.cuda.synchronize(exact.device)
             seconds[list(calls)[i]].append(time.perf_counter() - began)
-    error = {way: (calls[way]() - exact).abs().max() / exact.abs().max() for way in calls if way != KEPT}
+    error = {way: (calls[way]() - exact).abs().max() / exact.abs().max() for way in calls if way != PRODUCT}
     medians = {f"seconds/{way}": statistics.median(values[1:]) for way, values in seconds.items()}
     return medians | {f"error/{way}": float(value) for way, value in error.items()}
 
 
-def draw_timings(path: Path, found: list[dict], middle: int) -> None:
-    by_kernel, by_side = ([r for r in found if r[name] == fixed] for name, fixed in (("side", middle), ("kernel", 5)))
+def draw_timings(path: Path, records: list[dict], middle: int) -> None:
+    by_kernel, by_side = ([r for r in records if r[name] == fixed] for name, fixed in (("side", middle), ("kernel", 5)))
     with plots.panels(path, 1, 3, 4.6, 4.2) as axes:
-        for panel, records, over, what, scale, ylabel, title in (
+        for panel, line, over, figure, scale, ylabel, title in (
             (axes[0], by_kernel, "kernel", "seconds", 1e3, "ms", f"Time, images of {middle} x {middle}"),
             (axes[1], by_side, "side", "seconds", 1e3, "ms", "Time, kernel of 5 x 5"),
             (axes[2], by_kernel, "kernel", "error", 2**23, "in $2^{-23}$ of the largest output", "Error, float32"),
         ):
-            xs = [r[over] for r in records]
-            lines = {w: (xs, [scale * r.get(f"{what}/{w}", math.nan) for r in records]) for w in (OWN, *WAYS, KEPT)}
-            plots.curves(panel, lines, f"side of the {over.replace('side', 'image')}", ylabel, title, what == "seconds")
+            xs = [r[over] for r in line]
+            lines = {w: (xs, [scale * r.get(f"{figure}/{w}", math.nan) for r in line]) for w in (OWN, *WAYS, PRODUCT)}
+            plots.curves(
+                panel, lines, f"side of the {over.replace('side', 'image')}", ylabel, title, figure == "seconds"
+            )
             panel.set_xscale("log")
             panel.set_xticks(xs, map(str, xs))
             panel.minorticks_off()
@@ -213,40 +216,44 @@ def draw_timings(path: Path, found: list[dict], middle: int) -> None:
 
 
 def main(args: Args) -> None:
-    command_line.at_least_one(channels=args.channels, rounds=args.rounds)
-    command_line.at_least_one(kernels=min(args.kernels, default=0), sides=min(args.sides, default=0))
+    check_name(RUNS, args.name)
     if args.size < 16:
         raise ValueError(f"--size is {args.size}; expected at least 16, room for the largest kernel")
-    device, began, found = command_line.device(args.device), time.perf_counter(), []
-    # What sklearn.datasets would find, without the two seconds that it takes to import it.
+    if not args.kernels or not args.sides:
+        raise ValueError("--kernels and --sides expect at least one number each")
+    device, start, records = command_line.device(args.device), time.perf_counter(), []
+    # The file that sklearn.datasets would load, without the two seconds of its import.
     sample = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "images" / "china.jpg"
-    image = arrays.read_image(args.image or sample, args.size)[None]
+    image = arrays.read_image(args.image or sample, args.size)[None]  # (1, 3, size, size)
     middle = sorted(args.sides)[len(args.sides) // 2]
     settings = sorted({*((middle, kernel) for kernel in args.kernels), *((side, 5) for side in args.sides)})
-    folder, key = runs.new_folder(RUNS, args.name), random.key(args.seed, device)
-    config = {"args": args, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    timed = {"settings to time": len(settings), "rounds": args.rounds, "threads": torch.get_num_threads()}
+    understood(print, {"picture": str(args.image or sample), "pixels per side": args.size} | timed)
+
+    folder, key = new_folder(RUNS, args.name), random.key(args.seed)
+    config = {"experiment": RUNS.name, "args": args, "torch": torch.__version__, "threads": torch.get_num_threads()}
     with RunLog(folder, config, total=len(settings), unit="settings") as log:
-        log.print(f"{len(settings)} settings to time; run in {folder}")
+        log.print(f"run in {folder}")
         draw_kernels(folder / "kernels.png", image)
         draw_matrices(folder / "matrices.png")
         draw_im2col(folder / "im2col.png")
         draw_spectra(folder / "spectra.png", image)
         for at, (side, kernel) in enumerate(settings, 1):
-            keys = random.split(random.fold_in(key, at), 3)
-            x = random.normal(keys[0], (1, args.channels, side, side))
-            weight = random.normal(keys[1], (args.channels, args.channels, kernel, kernel))
+            x_key, weight_key, order_key = random.split(random.fold_in(key, at), 3).unbind(0)
+            x = random.normal(x_key.to(device), (1, args.channels, side, side))
+            weight = random.normal(weight_key.to(device), (args.channels, args.channels, kernel, kernel))
             exact = conv2d(x.double(), weight.double(), padding=kernel // 2)
-            figures = measure(contestants(x, weight), exact, args.rounds, keys[2])
-            found.append({"side": side, "kernel": kernel, **figures})
-            log.metrics(at, found[-1])
+            figures = measure(contestants(x, weight), exact, args.rounds, order_key)
+            records.append({"side": side, "kernel": kernel, **figures})
+            log.metrics(at, records[-1])
             log.progress(at, 1, side=side, kernel=kernel)
-        draw_timings(folder / "timings.png", found, middle)
-        worst = {way: max(r.get(f"error/{way}", 0.0) for r in found) for way in (OWN, *WAYS)}
-        log.result({"error": worst, "timings": found, "seconds": time.perf_counter() - began})
-    for record in (r for r in found if r["side"] == middle):
+        draw_timings(folder / "timings.png", records, middle)
+        worst = {way: max(r.get(f"error/{way}", 0.0) for r in records) for way in (OWN, *WAYS)}
+        log.result({"error": worst, "timings": records, "seconds": time.perf_counter() - start})
+    for record in (r for r in records if r["side"] == middle):
         times = (f"{name[8:]} {1e3 * value:.3g}" for name, value in record.items() if name[:8] == "seconds/")
         print(f"kernel {record['kernel']:>2}, ms: {', '.join(times)}")
-    print(f"{time.perf_counter() - began:.0f} s; files in {folder}/")
+    print(f"{time.perf_counter() - start:.0f} s; files in {folder}/")
 
 
 if __name__ == "__main__":

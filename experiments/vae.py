@@ -28,7 +28,14 @@ from core import random, tree
 from experiments.parts import autoencoder as parts
 from experiments.parts import autoencoder_pictures as pictures
 from experiments.parts.autoencoder import Autoencoder
-from experiments.parts.variational import assembled, corrupted, figures_of, log_likelihood, mean_image, weighted_bound
+from experiments.parts.variational import (
+    as_functions,
+    corrupted,
+    figures_of,
+    log_likelihood,
+    mean_image,
+    weighted_bound,
+)
 from nets.generative import autoencoder
 from nets.generative.autoencoder import Config
 from train import optimizers, plots
@@ -173,9 +180,9 @@ def train(args: Args) -> None:
     init_key, order_key, test_key = random.split(random.key(args.common.seed), 3).unbind(0)
     init_key, test_key = tree.move((init_key, test_key), run.device)
     learn, test = tree.move((images.train, images.test), run.device)
-    optimizer, model = optimizers.adam(args.learning_rate), autoencoder.spec(cfg)
+    optimizer = optimizers.adam(args.learning_rate)
     identity = {"model": args.model, "net": cfg, "data": fingerprint(images.train, images.test)}
-    state = run.restore(create(init_key, model, optimizer), identity, args.steps)
+    state = run.restore(create(init_key, autoencoder.spec(cfg), optimizer), identity, args.steps)
     options = {"donate": True, "update_norm": False, "compile": args.common.compile}
     options |= {"watch": watch.watch} if args.watch_gradients else {}
     step = make_step(functools.partial(losses, cfg=cfg, args=args), optimizer, policy=run.policy, **options)
@@ -186,11 +193,11 @@ def train(args: Args) -> None:
 
     with run.open({"classes": images.classes}):
         run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}")
-        watched = watch.begin(run.folder)
+        average = watch.begin(run.folder)
         for at, batch in run.steps(map(batch_at, run.remaining)):
             state, metrics = step(state, batch)
             if args.watch_gradients:
-                watched, metrics = watch.record(run.log, at, metrics, watched)
+                average, metrics = watch.record(run.log, at, metrics, average)
             run.record(at, metrics, args.batch)
             if run.due(at, args.test_every):
                 means = figures_of(state.params, cfg, test, test_key, args.noise)
@@ -202,10 +209,10 @@ def train(args: Args) -> None:
         run.result(figures)
     watch.draw(run.folder)
     draw_curves(run.folder, cfg)
-    trained = assembled(state.params, cfg, images.classes, args.noise)
-    codes = pictures.draw(run.folder, trained, test, test_key)
+    model = as_functions(state.params, cfg, images.classes, args.noise)
+    codes = pictures.draw(run.folder, model, test, test_key)
     if cfg.latent == 2:
-        pictures.draw_latent_grid(run.folder / "latent_grid.png", trained, codes)
+        pictures.draw_latent_grid(run.folder / "latent_grid.png", model, codes)
     print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
@@ -229,7 +236,7 @@ def draw_curves(folder: Path, cfg: Config) -> None:
 def load(run: SavedRun, device: torch.device) -> Autoencoder:
     cfg = run.read("net", Config)
     values = tree.move(run.learned(autoencoder.spec(cfg), averaged=False), device)
-    return assembled(values, cfg, tuple(run.config["classes"]), run.read("args", Args).noise)
+    return as_functions(values, cfg, tuple(run.config["classes"]), run.read("args", Args).noise)
 
 
 if __name__ == "__main__":

@@ -63,14 +63,11 @@ def figures_of(
         q = autoencoder.encode(values, images, cfg, labels=labels)
         return weighted_bound(values, q, images, labels, keys, cfg, samples, chunk=20)
 
-    def means(images: Tensor, labels: Tensor) -> Tensor:
-        return autoencoder.encode(values, images, cfg, labels=labels).mean
-
     figures = parts.averages(per_image, test, key)
     if cfg.gaussian and samples:
         bounds = parts.in_parts(bound, *test, random.sites(random.fold_in(key, 1), len(test.labels)))
         figures |= {"log_likelihood": float(bounds.double().mean()), "bound_samples": samples}
-        figures["active_units"] = int(variational.active_units(parts.in_parts(means, *test)))
+        figures["active_units"] = int(variational.active_units(as_functions(values, cfg, ()).encode(*test)))
     return figures
 
 
@@ -83,7 +80,7 @@ def mean_image(train: Labelled, test: Labelled, cfg: Config) -> dict[str, float]
     return {"mean_image_error": parts.mean_image_error(train, test), "mean_image_log_likelihood": nats}
 
 
-def assembled(values: tree.Tree, cfg: Config, classes: tuple[str, ...], noise: float | None) -> Autoencoder:
+def as_functions(values: tree.Tree, cfg: Config, classes: tuple[str, ...], noise: float | None = None) -> Autoencoder:
     def encode(images: Tensor, labels: Tensor) -> Tensor:
         code = autoencoder.encode(values, images, cfg, labels=labels)
         return code.mean if cfg.gaussian else code
@@ -94,8 +91,8 @@ def assembled(values: tree.Tree, cfg: Config, classes: tuple[str, ...], noise: f
     def sample(key: Tensor, labels: Tensor, temperature: float) -> Tensor:
         # z ~ N(0, I), with a key per sample, so that the first ones are the same for any count.
         z = random.normal(random.sites(key, len(labels)), (cfg.latent,))
-        return parts.in_parts(decode, temperature * z, labels)
+        return decode(temperature * z, labels)
 
-    encode_all, decode_all = (functools.partial(parts.in_parts, f) for f in (encode, decode))
+    encode, decode = (functools.partial(parts.in_parts, f) for f in (encode, decode))
     corrupt = None if noise is None else functools.partial(corrupted, share=noise)
-    return Autoencoder(encode_all, decode_all, classes, cfg.classes > 0, sample if cfg.gaussian else None, corrupt)
+    return Autoencoder(encode, decode, classes, cfg.classes > 0, sample if cfg.gaussian else None, corrupt)

@@ -291,4 +291,26 @@ EXPERIMENTS = [
             (("interpolate", "--images", "5", "9", "--steps", "4"), ("interpolated.png",)),
         ),
     ),
+    Experiment(
+        "vqvae",
+        ("--width", "8", "--codes", "8", "--steps", "3", "--prior-steps", "3", "--revive-every", "2", "--batch", "50")
+        + ("--test-every", "2", "--save-every", "2"),
+        6,
+        pictures=("reconstructions.png", "samples.png", "usage.png", "walk.png", "codes.png", "loss.png"),
+        baseline="prior_nats_unigram",
+        refusals=(
+            (("--codebook", "list"), "invalid choice 'list' for argument '--codebook'"),
+            (("--watch-gradients",), "--watch-gradients: the averages of an ema codebook mix the images; use --codeb"),
+            (("--size", "7"), "images of 7 x 7 pixels cannot be halved 1 times"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist"),
+            (("--batch", "5000"), "--batch is 5000, but there are 1500 images"),
+            (("--resume", "--name", "a", "--steps", "9"), "with --steps 9: it was started with 3"),
+            (("--resume", "--name", "a", "--prior-steps", "2"), "--prior-steps is 2, but 'runs/vqvae/a' has done 3"),
+        ),
+        commands=(
+            (("sample", "--count", "9", "--label", "3"), ("sampled.png",)),
+            (("reconstruct", "--count", "6"), ("reconstructed.png",)),
+            (("interpolate", "--images", "5", "9", "--steps", "4"), ("interpolated.png",)),
+        ),
+    ),
 ]

@@ -156,7 +156,7 @@ def test_half_precision_is_widened():
         (lambda: variational.squared_error(X, X[0]), "output and x must have one shape"),
         (lambda: variational.codebook_loss(X, X[0]), "encodings and nearest must have one shape"),
     ],
-    ids=["bernoulli", "gaussian", "elbo", "bound", "activity", "codebook"],
+    ids=["bernoulli", "gaussian", "elbo", "bound", "activity", "squared error", "codebook"],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
