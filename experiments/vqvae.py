@@ -10,7 +10,7 @@ prior, on the codes of the training images. Without a flag they learn scikit-lea
     python experiments/vqvae.py sample --run runs/vqvae/NAME --label 3   reconstruct and interpolate likewise
 
 It ends with the squared error per pixel beside that of the mean image, the use of the codebook, and the prior's nats
-per code beside those of an even guess and of a guess by how often each code occurs.
+per code beside those of an even guess and of a guess by the codes' frequencies.
 """
 
 import dataclasses

@@ -116,10 +116,11 @@ def test_watched_gradients(tmp_path, monkeypatch):
     assert is_png(tmp_path / "runs" / "vqvae" / "watched" / "gradients.png")
 
 
-def test_flat_folder_of_pictures(tmp_path, monkeypatch, capfd):
-    """Without classes the prior is not conditional; a file that cannot be read is skipped and counted."""
+def test_folder_of_one_class(tmp_path, monkeypatch, capfd):
+    """There the prior is not conditional; a file that cannot be read is skipped and counted."""
     monkeypatch.chdir(tmp_path)
-    noise_folder(tmp_path / "faces", 20)
+    (tmp_path / "faces").mkdir()
+    noise_folder(tmp_path / "faces" / "people", 20)
     flags = ("--data", "faces", "--size", "8", "--batch", "4")
     assert call(*QUICK, *SMALL, *flags, "--name", "one") == 0
     assert any(line.startswith("skipped") and "broken.png" in line for line in capfd.readouterr().out.splitlines())
@@ -155,6 +156,7 @@ def test_temperature_of_the_prior():
         "model": spec.init(random.key(0), vqvae.spec(cfg)),
         "prior": spec.init(random.key(1), pixelcnn.spec(prior)),
     }
+    values["prior"]["output"]["bias"] = random.normal(random.key(3), (8,))  # at the start all codes are as probable
     model = script.as_functions(values, cfg, prior, ("one",))
     labels = torch.zeros(3, dtype=torch.int64)
     cold, warm = (model.sample(random.key(2), labels, temperature) for temperature in (1e-6, 1.0))
