@@ -1,317 +1,287 @@
-"""What diffusion.py does with a run: its commands but for training."""
+"""Studies of what diffusion.py has trained: samplers and likelihoods compared, images interpolated and inpainted, and
+the times that the gradient comes from.
+
+Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502), Lugmayr et al. 2022, "RePaint"
+(arXiv:2201.09865). Without --run the newest run of diffusion.py is studied:
+
+    python experiments/diffusion_study.py                                    a table of samplers, minutes
+    python experiments/diffusion_study.py --run runs/diffusion/NAME --bits 64        and bits per dimension
+    python experiments/diffusion_study.py interpolate                        between test images, by way of their noise
+    python experiments/diffusion_study.py inpaint --mask half                or box, or a PNG: bright is known
+    python experiments/diffusion_study.py gradients                          which times the gradient comes from
+"""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
+from PIL import Image
 from torch import Tensor
 
 from core import per_example, random, tree
-from experiments.parts import diffusion as trained
-from experiments.parts.diffusion import Data, Diffusion
-from experiments.parts.generator import distances
+from experiments.parts import diffusion
+from experiments.parts.diffusion import Opened
 from train import plots
 from train.diffusion import samplers
 from train.diffusion.inpainting import inpaint as fill_in
 from train.diffusion.inversion import ddim_inversion, slerp
-from train.diffusion.likelihood import flow_bits, flow_step, variational_bound
+from train.diffusion.likelihood import flow_bits, flow_step, flow_times, variational_bound
 from train.diffusion.tables import Sampler
 from train.files import write_json
 from train.plots import gan as gan_plots
 from train.run import command_line
+from train.run.flags import Count, FromRun, Natural
+from train.run.run import unused
 from train.step import compiled
 
 PAIRS = 8  # of images between which `interpolate` goes
-
-
-class Opened(NamedTuple):
-    """A run: its folder, arguments, what it has learned, its data, and the losses it was trained with."""
-
-    folder: Path
-    args: Any
-    who: Diffusion
-    data: Data
-    params: tree.Tree
-    device: torch.device
-    losses: Callable
+INPAINTED = 64  # columns of the picture of `inpaint`, at most
 
 
 @dataclass(frozen=True)
-class RunArgs:
-    run: Path
-    """Folder of a run, such as runs/diffusion/NAME."""
-    seed: int = 0
+class StudyArgs(FromRun):
+    run: Path | None = None
+    """Folder of a run of diffusion.py, such as runs/diffusion/NAME; the newest if None."""
+    seed: Natural = 0
     """Seed of the noise."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 ..."""
     compile: bool = True
     """Compile the sampler's step with torch.compile."""
+    out: Path | None = None
+    """New file for what comes out; a file in the run's folder, numbered if it exists, if None."""
 
 
 @dataclass(frozen=True)
-class SampleArgs(RunArgs):
-    sampler: str = "ddim"
-    """ddpm, ddim, dpm-solver++, heun."""
-    steps: int = 50
-    """Steps of the sampler."""
-    eta: float = 0.0
-    """Of ddim: 0 draws no noise on the way, 1 as much as ddpm."""
-    spacing: str = "trailing"
-    """Which times the steps are at: leading, trailing, linspace."""
-    guidance: float | None = None
-    """Of a net with classes: 1 is what it was trained for, more is further into the class, 0 is without class."""
-    label: int | None = None
-    """Of this class; of all in turn if not given."""
-    count: int = 64
-    """How many samples."""
+class EvaluateArgs(StudyArgs):
+    classifier: Path | None = None
+    """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
+    count: Count = 10_000
+    """Number of samples that the figures compare with as many images, or with all if there are fewer."""
+    bits: Natural = 0
+    """Number of test images whose bits per dimension are computed."""
+    flow_steps: Count = 100
+    """Steps of the flow for its bits per dimension."""
 
 
 @dataclass(frozen=True)
-class InterpolateArgs(RunArgs):
-    steps: int = 100
-    """Of the way to the noise, and of that back."""
+class InterpolateArgs(StudyArgs):
+    steps: Count = 100
+    """Steps of the way to the noise, and of that back."""
 
 
 @dataclass(frozen=True)
-class InpaintArgs(RunArgs):
+class InpaintArgs(StudyArgs):
     mask: str = "half"
     """half, box, or a PNG of the images' size, bright where they are known."""
-    sampler: str = "ddpm"
-    """ddpm, ddim, dpm-solver++, heun."""
-    steps: int = 100
+    sampler: Literal[tuple(samplers.SAMPLERS)] = "ddpm"
+    """Sampler."""
+    steps: Count = 100
     """Steps of the sampler."""
-    repeats: int = 5
-    """How often each step is made."""
-    count: int = 10
-    """How many test images."""
+    repeats: Count = 5
+    """Runs of each step, so that the unknown part fits to the known one."""
+    count: Annotated[Count, tyro.conf.arg(metavar="1..64")] = 10
+    """Number of test images, up to 64."""
 
 
 @dataclass(frozen=True)
-class EvaluateArgs(RunArgs):
-    classifier: Path | None = None
-    """A run of classify.py on the same data; figures are then of its features, otherwise of the pixels."""
-    count: int = 10_000
-    """Samples that the figures are of, at most; as many as there are images if there are fewer."""
-    bits: int = 0
-    """Of how many test images bits per dimension are computed."""
-    flow_steps: int = 100
-    """Of the flow's bits."""
+class GradientsArgs(StudyArgs):
+    rounds: Count = 20
+    """Number of looks at each test image, each at another time."""
+    count: Count = 128
+    """Number of test images."""
 
 
-@dataclass(frozen=True)
-class GradientsArgs(RunArgs):
-    rounds: int = 20
-    """How often each of the test images is looked at, each time at another time."""
-    count: int = 128
-    """Of how many test images."""
-
-
-def labels_of(who: Diffusion, count: int, device: torch.device) -> Tensor | None:
-    """Every class in turn; None for a net without classes."""
-    classes = who.cfg.classes
-    return torch.arange(count, device=device) % classes if classes else None
-
-
-def anything(run: Opened, count: int) -> Tensor | None:
+def no_label(run: Opened, count: int) -> Tensor | None:
     """The label for no class; None for a net without classes."""
-    classes = run.who.cfg.classes
+    classes = run.model.cfg.classes
     return torch.full((count,), classes, device=run.device) if classes else None
 
 
-def measured(
-    who: Diffusion,
-    params: tree.Tree,
-    data: Data,
-    sampler: Sampler,
-    step: trained.Step,
-    key: Tensor,
-    args: Any,
-    folder: Path | None = None,
-) -> tuple[dict[str, float], Tensor]:
-    """(figures, images): distances between as many samples as images, at most args.count, which are of features of
-    args.classifier, or of the pixels. With a folder, pictures go there."""
-    real = torch.cat([data.test.images, data.train.images])[: args.count]
-    film, labels = trained.Film(sampler), labels_of(who, len(real), key.device)
-    fake = trained.generate(params, sampler, step, key, data.shape, labels, len(real), film)
-    if folder is not None:
-        film.draw(folder)
-        plots.image_grid(folder / "samples.png", trained.unit(fake[:64]), 8, scale=0.6)
-    return distances(trained.unit(real.cpu()), trained.unit(fake), args.classifier), fake
-
-
-def sample(run: Opened, args: SampleArgs) -> None:
-    command_line.at_least_one(count=args.count, steps=args.steps)
-    who, classes = run.who, run.who.cfg.classes
-    for flag, value in (("guidance", args.guidance), ("label", args.label)):
-        if value is not None and not classes:
-            raise ValueError(f"--{flag} is {value}, but the net of '{run.folder}' was trained without --classes")
-    if args.label is not None and not 0 <= args.label < classes:
-        raise ValueError(f"--label is {args.label}; expected 0 to {classes - 1}")
-    guidance = 1.0 if args.guidance is None else args.guidance
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"--guidance is {guidance}; expected a number of at least 0")
-    sampler = trained.make_sampler(who, args.sampler, args.steps, eta=args.eta, spacing=args.spacing)
-    step = trained.make_step(who, sampler, guidance, compile=args.compile)
-    labels, film = labels_of(who, args.count, run.device), trained.Film(sampler)
-    labels = labels if args.label is None else torch.full_like(labels, args.label)
-    key = random.key(args.seed, run.device)
-    found = trained.generate(run.params, sampler, step, key, run.data.shape, labels, args.count, film)
-    folder = run.folder / "sampled"
-    film.draw(folder)
-    plots.image_grid(folder / "samples.png", trained.unit(found), scale=0.6)
-    print(f"{args.count} samples by {args.sampler} in {args.steps} steps in {folder}/")
-
-
-@torch.no_grad()
-def interpolate(run: Opened, args: InterpolateArgs) -> None:
-    """Images to noise by DDIM backwards, from noise to noise on a great circle, and back; of no class."""
-    command_line.at_least_one(steps=args.steps)
-    who, images = run.who, run.data.test.images
-    if len(images) < 2:
-        raise ValueError(f"interpolate goes from one test image to another; there is {len(images)}")
-    forth = ddim_inversion(who.schedule, args.steps, predicts=who.predicts)
-    # As the inversion: the same times, and nothing clipped.
-    back = samplers.ddim(who.schedule, args.steps, predicts=who.predicts, clip=False)
-    pairs = min(PAIRS, len(images) // 2)
-    ends, fractions = images[: 2 * pairs], torch.linspace(0, 1, 9).tolist()
-
-    def through(sampler: Sampler, x: Tensor, callback: Callable) -> Tensor:
-        step = trained.make_step(who, sampler, compile=args.compile)
-        given = trained.bound(step, run.params, anything(run, len(x)))
-        return samplers.sample(sampler, None, x, step=given, callback=callback)
-
-    with trained.progress(2 * args.steps, "interpolating") as advance:
-        noise = through(forth, ends, advance)
-        way = torch.cat([slerp(noise[:pairs], noise[pairs:], f) for f in fractions])
-        found = through(back, way, advance).unflatten(0, (len(fractions), pairs)).transpose(0, 1).cpu()
-    error = float((torch.cat([found[:, 0], found[:, -1]]) - ends.cpu()).abs().mean())
-    table = torch.cat([ends[:pairs, None].cpu(), found, ends[pairs:, None].cpu()], 1)
-    columns = ["image", *(f"{f:.2g}" for f in fractions), "image"]
-    path = run.folder / "interpolation.png"
-    gan_plots.image_table(path, trained.unit(table), None, columns, "Between test images, by way of their noise")
-    print(f"{pairs} pairs in {path}; images come back with a mean absolute error of {error / 2:.4f} (of 1)")
-
-
-@torch.no_grad()
-def inpaint(run: Opened, args: InpaintArgs) -> None:
-    command_line.at_least_one(steps=args.steps, count=args.count)
-    who, images = run.who, run.data.test.images[: args.count]
-    mask = trained.mask_of(args.mask, run.data.shape).to(run.device)
-    sampler = trained.make_sampler(who, args.sampler, args.steps)
-    step = trained.make_step(who, sampler, compile=args.compile)
-    for_start, key = random.split(random.key(args.seed, run.device)).unbind(0)
-    given = trained.bound(step, run.params, anything(run, len(images)))
-    with trained.progress(args.steps, "inpainting") as advance:
-        x = random.normal(for_start, images.shape)
-        options = {"repeats": args.repeats, "step": given, "callback": advance}
-        found = fill_in(sampler, None, x, images, mask, key, **options)
-    # Grey, where nothing is known.
-    rows = torch.stack([trained.unit(part.cpu()) for part in (images, torch.where(mask, images, 0.0), found)])
-    path = run.folder / "inpainted.png"
-    gan_plots.image_table(path, rows, ["image", "known", "filled in"], title="Test images, inpainted")
-    print(f"{len(images)} test images in {path}")
-
-
-def evaluate(run: Opened, args: EvaluateArgs) -> None:
-    command_line.at_least_one(count=args.count, flow_steps=args.flow_steps)
-    if args.bits < 0:
-        raise ValueError(f"--bits is {args.bits}; expected a number of test images, or 0")
-    who, key, steps, rows = run.who, random.key(args.seed, run.device), {}, []
-    total = who.steps
+def evaluate(args: EvaluateArgs) -> None:
+    run = diffusion.opened(args)
+    model, key, total = run.model, random.key(args.seed, run.device), run.model.steps
+    path = unused(args.out, run.folder / "result" / "evaluation.json")
+    diffusion.check_figures(run.data, args.count, args.classifier)
+    if args.bits:
+        flow_times(model.schedule, args.flow_steps)
     settings = [("ddpm", total), *(("ddim", n) for n in (10, 20, 50) if n <= total)]
     settings += [("dpm-solver++", 20)] if total > 20 else []
-    for name, count in settings:
-        sampler = trained.make_sampler(who, name, count)
-        steps.setdefault(name, trained.make_step(who, sampler, compile=args.compile))
-        found, _ = measured(who, run.params, run.data, sampler, steps[name], key, args)
-        rows.append({"sampler": name, "steps": count, **found})
-        print(f"{name:<13} {count:>5} steps  " + "  ".join(f"{n} {v:.4g}" for n, v in found.items()), flush=True)
-    table = {"samplers": rows, "features": str(args.classifier or "pixels")}
+    chosen = [(name, diffusion.make_sampler(model, name, n)) for name, n in settings]
+    steps = {name: diffusion.make_step(model, sampler, compile=args.compile) for name, sampler in chosen}
+    real = diffusion.real_images(run.data, args.count)
+    labels, rows = diffusion.labels_of(model, len(real), run.device), []
+    for name, sampler in chosen:
+        options = (key, run.data.shape, labels, len(real))
+        samples, _ = diffusion.generate(run.params, sampler, steps[name], *options)
+        figures, count = diffusion.compared(real, samples, args.classifier), len(sampler.table)
+        rows.append({"sampler": name, "steps": count, **figures})
+        print(f"{name:<13} {count:>5} steps  " + "  ".join(f"{n} {v:.4g}" for n, v in figures.items()), flush=True)
+    table = {"samplers": rows, "features": str(args.classifier or "pixels"), "checkpoint": run.step}
+    table |= diffusion.baseline(run.data, args.count, args.classifier)
+    print(f"between real images, without a net: frechet_distance {table['real_frechet_distance']:.4g}")
     if args.bits:
         table["bits_per_dimension"] = bits_of(run, args, random.fold_in(key, 2))
         print(", ".join(f"{name} {value:.4g}" for name, value in table["bits_per_dimension"].items()))
-    write_json(run.folder / "result" / "evaluation.json", table)
-    print(f"table in {run.folder / 'result' / 'evaluation.json'}")
+    write_json(path, table)
+    print(f"table in {path}")
 
 
 @torch.no_grad()
 def bits_of(run: Opened, args: EvaluateArgs, key: Tensor) -> dict[str, float]:
-    """Bits per dimension of test images, means and their standard errors: by the bound, and by the flow."""
-    who, levels = run.who, run.data.levels
+    """Bits per dimension of test images, means and their standard errors: by the bound, and by the flow; the uniform
+    distribution over the grey levels has log2 of their number."""
+    model, process, levels = run.model, run.model.process, run.data.levels
     images = run.data.test.images[: args.bits]
-    labels = run.data.test.labels[: args.bits] if who.cfg.classes else None
+    labels = run.data.test.labels[: args.bits] if model.cfg.classes else None
 
     def net(params, labels, x, time):
-        return trained.model_of(who, params, labels)(x, time)
+        return diffusion.predictor(model, params, labels)(x, time)
 
     def flow(params, labels, row, x, signs):
-        return flow_step(who.predicts)(trained.model_of(who, params, labels), row, x, signs)
+        return flow_step(process.predicts)(diffusion.predictor(model, params, labels), row, x, signs)
 
     net, flow = (compiled(f, channels_last=True) if args.compile else f for f in (net, flow))
-    choices = {"predicts": who.predicts, "levels": levels}
+    choices = {"predicts": process.predicts, "levels": levels}
     for_bound, for_flow = random.split(key).unbind(0)
-    with trained.progress(who.steps, "the bound") as advance:
-        model = functools.partial(net, run.params, labels)
-        options = {**choices, "variance": who.variance, "callback": advance}
-        bound = variational_bound(model, who.schedule, images, for_bound, **options).total
-    with trained.progress(args.flow_steps, "the flow") as advance:
+    with diffusion.progress(model.steps, "the bound") as advance:
+        options = {**choices, "variance": process.variance, "callback": advance}
+        predict = functools.partial(net, run.params, labels)
+        bound = variational_bound(predict, model.schedule, images, for_bound, **options).total
+    with diffusion.progress(args.flow_steps, "the flow") as advance:
         options = {**choices, "steps": args.flow_steps, "callback": advance}
-        step = trained.bound(flow, run.params, labels)
-        flowed = flow_bits(None, who.schedule, images, for_flow, step=step, **options)
-    found = {"bound": bound, "flow": flowed}
-    errors = {f"{name}_error": float(b.std() / len(b) ** 0.5) for name, b in found.items()} if len(images) > 1 else {}
-    return {**{name: float(b.mean()) for name, b in found.items()}, **errors, "images": len(images)}
+        step = diffusion.bound(flow, run.params, labels)
+        flowed = flow_bits(None, model.schedule, images, for_flow, step=step, **options)
+    values = {"bound": bound, "flow": flowed}
+    errors = {f"{name}_error": float(b.std() / len(b) ** 0.5) for name, b in values.items()} if len(images) > 1 else {}
+    means = {name: float(b.mean()) for name, b in values.items()}
+    return {**means, **errors, "uniform": float(np.log2(levels)), "images": len(images)}
 
 
-def gradients(run: Opened, args: GradientsArgs) -> None:
-    """Norms of single examples' gradients of the loss that was trained, and the loss, by the time."""
-    command_line.at_least_one(rounds=args.rounds, count=args.count)
-    who, key = run.who, random.key(args.seed, run.device)
-    if who.cfg.zero and all(not leaf.any() for leaf in tree.leaves(run.params["output"])):
+@torch.no_grad()
+def interpolate(args: InterpolateArgs) -> None:
+    """Images to noise by DDIM backwards, from noise to noise on a great circle, and back; of no class."""
+    run = diffusion.opened(args)
+    schedule, predicts, images = run.model.schedule, run.model.process.predicts, run.data.test.images
+    path = unused(args.out, run.folder / "interpolation.png")
+    if len(images) < 2:
+        raise ValueError(f"interpolate goes from one test image to another; there is {len(images)}")
+    forth = ddim_inversion(schedule, args.steps, predicts=predicts)
+    # As the inversion: the same times, and nothing clipped.
+    back = samplers.ddim(schedule, args.steps, predicts=predicts, clip=False)
+    pairs = min(PAIRS, len(images) // 2)
+    ends, fractions = images[: 2 * pairs], torch.linspace(0, 1, 9).tolist()
+
+    def through(sampler: Sampler, x: Tensor, callback: Callable) -> Tensor:
+        step = diffusion.make_step(run.model, sampler, compile=args.compile)
+        step = diffusion.bound(step, run.params, no_label(run, len(x)))
+        return samplers.sample(sampler, None, x, step=step, callback=callback)
+
+    with diffusion.progress(2 * args.steps, "interpolating") as advance:
+        noise = through(forth, ends, advance)
+        way = torch.cat([slerp(noise[:pairs], noise[pairs:], f) for f in fractions])  # (fractions * pairs, ...)
+        between = through(back, way, advance).unflatten(0, (len(fractions), pairs)).transpose(0, 1).cpu()
+    error = float((torch.cat([between[:, 0], between[:, -1]]) - ends.cpu()).abs().mean())
+    table = torch.cat([ends[:pairs, None].cpu(), between, ends[pairs:, None].cpu()], 1)  # (pairs, fractions + 2, ...)
+    columns = ["image", *(f"{f:.2g}" for f in fractions), "image"]
+    gan_plots.image_table(path, diffusion.unit(table), None, columns, "Between test images, by way of their noise")
+    print(f"{pairs} pairs in {path}; images come back with a mean absolute error of {error / 2:.4f} (of 1)")
+
+
+def mask_of(mask: str, shape: tuple[int, ...]) -> Tensor:
+    """(height, width), True where an image is known: "half" leaves the right half free, "box" the middle, a PNG what is
+    dark in it.
+
+    Raises ValueError or OSError: a picture of another size, or none.
+    """
+    _, height, width = shape
+    known = torch.ones(height, width, dtype=torch.bool)
+    if mask == "half":
+        known[:, width // 2 :] = False
+        return known
+    if mask == "box":
+        known[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+        return known
+    with Image.open(mask) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    if pixels.shape != (height, width):
+        size = f"{pixels.shape[0]} x {pixels.shape[1]}"
+        raise ValueError(f"--mask '{mask}' has {size} pixels; expected those of the images, {height} x {width}")
+    return torch.from_numpy(pixels >= 128)
+
+
+@torch.no_grad()
+def inpaint(args: InpaintArgs) -> None:
+    run = diffusion.opened(args)
+    if args.count > INPAINTED:
+        raise ValueError(f"--count is {args.count}; expected up to {INPAINTED}")
+    images, path = run.data.test.images[: args.count], unused(args.out, run.folder / "inpainted.png")
+    mask = mask_of(args.mask, run.data.shape).to(run.device)
+    sampler = diffusion.make_sampler(run.model, args.sampler, args.steps)
+    step = diffusion.make_step(run.model, sampler, compile=args.compile)
+    step = diffusion.bound(step, run.params, no_label(run, len(images)))
+    for_start, key = random.split(random.key(args.seed, run.device)).unbind(0)
+    with diffusion.progress(args.steps, "inpainting") as advance:
+        x = random.normal(for_start, images.shape)
+        options = {"repeats": args.repeats, "step": step, "callback": advance}
+        whole = fill_in(sampler, None, x, images, mask, key, **options)
+    # Grey, where nothing is known.
+    rows = torch.stack([diffusion.unit(part.cpu()) for part in (images, torch.where(mask, images, 0.0), whole)])
+    gan_plots.image_table(path, rows, ["image", "known", "filled in"], title="Test images, inpainted")
+    print(f"{len(images)} test images in {path}")
+
+
+def gradients(args: GradientsArgs) -> None:
+    """Norms of per-example gradients of the loss that was trained, and the loss, by the time."""
+    run = diffusion.opened(args)
+    model, key = run.model, random.key(args.seed, run.device)
+    path = unused(args.out, run.folder / "gradients_of_times.png")
+    if model.cfg.zero and all(not leaf.any() for leaf in tree.leaves(run.params["output"])):
         raise ValueError(f"the net of '{run.folder}' gives 0 everywhere: it has not been trained")
 
+    def losses(params, batch):
+        *batch, keys = batch
+        return diffusion.losses(params, batch, keys, model, run.data.levels)[0]
+
     def report(params, batch):
-        images, labels, time, weights, keys = batch
-        found = per_example.reports(lambda p, b: run.losses(p, b[:4], b[4]), params, batch, ("norm",))
-        return found.losses, found.total_norm
+        reports = per_example.reports(losses, params, batch, ("norm",))
+        return reports.losses, reports.total_norm
 
     report = compiled(report) if args.compile else report
-    times, losses, norms = [], [], []
-    with trained.progress(args.rounds, "gradients") as advance:
-        for batch in trained.probe(who, run.data, key, args.rounds, args.count):
-            found = report(run.params, batch)
-            for values, value in zip((times, losses, norms), (batch[2], *found), strict=True):
-                values.append(value.cpu())
+    columns = []
+    with diffusion.progress(args.rounds, "gradients") as advance:
+        for batch in diffusion.probe(model, run.data, key, args.rounds, args.count):
+            columns.append([values.cpu() for values in (batch[2], *report(run.params, batch))])
             advance()
-    times, losses, norms = (torch.cat(values) for values in (times, losses, norms))
-    groups = trained.groups_of(who)
-    middle, mean_norm = trained.grouped(who, times, norms, groups)
-    _, mean_loss = trained.grouped(who, times, losses, groups)
-    _, square = trained.grouped(who, times, norms.square(), groups)
-    with plots.panels(run.folder / "gradients_of_times.png", 1, 3, 4.6, 3.8) as (left, middle_axes, right):
-        plots.curves(left, {"": (middle, mean_norm)}, "time", "mean norm", "Gradients of single examples", log=True)
+    times, values, norms = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    groups = diffusion.groups_of(model)
+    middle, norm = diffusion.grouped(model, times, norms, groups)
+    _, loss = diffusion.grouped(model, times, values, groups)
+    _, square = diffusion.grouped(model, times, norms.square(), groups)
+    with plots.panels(path, 1, 3, 4.6, 3.8) as (left, centre, right):
+        plots.curves(left, {"": (middle, norm)}, "time", "mean norm", "Per-example gradients", log=True)
         share = square / square.nansum()
-        plots.curves(middle_axes, {"": (middle, share)}, "time", "share", "Share in the sum of their squares")
-        log = bool((mean_loss > 0).all())
-        plots.curves(right, {"": (middle, mean_loss)}, "time", "mean loss", f"Loss ({run.args.weight})", log=log)
+        plots.curves(centre, {"": (middle, share)}, "time", "share", "Share in the sum of their squares")
+        title, log = f"Loss ({model.process.weight})", bool((loss > 0).all())
+        plots.curves(right, {"": (middle, loss)}, "time", "mean loss", title, log=log)
     order = times.argsort()
     total = norms[order].double().cumsum(0)
     half = int(times[order][int((total < total[-1] / 2).sum())])
-    values = {"time": middle, "norm": mean_norm, "loss": mean_loss, "square": square}
-    table = {name: np.asarray(v, float).tolist() for name, v in values.items()}
-    write_json(run.folder / "result" / "gradients.json", {**table, "half_of_the_norm_up_to_time": half})
-    said = f"half of the sum of {len(norms)} gradients' norms is from times up to {half} of {who.steps}"
-    print(f"{said}; picture in {run.folder / 'gradients_of_times.png'}")
+    table = {"time": middle, "norm": norm, "loss": loss, "square": square, "half_of_the_norm_up_to_time": half}
+    write_json(path.with_suffix(".json"), table)
+    sentence = f"half of the sum of {len(norms)} gradients' norms is from times up to {half} of {model.steps}"
+    print(f"{sentence}; picture in {path}")
 
 
-COMMANDS = {
-    "sample": (SampleArgs, sample),
-    "interpolate": (InterpolateArgs, interpolate),
-    "inpaint": (InpaintArgs, inpaint),
-    "evaluate": (EvaluateArgs, evaluate),
-    "gradients": (GradientsArgs, gradients),
-}
+if __name__ == "__main__":
+    command_line.run(
+        __doc__,
+        (EvaluateArgs, evaluate),
+        evaluate=(EvaluateArgs, evaluate),
+        interpolate=(InterpolateArgs, interpolate),
+        inpaint=(InpaintArgs, inpaint),
+        gradients=(GradientsArgs, gradients),
+    )

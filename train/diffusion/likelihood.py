@@ -169,13 +169,7 @@ def flow_log_density(
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    # Where alpha is nearly 0, the velocity that follows from a predicted noise, (noise - sigma x) / alpha, is mostly
-    # error: the flow ends where noise is nearly all there is.
-    total = int((schedule.alpha_bars >= FLOW_ENDS).sum())
-    if not 1 <= steps < total:
-        raise ValueError(f"a flow over {total} times of the schedule takes 1 to {total - 1} steps, got {steps}")
-    step = flow_step(predicts) if step is None else step
-    time = spaced(total, steps + 1, "linspace").flip(0)
+    step, time = flow_step(predicts) if step is None else step, flow_times(schedule, steps)
     alpha_bars = schedule.alpha_bars.cpu()[time]
     alpha, sigma = alpha_bars.sqrt(), (1 - alpha_bars).sqrt()
     columns = (time, alpha, sigma)
@@ -192,6 +186,19 @@ def flow_log_density(
             callback(i)
     # log N(x_T; 0, 1) + integral
     return log_density - 0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def flow_times(schedule: Schedule, steps: int) -> Tensor:
+    """The times that the steps of `flow_log_density` are between, rising, (steps + 1,) int64.
+
+    Raises ValueError: steps that the schedule does not have.
+    """
+    # Where alpha is nearly 0, the velocity that follows from a predicted noise, (noise - sigma x) / alpha, is mostly
+    # error: the flow ends where noise is nearly all there is.
+    total = int((schedule.alpha_bars >= FLOW_ENDS).sum())
+    if not 1 <= steps < total:
+        raise ValueError(f"a flow over {total} times of the schedule takes 1 to {total - 1} steps, got {steps}")
+    return spaced(total, steps + 1, "linspace").flip(0)
 
 
 def flow_step(predicts: str = "noise") -> FlowStep:
