@@ -1,19 +1,26 @@
+"""experiments/diffusion.py and diffusion_study.py: their losses, samples, studies, and folders of pictures."""
+
 import functools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core import random, spec, tree
+from experiments import diffusion_study
 from experiments.parts import diffusion
 from nets.generative import unet
 from tests.experiments import runs
-from tests.experiments.runs import is_png, metrics, result, same_bits
+from tests.experiments.runs import is_png, metrics, result
+from tests.experiments.test_laws import final_state
 from train.diffusion import schedules
-from train.run import checkpoints
+from train.step import Policy
 
 call, refused = (functools.partial(function, "diffusion") for function in (runs.call, runs.refused))
+study, study_refused = (functools.partial(function, "diffusion_study") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "2", "--batch", "4", "--save-every", "1", "--timesteps", "20", "--sampler-steps", "2")
 QUICK = (*QUICK, "--count", "16", "--no-compile")
 RUN = ("--run", "runs/diffusion/whole", "--no-compile")
@@ -29,35 +36,27 @@ def place(tmp_path_factory):
     return folder
 
 
-def learned(run):
-    cfg = unet.Config(**{**runs.config(run)["net"], "widths": (32, 48), "attention": ()})
-    model = spec.abstract(unet.spec(cfg))
-    counts = torch.zeros(20, dtype=torch.int64)
-    return checkpoints.restore(run / "checkpoints", model, part="train.params"), checkpoints.restore(
-        run / "checkpoints", counts, part="history.counts"
-    )
+@pytest.fixture
+def run(here):
+    """The run in a copy of its folder, in which the test stands."""
+    return here / "runs" / "diffusion" / "whole"
 
 
-def test_folder_of_a_run(place):
+def noise_pictures(folder, count, size=(10, 12)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.effect_noise(size, 60).convert("RGB").save(folder / f"{i}.png")
+
+
+def test_figures_of_a_run(place):
     run = place / "runs" / "diffusion" / "whole"
-    assert checkpoints.steps(run / "checkpoints") == [1, 2]
-    assert all(is_png(run / f"{name}.png") for name in ("samples", "film", "film_predicted", "loss", "loss_by_time"))
-    assert (run / "sampling.gif").read_bytes()[:3] == b"GIF"
     figures = result(run)
     assert figures["features"] == "pixels" and figures["frechet_distance"] > 0 and 0 <= figures["coverage"] <= 1
     # Of 20 times each has a group of its own, and all have as many examples, so that the mean of the groups is that
     # of all.
     by_time = list(figures["loss_by_time"].values())
     assert len(by_time) == 20 and sum(by_time) / 20 == pytest.approx(figures["loss"], rel=0.02)
-    assert learned(run)[1].sum() == 8  # losses in the history: two batches of 4
-
-
-def test_resumed_run_has_the_same_bits(here):
-    run = here / "runs" / "diffusion" / "whole"
-    whole, figures = learned(run), result(run)
-    shutil.rmtree(run / "checkpoints" / "2")
-    assert call("--resume") == 0
-    assert same_bits(learned(run), whole) and result(run)["frechet_distance"] == figures["frechet_distance"]
+    assert final_state(run)["history"]["counts"].sum() == 8  # losses in the history: two batches of 4
 
 
 def test_watched_gradients(tmp_path, monkeypatch, capfd):
@@ -68,11 +67,41 @@ def test_watched_gradients(tmp_path, monkeypatch, capfd):
     assert call(*QUICK, *flags, "--name", "plain") == 0
     assert call(*QUICK, *flags, "--watch-gradients", "--name", "seen") == 0
     plain, seen = (tmp_path / "runs" / "diffusion" / name for name in ("plain", "seen"))
-    found = metrics(seen)[-1]
-    assert found["train/loss"] == pytest.approx(metrics(plain)[-1]["train/loss"], rel=1e-5)
-    assert any(name.startswith("gradients/time/") for name in found) and is_png(seen / "gradients_by_time.png")
+    loss, same = ([r["train/loss"] for r in metrics(run) if "train/loss" in r] for run in (plain, seen))
+    assert same == pytest.approx(loss, rel=1e-5)
+    (norms,) = [r for r in metrics(seen) if any(name.startswith("gradients/time/") for name in r)]
+    assert all(value > 0 for name, value in norms.items() if name.startswith("gradients/time/"))
+    assert is_png(seen / "gradients_by_time.png")
     for flags in (("--guidance", "2"), ("--label", "1")):
         assert "was trained without --classes" in refused(capfd, "sample", "--run", "runs/diffusion/plain", *flags)
+
+
+def test_losses_in_half_precision():
+    """Only the net is in bfloat16: the loss, the weights and the noise have the precision they had."""
+    cfg = unet.Config(1, (8, 8), blocks=1, attention=(), groups=4, zero=False)
+    params = spec.init(random.key(0), unet.spec(cfg))
+    model = diffusion.Diffusion(cfg, diffusion.Process(timesteps=20), schedules.make("cosine", 20))
+    images, weights = random.normal(random.key(1), (6, 1, 4, 4)), torch.full((6,), 1 + 2**-12)
+    batch = (images, torch.zeros(6, dtype=torch.int64), torch.arange(6) * 3, weights)
+    keys = random.split(random.key(2), 6)
+    full, _ = diffusion.losses(params, batch, keys, model, 256)
+    half, same = diffusion.losses(params, batch, keys, model, 256, Policy(torch.bfloat16))
+    assert half.dtype == torch.float32 and torch.equal(half, same["losses"]) and not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0)  # bfloat16 has 8 bits, an error of 2^-8 a layer
+    unweighted, _ = diffusion.losses(params, (*batch[:3], weights / weights), keys, model, 256, Policy(torch.bfloat16))
+    assert torch.equal(half, unweighted * weights)  # the weight is not rounded to 1
+
+
+def test_run_in_half_precision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.undrawn(monkeypatch)
+    for dtype in ("float32", "bfloat16"):
+        assert call(*QUICK, "--dtype", dtype, "--name", dtype) == 0
+    full, half = (tmp_path / "runs" / "diffusion" / dtype for dtype in ("float32", "bfloat16"))
+    state = final_state(half)
+    assert all(x.dtype == torch.float32 for x in tree.leaves(state["train"]["params"]))
+    assert not runs.same_bits(state, final_state(full))
+    assert metrics(half)[-1]["train/loss"] == pytest.approx(metrics(full)[-1]["train/loss"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -85,145 +114,239 @@ def test_watched_gradients(tmp_path, monkeypatch, capfd):
     ],
     ids=lambda flags: flags[1],
 )
-def test_samples(flags, here, capsys):
+def test_samples(flags, run, capsys):
     assert call("sample", *RUN, *flags, "--steps", "3", "--count", "5") == 0
-    folder = here / "runs" / "diffusion" / "whole" / "sampled"
+    folder = run / "sampled"
     assert is_png(folder / "samples.png") and is_png(folder / "film.png") and "5 samples" in capsys.readouterr().out
     assert (folder / "sampling.gif").read_bytes()[:3] == b"GIF"
+    samples = np.load(folder / "samples.npy")
+    assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8 and len(np.unique(samples)) > 2
+
+
+def test_many_samples_are_all_in_a_file_and_the_first_in_a_picture(run, capsys):
+    assert call("sample", *RUN, "--steps", "1", "--count", "300", "--out", "many") == 0
+    assert np.load("many/samples.npy").shape == (300, 8, 8, 1)
+    assert call("sample", *RUN, "--steps", "1", "--count", "64", "--out", "few") == 0
+    sizes = [Image.open(f"{name}/samples.png").size for name in ("many", "few")]
+    assert sizes[0] == sizes[1]
 
 
 def test_samples_are_functions_of_key_and_number(monkeypatch):
     """Whatever the batches are, and with all steps through one function."""
     cfg = unet.Config(1, (8, 8), blocks=1, attention=(), groups=4, classes=3, zero=False)
     params = spec.init(random.key(0), unet.spec(cfg))
-    who = diffusion.Diffusion(cfg, schedules.make("cosine", 20), "noise", "small")
-    sampler = diffusion.make_sampler(who, "ddim", 4, eta=1.0)
-    step = diffusion.make_step(who, sampler, 2.0, compile=False)
+    process = diffusion.Process(predicts="noise", timesteps=20)
+    model = diffusion.Diffusion(cfg, process, diffusion.schedule_of(process))
+    sampler = diffusion.make_sampler(model, "ddim", 4, eta=1.0)
+    step = diffusion.make_step(model, sampler, 2.0, compile=False)
 
-    def drawn(count, labels):
-        return diffusion.generate(params, sampler, step, random.key(1), (1, 4, 4), labels, count)
+    def samples(count, labels):
+        return diffusion.generate(params, sampler, step, random.key(1), (1, 4, 4), labels, count)[0]
 
     labels = torch.arange(5) % 3
-    whole = drawn(5, labels)
+    whole = samples(5, labels)
     monkeypatch.setattr(diffusion, "BATCH", 2)
-    torch.testing.assert_close(drawn(5, labels), whole, atol=1e-5, rtol=1e-5)
-    assert (drawn(5, labels * 0) - whole).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [False, True, True, False, True]
+    torch.testing.assert_close(samples(5, labels), whole, atol=1e-5, rtol=1e-5)
+    assert (samples(5, labels * 0) - whole).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [False, True, True, False, True]
 
 
-def test_interpolation(here, capsys):
-    assert call("interpolate", *RUN, "--steps", "20") == 0
-    assert is_png(here / "runs" / "diffusion" / "whole" / "interpolation.png")
+@pytest.mark.parametrize(
+    ("flags", "preset", "steps"),
+    [
+        ((), "digits", 1500),
+        (("--size", "16"), "mnist", 2300),
+        (("--data", "cifar10"), "small", 20_000),
+        (("--data", "somewhere", "--size", "8"), "digits", 1500),
+        (("--preset", "cifar", "--data", "cifar10"), "cifar", 100_000),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
+)
+def test_presets_by_the_images(flags, preset, steps, monkeypatch, capsys):
+    """The help shows the numbers that a run would have."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(*flags, "--help") == 0
+    out = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert f"command line). (default: {preset})" in out and f"over all of them. (default: {steps})" in out
+
+
+# diffusion_study.py
+
+
+def test_interpolation(run, capsys):
+    assert study("interpolate", *RUN, "--steps", "20") == 0
+    assert is_png(run / "interpolation.png")
     # There and back again; grey images would be 0.35 away.
     assert float(capsys.readouterr().out.split("error of ")[1].split()[0]) < 0.02
 
 
-def test_inpainting(here):
-    assert call("inpaint", *RUN, "--steps", "3", "--repeats", "2", "--count", "3", "--mask", "box") == 0
-    assert is_png(here / "runs" / "diffusion" / "whole" / "inpainted.png")
+def test_inpainting(run):
+    flags = ("--steps", "3", "--repeats", "2", "--count", "3")
+    assert study("inpaint", *RUN, *flags, "--mask", "box") == 0
+    before = (run / "inpainted.png").read_bytes()
+    assert study("inpaint", *RUN, *flags) == 0  # nothing is overwritten
+    assert is_png(run / "inpainted_2.png") and (run / "inpainted.png").read_bytes() == before
+    assert study("inpaint", *RUN, *flags, "--checkpoint", "1", "--out", "first.png") == 0
+    assert is_png(run.parents[2] / "first.png")
 
 
 def test_masks(tmp_path):
-    from PIL import Image
-
-    half = diffusion.mask_of("half", (1, 6, 8))
+    half = diffusion_study.mask_of("half", (1, 6, 8))
     Image.fromarray(half.numpy()).save(tmp_path / "half.png")
     assert half.sum() == 24 and half[:, 0].all()
-    assert torch.equal(diffusion.mask_of(str(tmp_path / "half.png"), (1, 6, 8)), half)
-    assert (~diffusion.mask_of("box", (1, 6, 8))).sum() == 16
+    assert torch.equal(diffusion_study.mask_of(str(tmp_path / "half.png"), (1, 6, 8)), half)
+    assert (~diffusion_study.mask_of("box", (1, 6, 8))).sum() == 16
 
 
-def test_evaluation(here):
-    assert call("evaluate", *RUN, "--count", "12", "--bits", "2", "--flow-steps", "2") == 0
-    table = json.loads((here / "runs" / "diffusion" / "whole" / "result" / "evaluation.json").read_text())
+@pytest.mark.parametrize("command", [("evaluate",), ()], ids=["evaluate", "newest"])
+def test_evaluation(command, run, capsys):
+    """Without a sub-command and --run it is of the newest run."""
+    which = RUN if command else ("--no-compile",)
+    assert study(*command, *which, "--count", "12", "--bits", "2", "--flow-steps", "2") == 0
+    table = json.loads((run / "result" / "evaluation.json").read_text())
     assert [(row["sampler"], row["steps"]) for row in table["samplers"]] == [("ddpm", 20), ("ddim", 10), ("ddim", 20)]
     # 17 grey levels without a model: log2 17 = 4.09 bits.
-    assert all(0.5 < table["bits_per_dimension"][name] < 6 for name in ("bound", "flow"))
-
-
-def test_gradients_by_time(here):
-    """The means of groups against gradients of one example at a time."""
-    assert call("gradients", *RUN, "--count", "10", "--rounds", "2") == 0
-    run = here / "runs" / "diffusion" / "whole"
-    found = json.loads((run / "result" / "gradients.json").read_text())
-    assert is_png(run / "gradients_of_times.png") and len(found["time"]) == 20
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["diffusion.py"])
-        opened = runs.MAIN.opened(run.relative_to(here), "cpu")
-    first = next(diffusion.probe(opened.who, opened.data, random.key(0), 2, 10))
-    one = tree.map(lambda x: x[:1], first)
-    gradient = torch.func.grad(lambda p: opened.losses(p, one[:4], one[4]).sum())(opened.params)
-    assert first[2].tolist() == list(range(0, 20, 2)) and found["norm"][0] == pytest.approx(
-        float(tree.norm(gradient)), rel=1e-4
+    bits = table["bits_per_dimension"]
+    assert all(0.5 < bits[name] < 6 for name in ("bound", "flow")) and bits["uniform"] == pytest.approx(
+        4.0875, abs=1e-3
     )
+    assert table["real_frechet_distance"] > 0 and "without a net" in capsys.readouterr().out
+
+
+def test_gradients_by_time(run, monkeypatch):
+    """The means of groups against gradients of one example at a time."""
+    assert study("gradients", *RUN, "--count", "10", "--rounds", "2") == 0
+    table = json.loads((run / "gradients_of_times.json").read_text())
+    assert is_png(run / "gradients_of_times.png") and len(table["time"]) == 20
+    opened = diffusion.opened(diffusion_study.StudyArgs(run))
+    first = next(diffusion.probe(opened.model, opened.data, random.key(0), 2, 10))
+    *one, key = (x[:1] for x in first)
+    levels = opened.data.levels
+    gradient = torch.func.grad(lambda p: diffusion.losses(p, one, key, opened.model, levels)[0].sum())(opened.params)
+    assert first[2].tolist() == list(range(0, 20, 2))
+    assert table["norm"][0] == pytest.approx(float(tree.norm(gradient)), rel=1e-4)
 
 
 @pytest.fixture
 def wrong_mask(here):
-    from PIL import Image
-
     Image.new("L", (9, 8)).save(here / "mask.png")
+
+
+def never(*_, **__):
+    raise AssertionError("nothing may be sampled before all is checked")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--schedule", "quadratic"], "no schedule 'quadratic': choose one of linear, cosine"),
-        (["--timesteps", "1"], "a diffusion takes at least 2 steps, got 1"),
-        (["--schedule", "linear", "--timesteps", "10"], "betas must lie inside (0, 1)"),
-        (["--sampler", "euler"], "no sampler 'euler': choose one of ddpm, ddim"),
-        (["--sampler-steps", "30"], "a schedule of 20 steps is sampled in 1 to 20 steps, got 30"),
-        (["--size", "9"], "the images have 9 x 9 pixels; the digits net takes sides divisible by 2: choose --size"),
-        (["--preset", "huge"], "--preset 'huge' is unknown; expected one of digits, mnist"),
-        (["--predicts", "score"], "--predicts 'score' is unknown; expected one of noise, image, velocity"),
-        (["--variance", "learned"], "--variance learned goes with --weight hybrid"),
-        (["--flip"], "--flip is not for digits"),
-        (["--batch", "5000"], "--batch is 5000, but there are 1500 images"),
-        (["--data", "nowhere"], "'nowhere' does not exist"),
-        (["--classifier", "nowhere"], "nowhere"),
-        (["--resume", "--name", "whole", "--preset", "mnist"], "it was started with digits"),
-        (["sample", *RUN, "--sampler", "euler"], "no sampler 'euler'"),
-        (["sample", *RUN, "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
-        (["sample", *RUN, "--label", "10"], "--label is 10; expected 0 to 9"),
-        (["sample", *RUN, "--guidance", "-1"], "--guidance is -1.0; expected a number of at least 0"),
-        (["sample", *RUN, "--sampler", "heun", "--eta", "1"], "--eta is 1.0; only ddim takes it"),
+        (["sample", "--sampler", "euler"], "invalid choice 'euler' for argument '--sampler'"),
+        (["sample", "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
+        (["sample", "--label", "10"], "--label is 10; expected 0 to 9"),
+        (["sample", "--guidance", "-1"], "--guidance is -1.0; expected at least 0"),
+        (["sample", "--sampler", "heun", "--eta", "1"], "--eta is 1.0; only ddim takes it"),
+        (["sample", "--steps", "9", "--out", "runs"], "'runs' exists already; choose another --out"),
+        (["inpaint", "--steps", "3", "--mask", "mask.png"], "has 8 x 9 pixels; expected those of the images, 8 x 8"),
+        (["inpaint", "--steps", "3", "--mask", "none.png"], "'none.png': No such file"),
+        (["inpaint", "--steps", "3", "--repeats", "0"], "--repeats is 0; expected at least 1"),
+        (["inpaint", "--count", "65"], "--count is 65; expected up to 64"),
+        (["interpolate", "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
+        (["evaluate", "--bits", "-1"], "--bits is -1; expected at least 0"),
+        (["evaluate", "--classifier", "no/such"], "'no/such' is not the folder of a run"),
+        (["evaluate", "--count", "4"], "--count is 4; expected at least 6"),
         (
-            ["inpaint", *RUN, "--steps", "3", "--mask", "mask.png"],
-            "has 8 x 9 pixels; expected those of the images, 8 x 8",
+            ["evaluate", "--bits", "1", "--flow-steps", "20"],
+            "a flow over 19 times of the schedule takes 1 to 18 steps, got 20",
         ),
-        (["inpaint", *RUN, "--steps", "3", "--mask", "none.png"], "'none.png': No such file"),
-        (["inpaint", *RUN, "--steps", "3", "--repeats", "0"], "repeats must be at least 1, got 0"),
-        (["interpolate", *RUN, "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
-        (["evaluate", *RUN, "--bits", "-1"], "--bits is -1"),
-        (["gradients", *RUN, "--rounds", "0"], "--rounds is 0; expected at least 1"),
-        (["sample", "--run", "nowhere"], "nowhere"),
+        (["evaluate", "--out", "runs"], "'runs' exists already; choose another --out"),
+        (["gradients", "--rounds", "0"], "--rounds is 0; expected at least 1"),
     ],
     ids=runs.flag_id,
 )
-def test_refused_in_one_line(flags, message, here, wrong_mask, capfd):
-    quick = () if flags[0] in ("sample", "inpaint", "interpolate", "evaluate", "gradients", "--resume") else QUICK
-    assert message in refused(capfd, *quick, *flags)
+def test_refused_before_anything_is_computed(flags, message, here, wrong_mask, monkeypatch, capfd):
+    monkeypatch.setattr(unet, "apply", never)
+    script = "diffusion" if flags[0] == "sample" else "diffusion_study"
+    assert message in runs.refused(script, capfd, *flags, *RUN)
 
 
-def test_checkpoint_of_another_net(here, capfd):
-    path = here / "runs" / "diffusion" / "whole" / "config.json"
+def test_study_without_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no run in 'runs/diffusion'; train one with diffusion.py" in study_refused(capfd, "--no-compile")
+    assert "'nowhere' is not the folder of a run" in study_refused(capfd, "inpaint", "--run", "nowhere")
+
+
+def test_help_of_the_study_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ((), ("evaluate",), ("interpolate",), ("inpaint",), ("gradients",)):
+        assert study(*command, "--help") == 0
+        out = capsys.readouterr().out
+        assert "--run" in out and all(len(line) <= 80 for line in out.splitlines() if "│" in line or "╭" in line)
+
+
+def test_nothing_that_the_end_refuses_is_trained_first(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    noise_pictures(tmp_path / "few", 8)
+    monkeypatch.setattr(unet, "apply", never)
+    for flags, message in (
+        (("--count", "4"), "--count is 4; expected at least 6"),
+        (("--classifier", "nowhere"), "'nowhere' is not the folder of a run"),
+        (("--data", "few", "--size", "8"), "there are 8 images; the figures take at least 12"),
+    ):
+        assert message in refused(capfd, *QUICK, *flags)
+
+
+# Data
+
+
+def test_checkpoint_of_another_net(here, run, capfd):
+    path = run / "config.json"
     stored = json.loads(path.read_text())
-    stored["args"]["classes"] = False
+    stored["args"]["process"]["classes"] = False
     path.write_text(json.dumps(stored))
-    assert "its checkpoint has" in refused(capfd, "--resume", "--name", "whole")
+    assert "its checkpoint has net classes 10, expected 0" in refused(capfd, "--resume", "--name", "whole")
+
+
+def test_identity_of_the_data_is_their_content(tmp_path, monkeypatch, capfd):
+    """The same pictures at another place resume; as many others do not."""
+    monkeypatch.chdir(tmp_path)
+    runs.undrawn(monkeypatch)
+    noise_pictures(tmp_path / "data" / "a", 15)
+    assert call(*QUICK, "--data", "data", "--size", "8", "--name", "one") == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert call("--resume", "--data", "moved") == 0
+    noise_pictures(tmp_path / "other" / "a", 15)
+    assert "its checkpoint has data" in refused(capfd, "--resume", "--data", "other")
 
 
 def test_folder_of_pictures(tmp_path, monkeypatch):
-    """Three channels, mirrored, with features of a classifier."""
-    from PIL import Image
-
+    """Three channels, mirrored, with two classes and features of a classifier."""
     monkeypatch.chdir(tmp_path)
     for i in range(12):
         folder = tmp_path / "data" / ("dark", "bright")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (10, 12), (10 * i, 20, 30 + 100 * (i % 2))).save(folder / f"{i}.png")
-    flags = ("--data", "data", "--size", "8", "--preset", "digits", "--flip", "--predicts", "image")
-    assert call(*QUICK, *flags, "--weight", "min-snr", "--count", "8", "--name", "one") == 0
-    assert result(tmp_path / "runs" / "diffusion" / "one")["frechet_distance"] > 0
+    judge = ("--data", "data", "--net", "lenet-digits", "--size", "8", "--epochs", "1", "--batch", "4", "--no-compile")
+    assert runs.call("classify", *judge, "--workers", "0", "--name", "judge") == 0
+    flags = ("--data", "data", "--size", "8", "--flip", "--predicts", "image", "--weight", "min-snr", "--classes")
+    flags = (*flags, "--count", "8", "--classifier", "runs/classify/judge")
+    assert call(*QUICK, *flags, "--name", "one") == 0
+    figures = result(tmp_path / "runs" / "diffusion" / "one")
+    assert figures["frechet_distance"] > 0 and figures["features"] == "runs/classify/judge"
+    assert runs.config(tmp_path / "runs" / "diffusion" / "one")["net"]["classes"] == 2
+
+
+def test_flat_folder_with_an_unreadable_picture(tmp_path, monkeypatch, capfd):
+    """No classes are needed where none are used, and a file that cannot be read is skipped and counted."""
+    monkeypatch.chdir(tmp_path)
+    noise_pictures(tmp_path / "faces", 20)
+    (tmp_path / "faces" / "broken.png").write_bytes(b"no picture")
+    flags = ("--data", "faces", "--size", "8")
+    assert call(*QUICK, *flags, "--name", "one") == 0
+    assert any(line.startswith("skipped") and "broken.png" in line for line in capfd.readouterr().out.splitlines())
+    assert call("sample", "--run", "runs/diffusion/one", "--no-compile", "--steps", "2", "--count", "3") == 0
+    assert is_png(tmp_path / "runs" / "diffusion" / "one" / "sampled" / "samples.png")
+    assert study("inpaint", "--steps", "2", "--count", "2", "--no-compile") == 0
+    shutil.move("faces", "data/one-class")
+    assert call(*QUICK, "--data", "data", "--size", "8", "--name", "two") == 0
+    assert "error: " in refused(capfd, *QUICK, "--data", "data", "--size", "8", "--classes")
 
 
 @pytest.mark.slow
@@ -231,4 +354,5 @@ def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
     runs.completed("diffusion", tmp_path)
     (run,) = (tmp_path / "runs" / "diffusion").iterdir()
-    assert result(run)["frechet_distance"] < 0.1
+    figures = result(run)
+    assert figures["frechet_distance"] < 0.1
