@@ -31,7 +31,8 @@ from train.data import batching
 from train.data.fingerprint import fingerprint
 from train.data.images import sets as image_sets
 from train.data.understood import understood
-from train.diffusion import importance
+from train.diffusion import by_time, importance
+from train.diffusion.film import unit
 from train.diffusion.process import draw_time
 from train.diffusion.samplers import SAMPLERS
 from train.diffusion.tables import SPACINGS, Sampler
@@ -154,7 +155,7 @@ def train(args: Args) -> None:
     understood(print, data.facts | {"preset": args.preset, "process": dataclasses.asdict(args.process)})
     if args.batch > count:
         raise ValueError(f"--batch is {args.batch}, but there are {count} images")
-    sampler = diffusion.make_sampler(model, args.sampler, args.sampler_steps)
+    sampler = diffusion.make_sampler(model, args.sampler, args.sampler_steps, compile=args.common.compile)
     diffusion.check_figures(data, args.count, args.classifier)
     identity = {"net": model.cfg, "data": fingerprint(data.train, data.test)}
 
@@ -169,7 +170,7 @@ def train(args: Args) -> None:
     state = State(create(init_key, unet.spec(model.cfg), optimizer), history)
     state = run.restore(state, identity, args.steps)
     objective = functools.partial(diffusion.losses, model=model, levels=data.levels, policy=run.policy)
-    watched = {"watch": diffusion.watched} if args.watch_gradients else {}
+    watched = {"watch": by_time.watched} if args.watch_gradients else {}
     step = make_step(objective, optimizer, donate=True, update_norm=False, compile=args.common.compile, **watched)
     draw = compiled(importance.draw) if args.common.compile else importance.draw
 
@@ -191,7 +192,7 @@ def train(args: Args) -> None:
                 average, metrics = watch.record(run.log, at, metrics, average)
             run.record(at, metrics, args.batch)
             if args.watch_gradients and run.due(at, LOG_EVERY):
-                run.log.metrics(at, diffusion.norms_by_time(model, time, norms))
+                run.log.metrics(at, by_time.norms(time, norms, model.steps))
             if run.due(at, args.common.save_every):
                 run.save(at, state)
         report(run, model, optimizers.averaged(state.train.opt_state), data, sampler, end_key)
@@ -200,25 +201,24 @@ def train(args: Args) -> None:
 def report(run: Run, model: Diffusion, params: tree.Tree, data: Data, sampler: Sampler, key: Tensor) -> None:
     """The final figures, and the pictures."""
     args, (test_key, sample_key) = run.args, random.split(key).unbind(0)
-    middle, by_time, loss = diffusion.loss_by_time(model, params, data, test_key, min(args.count, diffusion.BATCH))
+    times, errors = diffusion.errors_of(model, params, data, test_key, min(args.count, diffusion.BATCH))
     run.log.print(f"{args.sampler} in {args.sampler_steps} steps ...")
-    step = diffusion.make_step(model, sampler, compile=args.common.compile)
     real = diffusion.real_images(data, args.count)
     labels = diffusion.labels_of(model, len(real), key.device)
-    samples, film = diffusion.generate(params, sampler, step, sample_key, data.shape, labels, len(real))
-    figures = diffusion.compared(real, samples, args.classifier) | {"loss": loss}
+    samples, film = diffusion.generate(sampler, params, labels, sample_key, data.shape, len(real))
+    figures = diffusion.compared(real, samples, args.classifier) | {"loss": float(errors.mean())}
     figures |= diffusion.baseline(data, args.count, args.classifier)
-    losses = dict(zip(map(float, middle), map(float, by_time), strict=True))
+    middle, means = by_time.grouped(times, errors, model.steps)
+    losses = dict(zip(middle.tolist(), means.tolist(), strict=True))
     run.result({**figures, "loss_by_time": losses, "features": str(args.classifier or "pixels")})
-    film.draw(run.folder, samples)
-    title = f"Error of the {model.process.predicts}"
-    lines = {"on test images": (middle, by_time)}
+    diffusion.draw(run.folder, samples, film)
+    title, lines = f"Error of the {model.process.predicts}", {"on test images": (middle, means)}
     plots.curves(run.folder / "loss_by_time.png", lines, "time", "mean squared error", title)
     curve, weight = read_curves(run.folder, "train/loss"), model.process.weight
     plots.curves(run.folder / "loss.png", curve, ylabel="loss", title=f"{weight} loss", log=weight != "bound")
     if args.watch_gradients:
         watch.draw(run.folder)
-        diffusion.draw_watched(run.folder, model)
+        by_time.draw(run.folder, model.steps)
     print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
@@ -230,16 +230,16 @@ def sample(args: SampleArgs) -> None:
             raise ValueError(f"--{flag} is {value}, but the net of '{args.run}' was trained without --classes")
     if args.label is not None and args.label >= classes:
         raise ValueError(f"--label is {args.label}; expected 0 to {classes - 1}")
-    sampler = diffusion.make_sampler(model, args.sampler, args.steps, eta=args.eta, spacing=args.spacing)
+    options = {"eta": args.eta, "spacing": args.spacing, "compile": args.compile}
     guidance, folder = 1.0 if args.guidance is None else args.guidance, unused(args.out, args.run / "sampled")
-    step = diffusion.make_step(model, sampler, guidance, compile=args.compile)
+    sampler = diffusion.make_sampler(model, args.sampler, args.steps, guidance, **options)
     labels = diffusion.labels_of(model, args.count, run.device)
     labels = labels if args.label is None else torch.full_like(labels, args.label)
     key = random.key(args.seed, run.device)
-    samples, film = diffusion.generate(run.params, sampler, step, key, run.data.shape, labels, args.count)
+    samples, film = diffusion.generate(sampler, run.params, labels, key, run.data.shape, args.count)
     folder.mkdir(parents=True)
-    film.draw(folder, samples)
-    pixels = (diffusion.unit(samples) * 255).round().to(torch.uint8).movedim(1, -1)
+    diffusion.draw(folder, samples, film)
+    pixels = (unit(samples) * 255).round().to(torch.uint8).movedim(1, -1)  # (count, height, width, channels)
     np.save(folder / "samples.npy", pixels.numpy())
     print(f"{args.count} samples by {args.sampler} in {args.steps} steps in {folder}/")
 

@@ -20,15 +20,14 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor
 
 from core import per_example, random, tree
 from experiments.parts import diffusion
 from experiments.parts.diffusion import Opened
 from train import plots
-from train.diffusion import samplers
-from train.diffusion.inpainting import inpaint as fill_in
+from train.diffusion import by_time, inpainting, samplers
+from train.diffusion.film import unit
 from train.diffusion.inversion import ddim_inversion, slerp
 from train.diffusion.likelihood import flow_bits, flow_step, flow_times, variational_bound
 from train.diffusion.tables import Sampler
@@ -36,6 +35,7 @@ from train.files import write_json
 from train.plots import gan as gan_plots
 from train.run import command_line
 from train.run.flags import Count, FromRun, Natural
+from train.run.progress import progress
 from train.run.run import unused
 from train.step import compiled
 
@@ -110,13 +110,14 @@ def evaluate(args: EvaluateArgs) -> None:
         flow_times(model.schedule, args.flow_steps)
     settings = [("ddpm", total), *(("ddim", n) for n in (10, 20, 50) if n <= total)]
     settings += [("dpm-solver++", 20)] if total > 20 else []
-    chosen = [(name, diffusion.make_sampler(model, name, n)) for name, n in settings]
-    steps = {name: diffusion.make_step(model, sampler, compile=args.compile) for name, sampler in chosen}
+    options = {"compile": args.compile}
+    table = [(name, diffusion.make_sampler(model, name, n, **options)) for name, n in settings]
+    steps = {name: sampler.step for name, sampler in table}  # one compiled step for all numbers of steps
     real = diffusion.real_images(run.data, args.count)
     labels, rows = diffusion.labels_of(model, len(real), run.device), []
-    for name, sampler in chosen:
-        options = (key, run.data.shape, labels, len(real))
-        samples, _ = diffusion.generate(run.params, sampler, steps[name], *options)
+    for name, sampler in table:
+        sampler = sampler._replace(step=steps[name])
+        samples, _ = diffusion.generate(sampler, run.params, labels, key, run.data.shape, len(real))
         figures, count = diffusion.compared(real, samples, args.classifier), len(sampler.table)
         rows.append({"sampler": name, "steps": count, **figures})
         print(f"{name:<13} {count:>5} steps  " + "  ".join(f"{n} {v:.4g}" for n, v in figures.items()), flush=True)
@@ -138,23 +139,22 @@ def bits_of(run: Opened, args: EvaluateArgs, key: Tensor) -> dict[str, float]:
     images = run.data.test.images[: args.bits]
     labels = run.data.test.labels[: args.bits] if model.cfg.classes else None
 
-    def net(params, labels, x, time):
-        return diffusion.predictor(model, params, labels)(x, time)
+    def net(inputs, x, time):
+        return diffusion.predictor(model, *inputs)(x, time)
 
-    def flow(params, labels, row, x, signs):
-        return flow_step(process.predicts)(diffusion.predictor(model, params, labels), row, x, signs)
+    def flow(inputs, row, x, signs):
+        return flow_step(process.predicts)(diffusion.predictor(model, *inputs), row, x, signs)
 
     net, flow = (compiled(f, channels_last=True) if args.compile else f for f in (net, flow))
-    choices = {"predicts": process.predicts, "levels": levels}
+    inputs, choices = (run.params, labels), {"predicts": process.predicts, "levels": levels}
     for_bound, for_flow = random.split(key).unbind(0)
-    with diffusion.progress(model.steps, "the bound") as advance:
+    with progress(model.steps, "the bound") as advance:
         options = {**choices, "variance": process.variance, "callback": advance}
-        predict = functools.partial(net, run.params, labels)
+        predict = functools.partial(net, inputs)
         bound = variational_bound(predict, model.schedule, images, for_bound, **options).total
-    with diffusion.progress(args.flow_steps, "the flow") as advance:
-        options = {**choices, "steps": args.flow_steps, "callback": advance}
-        step = diffusion.bound(flow, run.params, labels)
-        flowed = flow_bits(None, model.schedule, images, for_flow, step=step, **options)
+    with progress(args.flow_steps, "the flow") as advance:
+        options = {**choices, "steps": args.flow_steps, "callback": advance, "step": flow}
+        flowed = flow_bits(inputs, model.schedule, images, for_flow, **options)
     values = {"bound": bound, "flow": flowed}
     errors = {f"{name}_error": float(b.std() / len(b) ** 0.5) for name, b in values.items()} if len(images) > 1 else {}
     means = {name: float(b.mean()) for name, b in values.items()}
@@ -176,41 +176,18 @@ def interpolate(args: InterpolateArgs) -> None:
     ends, fractions = images[: 2 * pairs], torch.linspace(0, 1, 9).tolist()
 
     def through(sampler: Sampler, x: Tensor, callback: Callable) -> Tensor:
-        step = diffusion.make_step(run.model, sampler, compile=args.compile)
-        step = diffusion.bound(step, run.params, no_label(run, len(x)))
-        return samplers.sample(sampler, None, x, step=step, callback=callback)
+        sampler = diffusion.with_net(sampler, run.model, compile=args.compile)
+        return samplers.sample(sampler, (run.params, no_label(run, len(x))), x, callback=callback)
 
-    with diffusion.progress(2 * args.steps, "interpolating") as advance:
+    with progress(2 * args.steps, "interpolating") as advance:
         noise = through(forth, ends, advance)
         way = torch.cat([slerp(noise[:pairs], noise[pairs:], f) for f in fractions])  # (fractions * pairs, ...)
         between = through(back, way, advance).unflatten(0, (len(fractions), pairs)).transpose(0, 1).cpu()
     error = float((torch.cat([between[:, 0], between[:, -1]]) - ends.cpu()).abs().mean())
     table = torch.cat([ends[:pairs, None].cpu(), between, ends[pairs:, None].cpu()], 1)  # (pairs, fractions + 2, ...)
     columns = ["image", *(f"{f:.2g}" for f in fractions), "image"]
-    gan_plots.image_table(path, diffusion.unit(table), None, columns, "Between test images, by way of their noise")
+    gan_plots.image_table(path, unit(table), None, columns, "Between test images, by way of their noise")
     print(f"{pairs} pairs in {path}; images come back with a mean absolute error of {error / 2:.4f} (of 1)")
-
-
-def mask_of(mask: str, shape: tuple[int, ...]) -> Tensor:
-    """(height, width), True where an image is known: "half" leaves the right half free, "box" the middle, a PNG what is
-    dark in it.
-
-    Raises ValueError or OSError: a picture of another size, or none.
-    """
-    _, height, width = shape
-    known = torch.ones(height, width, dtype=torch.bool)
-    if mask == "half":
-        known[:, width // 2 :] = False
-        return known
-    if mask == "box":
-        known[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
-        return known
-    with Image.open(mask) as picture:
-        pixels = np.asarray(picture.convert("L"))
-    if pixels.shape != (height, width):
-        size = f"{pixels.shape[0]} x {pixels.shape[1]}"
-        raise ValueError(f"--mask '{mask}' has {size} pixels; expected those of the images, {height} x {width}")
-    return torch.from_numpy(pixels >= 128)
 
 
 @torch.no_grad()
@@ -219,17 +196,14 @@ def inpaint(args: InpaintArgs) -> None:
     if args.count > INPAINTED:
         raise ValueError(f"--count is {args.count}; expected up to {INPAINTED}")
     images, path = run.data.test.images[: args.count], unused(args.out, run.folder / "inpainted.png")
-    mask = mask_of(args.mask, run.data.shape).to(run.device)
-    sampler = diffusion.make_sampler(run.model, args.sampler, args.steps)
-    step = diffusion.make_step(run.model, sampler, compile=args.compile)
-    step = diffusion.bound(step, run.params, no_label(run, len(images)))
+    mask = inpainting.mask_of(args.mask, *images.shape[2:]).to(run.device)
+    sampler = diffusion.make_sampler(run.model, args.sampler, args.steps, compile=args.compile)
     for_start, key = random.split(random.key(args.seed, run.device)).unbind(0)
-    with diffusion.progress(args.steps, "inpainting") as advance:
-        x = random.normal(for_start, images.shape)
-        options = {"repeats": args.repeats, "step": step, "callback": advance}
-        whole = fill_in(sampler, None, x, images, mask, key, **options)
+    with progress(args.steps, "inpainting") as advance:
+        x, inputs = random.normal(for_start, images.shape), (run.params, no_label(run, len(images)))
+        whole = inpainting.inpaint(sampler, inputs, x, images, mask, key, repeats=args.repeats, callback=advance)
     # Grey, where nothing is known.
-    rows = torch.stack([diffusion.unit(part.cpu()) for part in (images, torch.where(mask, images, 0.0), whole)])
+    rows = torch.stack([unit(part.cpu()) for part in (images, torch.where(mask, images, 0.0), whole)])
     gan_plots.image_table(path, rows, ["image", "known", "filled in"], title="Test images, inpainted")
     print(f"{len(images)} test images in {path}")
 
@@ -242,36 +216,36 @@ def gradients(args: GradientsArgs) -> None:
     if model.cfg.zero and all(not leaf.any() for leaf in tree.leaves(run.params["output"])):
         raise ValueError(f"the net of '{run.folder}' gives 0 everywhere: it has not been trained")
 
-    def losses(params, batch):
+    def losses_of(params, batch):
         *batch, keys = batch
         return diffusion.losses(params, batch, keys, model, run.data.levels)[0]
 
     def report(params, batch):
-        reports = per_example.reports(losses, params, batch, ("norm",))
+        reports = per_example.reports(losses_of, params, batch, ("norm",))
         return reports.losses, reports.total_norm
 
     report = compiled(report) if args.compile else report
     columns = []
-    with diffusion.progress(args.rounds, "gradients") as advance:
+    with progress(args.rounds, "gradients") as advance:
         for batch in diffusion.probe(model, run.data, key, args.rounds, args.count):
             columns.append([values.cpu() for values in (batch[2], *report(run.params, batch))])
             advance()
-    times, values, norms = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    groups = diffusion.groups_of(model)
-    middle, norm = diffusion.grouped(model, times, norms, groups)
-    _, loss = diffusion.grouped(model, times, values, groups)
-    _, square = diffusion.grouped(model, times, norms.square(), groups)
+    times, losses, norms = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    quantities = {"norm": norms, "loss": losses, "square": norms.square()}
+    table = {name: by_time.grouped(times, values, model.steps) for name, values in quantities.items()}
+    middle, square = table["square"]
+    positive = bool((table["loss"][1] > 0).all())
     with plots.panels(path, 1, 3, 4.6, 3.8) as (left, centre, right):
-        plots.curves(left, {"": (middle, norm)}, "time", "mean norm", "Per-example gradients", log=True)
-        share = square / square.nansum()
-        plots.curves(centre, {"": (middle, share)}, "time", "share", "Share in the sum of their squares")
-        title, log = f"Loss ({model.process.weight})", bool((loss > 0).all())
-        plots.curves(right, {"": (middle, loss)}, "time", "mean loss", title, log=log)
+        plots.curves(left, {"": table["norm"]}, "time", "mean norm", "Per-example gradients", log=True)
+        share = middle, square / square.nansum()
+        plots.curves(centre, {"": share}, "time", "share", "Share in the sum of their squares")
+        title = f"Loss ({model.process.weight})"
+        plots.curves(right, {"": table["loss"]}, "time", "mean loss", title, log=positive)
     order = times.argsort()
     total = norms[order].double().cumsum(0)
     half = int(times[order][int((total < total[-1] / 2).sum())])
-    table = {"time": middle, "norm": norm, "loss": loss, "square": square, "half_of_the_norm_up_to_time": half}
-    write_json(path.with_suffix(".json"), table)
+    means = {name: values for name, (_, values) in table.items()}
+    write_json(path.with_suffix(".json"), {"time": middle, **means, "half_of_the_norm_up_to_time": half})
     sentence = f"half of the sum of {len(norms)} gradients' norms is from times up to {half} of {model.steps}"
     print(f"{sentence}; picture in {path}")
 

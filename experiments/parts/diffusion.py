@@ -1,39 +1,34 @@
 """What diffusion.py and diffusion_study.py share: the data, the net with its noising process and its loss, sampling by
-one compiled step, figures by the time, and pictures along it."""
+one compiled step, and the figures."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from core import random, tree
-from core.per_example import Reports
 from experiments.parts.generator import distances
 from nets.generative import unet
 from train import plots
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
-from train.diffusion import samplers
+from train.diffusion import by_time, samplers
 from train.diffusion import schedules as noising
+from train.diffusion.film import Film, unit
 from train.diffusion.guidance import guided_together
 from train.diffusion.losses import WEIGHTS, diffusion_loss
 from train.diffusion.process import PREDICTIONS, VARIANCES, heads
 from train.diffusion.tables import Model, Sampler
-from train.gradients import watch
-from train.plots import gan as gan_plots
 from train.run import Count, FromRun, Rate, command_line, open_run
-from train.run.logs import read_curves
+from train.run.progress import progress
 from train.run.resume import from_json, newest
 from train.step import FULL_PRECISION, Policy, compiled
 
 RUNS = Path("runs/diffusion")
 BATCH = 256  # images that are drawn at once, at most
-GROUPS = 5  # of times, in `watched`
 SHOWN = 64  # images in a picture
 LEAST = 6  # images on each side of the figures, which look at the fifth nearest neighbour
 
@@ -173,8 +168,17 @@ def labels_of(model: Diffusion, count: int, device: torch.device) -> Tensor | No
     return torch.arange(count, device=device) % model.cfg.classes if model.cfg.classes else None
 
 
-def make_sampler(model: Diffusion, name: str, steps: int, *, eta: float = 0.0, spacing: str = "trailing") -> Sampler:
-    """Raises ValueError: more steps than the schedule has, eta for a sampler that has none."""
+def make_sampler(
+    model: Diffusion,
+    name: str,
+    steps: int,
+    guidance: float = 1.0,
+    *,
+    eta: float = 0.0,
+    spacing: str = "trailing",
+    compile: bool = True,
+) -> Sampler:
+    """A sampler with `with_net`. Raises ValueError: more steps than the schedule has, eta for one that has none."""
     options = {"predicts": model.process.predicts, "spacing": spacing}
     if name == "ddim":
         options["eta"] = eta
@@ -182,66 +186,41 @@ def make_sampler(model: Diffusion, name: str, steps: int, *, eta: float = 0.0, s
         raise ValueError(f"--eta is {eta}; only ddim takes it")
     if name == "ddpm":
         options["variance"] = model.process.variance
-    return samplers.make(name, model.schedule, steps, **options)
+    return with_net(samplers.make(name, model.schedule, steps, **options), model, guidance, compile=compile)
 
 
-Step = Callable[..., tuple[Tensor, Tensor]]
+def with_net(sampler: Sampler, model: Diffusion, guidance: float = 1.0, *, compile: bool = True) -> Sampler:
+    """The sampler whose step takes (params, labels or None) for its model: one graph for every step, for every batch of
+    one size and for any parameters; and for other numbers of steps, which differ in the table alone."""
+
+    def step(inputs, row, x, memory, noise):
+        return sampler.step(predictor(model, *inputs, guidance), row, x, memory, noise)
+
+    return sampler._replace(step=compiled(step, channels_last=True) if compile else step)
 
 
-def make_step(model: Diffusion, sampler: Sampler, guidance: float = 1.0, *, compile: bool = True) -> Step:
-    """`step(params, labels, row, x, memory, noise) -> (x, memory)`: one graph for every step of the sampler, for every
-    batch of one size and for any parameters; and for other numbers of steps, which differ in the rows alone."""
-
-    def step(params, labels, row, x, memory, noise):
-        return sampler.step(predictor(model, params, labels, guidance), row, x, memory, noise)
-
-    return compiled(step, channels_last=True) if compile else step
-
-
-def bound(step: Step, params: tree.Tree, labels: Tensor | None) -> Callable:
-    """The step as `train.diffusion.samplers.sample` calls it."""
-    return lambda _, *rest: step(params, labels, *rest)
-
-
-@torch.no_grad()
 def generate(
-    params: tree.Tree,
-    sampler: Sampler,
-    step: Step,
-    key: Tensor,
-    shape: tuple[int, ...],
-    labels: Tensor | None,
-    count: int,
-) -> tuple[Tensor, "Film"]:
-    """(samples (count, *shape) on the CPU, their film), in batches of one size, with a bar on the terminal; sample i is
-    a function of key and i. labels: (count,), or None."""
-    for_start, for_steps = (random.sites(k, count) for k in random.sites(key, 2))
-    batches = -(-count // BATCH)
-    size, images, film = -(-count // batches), [], Film(sampler)  # as few batches as can be
-    with progress(len(sampler.table) * batches, f"{count} samples") as advance:
+    sampler: Sampler, params: tree.Tree, labels: Tensor | None, key: Tensor, shape: tuple[int, ...], count: int
+) -> tuple[Tensor, Film]:
+    """(samples (count, *shape) on the CPU, their film), with a bar on the terminal. labels: (count,), or None."""
+    film = Film(sampler, SHOWN)
+
+    def inputs(rows: Tensor) -> tuple[tree.Tree, Tensor | None]:
+        return params, None if labels is None else labels[rows]
+
+    with progress(len(sampler.table) * -(-count // BATCH), f"{count} samples") as advance:
 
         def callback(i: int, x: Tensor, image: Tensor) -> None:
             advance()
             film(i, x, image)
 
-        for start in range(0, count, size):
-            rows = torch.arange(start, start + size, device=key.device) % count  # the last batch is filled up
-            x = random.normal(for_start[rows], shape)
-            one = bound(step, params, None if labels is None else labels[rows])
-            images.append(samplers.sample(sampler, None, x, for_steps[rows], step=one, callback=callback).cpu())
-    return torch.cat(images)[:count], film
+        return samplers.sample_many(sampler, inputs, key, shape, count, BATCH, callback), film
 
 
-@contextlib.contextmanager
-def progress(total: int, task: str) -> Iterator[Callable[..., None]]:
-    """A bar on the terminal while the block runs; yields what is to be called after each of `total` steps."""
-    from rich import progress as bars
-
-    columns = ("{task.description}", bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
-    with bars.Progress(*columns, "left", bars.TimeRemainingColumn(), transient=True) as bar:
-        bar.disable = not bar.console.is_terminal
-        number = bar.add_task(task, total=total)
-        yield lambda *_: bar.advance(number)
+def draw(folder: Path, samples: Tensor, film: Film) -> None:
+    """`samples.png`, the first of them, and the film."""
+    plots.image_grid(folder / "samples.png", unit(samples[:SHOWN]), 8, scale=0.6)
+    film.draw(folder)
 
 
 # Figures.
@@ -274,32 +253,19 @@ def baseline(data: Data, count: int, classifier: Path | None) -> dict[str, float
 
 
 def probe(model: Diffusion, data: Data, key: Tensor, rounds: int, count: int) -> Iterator[tuple[Tensor, ...]]:
-    """`rounds` batches (images, labels, time, weights, keys) of the first test images, their times equally spaced over
-    the schedule: all rounds together see every part of it as often."""
+    """`rounds` batches (images, labels, time, weights, keys) of the first test images, times spread over all."""
     images, labels = data.test.images[:count], data.test.labels[:count]
     n = len(images)
     for i in range(rounds):
-        time = (torch.arange(n, device=key.device) * rounds + i) * model.steps // (n * rounds)
+        time = by_time.spread(n, i, rounds, model.steps, key.device)
         yield images, labels, time, torch.ones(n, device=key.device), random.sites(random.fold_in(key, i), n)
 
 
-def grouped(model: Diffusion, time: Tensor, values: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Means over groups of consecutive times: (the middle of each group, mean (groups,)), nan for an empty group."""
-    group = time.cpu() * groups // model.steps
-    total = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, values.detach().cpu().double())
-    middle = (torch.arange(groups) + 0.5) * model.steps / groups
-    return middle, total / torch.bincount(group, minlength=groups)
-
-
-def groups_of(model: Diffusion, most: int = 20) -> int:
-    return min(most, model.steps)
-
-
 @torch.no_grad()
-def loss_by_time(
+def errors_of(
     model: Diffusion, params: tree.Tree, data: Data, key: Tensor, count: int, rounds: int = 10
-) -> tuple[Tensor, Tensor, float]:
-    """(middle of groups of times, mean squared error in each, and over all) on `count` test images."""
+) -> tuple[Tensor, Tensor]:
+    """(times, mean squared errors) of the prediction for `count` test images, (rounds * count,) each."""
     times, errors = [], []
     for images, labels, time, _, keys in probe(model, data, key, rounds, count):
         net = predictor(model, params, labels if model.cfg.classes else None)
@@ -310,77 +276,4 @@ def loss_by_time(
         options = {"time": time, "predicts": model.process.predicts}
         errors.append(diffusion_loss(prediction, model.schedule, images, keys, **options))
         times.append(time)
-    errors = torch.cat(errors)
-    return *grouped(model, torch.cat(times), errors, groups_of(model)), float(errors.mean())
-
-
-def watched(reports: Reports) -> dict[str, Tensor]:
-    """Metrics of a train step with `--watch-gradients`."""
-    return {**watch.watch(reports), "losses": reports.losses, "example_norms": reports.total_norm}
-
-
-def norms_by_time(model: Diffusion, time: Tensor, norms: Tensor) -> dict[str, float]:
-    """For the log: the mean norm of the gradients of a batch's examples, in groups of times."""
-    _, means = grouped(model, time, norms, GROUPS)
-    return {name: float(mean) for name, mean in zip(group_names(model), means, strict=True) if mean == mean}
-
-
-def group_names(model: Diffusion) -> list[str]:
-    edges = [-(-i * model.steps // GROUPS) for i in range(GROUPS + 1)]
-    return [f"gradients/time/{a:04}-{b - 1:04}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
-
-
-# Pictures.
-
-
-def unit(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]."""
-    return ((images.float() + 1) / 2).clamp(0, 1)
-
-
-def draw_watched(folder: Path, model: Diffusion) -> None:
-    """`gradients_by_time.png`: per-example gradient norms while the net learns, by the time."""
-    names, smooth = group_names(model), {}
-    lines = read_curves(folder, *names)
-    for name in (name for name in names if lines[name][0]):
-        steps, values = (np.array(part, float) for part in lines[name])
-        width = max(1, len(values) // 40)  # the mean of so many neighbours: a group has few examples in a batch
-        kernel = np.ones(width) / width
-        smooth[f"t {name[-9:]}"] = (np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid"))
-    title = "Per-example gradients, by the time"
-    plots.curves(folder / "gradients_by_time.png", smooth, ylabel="mean norm", title=title, log=True)
-
-
-class Film:
-    """Callback of a sampler that holds what the first batch looks like on the way."""
-
-    def __init__(self, sampler: Sampler):
-        self.times = sampler.table[:, 0].long().tolist()
-        self.noisy: list[Tensor] = []
-        self.predicted: list[Tensor] = []
-
-    def __call__(self, i: int, x: Tensor, image: Tensor) -> None:
-        if len(self.noisy) < len(self.times):
-            self.noisy.append(unit(x[:SHOWN].cpu()))
-            self.predicted.append(unit(image[:SHOWN].cpu()))
-
-    def moments(self, most: int) -> list[int]:
-        """The numbers of up to `most` steps, at equal distances."""
-        count = len(self.times)
-        return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
-
-    def draw(self, folder: Path, samples: Tensor, rows: int = 8, columns: int = 10) -> None:
-        """`samples.png`, the first of them; `film.png`, images as they lose their noise; `film_predicted.png`, the
-        image that the net predicts at that time; `sampling.gif`."""
-        plots.image_grid(folder / "samples.png", unit(samples[:SHOWN]), 8, scale=0.6)
-        moments = self.moments(columns)
-        labels = [f"t = {self.times[i]}" for i in moments]
-        for name, frames, title in (
-            ("film", self.noisy, "x after the step at time t"),
-            ("film_predicted", self.predicted, "Image predicted at time t"),
-        ):
-            table = torch.stack([frames[i][:rows] for i in moments], 1)  # (rows, columns, channels, height, width)
-            gan_plots.image_table(folder / f"{name}.png", table, None, labels, title)
-        moments, zoom = self.moments(60), max(1, 48 // self.noisy[0].shape[-1])
-        pictures = [gan_plots.tile(self.noisy[i], 8, zoom=zoom) for i in moments]
-        gan_plots.animation(folder / "sampling.gif", pictures, 0.08, [f"t = {self.times[i]}" for i in moments])
+    return torch.cat(times), torch.cat(errors)

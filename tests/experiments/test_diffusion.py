@@ -137,17 +137,16 @@ def test_samples_are_functions_of_key_and_number(monkeypatch):
     params = spec.init(random.key(0), unet.spec(cfg))
     process = diffusion.Process(predicts="noise", timesteps=20)
     model = diffusion.Diffusion(cfg, process, diffusion.schedule_of(process))
-    sampler = diffusion.make_sampler(model, "ddim", 4, eta=1.0)
-    step = diffusion.make_step(model, sampler, 2.0, compile=False)
+    sampler = diffusion.make_sampler(model, "ddim", 4, 2.0, eta=1.0, compile=False)
 
-    def samples(count, labels):
-        return diffusion.generate(params, sampler, step, random.key(1), (1, 4, 4), labels, count)[0]
+    def samples(labels):
+        return diffusion.generate(sampler, params, labels, random.key(1), (1, 4, 4), 5)[0]
 
     labels = torch.arange(5) % 3
-    whole = samples(5, labels)
+    whole = samples(labels)
     monkeypatch.setattr(diffusion, "BATCH", 2)
-    torch.testing.assert_close(samples(5, labels), whole, atol=1e-5, rtol=1e-5)
-    assert (samples(5, labels * 0) - whole).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [False, True, True, False, True]
+    torch.testing.assert_close(samples(labels), whole, atol=1e-5, rtol=1e-5)
+    assert (samples(labels * 0) - whole).abs().amax((1, 2, 3)).gt(1e-4).tolist() == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -187,14 +186,6 @@ def test_inpainting(run):
     assert is_png(run / "inpainted_2.png") and (run / "inpainted.png").read_bytes() == before
     assert study("inpaint", *RUN, *flags, "--checkpoint", "1", "--out", "first.png") == 0
     assert is_png(run.parents[2] / "first.png")
-
-
-def test_masks(tmp_path):
-    half = diffusion_study.mask_of("half", (1, 6, 8))
-    Image.fromarray(half.numpy()).save(tmp_path / "half.png")
-    assert half.sum() == 24 and half[:, 0].all()
-    assert torch.equal(diffusion_study.mask_of(str(tmp_path / "half.png"), (1, 6, 8)), half)
-    assert (~diffusion_study.mask_of("box", (1, 6, 8))).sum() == 16
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ()], ids=["evaluate", "newest"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,3 +72,26 @@ def _fit(mask: Tensor, x: Tensor) -> Tensor:
     if not fits or any(m not in (1, n) for m, n in zip(leading[::-1], x.shape[:2][::-1], strict=False)):
         raise ValueError(f"the mask has shape {tuple(mask.shape)}, expected one that fits images {tuple(x.shape)}")
     return mask.to(torch.bool)
+
+
+def mask_of(mask: str, height: int, width: int) -> Tensor:
+    """(height, width), True where an image is known: "half" leaves the right half free, "box" the middle, a picture
+    what is dark in it.
+
+    Raises ValueError or OSError: a picture of another size, or none.
+    """
+    from PIL import Image
+
+    known = torch.ones(height, width, dtype=torch.bool)
+    if mask == "half":
+        known[:, width // 2 :] = False
+        return known
+    if mask == "box":
+        known[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+        return known
+    with Image.open(mask) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    if pixels.shape != (height, width):
+        size = f"{pixels.shape[0]} x {pixels.shape[1]}"
+        raise ValueError(f"the mask '{mask}' has {size} pixels; expected those of the images, {height} x {width}")
+    return torch.from_numpy(pixels >= 128)

@@ -25,6 +25,7 @@ compile a function of them:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,3 +249,31 @@ def sample(
         if callback is not None:
             callback(i, x, memory)
     return x
+
+
+@torch.no_grad()
+def sample_many(
+    sampler: Sampler,
+    model: Callable[[Tensor], Any],
+    key: Tensor,
+    shape: tuple[int, ...],
+    count: int,
+    batch: int = 256,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """(count, *shape) on the CPU, in as few batches of one size as can be: sample i is a function of key and i.
+
+    Args:
+        model: `model(rows)` is the model of the samples with these numbers (size,), handed on to the step; their
+            labels, say.
+        key: (2,).
+        batch: largest size of a batch.
+        callback: as for `sample`, of the steps of every batch.
+    """
+    for_start, for_steps = (random.sites(k, count) for k in random.sites(key, 2))
+    size, images = -(-count // -(-count // batch)), []
+    for start in range(0, count, size):
+        rows = torch.arange(start, start + size, device=key.device) % count  # the last batch is filled up
+        x = random.normal(for_start[rows], shape)  # (size, *shape)
+        images.append(sample(sampler, model(rows), x, for_steps[rows], callback=callback).cpu())
+    return torch.cat(images)[:count]
