@@ -24,7 +24,7 @@ from torch import Tensor
 
 from core import random, tree
 from experiments.parts import diffusion
-from experiments.parts.diffusion import Data, Diffusion, Process
+from experiments.parts.diffusion import Compared, Data, Diffusion, Process
 from nets.generative import unet
 from train import optimizers, plots
 from train.data import batching
@@ -75,7 +75,7 @@ class Args:
     """Sampler of the samples at the end."""
     sampler_steps: Count = 50
     """Steps of the sampler."""
-    count: Count = 10_000
+    count: Compared = 10_000
     """Number of samples that the figures compare with as many images, or with all if there are fewer."""
     classifier: Path | None = None
     """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
@@ -156,7 +156,7 @@ def train(args: Args) -> None:
     if args.batch > count:
         raise ValueError(f"--batch is {args.batch}, but there are {count} images")
     sampler = diffusion.make_sampler(model, args.sampler, args.sampler_steps, compile=args.common.compile)
-    diffusion.check_figures(data, args.count, args.classifier)
+    diffusion.check_figures(data, args.classifier)
     identity = {"net": model.cfg, "data": fingerprint(data.train, data.test)}
 
     init_key, order_key, time_key, end_key = random.split(random.key(args.common.seed), 4).unbind(0)

@@ -1,5 +1,4 @@
-"""Studies of what diffusion.py has trained: samplers and likelihoods compared, images interpolated and inpainted, and
-the times that the gradient comes from.
+"""Studies of a run of diffusion.py: samplers compared, interpolation, inpainting, and gradients by the time.
 
 Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502), Lugmayr et al. 2022, "RePaint"
 (arXiv:2201.09865). Without --run the newest run of diffusion.py is studied:
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from core import per_example, random, tree
 from experiments.parts import diffusion
-from experiments.parts.diffusion import Opened
+from experiments.parts.diffusion import Compared, Opened
 from train import plots
 from train.diffusion import by_time, inpainting, samplers
 from train.diffusion.film import unit
@@ -34,13 +33,12 @@ from train.diffusion.tables import Sampler
 from train.files import write_json
 from train.plots import gan as gan_plots
 from train.run import command_line
-from train.run.flags import Count, FromRun, Natural
+from train.run.flags import Count, FromRun, Natural, Range
 from train.run.progress import progress
 from train.run.run import unused
 from train.step import compiled
 
 PAIRS = 8  # of images between which `interpolate` goes
-INPAINTED = 64  # columns of the picture of `inpaint`, at most
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class StudyArgs(FromRun):
 class EvaluateArgs(StudyArgs):
     classifier: Path | None = None
     """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
-    count: Count = 10_000
+    count: Compared = 10_000
     """Number of samples that the figures compare with as many images, or with all if there are fewer."""
     bits: Natural = 0
     """Number of test images whose bits per dimension are computed."""
@@ -83,8 +81,8 @@ class InpaintArgs(StudyArgs):
     """Steps of the sampler."""
     repeats: Count = 5
     """Runs of each step, so that the unknown part fits to the known one."""
-    count: Annotated[Count, tyro.conf.arg(metavar="1..64")] = 10
-    """Number of test images, up to 64."""
+    count: Annotated[int, Range(1, 64), tyro.conf.arg(metavar="1..64")] = 10
+    """Number of test images."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,20 @@ def no_label(run: Opened, count: int) -> Tensor | None:
 
 
 def evaluate(args: EvaluateArgs) -> None:
+    """Figures of samples by each sampler, beside those of the real images alone; bits per dimension."""
     run = diffusion.opened(args)
     model, key, total = run.model, random.key(args.seed, run.device), run.model.steps
     path = unused(args.out, run.folder / "result" / "evaluation.json")
-    diffusion.check_figures(run.data, args.count, args.classifier)
+    diffusion.check_figures(run.data, args.classifier)
     if args.bits:
         flow_times(model.schedule, args.flow_steps)
     settings = [("ddpm", total), *(("ddim", n) for n in (10, 20, 50) if n <= total)]
     settings += [("dpm-solver++", 20)] if total > 20 else []
-    options = {"compile": args.compile}
-    table = [(name, diffusion.make_sampler(model, name, n, **options)) for name, n in settings]
-    steps = {name: sampler.step for name, sampler in table}  # one compiled step for all numbers of steps
+    each = [(name, diffusion.make_sampler(model, name, n, compile=args.compile)) for name, n in settings]
+    steps = {name: sampler.step for name, sampler in each}  # one compiled step for all numbers of steps
     real = diffusion.real_images(run.data, args.count)
     labels, rows = diffusion.labels_of(model, len(real), run.device), []
-    for name, sampler in table:
+    for name, sampler in each:
         sampler = sampler._replace(step=steps[name])
         samples, _ = diffusion.generate(sampler, run.params, labels, key, run.data.shape, len(real))
         figures, count = diffusion.compared(real, samples, args.classifier), len(sampler.table)
@@ -192,9 +190,8 @@ def interpolate(args: InterpolateArgs) -> None:
 
 @torch.no_grad()
 def inpaint(args: InpaintArgs) -> None:
+    """The part of test images that a mask leaves free, filled in; of no class."""
     run = diffusion.opened(args)
-    if args.count > INPAINTED:
-        raise ValueError(f"--count is {args.count}; expected up to {INPAINTED}")
     images, path = run.data.test.images[: args.count], unused(args.out, run.folder / "inpainted.png")
     mask = inpainting.mask_of(args.mask, *images.shape[2:]).to(run.device)
     sampler = diffusion.make_sampler(run.model, args.sampler, args.steps, compile=args.compile)

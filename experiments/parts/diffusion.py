@@ -4,9 +4,10 @@ one compiled step, and the figures."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from core import random, tree
@@ -22,7 +23,8 @@ from train.diffusion.guidance import guided_together
 from train.diffusion.losses import WEIGHTS, diffusion_loss
 from train.diffusion.process import PREDICTIONS, VARIANCES, heads
 from train.diffusion.tables import Model, Sampler
-from train.run import Count, FromRun, Rate, command_line, open_run
+from train.run import FromRun, Rate, command_line, open_run
+from train.run.flags import Range
 from train.run.progress import progress
 from train.run.resume import from_json, newest
 from train.step import FULL_PRECISION, Policy, compiled
@@ -31,6 +33,7 @@ RUNS = Path("runs/diffusion")
 BATCH = 256  # images that are drawn at once, at most
 SHOWN = 64  # images in a picture
 LEAST = 6  # images on each side of the figures, which look at the fifth nearest neighbour
+Compared = Annotated[int, Range(LEAST), tyro.conf.arg(metavar=f"INT>={LEAST}")]
 
 
 class Data(NamedTuple):
@@ -53,7 +56,7 @@ class Process:
 
     schedule: Literal[tuple(noising.SCHEDULES)] = "cosine"
     """Noise schedule."""
-    timesteps: Count = 1000
+    timesteps: Annotated[int, Range(2), tyro.conf.arg(metavar="INT>=2")] = 1000
     """Times of the schedule."""
     predicts: Literal[PREDICTIONS] = "velocity"
     """Prediction target of the net."""
@@ -106,7 +109,7 @@ class Opened(NamedTuple):
 
 def opened(args: FromRun) -> Opened:
     """The run that a command names, or the newest one; the net as it was made, whatever the presets are by now."""
-    if args.run is None and not RUNS.is_dir():
+    if args.run is None and not any(RUNS.glob("*/config.json")):
         raise ValueError(f"there is no run in '{RUNS}'; train one with diffusion.py")
     run = open_run(newest(RUNS) if args.run is None else args.run, RUNS, args.checkpoint)
     device, cfg, stored = command_line.device(args.device), run.read("net", unet.Config), run.config["args"]
@@ -226,10 +229,8 @@ def draw(folder: Path, samples: Tensor, film: Film) -> None:
 # Figures.
 
 
-def check_figures(data: Data, count: int, classifier: Path | None) -> None:
-    """Raise ValueError now, rather than at the end, if so many of these images cannot be compared."""
-    if count < LEAST:
-        raise ValueError(f"--count is {count}; expected at least {LEAST}: the figures look at the fifth neighbours")
+def check_figures(data: Data, classifier: Path | None) -> None:
+    """Raise ValueError now, rather than at the end, if these images cannot be compared."""
     real = real_images(data, 2 * LEAST)
     if len(real) < 2 * LEAST:
         raise ValueError(f"there are {len(real)} images; the figures take at least {2 * LEAST}")

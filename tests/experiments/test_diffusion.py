@@ -238,7 +238,7 @@ def never(*_, **__):
         (["inpaint", "--steps", "3", "--mask", "mask.png"], "has 8 x 9 pixels; expected those of the images, 8 x 8"),
         (["inpaint", "--steps", "3", "--mask", "none.png"], "'none.png': No such file"),
         (["inpaint", "--steps", "3", "--repeats", "0"], "--repeats is 0; expected at least 1"),
-        (["inpaint", "--count", "65"], "--count is 65; expected up to 64"),
+        (["inpaint", "--count", "65"], "--count is 65; expected a number in [1, 64]"),
         (["interpolate", "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
         (["evaluate", "--bits", "-1"], "--bits is -1; expected at least 0"),
         (["evaluate", "--classifier", "no/such"], "'no/such' is not the folder of a run"),

@@ -323,8 +323,7 @@ EXPERIMENTS = [
         baseline="real_frechet_distance",
         refusals=(
             (("--schedule", "quadratic"), "invalid choice 'quadratic' for argument '--schedule'"),
-            (("--timesteps", "1"), "a diffusion takes at least 2 steps, got 1"),
-            (("--timesteps", "0"), "--timesteps is 0; expected at least 1"),
+            (("--timesteps", "1"), "--timesteps is 1; expected at least 2"),
             (("--drop", "1"), "--drop is 1.0; expected a number in [0, 1)"),
             (("--schedule", "linear", "--timesteps", "10"), "betas must lie inside (0, 1)"),
             (("--timesteps", "20", "--sampler-steps", "30"), "20 steps is sampled in 1 to 20 steps, got 30"),
