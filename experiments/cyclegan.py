@@ -6,97 +6,89 @@ a flag it learns between white digits on black and yellow digits on blue, of whi
 
     python experiments/cyclegan.py                                           9 minutes on a busy CPU core
     python experiments/cyclegan.py --data photographs,paintings              two folders; a tenth of each is for testing
-    python experiments/cyclegan.py --preset paper-128 --size 128 ...         the paper's sizes
-    python experiments/cyclegan.py translate --run runs/cyclegan/NAME --back a.png b.png
+    python experiments/cyclegan.py --preset paper-128 --data FIRST,SECOND    the paper's sizes
+    python experiments/cyclegan.py translate --run runs/cyclegan/NAME --back a.png FOLDER
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from core import random, tree
+from experiments.parts import image_translation as parts
+from experiments.parts.image_translation import SHOWN, TranslateArgs, rgb, translated
 from nets.generative import cyclegan
 from train import optimizers, plots
 from train.adversarial import objectives, replay_buffer
 from train.adversarial.step import create, make_step
 from train.data import DataError
+from train.data.fingerprint import fingerprint
 from train.data.images import arrays
 from train.data.images import pairs as image_pairs
 from train.data.images.pairs import signed
-from train.losses import l1 as mean_absolute_error
+from train.data.understood import understood
+from train.losses import l1
 from train.plots import gan as gan_plots
-from train.run import command_line
-from train.run import run as runs
+from train.run import Common, Count, NonNegative, Positive, Rate, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
+from train.run.run import format_figures
 
 RUNS = Path("runs/cyclegan")
-SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Args:
     data: str = "digits"
     """"digits" (embedded: two colours of scikit-learn's digits), or FIRST,SECOND: two folders of pictures."""
-    preset: str = "small"
-    """Sizes of nets.generative.cyclegan: paper (for 256 pixels), paper-128 or small (for 64 and less)."""
-    size: int = 32
-    """Pixels a side that are cut out of pictures of 9/8 of it; a multiple of 4."""
-    objective: str = "least-squares"
-    """What the patches' scores are for: minimax, non-saturating, wasserstein, least-squares, hinge."""
-    cycle: float = 10.0
+    preset: Literal[tuple(cyclegan.PRESETS)] = "small"
+    """Sizes of the nets, and the defaults of what follows (this help shows those of the preset on its command line)."""
+    size: Count = 32
+    """Pixels per side that are cut out of pictures of 9/8 of it; a multiple of 4."""
+    objective: Literal[tuple(objectives.OBJECTIVES)] = "least-squares"
+    """Objective of all players for the patches' scores."""
+    cycle: NonNegative = 10.0
     """Weight of the error after there and back."""
-    identity: float = 5.0
-    """Weight of the change to pictures that are of the wanted kind already."""
-    capacity: int = 50
-    """Generated pictures of each kind that the critics are reminded of."""
-    steps: int = 800
+    identity: NonNegative = 5.0
+    """Weight of the change to pictures that are of the right kind already."""
+    capacity: Count = 50
+    """Generated pictures of each kind in the buffers that remind the critics of them."""
+    steps: Count = 800
     """Training steps."""
-    batch: int = 4
-    """Pictures of each kind a step."""
-    learning_rate: float = 2e-4
-    """Of all players; Adam with betas of 0.5 and 0.999."""
-    average: float = 0.99
-    """Decay of the moving average of the generators' parameters."""
-    sample_every: int = 200
-    """Steps between two pictures, the frames of training.gif."""
-    save_every: int = 400
-    """Steps between two checkpoints."""
-    seed: int = 0
-    """Seed of everything random."""
-    name: str | None = None
-    """Folder under runs/cyclegan; the date and time if not given. With --resume: which run, else the newest."""
-    resume: bool = False
-    """Continue a run from its last checkpoint, with the flags it was started with."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
-    compile: bool = True
-    """Compile the step with torch.compile."""
+    batch: Count = 4
+    """Pictures of each kind per step."""
+    learning_rate: Positive = 2e-4
+    """Learning rate of all players; Adam with betas of 0.5 and 0.999."""
+    average: Rate = 0.99
+    """Decay of the moving average of the generators' parameters, which are evaluated."""
+    sample_every: Count = 200
+    """Steps between pictures of translations, the frames of training.gif."""
+    common: Shared = Common(save_every=400)
 
 
-@dataclass(frozen=True)
-class TranslateArgs:
-    run: Path
-    """Folder of a run, such as runs/cyclegan/NAME."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures of the first kind."""
+# 200 epochs of about a thousand pictures, one by one (section 4 of the paper).
+PAPER = {"steps": 200_000, "batch": 1, "sample_every": 10_000}
+PRESETS = {"paper": Args(preset="paper", size=256, **PAPER), "paper-128": Args(preset="paper-128", size=128, **PAPER)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EitherWayArgs(TranslateArgs):
     back: bool = False
-    """They are of the second kind, to be translated into the first."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
+    """The pictures are of the second kind, to be translated into the first."""
 
 
 class Kinds(NamedTuple):
-    """Pictures of both kinds, (count, channels, size, size) bytes. `truth` is what the test pictures of the first kind
-    are as the second, where that is known."""
+    """Pictures of both kinds, (count, channels, size, size) bytes. `truth` is the test pictures of the first kind as
+    the second, where that is known; `facts` are for `understood`."""
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
-    truth: Tensor | None = None
+    truth: Tensor | None
+    facts: dict[str, Any]
 
 
 BLUE, YELLOW = (0.15, 0.25, 0.75), (0.98, 0.85, 0.35)
@@ -108,40 +100,42 @@ def recoloured(grey: Tensor) -> Tensor:
     return grey * ink + (1 - grey) * paper
 
 
+def digits(size: int) -> Kinds:
+    """Half of scikit-learn's digits white on black, the other half yellow on blue."""
+
+    def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        x = interpolate(x, (size, size), mode="bilinear", align_corners=False)
+        return x.tensor_split([len(x) // 2])
+
+    def pixels(x: Tensor) -> Tensor:
+        return (255 * x).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    train, test = (part.images for part in arrays.digits())
+    (first, second), (third, fourth) = halves(train, parts.loaded_size(size)), halves(test, size)
+    facts = {"pictures to train on": f"{len(first)} and {len(second)}"}
+    facts |= {"pictures to test on": f"{len(third)} and {len(fourth)}"}
+    kinds = (pixels(first), pixels(recoloured(second))), (pixels(third), pixels(recoloured(fourth)))
+    return Kinds(*kinds, pixels(recoloured(third)), facts)
+
+
 def read(args: Args) -> Kinds:
-    larger = args.size * 9 // 8
     if args.data == "digits":
-        train, test = arrays.digits()
-
-        def scaled(x: Tensor, size: int) -> Tensor:
-            return interpolate(x, (size, size), mode="bilinear", align_corners=False)
-
-        def pixels(x: Tensor) -> Tensor:
-            return (255 * x).round().to(torch.uint8)
-
-        half, small = scaled(train.images, larger), scaled(test.images, args.size)
-        first, second = half[: len(half) // 2], half[len(half) // 2 :]
-        both = pixels(first.expand(-1, 3, -1, -1)), pixels(recoloured(second))
-        held = len(small) // 2
-        tests = pixels(small[:held].expand(-1, 3, -1, -1)), pixels(recoloured(small[held:]))
-        return Kinds(both, tests, pixels(recoloured(small[:held])))
+        return digits(args.size)
     if args.data.count(",") != 1:
         raise DataError(f"--data '{args.data}' is neither digits nor two folders, FIRST,SECOND")
-    parts = []
-    for found in image_pairs.unpaired(*args.data.split(","), size=larger):
-        count, held = len(found.images), max(1, len(found.images) // 10)
-        if count < 2:
-            raise DataError(f"{found.paths[0].parent} has one picture; expected at least 2, one of them for testing")
-        order, edge = random.permutation(random.key(0), count), (larger - args.size) // 2
-        middle = (..., slice(edge, edge + args.size), slice(edge, edge + args.size))
-        parts.append((found.images[order[held:]], found.images[order[:held]][middle]))
-    return Kinds(*zip(*parts, strict=True))
+    both = image_pairs.unpaired(*args.data.split(","), size=parts.loaded_size(args.size))
+    kinds, facts = [parts.held_out(images, args.size) for images in both], {}
+    for name, kind in zip(("first", "second"), kinds, strict=True):
+        facts |= {f"{name} kind: {fact}": value for fact, value in image_pairs.facts("pictures", *kind).items()}
+    train, test = (tuple(part.images for part in use) for use in zip(*kinds, strict=True))
+    return Kinds(train, test, None, facts)
 
 
 def losses(cfg: cyclegan.Config, objective: objectives.Objective, cycle: float, identity: float):
-    """Of both critics and of both generators, for `train.adversarial.step`. Kinds are x and y; `there` makes y of x."""
+    """Losses of both critics and of both generators for `train.adversarial.step`; a batch is (x, y), a picture of each
+    kind, and `there` makes y of x."""
 
-    def made(params, x):
+    def generate(params, x):
         return cyclegan.generator(params, x, cfg, train=True)
 
     def scores(params, x):
@@ -149,117 +143,44 @@ def losses(cfg: cyclegan.Config, objective: objectives.Objective, cycle: float, 
 
     def critic_loss(own, other, batch, key, memory):
         x, y = batch
-        total, kept = 0.0, {}
-        fakes = {"x": made(other["back"], y), "y": made(other["there"], x)}
+        total, buffers = 0.0, {}
+        fakes = {"x": generate(other["back"], y), "y": generate(other["there"], x)}
         for number, (kind, real) in enumerate((("x", x), ("y", y))):
-            kept[kind], fake = replay_buffer.buffer(memory[kind], fakes[kind], random.fold_in(key, number))
+            buffers[kind], fake = replay_buffer.buffer(memory[kind], fakes[kind], random.fold_in(key, number))
             total = total + objective.critic(scores(own[kind], real), scores(own[kind], fake))
-        return total / 2, ({}, kept)
+        return total / 2, ({}, buffers)  # half of it, as the authors do, so that critics learn more slowly
 
     def generator_loss(own, other, batch, key, memory):
         x, y = batch
-        as_y, as_x = made(own["there"], x), made(own["back"], y)
-        returned = mean_absolute_error(made(own["back"], as_y), x) + mean_absolute_error(made(own["there"], as_x), y)
+        as_y, as_x = generate(own["there"], x), generate(own["back"], y)
+        # E|F(G(x)) - x|_1 + E|G(F(y)) - y|_1
+        returned = l1(generate(own["back"], as_y), x) + l1(generate(own["there"], as_x), y)
         terms = {"adversarial": 0.0, "cycle": cycle * returned}
         for kind, real, fake in (("x", x, as_x), ("y", y, as_y)):
             real_scores = scores(other[kind], real) if objective.needs_real else None
             terms["adversarial"] = terms["adversarial"] + objective.generator(scores(other[kind], fake), real_scores)
         if identity:
-            same = mean_absolute_error(made(own["there"], y), y) + mean_absolute_error(made(own["back"], x), x)
+            # E|G(y) - y|_1 + E|F(x) - x|_1
+            same = l1(generate(own["there"], y), y) + l1(generate(own["back"], x), x)
             terms["identity"] = identity * same
         return sum(terms.values()), ({name: value.detach() for name, value in terms.items()}, memory)
 
     return critic_loss, generator_loss
 
 
-@torch.no_grad()
-def translated(values: tree.Tree, cfg: cyclegan.Config, pictures: Tensor) -> Tensor:
-    """(count, channels, size, size) in [-1, 1] -> the same, by one generator, on the CPU."""
-    device = tree.leaves(values)[0].device
-    return torch.cat([cyclegan.generator(values, x.to(device), cfg).cpu() for x in pictures.split(16)])
-
-
-def studied(values: tree.Tree, cfg: cyclegan.Config, data: Kinds) -> tuple[dict[str, float], Tensor]:
+def study(generators: tree.Tree, cfg: cyclegan.Config, data: Kinds) -> tuple[dict[str, float], Tensor]:
     """(figures of the test pictures, a table of them: both kinds, translated and brought back)."""
-    figures, rows = {}, []
-    for number, (there, back) in enumerate((("there", "back"), ("back", "there"))):
-        pictures = signed(data.test[number])
-        found = translated(values[there], cfg, pictures)
-        again = translated(values[back], cfg, found)
-        figures[f"cycle_{'xy'[number]}"] = float(mean_absolute_error(again, pictures))
-        rows += [pictures[:SHOWN], found[:SHOWN], again[:SHOWN]]
-        if number == 0 and data.truth is not None:
-            figures["error"] = float(mean_absolute_error(found, signed(data.truth)))
-    count = min(len(row) for row in rows)
-    return figures, (torch.stack([row[:count].expand(-1, 3, -1, -1) for row in rows]) + 1) / 2
-
-
-def train(args: Args) -> None:
-    origin, args = runs.begin(RUNS, args, free=("steps", "sample_every", "save_every", "device", "compile"))
-    command_line.choice("--preset", args.preset, cyclegan.PRESETS)
-    command_line.choice("--objective", args.objective, objectives.OBJECTIVES)
-    command_line.at_least_one(steps=args.steps, batch=args.batch, sample_every=args.sample_every, size=args.size)
-    command_line.at_least_one(save_every=args.save_every, capacity=args.capacity)
-    command_line.positive(learning_rate=args.learning_rate)
-    cfg, device, data = cyclegan.PRESETS[args.preset], command_line.device(args.device), read(args)
-    if args.size % 4:
-        raise ValueError(f"--size is {args.size}; expected a multiple of 4, since pictures are halved twice")
-    fewest = min(len(x) for x in data.train)
-    if args.batch > fewest:
-        raise ValueError(f"--batch is {args.batch}, but there are {fewest} pictures of one kind")
-    channels = data.train[0].shape[1]
-    cfg = cyclegan.Config(**{**vars(cfg), "channels": channels})
-    critics, generators = cyclegan.critic_spec(cfg), cyclegan.generator_spec(cfg)
-    optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
-    both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
-    shape = (channels, args.size, args.size)
-    memory = {kind: replay_buffer.create(shape, args.capacity, device=device) for kind in "xy"}
-    specs = {"x": critics, "y": critics}, {"back": generators, "there": generators}
-    state = create(random.key(args.seed, device), *specs, *both, memory)
-    order_keys = random.split(random.fold_in(random.key(args.seed), 2))  # `create` has 0 and 1
-    identity = {"net": cfg, "pictures": [len(x) for x in data.train]}
-    state = runs.restore(origin, state, identity, args.steps)
-    players = losses(cfg, objectives.choose(args.objective), args.cycle, args.identity)
-    step = make_step(*players, *both, compile=args.compile)
-
-    config = {"args": args, **identity, "torch": torch.__version__}
-    with runs.opened(origin, config, total=args.steps) as run:
-        counts = [tree.count(player.params) for player in (state.generator, state.critic)]
-        run.log.print(f"{counts[0]:,} parameters translate, {counts[1]:,} judge; run in {run.folder}")
-        if args.compile and run.first < args.steps:
-            run.log.print("compiling the step ...")
-        frames, at = run.folder / "frames", run.first
-        frames.mkdir(exist_ok=True)
-        for at in range(run.first + 1, args.steps + 1):
-            batch = tuple(
-                image_pairs.drawn(key, at - 1, args.batch, args.size, x, flip=args.data != "digits")[0]
-                for key, x in zip(order_keys, data.train, strict=True)
-            )
-            state, metrics = step(state, tree.map(lambda x: x[None], tree.move(batch, device)))
-            runs.check_finite(run, at, metrics)
-            last = at == args.steps or run.stop.requested
-            run.log.progress(at, 2 * args.batch, cycle=metrics["generator/cycle"], critic=metrics["critic/loss"])
-            if at % 10 == 0 or last:
-                run.log.metrics(at, metrics)
-            if at % args.sample_every == 0 or last:
-                figures, table = studied(optimizers.averaged(state.generator.opt_state), cfg, data)
-                draw(frames / f"{at:07}.png", table, f"step {at}")
-                run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
-            if at % args.save_every == 0 or last:
-                runs.save(run, at, state)
-            if last:
-                break
-        seconds = runs.seconds(run)
-        if runs.stopped(run, at):
-            return
-        figures, table = studied(optimizers.averaged(state.generator.opt_state), cfg, data)
-        run.log.result({**figures, "steps": at, "seconds": seconds})
-    draw(run.folder / "translations.png", table, "Pictures that it has not learned from")
-    gan_plots.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
-    lines = read_curves(run.folder, "test/cycle_x", "test/cycle_y")
-    plots.curves(run.folder / "cycle.png", lines, ylabel="mean absolute error", title="There and back, in [-1, 1]")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    print(f"{shown}; {at} steps in {seconds:.0f} s; files in {run.folder}/")
+    (x, y), figures, rows = map(signed, data.test), {}, []
+    for kind, pictures, there, back in (("x", x, "there", "back"), ("y", y, "back", "there")):
+        images = translated(cyclegan, generators[there], cfg, pictures)
+        again = translated(cyclegan, generators[back], cfg, images)
+        figures[f"cycle_{kind}"] = float(l1(again, pictures))
+        rows += [pictures[:SHOWN], images[:SHOWN], again[:SHOWN]]
+        if kind == "x" and data.truth is not None:  # beside the error of the picture itself as its translation
+            errors = {"error": l1(images, signed(data.truth)), "error_source": l1(pictures, signed(data.truth))}
+            figures |= {name: float(error) for name, error in errors.items()}
+    columns = min(map(len, rows))
+    return figures, torch.stack([rgb(row[:columns]) for row in rows])  # (6, columns, 3, size, size)
 
 
 def draw(path: Path, table: Tensor, title: str) -> None:
@@ -267,19 +188,63 @@ def draw(path: Path, table: Tensor, title: str) -> None:
     gan_plots.image_table(path, table, rows, title=title, scale=1.0)
 
 
-def translate(args: TranslateArgs) -> None:
-    trained, cfg = runs.read_config(args.run, "args", Args), runs.read_config(args.run, "net", cyclegan.Config)
-    one, device = cyclegan.generator_spec(cfg), command_line.device(args.device)
-    both = runs.learned(args.run, {"back": one, "there": one}, "generator")
+def train(args: Args) -> None:
+    run, cfg = begin(RUNS, args, free=("data", "steps", "sample_every")), cyclegan.PRESETS[args.preset]
+    parts.check_size(args, cyclegan.HALVINGS, cfg.critic_layers)
+    data = read(args)
+    cfg, fewest = dataclasses.replace(cfg, channels=data.train[0].shape[1]), min(map(len, data.train))
+    understood(print, {"data": args.data, **data.facts, "net": cfg})
+    if args.batch > fewest:
+        raise ValueError(f"--batch is {args.batch}, but there are {fewest} pictures of one kind")
+
+    init_key, *order_keys = random.split(random.key(args.common.seed), 3).unbind(0)
+    critic, generator = cyclegan.critic_spec(cfg), cyclegan.generator_spec(cfg)
+    players = {"x": critic, "y": critic}, {"back": generator, "there": generator}
+    optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
+    both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
+    shape = (cfg.channels, args.size, args.size)
+    memory = {kind: replay_buffer.create(shape, args.capacity, device=run.device) for kind in "xy"}
+    state = create(init_key.to(run.device), *players, *both, memory)
+    state = run.restore(state, {"net": cfg, "data": fingerprint(data.train, data.test)}, args.steps)
+    terms = losses(cfg, objectives.choose(args.objective), args.cycle, args.identity)
+    step = make_step(*terms, *both, policy=run.policy, compile=args.common.compile)
+
+    def batch_at(i: int) -> tuple[Tensor, Tensor]:
+        cut = args.batch, args.size
+        flip = args.data != "digits"  # which no longer are digits in a mirror
+        kinds = zip(order_keys, data.train, strict=True)
+        return tuple(image_pairs.batch_at(key, i, *cut, images, flip=flip)[0] for key, images in kinds)
+
+    with run.open({"pictures": [len(images) for images in data.train]}, files={"frames": Path.mkdir}):
+        counts = [tree.count(player.params) for player in (state.generator, state.critic)]
+        run.log.print(f"generators {counts[0]:,} parameters, critics {counts[1]:,} parameters; run in {run.folder}")
+        for at, batch in run.steps(map(batch_at, run.remaining)):
+            state, metrics = step(state, tree.map(lambda x: x[None], tree.move(batch, run.device)))
+            shown = {"cycle": metrics["generator/cycle"], "critic": metrics["critic/loss"]}
+            run.record(at, metrics, 2 * args.batch, group="", **shown)
+            if run.due(at, args.sample_every):
+                figures, table = study(optimizers.averaged(state.generator.opt_state), cfg, data)
+                draw(run.folder / "frames" / f"{at:07}.png", table, f"step {at}")
+                run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
+            if run.due(at, args.common.save_every):
+                run.save(at, state)
+        figures, table = study(optimizers.averaged(state.generator.opt_state), cfg, data)
+        run.result(figures)
+    draw(run.folder / "translations.png", table, "Pictures that it has not learned from")
+    gan_plots.animation(run.folder / "training.gif", sorted((run.folder / "frames").glob("*.png")), parts.FRAME)
+    lines = read_curves(run.folder, "test/cycle_x", "test/cycle_y")
+    plots.curves(run.folder / "cycle.png", lines, ylabel="mean absolute error", title="There and back, in [-1, 1]")
+    print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
+
+
+def translate(args: EitherWayArgs) -> None:
+    run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
+    trained, cfg = run.read("args", Args), run.read("net", cyclegan.Config)
+    one = cyclegan.generator_spec(cfg)
+    both = run.learned({"back": one, "there": one}, "generator")
     values = tree.move(both["back" if args.back else "there"], device)
-    sources = [image_pairs.picture(path, size=trained.size, channels=cfg.channels)[None] for path in args.images]
-    folder = args.run / "translated"
-    folder.mkdir(exist_ok=True)
-    for path, source in zip(args.images, sources, strict=True):
-        found = (translated(values, cfg, signed(source)) + 1) / 2
-        gan_plots.save(folder / f"{path.stem}.png", gan_plots.tile(found, 1, gap=0))
-        print(folder / f"{path.stem}.png")
+    parts.translate_files(args, cyclegan, values, cfg, trained.size, cfg.channels)
 
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train), translate=(TranslateArgs, translate))
+    command_line.run(__doc__, (Args, train, PRESETS), root=RUNS, translate=(EitherWayArgs, translate))

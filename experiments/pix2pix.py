@@ -5,132 +5,93 @@ translates, a critic judges patches of (source, translation). Without a flag it 
 tiles of the two in scikit-learn, offline:
 
     python experiments/pix2pix.py                                            18 minutes on a busy CPU core
-    python experiments/pix2pix.py --data facades --source right              A|B in one file, train/ and val/ or test/
+    python experiments/pix2pix.py --data facades --source right              A|B in one file, best in train/ and test/
     python experiments/pix2pix.py --data labels,photographs                  two folders, paired by name
-    python experiments/pix2pix.py --preset paper --size 256 --batch 1 ...    the paper's sizes
-    python experiments/pix2pix.py translate --run runs/pix2pix/NAME a.png b.png
+    python experiments/pix2pix.py --data facades --preset paper              the paper's sizes
+    python experiments/pix2pix.py translate --run runs/pix2pix/NAME a.png FOLDER
 """
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from core import random, tree
+from experiments.parts import image_translation as parts
+from experiments.parts.image_translation import TranslateArgs, rgb, translated
 from nets.generative import pix2pix
 from train import optimizers, plots
 from train.adversarial import objectives
 from train.adversarial.step import create, make_step
-from train.data import DataError
+from train.data.fingerprint import fingerprint
 from train.data.images import pairs as image_pairs
+from train.data.images.folders import layout
 from train.data.images.pairs import Pairs, signed
+from train.data.understood import understood
 from train.losses import l1 as mean_absolute_error
 from train.plots import gan as gan_plots
-from train.run import command_line
-from train.run import run as runs
+from train.run import Common, Count, NonNegative, Positive, Rate, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
+from train.run.run import format_figures
+from train.step import TrainState
 
 RUNS = Path("runs/pix2pix")
-SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Args:
     data: str = "photographs"
-    """"photographs" (embedded), a folder with two pictures a file, or SOURCES,TARGETS: two folders paired by name."""
-    source: str = "left"
-    """Which half of a file is the source: left or right."""
-    preset: str = "small"
-    """Sizes of nets.generative.pix2pix: paper, instance (both for 256 pixels) or small (for 64)."""
-    size: int = 64
-    """Pixels a side that are cut out of pictures of 9/8 of it; a multiple of 2^depth."""
-    objective: str = "non-saturating"
-    """What the patches' scores are for: minimax, non-saturating, wasserstein, least-squares, hinge."""
-    l1: float = 100.0
+    """"photographs" (embedded); SOURCES,TARGETS: two folders paired by name; or a folder of files with two pictures
+    each, side by side, best inside `train` and `test` or `val` (otherwise a tenth is for testing)."""
+    source: Literal["left", "right"] = "left"
+    """Half of a file that is the source."""
+    preset: Literal[tuple(pix2pix.PRESETS)] = "small"
+    """Sizes of the nets, and the defaults of what follows (this help shows those of the preset on its command line)."""
+    size: Count = 64
+    """Pixels per side that are cut out of pictures of 9/8 of it; a multiple of 2^depth."""
+    objective: Literal[tuple(objectives.OBJECTIVES)] = "non-saturating"
+    """Objective of both players for the patches' scores."""
+    l1: NonNegative = 100.0
     """Weight of the mean absolute error."""
-    steps: int = 1500
+    steps: Count = 1500
     """Training steps."""
-    batch: int = 8
-    """Pairs a step."""
-    learning_rate: float = 2e-4
-    """Of both players; Adam with betas of 0.5 and 0.999."""
-    average: float = 0.995
-    """Decay of the moving average of the generator's parameters."""
-    sample_every: int = 250
-    """Steps between two pictures, the frames of training.gif."""
-    save_every: int = 500
-    """Steps between two checkpoints."""
-    seed: int = 0
-    """Seed of everything random."""
-    name: str | None = None
-    """Folder under runs/pix2pix; the date and time if not given. With --resume: which run, else the newest."""
-    resume: bool = False
-    """Continue a run from its last checkpoint, with the flags it was started with."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
-    compile: bool = True
-    """Compile the step with torch.compile."""
+    batch: Count = 8
+    """Pairs per step."""
+    learning_rate: Positive = 2e-4
+    """Learning rate of both players; Adam with betas of 0.5 and 0.999."""
+    average: Rate = 0.995
+    """Decay of the moving average of the generator's parameters, which is evaluated."""
+    sample_every: Count = 250
+    """Steps between pictures of translations, the frames of training.gif."""
+    common: Shared = Common()
 
 
-@dataclass(frozen=True)
-class TranslateArgs:
-    run: Path
-    """Folder of a run, such as runs/pix2pix/NAME."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures to translate; of a file with two halves give the source alone."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
+# 200 epochs of the 400 facades, one by one (section 6.2 of the paper).
+PAPER = {"size": 256, "steps": 80_000, "batch": 1, "sample_every": 4000}
+PRESETS = {name: Args(preset=name, **PAPER) for name in ("paper", "instance")}
 
 
 def read(args: Args) -> tuple[Pairs, Pairs]:
-    """(train, test). Pictures to learn from are a little larger than what is cut out of them."""
-    larger = args.size * 9 // 8
+    """(train, test)."""
+    larger, side_by_side = parts.loaded_size(args.size), image_pairs.side_by_side
     if args.data == "photographs":
         return image_pairs.photographs(max(96, larger), args.size)
     if "," in args.data:
         sources, targets = args.data.split(",", 1)
-        found = image_pairs.paired(sources, targets, size=larger)
-        held = max(1, len(found.paths) // 10)  # every tenth, of an order that is always the same
-        if len(found.paths) < 2:
-            raise DataError(f"{args.data}: there is one pair; expected at least 2, of which one is for testing")
-        order = random.permutation(random.key(0), len(found.paths))
-        return part(found, order[held:], larger), part(found, order[:held], args.size)
-    folder = Path(args.data)
-    split = next((name for name in ("test", "val") if (folder / name).is_dir()), "val")
-    train = image_pairs.side_by_side(folder, "train", source=args.source, size=larger)
-    return train, image_pairs.side_by_side(folder, split, source=args.source, size=args.size)
-
-
-def part(pairs: Pairs, chosen: Tensor, size: int) -> Pairs:
-    """The middle of some pairs."""
-    edge = (pairs.sources.shape[-1] - size) // 2
-    middle = (..., slice(edge, edge + size), slice(edge, edge + size))
-    paths = tuple(pairs.paths[i] for i in chosen.tolist())
-    return Pairs(pairs.sources[chosen][middle], pairs.targets[chosen][middle], paths)
-
-
-def settings(args: Args, pairs: Pairs) -> pix2pix.Config:
-    command_line.choice("--preset", args.preset, pix2pix.PRESETS)
-    command_line.choice("--objective", args.objective, objectives.OBJECTIVES)
-    command_line.at_least_one(steps=args.steps, batch=args.batch, sample_every=args.sample_every)
-    command_line.at_least_one(save_every=args.save_every, size=args.size)
-    command_line.positive(learning_rate=args.learning_rate)
-    channels = {"source_channels": pairs.sources.shape[1], "channels": pairs.targets.shape[1]}
-    cfg = dataclasses.replace(pix2pix.PRESETS[args.preset], **channels)
-    if args.size % 2**cfg.depth:
-        halved = f"the {args.preset} net halves pictures {cfg.depth} times"
-        raise ValueError(f"--size is {args.size}; expected a multiple of {2**cfg.depth}, since {halved}")
-    if args.batch > len(pairs.sources):
-        raise ValueError(f"--batch is {args.batch}, but there are {len(pairs.sources)} pairs")
-    return cfg
+        return parts.held_out(image_pairs.paired(sources, targets, size=larger), args.size)
+    folder, test, _ = layout(args.data)
+    train = side_by_side(folder, source=args.source, size=larger)
+    if test is None:
+        return parts.held_out(train, args.size)
+    test = test.with_name("test") if test.with_name("test").is_dir() else test  # rather than val, if there are both
+    return train, side_by_side(test, source=args.source, size=args.size, channels=train.sources.shape[1])
 
 
 def losses(cfg: pix2pix.Config, objective: objectives.Objective, l1: float):
-    """Of both players, for `train.adversarial.step`."""
+    """Losses of critic and generator for `train.adversarial.step`; a batch is (source, target)."""
 
     def scores(params, source, image):
         return pix2pix.critic(params, (source, image), cfg, train=True)
@@ -140,7 +101,8 @@ def losses(cfg: pix2pix.Config, objective: objectives.Objective, l1: float):
         fake = pix2pix.generator(other, source, cfg, key=key, train=True)
         real_scores, fake_scores = scores(own, source, target), scores(own, source, fake)
         metrics = {"real": real_scores.mean().detach(), "fake": fake_scores.mean().detach()}
-        # Half of it, so that the critic learns more slowly than the generator (section 3.3).
+        # -(E[log D(x, y)] + E[log(1 - D(x, G(x)))]) / 2: half of it, so that the critic learns more slowly than the
+        # generator (section 3.3).
         return objective.critic(real_scores, fake_scores) / 2, (metrics, memory)
 
     def generator_loss(own, other, batch, key, memory):
@@ -148,102 +110,80 @@ def losses(cfg: pix2pix.Config, objective: objectives.Objective, l1: float):
         fake = pix2pix.generator(own, source, cfg, key=key, train=True)
         distance = mean_absolute_error(fake, target)
         real_scores = scores(other, source, target) if objective.needs_real else None
+        # -E[log D(x, G(x))] + lambda E|y - G(x)|_1
         value = objective.generator(scores(other, source, fake), real_scores) + l1 * distance
         return value, ({"l1": distance.detach()}, memory)
 
     return critic_loss, generator_loss
 
 
-@torch.no_grad()
-def translated(values: tree.Tree, cfg: pix2pix.Config, sources: Tensor) -> Tensor:
-    """sources (count, channels, size, size) bytes -> (count, channels, size, size) in [-1, 1]."""
-    device = tree.leaves(values)[0].device
-    return torch.cat([pix2pix.generator(values, signed(x).to(device), cfg).cpu() for x in sources.split(16)])
+def translations(generator: TrainState, cfg: pix2pix.Config, test: Pairs) -> Tensor:
+    """Test sources translated by the averaged generator, in [-1, 1]."""
+    values = tree.merge(optimizers.averaged(generator.opt_state), generator.stats)
+    return translated(pix2pix, values, cfg, signed(test.sources))
 
 
-def coloured(images: Tensor) -> Tensor:
-    """[-1, 1] -> three channels in [0, 1], of grey images too."""
-    return ((images + 1) / 2).expand(-1, 3, -1, -1)
-
-
-def draw(path: Path, test: Pairs, found: Tensor, title: str) -> None:
+def draw(path: Path, test: Pairs, images: Tensor, title: str) -> None:
     """Sources, translations and targets below each other, of pictures from all over the test set."""
-    shown = torch.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().long()
-    rows = [signed(test.sources[shown]), found[shown], signed(test.targets[shown])]
-    table = torch.stack([coloured(x) for x in rows])
+    indices = torch.linspace(0, len(images) - 1, min(parts.SHOWN, len(images))).round().long()
+    rows = [signed(test.sources[indices]), images[indices], signed(test.targets[indices])]
+    table = torch.stack([rgb(x) for x in rows])  # (3, columns, 3, size, size)
     gan_plots.image_table(path, table, ["source", "translation", "target"], title=title, scale=1.1)
 
 
 def train(args: Args) -> None:
-    origin, args = runs.begin(RUNS, args, free=("steps", "sample_every", "save_every", "device", "compile"))
-    device, (pairs, test) = command_line.device(args.device), read(args)
-    cfg = settings(args, pairs)
+    run, cfg = begin(RUNS, args, free=("data", "steps", "sample_every")), pix2pix.PRESETS[args.preset]
+    parts.check_size(args, cfg.depth, cfg.critic_layers)
+    pairs, test = read(args)
+    cfg = dataclasses.replace(cfg, source_channels=pairs.sources.shape[1], channels=pairs.targets.shape[1])
+    understood(print, {"data": args.data, **image_pairs.facts("pairs", pairs, test), "net": cfg})
+    if args.batch > len(pairs.sources):
+        raise ValueError(f"--batch is {args.batch}, but there are {len(pairs.sources)} pairs")
+
+    init_key, order_key = random.split(random.key(args.common.seed)).unbind(0)
     optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
     both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
-    key = random.key(args.seed, device)
-    state = create(key, pix2pix.critic_spec(cfg), pix2pix.generator_spec(cfg), *both)
-    order_key = random.fold_in(random.key(args.seed), 2)  # `create` has 0 and 1
-    identity = {"net": cfg, "pairs": len(pairs.sources)}
-    state = runs.restore(origin, state, identity, args.steps)
+    state = create(init_key.to(run.device), pix2pix.critic_spec(cfg), pix2pix.generator_spec(cfg), *both)
+    identity = {"net": cfg, "data": fingerprint(pairs.sources, pairs.targets, test.sources, test.targets)}
+    state = run.restore(state, identity, args.steps)
     players = losses(cfg, objectives.choose(args.objective), args.l1)
-    step = make_step(*players, *both, compile=args.compile)
+    step = make_step(*players, *both, policy=run.policy, compile=args.common.compile)
 
-    config = {"args": args, **identity, "torch": torch.__version__}
-    with runs.opened(origin, config, total=args.steps) as run:
+    targets = signed(test.targets)
+    with run.open({"pairs": [len(pairs.sources), len(targets)]}, files={"frames": Path.mkdir}):
         counts = [tree.count(player.params) for player in (state.generator, state.critic)]
-        run.log.print(f"{counts[0]:,} parameters translate, {counts[1]:,} judge; run in {run.folder}")
-        run.log.print(f"{len(pairs.sources)} pairs to learn from, {len(test.sources)} to test on")
-        if args.compile and run.first < args.steps:
-            run.log.print("compiling the step ...")
-        frames, at = run.folder / "frames", run.first
-        frames.mkdir(exist_ok=True)
-        for at in range(run.first + 1, args.steps + 1):
-            batch = image_pairs.drawn(order_key, at - 1, args.batch, args.size, pairs.sources, pairs.targets)
-            state, metrics = step(state, tree.map(lambda x: x[None], tree.move(batch, device)))
-            runs.check_finite(run, at, metrics)
-            last = at == args.steps or run.stop.requested
-            run.log.progress(at, args.batch, l1=metrics["generator/l1"], critic=metrics["critic/loss"])
-            if at % 10 == 0 or last:
-                run.log.metrics(at, metrics)
-            if at % args.sample_every == 0 or last:
-                values = tree.merge(optimizers.averaged(state.generator.opt_state), state.generator.stats)
-                found = translated(values, cfg, test.sources)
-                draw(frames / f"{at:07}.png", test, found, f"step {at}")
-                run.log.metrics(at, {"test/l1": mean_absolute_error(found, signed(test.targets))})
-            if at % args.save_every == 0 or last:
-                runs.save(run, at, state)
-            if last:
-                break
-        seconds = runs.seconds(run)
-        if runs.stopped(run, at):
-            return
-        values = tree.merge(optimizers.averaged(state.generator.opt_state), state.generator.stats)
-        found = translated(values, cfg, test.sources)
-        # What one gets for nothing: the source itself, where it has as many channels or one.
-        nothing = signed(test.sources).expand_as(found) if cfg.source_channels in (1, cfg.channels) else None
-        figures = {"l1": float(mean_absolute_error(found, signed(test.targets)))}
-        figures |= {} if nothing is None else {"l1_source": float(mean_absolute_error(nothing, signed(test.targets)))}
-        run.log.result({**figures, "steps": at, "seconds": seconds})
-    draw(run.folder / "translations.png", test, found, "Pictures that it has not learned from")
-    gan_plots.animation(run.folder / "training.gif", sorted(frames.glob("*.png")), 0.4)
+        run.log.print(f"generator {counts[0]:,} parameters, critic {counts[1]:,} parameters; run in {run.folder}")
+        cut = args.batch, args.size, pairs.sources, pairs.targets
+        batches = (image_pairs.batch_at(order_key, i, *cut) for i in run.remaining)
+        for at, batch in run.steps(batches):
+            state, metrics = step(state, tree.map(lambda x: x[None], tree.move(batch, run.device)))
+            shown = {"l1": metrics["generator/l1"], "critic": metrics["critic/loss"]}
+            run.record(at, metrics, args.batch, group="", **shown)
+            if run.due(at, args.sample_every):
+                images = translations(state.generator, cfg, test)
+                draw(run.folder / "frames" / f"{at:07}.png", test, images, f"step {at}")
+                run.log.metrics(at, {"test/l1": mean_absolute_error(images, targets)})
+            if run.due(at, args.common.save_every):
+                run.save(at, state)
+        images = translations(state.generator, cfg, test)
+        figures = {"l1": float(mean_absolute_error(images, targets))}
+        if cfg.source_channels in (1, cfg.channels):  # the source itself as its translation
+            figures["l1_source"] = float(mean_absolute_error(signed(test.sources).expand_as(images), targets))
+        run.result(figures)
+    draw(run.folder / "translations.png", test, images, "Pictures that it has not learned from")
+    gan_plots.animation(run.folder / "training.gif", sorted((run.folder / "frames").glob("*.png")), parts.FRAME)
     lines = read_curves(run.folder, "generator/l1", "test/l1")
     plots.curves(run.folder / "l1.png", lines, ylabel="mean absolute error", title="Numbers in [-1, 1]")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    print(f"{shown} on {len(found)} test pictures; {at} steps in {seconds:.0f} s; files in {run.folder}/")
+    print(f"{format_figures(figures)} on {len(images)} test pictures;", end=" ")
+    print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
 def translate(args: TranslateArgs) -> None:
-    trained, cfg = runs.read_config(args.run, "args", Args), runs.read_config(args.run, "net", pix2pix.Config)
-    device = command_line.device(args.device)
-    values = tree.move(runs.learned(args.run, pix2pix.generator_spec(cfg), "generator"), device)
-    sources = [image_pairs.picture(path, size=trained.size, channels=cfg.source_channels)[None] for path in args.images]
-    folder = args.run / "translated"
-    folder.mkdir(exist_ok=True)
-    for path, source in zip(args.images, sources, strict=True):
-        found = gan_plots.tile(coloured(translated(values, cfg, source)), 1, gap=0)
-        gan_plots.save(folder / f"{path.stem}.png", found)
-        print(folder / f"{path.stem}.png")
+    run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
+    trained, cfg = run.read("args", Args), run.read("net", pix2pix.Config)
+    values = tree.move(run.learned(pix2pix.generator_spec(cfg), "generator"), device)
+    parts.translate_files(args, pix2pix, values, cfg, trained.size, cfg.source_channels)
 
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train), translate=(TranslateArgs, translate))
+    command_line.run(__doc__, (Args, train, PRESETS), root=RUNS, translate=(TranslateArgs, translate))

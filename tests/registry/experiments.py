@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.data.translation import dates
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def pairs(folder: Path) -> None:
     (folder / "french.tsv").write_text("fr\ten\n" + "maison\thouse\n" * 300, encoding="utf-8")
     (folder / "a.de").write_text("eins\nzwei\n", encoding="utf-8")
     (folder / "b.en").write_text("one\n", encoding="utf-8")
+def two_folders(folder: Path) -> None:
+    """first/ and second/ with four pictures of one name each, lone/ with one of another name."""
+    for name in (*(f"{side}/{i}.png" for side in ("first", "second") for i in range(4)), "lone/9.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise((40, 40), 60).convert("RGB").save(folder / name)
 
 
 DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "0.5")
@@ -341,5 +347,49 @@ EXPERIMENTS = [
             (("sample", "--no-compile", "--steps", "2"), ("sampled/samples.png", "sampled/samples.npy")),
             (("sample", "--no-compile", "--steps", "2", "--label", "3"), ("sampled_2/samples.png",)),
         ),
+        ),
+    ),
+    Experiment(
+        "pix2pix",
+        ("--steps", "3", "--batch", "1", "--save-every", "2", "--sample-every", "2"),
+        3,
+        pictures=("translations.png", "l1.png", "frames/*.png"),
+        files=("training.gif",),
+        inputs=two_folders,
+        baseline="l1_source",
+        refusals=(
+            (("--data", "nowhere"), "nowhere does not exist, expected a folder of pictures"),
+            (("--data", "first,lone"), "has no pair"),
+            (("--data", "first,nowhere"), "nowhere does not exist"),
+            (("--data", "lone"), "lone has one pair; expected at least 2, of which one is for testing"),
+            (("--preset", "large"), "invalid choice 'large' for argument '--preset'"),
+            (("--source", "top"), "invalid choice 'top' for argument '--source'"),
+            (("--size", "60"), "--size is 60; expected a multiple of 64, since the small net halves pictures 6 times"),
+            (("--size", "64", "--preset", "paper"), "--size is 64; expected a multiple of 256"),
+            (("--batch", "9999"), "--batch is 9999, but there are 198 pairs"),
+            (("--objective", "l3"), "invalid choice 'l3' for argument '--objective'"),
+            (("--resume", "--name", "a", "--l1", "3"), "with --l1 3.0: it was started with 100.0"),
+        ),
+        commands=((("translate", "first/0.png", "second"), ("translated/0.png", "translated/0_2.png")),),
+    ),
+    Experiment(
+        "cyclegan",
+        ("--steps", "3", "--batch", "1", "--size", "16", "--save-every", "2", "--sample-every", "2"),
+        3,
+        pictures=("translations.png", "cycle.png", "frames/*.png"),
+        files=("training.gif",),
+        inputs=two_folders,
+        baseline="error_source",
+        refusals=(
+            (("--data", "first"), "--data 'first' is neither digits nor two folders, FIRST,SECOND"),
+            (("--data", "first,lone"), "lone has one picture; expected at least 2, of which one is for testing"),
+            (("--data", "first,nowhere"), "nowhere does not exist"),
+            (("--preset", "large"), "invalid choice 'large' for argument '--preset'"),
+            (("--size", "30"), "--size is 30; expected a multiple of 4, since the small net halves pictures 2 times"),
+            (("--size", "8"), "--size is 8; expected at least 12, for the critic's patches"),
+            (("--batch", "9999"), "--batch is 9999, but there are 750 pictures of one kind"),
+            (("--resume", "--name", "a", "--cycle", "3"), "with --cycle 3.0: it was started with 10.0"),
+        ),
+        commands=((("translate", "--back", "first/0.png", "second"), ("translated/0.png", "translated/0_2.png")),),
     ),
 ]

@@ -60,11 +60,12 @@ class Images(NamedTuple):
 def facts(name: str, train: Pairs | Images, test: Pairs | Images | None = None) -> dict[str, Any]:
     """Names and values of pictures, for `train.data.understood`. name: the pictures in the plural, such as "pairs"."""
     pictures = train[0]
-    out: dict[str, Any] = {f"{name} to train on": len(train.paths)}
+    out: dict[str, Any] = {f"{name} to train on": len(pictures)}
     out[f"size of {name}"] = " x ".join(map(str, pictures.shape[1:]))
     parts = [train] if test is None else [train, test]
+    out["folders"] = list(dict.fromkeys(str(path.parent) for part in parts for path in part.paths))
     if test is not None:
-        out[f"{name} to test on"] = len(test.paths)
+        out[f"{name} to test on"] = len(test[0])
     out["made grey or coloured"] = list(dict.fromkeys(path for part in parts for path in part.recoloured))
     return out | {"skipped": list(dict.fromkeys(item for part in parts for item in part.skipped))}
 
@@ -223,9 +224,6 @@ def batch_at(key: Tensor, step: int, batch: int, size: int, *images: Tensor, fli
     together = window(window_key, together, size)  # (batch, all channels, size, size)
     together = augment.flip(flip_key, together) if flip else together
     return tuple(signed(x) for x in together.split([x.shape[1] for x in images], 1))
-
-
-drawn = batch_at  # the name in experiments/pix2pix.py and experiments/cyclegan.py
 
 
 def window(keys: Tensor, images: Tensor, size: int) -> Tensor:

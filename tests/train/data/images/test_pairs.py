@@ -170,6 +170,7 @@ def test_pairs_that_are_none_are_skipped_and_said(tmp_path):
     assert facts("pairs", pairs) == {
         "pairs to train on": 3,
         "size of pairs": "3 x 4 x 4",
+        "folders": [str(tmp_path / "a")],
         "made grey or coloured": [],
         "skipped": list(pairs.skipped),
     }
@@ -320,7 +321,7 @@ def test_signed():
         ((4, 4, numbered(11, 3, 8, 8), numbered(10, 3, 8, 8)), "are no pairs of images"),
     ],
 )
-def test_batches_that_cannot_be_batch_at(arguments, message):
+def test_batches_that_cannot_be_cut(arguments, message):
     with pytest.raises(DataError, match=message):
         batch_at(KEY, 0, *arguments)
 
