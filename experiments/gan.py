@@ -15,7 +15,6 @@ learns scikit-learn's 8x8 digits, offline:
 import contextlib
 import dataclasses
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from torch import Tensor
 from core import random, tree
 from experiments.parts import generator as gans
 from experiments.parts.generator import Data
-from train import optimizers, plots
+from train import optimizers
 from train.adversarial import game as games
 from train.adversarial import regularisers
 from train.adversarial.game import ENERGIES, Game
@@ -34,14 +33,11 @@ from train.adversarial.objectives import OBJECTIVES, PAIRINGS
 from train.adversarial.regularisers import REGULARISERS, clip
 from train.adversarial.step import State, create, make_step
 from train.data.fingerprint import fingerprint
-from train.data.images import sets as image_sets
 from train.data.points import mixtures
 from train.data.understood import understood
 from train.optimizers import schedules
-from train.plots import gan as gan_plots
 from train.run import begin, command_line, open_run
 from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Shared
-from train.run.logs import read_curves
 from train.run.run import format_figures, unused
 from train.step import compiled
 
@@ -93,11 +89,7 @@ GANS = {
     # Berthelot et al. 2017, arXiv:1703.10717: k holds the energies of generated and real images at a ratio. Its rate of
     # 0.001 is for 100,000 steps. k leaves 0 only if the generator is faster than the critic it follows.
     "began": Gan(
-        "autoencoder",
-        Game("equilibrium", diversity=0.9, balance_rate=0.5),
-        "began-",
-        rate=1e-3,
-        critic_rate=2e-4,
+        "autoencoder", Game("equilibrium", diversity=0.9, balance_rate=0.5), "began-", rate=1e-3, critic_rate=2e-4
     ),
     # Odena et al. 2017, arXiv:1610.09585: the critic is not told the class but predicts it.
     "acgan": Gan("dcgan", Game("non-saturating", classify=True), conditional=True),
@@ -212,10 +204,9 @@ class SampleArgs(FromRun):
 def read(args: Args) -> Data:
     gan = line_of(args)
     if args.data in mixtures.MIXTURES:
-        return Data(None, None, (), mixtures.standardised(mixtures.MIXTURES[args.data](), gan.spread))
-    images = image_sets.read_all(args.data, args.size, labelled=gan.conditional or gan.game.classify)
-    train, test = (part._replace(images=2 * part.images - 1) for part in (images.train, images.test))
-    return Data(train, test, images.classes, facts=image_sets.facts(images))
+        mixture = mixtures.standardised(mixtures.MIXTURES[args.data](), gan.spread)
+        return Data(None, None, (), mixture, {"data": args.data})
+    return gans.read_images(args.data, args.size, labelled=gan.conditional or gan.game.classify)
 
 
 def optimizer_of(gan: Gan, rate: float, steps: int) -> optimizers.Optimizer:
@@ -227,10 +218,9 @@ def train(args: Args) -> None:
     run = begin(RUNS, args, free=("data", "steps", "sample_every", "classifier"))
     data, gan = read(args), line_of(args)
     model = gans.players(args, gan, data)
-    understood(print, data.facts | {"data": args.data, "game": model.game, "net": model.cfg})
-    gans.check_classifier(args.classifier, data)
-    if data.train is not None and args.batch > len(data.train.labels):
-        raise ValueError(f"--batch is {args.batch}, but there are {len(data.train.labels)} images")
+    understood(print, data.facts | {"game": model.game, "net": model.cfg})
+    if data.mixture is None:
+        gans.check_images(data, args.batch, args.classifier)
     identity = {"net": model.cfg, "game": model.game, "gan": args.gan, "seeds": args.seeds}
     identity |= {"data": fingerprint(data.mixture if data.train is None else (data.train, data.test))}
 
@@ -264,7 +254,7 @@ def train(args: Args) -> None:
         step = compiled(step) if compiling else step
     state, vanished = run.restore(state, identity, args.steps), 0
 
-    with run.open({"conditional": model.conditional, "classes": data.classes}):
+    with run.open({"conditional": model.conditional, "classes": data.classes}, files={"frames": Path.mkdir}):
         counts = [tree.count(player.params) // args.seeds for player in (state.generator, state.critic)]
         run.log.print(f"generator {counts[0]:,} parameters, critic {counts[1]:,} parameters; run in {run.folder}")
         batches = (gans.batch_at(data, order_key, i, args.critic_steps, args.batch) for i in run.remaining)
@@ -285,11 +275,7 @@ def train(args: Args) -> None:
         run.result({**figures, "features": str(args.classifier or "pixels")})
     if data.mixture is None:
         gans.draw_study(run.folder, generators[0], model, data, look_key)
-    frames = sorted((run.folder / "frames").glob("*.png"))
-    shutil.copy(frames[-1], run.folder / "samples.png")
-    gan_plots.animation(run.folder / "training.gif", frames)
-    lines = read_curves(run.folder, "critic/loss", "generator/loss")
-    plots.curves(run.folder / "loss.png", lines, ylabel="loss", title=f"{args.gan}: both players")
+    gans.draw_training(run.folder, args.gan)
     print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
@@ -302,19 +288,10 @@ def sample(args: SampleArgs) -> None:
     trained = run.read("args", Args)
     data = read(trained)
     model = gans.players(trained, line_of(trained), data)
-    if args.label is not None and not (model.conditional and args.label < len(data.classes)):
-        kinds = f"0 to {len(data.classes) - 1}" if model.conditional else "none: this generator is not conditional"
-        raise ValueError(f"--label is {args.label}; expected {kinds}")
-    path = unused(args.out, args.run / "sampled.png")
+    path, key = unused(args.out, args.run / "sampled.png"), random.key(args.seed)
+    z, labels = gans.noise(model, key.to(device), args.count, data, args.label)
     values = tree.move(gans.load(run, model, data, trained.seeds), device)
-    z, labels = gans.noise(model, random.key(args.seed, device), args.count, data)
-    labels = labels if args.label is None else torch.full_like(labels, args.label)
-    samples = gans.generated(values, model, z, labels).cpu()
-    if data.mixture is None:
-        plots.image_grid(path, (samples + 1) / 2, scale=0.6)
-    else:
-        real, _ = mixtures.sample(data.mixture, random.key(args.seed), args.count)
-        gan_plots.points(path, real, samples)
+    gans.draw_samples(path, gans.generated(values, model, z, labels), data, key)
     print(f"{args.count} samples in {path}")
 
 

@@ -1,6 +1,7 @@
 """What the experiments with GANs share: a generator that was trained, its samples, their figures and their pictures."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,16 +19,19 @@ from train.adversarial.game import Game
 from train.adversarial.regularisers import input_gradient
 from train.adversarial.step import State
 from train.data import batching
+from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
 from train.data.points import mixtures
 from train.metrics import generative
 from train.plots import gan as gan_plots
 from train.run import Run, SavedRun
+from train.run.logs import read_curves
 from train.step import TrainState
 
 NETS = {"autoencoder": autoencoder_critic, "dcgan": dcgan, "mlp": mlp_gan, "sagan": sagan}
 SHOWN = 64  # examples in a picture
 MEASURED = 10_000  # examples that the figures are of, at most
+FEWEST = 12  # images whose halves have the neighbours that the figures look for
 
 
 class Data(NamedTuple):
@@ -42,6 +46,24 @@ class Data(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return (2,) if self.train is None else tuple(self.train.images.shape[1:])
+
+
+def read_images(data: str, size: int | None, labelled: bool = False) -> Data:
+    """The images that `--data` names; without labels a flat folder or a single class will do."""
+    images = image_sets.read_all(data, size, labelled)
+    train, test = (part._replace(images=2 * part.images - 1) for part in (images.train, images.test))
+    return Data(train, test, images.classes, facts=image_sets.facts(images))
+
+
+def check_images(data: Data, batch: int, classifier: Path | None) -> None:
+    """Raise ValueError now, rather than at the end, if there are too few images for a batch or for the figures, or if
+    the classifier, a run of classify.py, cannot compare them."""
+    count, images = len(data.train.labels), (data.train.images[:FEWEST] + 1) / 2
+    if batch > count:
+        raise ValueError(f"--batch is {batch}, but there are {count} images")
+    if count < FEWEST:
+        raise ValueError(f"there are {count} images to train on; expected at least {FEWEST}, to compare with samples")
+    distances(images, images, classifier)
 
 
 class Players(NamedTuple):
@@ -126,10 +148,21 @@ def load(run: SavedRun, model: Players, data: Data, seeds: int = 1) -> tree.Tree
     return calibrated(params, running, model, data)
 
 
-def noise(model: Players, key: Tensor, count: int, data: Data) -> tuple[Tensor, Tensor]:
-    """(z, labels): as in training, and every class in turn."""
-    z = games.latents(model.game, key, count, model.cfg.latent).z
-    return z, torch.arange(count, device=key.device) % max(len(data.classes), 1)
+def noise(model: Players, key: Tensor, count: int, data: Data, label: int | None = None) -> tuple[Tensor, Tensor]:
+    """(z, labels): noise as in training, and every class in turn, or `label` alone.
+
+    Raises ValueError: the generator is not conditional, or there is no such class.
+    """
+    if label is not None and not (model.conditional and label < len(data.classes)):
+        kinds = f"0 to {len(data.classes) - 1}" if model.conditional else "none: this generator is not conditional"
+        raise ValueError(f"--label is {label}; expected {kinds}")
+    z, labels = games.latents(model.game, key, count, model.cfg.latent).z, torch.arange(count, device=key.device)
+    return z, labels % max(len(data.classes), 1) if label is None else torch.full_like(labels, label)
+
+
+def real_images(data: Data) -> Tensor:
+    """The images in [0, 1] that samples are compared with: those for testing first."""
+    return (torch.cat([data.test.images, data.train.images])[:MEASURED] + 1) / 2  # (count, channels, size, size)
 
 
 def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -139,36 +172,32 @@ def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, class
         points = generated(values, model, *noise(model, key, MEASURED, data))
         modes = generative.modes(points, data.mixture.centres.to(points.device), data.mixture.deviation)
         return {"modes": int(modes.covered), "good": float(modes.good)}
-    real = torch.cat([data.test.images, data.train.images])[:MEASURED]
-    fake = generated(values, model, *noise(model, key, len(real), data))
-    return distances((real + 1) / 2, (fake + 1) / 2, classifier)
+    real = real_images(data)
+    return distances(real, (generated(values, model, *noise(model, key, len(real), data)) + 1) / 2, classifier)
 
 
 def figures_of_all(
     generators: list[tree.Tree], model: Players, data: Data, key: Tensor, classifier: Path | None
 ) -> dict[str, float]:
-    """The means of `figures_of` over several generators, and their standard deviations `NAME_std`; images have the
-    same distance between two halves of the real ones as their baseline."""
+    """The means of `figures_of` over several generators, their standard deviations `NAME_std`, and the baseline."""
     each = [figures_of(values, model, data, key, classifier) for values in generators]
     table = {name: torch.tensor([float(one[name]) for one in each]) for name in each[0]}
     figures = {name: float(values.mean()) for name, values in table.items()}
     if len(generators) > 1:
         figures |= {f"{name}_std": float(values.std()) for name, values in table.items()}
-    if data.mixture is None:
-        first, second = data.train.images[::2], data.train.images[1::2]
-        figures["real_frechet_distance"] = distances((first + 1) / 2, (second + 1) / 2, classifier)["frechet_distance"]
-    return figures
+    return figures if data.mixture is not None else figures | baseline(data, classifier)
 
 
-def check_classifier(classifier: Path | None, data: Data) -> None:
-    """Raise ValueError now, rather than at the end, if a run of classify.py cannot compare these images."""
-    if classifier is not None and data.train is not None:
-        distances(*2 * [(data.test.images[:8] + 1) / 2], classifier)
+def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
+    """The distance that two halves of the real images have."""
+    first, second = ((half + 1) / 2 for half in (data.train.images[::2], data.train.images[1::2]))
+    return {"real_frechet_distance": distances(first, second, classifier)["frechet_distance"]}
 
 
 def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
     """How far generated images are from real ones, (count, channels, height, width) each in [0, 1]: of the features of
     a run of classify.py, or of the pixels if there is none."""
+    real, fake = real.cpu(), fake.cpu()
     if classifier is None:
         a, b = real.flatten(1), fake.flatten(1)
     else:
@@ -176,7 +205,7 @@ def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, 
         if trained.channels != real.shape[1]:
             channels = f"--classifier '{classifier}' sees {trained.channels} channels"
             raise ValueError(f"{channels}, the data has {real.shape[1]}")
-        a, b = (classifiers.features(values, trained, x.cpu()) for x in (real, fake))
+        a, b = (classifiers.features(values, trained, x) for x in (real, fake))
     near, both = generative.density_coverage(a, b), generative.precision_recall(a, b)
     figures = {"frechet_distance": generative.frechet_distance(a, b), **both._asdict(), **near._asdict()}
     return {name: float(value) for name, value in figures.items()}
@@ -207,8 +236,24 @@ def draw_look(run: Run, state: State, model: Players, data: Data, key: Tensor) -
         critic, _ = spectral_norm(critic, state.memory["vectors"], steps=0)
     values = averaged(state.generator, model, data)
     path, title = run.folder / "frames" / f"{run.at:07}.png", f"{run.args.gan}, step {run.at}"
-    path.parent.mkdir(exist_ok=True)
     draw_frame(path, values, tree.merge(critic, state.critic.stats), model, data, key, title)
+
+
+def draw_samples(path: Path, samples: Tensor, data: Data, key: Tensor) -> None:
+    """Images, or points of the plane beside as many of the mixture."""
+    if data.mixture is None:
+        plots.image_grid(path, ((samples + 1) / 2).cpu(), scale=0.6)
+    else:
+        gan_plots.points(path, mixtures.sample(data.mixture, key, len(samples))[0], samples.cpu())
+
+
+def draw_training(folder: Path, title: str) -> None:
+    """samples.png and training.gif of the frames, and the losses of both players."""
+    frames = sorted((folder / "frames").glob("*.png"))
+    shutil.copy(frames[-1], folder / "samples.png")
+    gan_plots.animation(folder / "training.gif", frames)
+    lines = read_curves(folder, "critic/loss", "generator/loss")
+    plots.curves(folder / "loss.png", lines, ylabel="loss", title=f"{title}: both players")
 
 
 def draw_study(folder: Path, values: tree.Tree, model: Players, data: Data, key: Tensor) -> None:

@@ -392,4 +392,27 @@ EXPERIMENTS = [
         ),
         commands=((("translate", "--back", "first/0.png", "second"), ("translated/0.png", "translated/0_2.png")),),
     ),
+    Experiment(
+        "stylegan",
+        ("--steps", "4", "--batch", "4", "--phase", "4", "--size", "16", "--first", "1")
+        + ("--save-every", "2", "--sample-every", "2"),
+        4,
+        pictures=("samples.png", "mixed.png", "loss.png", "frames/*.png"),
+        files=("training.gif",),
+        baseline="real_frechet_distance",
+        refusals=(
+            (("--preset", "large"), "invalid choice 'large' for argument '--preset'"),
+            (("--size", "12"), "size is 12; expected a power of 2 from 8 on"),
+            (("--first", "5"), "--first is 5; expected 0 to 1, the level of 8 pixels"),
+            (("--batch", "6"), "batch 6 is not divisible into groups of 4"),
+            (("--batch", "2000"), "--batch is 2000, but there are 1500 images"),
+            (("--data", "nowhere"), "'nowhere' does not exist"),
+            (("--classifier", "nowhere"), "nowhere"),
+            (("--resume", "--name", "a", "--size", "32"), "with --size 32: it was started with 16"),
+        ),
+        commands=(
+            (("sample", "--count", "4"), ("sampled.png",)),
+            (("sample", "--mix"), ("mixed_2.png",)),
+        ),
+    ),
 ]
