@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data.translation import dates
 from PIL import Image
+
+from train.data.translation import dates
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def pairs(folder: Path) -> None:
     (folder / "french.tsv").write_text("fr\ten\n" + "maison\thouse\n" * 300, encoding="utf-8")
     (folder / "a.de").write_text("eins\nzwei\n", encoding="utf-8")
     (folder / "b.en").write_text("one\n", encoding="utf-8")
+
+
 def two_folders(folder: Path) -> None:
     """first/ and second/ with four pictures of one name each, lone/ with one of another name."""
     for name in (*(f"{side}/{i}.png" for side in ("first", "second") for i in range(4)), "lone/9.png"):
@@ -347,11 +350,10 @@ EXPERIMENTS = [
             (("sample", "--no-compile", "--steps", "2"), ("sampled/samples.png", "sampled/samples.npy")),
             (("sample", "--no-compile", "--steps", "2", "--label", "3"), ("sampled_2/samples.png",)),
         ),
-        ),
     ),
     Experiment(
         "pix2pix",
-        ("--steps", "3", "--batch", "1", "--save-every", "2", "--sample-every", "2"),
+        ("--steps", "3", "--batch", "1", "--save-every", "3", "--sample-every", "2"),  # a checkpoint has 120 MB
         3,
         pictures=("translations.png", "l1.png", "frames/*.png"),
         files=("training.gif",),
