@@ -39,6 +39,9 @@ def lift(module: nn.Module) -> Lifted:
         ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, training
             mode with a layer that draws random numbers, since a module has no key to draw from. All are named.
     """
+    if not isinstance(module, nn.Module):
+        called = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"lift: expected an nn.Module, got {called}")
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
         if nn.parameter.is_lazy(parameter):
@@ -62,6 +65,7 @@ def lift(module: nn.Module) -> Lifted:
     if buffers:
         values["count"] = torch.zeros((), device=next(iter(buffers.values())).device)
     params, stats = tree.partition(tree.nest(values), lambda name, _: name in parameters)
+    names = frozenset(values)
     drawing = [name or type(layer).__name__ for name, layer in module.named_modules() if _draws(layer)]
     attending = any(
         isinstance(layer, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for layer in module.modules()
@@ -87,7 +91,15 @@ def lift(module: nn.Module) -> Lifted:
                 f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
                 "set its rate to 0 or use train=False"
             )
-        flat = tree.flatten(values)
+        is_tree = isinstance(values, (dict, list))  # a list if all names are numbers
+        flat = tree.flatten(values) if is_tree else {}
+        missing, extra = sorted(names - flat.keys()), sorted(flat.keys() - names)
+        if missing or extra:
+            kind = "" if is_tree else f"{type(values).__name__} "
+            raise ValueError(
+                f"lift: apply expects tree.merge(params, stats) first, and got {kind}missing {missing[:5]}, "
+                f"left over {extra[:5]}"
+            )
         sinks = {name: flat.pop(name) for name in ((*dtypes, "count") if dtypes else ())}
         # In-place updates of buffers inside the module land on these copies.
         fresh = {name: sinks[name].detach().to(dtype, copy=True) for name, dtype in dtypes.items()}

@@ -14,6 +14,7 @@ from core.curvature.vectors import (
     normalised,
     on_vectors,
     ravel,
+    scaled,
     unravel,
     width,
 )
@@ -62,6 +63,10 @@ def conjugate_gradient(
         curved = multiply(unit) + damping * unit
         check_finite(name, curved, b, f"the product of step {step}")
         curvature = unit @ curved  # pᵀ (A + damping) p / pᵀ p
+        if bool(curvature.isinf()):
+            raise ValueError(
+                f"{name}: the curvature along step {step} is beyond {curved.dtype}; scale A, or use float64"
+            )
         if not bool(curvature > 0):
             raise ValueError(
                 f"{name}: negative or zero curvature, vᵀ(A + damping)v / vᵀv = {float(curvature):.3g}, along step "
@@ -72,7 +77,7 @@ def conjugate_gradient(
         square, before = r @ r, square
         norms.append(square.sqrt())
         direction = r + square / before * direction  # p ← r + (|r|² / |r before|²) p
-    return Solution(unravel(x * norm, b), torch.stack(norms) * norm)
+    return Solution(unravel(scaled(x, norm), b), scaled(torch.stack(norms), norm))
 
 
 def low_rank_inverse(values: Tensor, vectors: Tree, damping: float = 0.0, complement: bool = False) -> Operator:

@@ -1,5 +1,6 @@
 """Trees of parameters as vectors, and functions of trees as functions of vectors."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,17 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 def normalised(vector: Tensor) -> tuple[Tensor, float]:
     """(vector / |vector|, |vector|), at every scale; zero stays zero."""
     norm = float(tree.norm(vector))
+    if norm == math.inf:  # too large for the dtype, if the vector is finite; a float is not
+        largest = float(vector.abs().max())
+        unit, norm = normalised(vector / largest)
+        return unit, norm * largest
     return (vector / norm if norm else vector), norm
+
+
+def scaled(vector: Tensor, factor: float) -> Tensor:
+    """`factor * vector`, where the factor alone may be too large for the dtype."""
+    root = math.sqrt(factor)
+    return vector * root * root if factor > torch.finfo(vector.dtype).max else vector * factor
 
 
 def check_tree(name: str, what: str, values: Tree) -> None:

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch.overrides import is_tensor_like
+
+from core.spec import Param
 
 
 def check_tensor(name: str, x: Any, what: str = "x") -> None:
@@ -15,4 +18,6 @@ def check_arguments(name: str, p: Any, x: Any, what: str = "x") -> None:
     """Raise TypeError unless p is a dict of parameters and x a tensor."""
     if not isinstance(p, dict):
         raise TypeError(f"{name}: the parameters are {type(p).__name__}; expected a dict, as in {name}(p, {what})")
+    if not torch.compiler.is_compiling() and any(isinstance(leaf, Param) for leaf in p.values()):
+        raise TypeError(f"{name}: the parameters are a spec; expected its values, spec.init(key, ...)")
     check_tensor(name, x, what)

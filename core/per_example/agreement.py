@@ -61,19 +61,25 @@ def compare_losses(
         following = Following(min(count, 2), plans, answers)
         return split_aux(loss(watch(following, params, plans), pair), has_aux)[0]
 
+    def plain() -> Tensor:  # of parameters that require a gradient, as in the call itself
+        def losses(leaves: list[Tensor]) -> Tensor:
+            return split_aux(loss(tree.unflatten(params, leaves), pair), has_aux)[0]
+
+        return torch.func.vjp(losses, tree.leaves(params))[0]
+
     values = []
-    for f in (lambda: inside_vjp(planned), lambda: split_aux(loss(params, pair), has_aux)[0]):
+    for f in (lambda: inside_vjp(planned), plain):
         with torch.random.fork_rng(devices=list(devices)):  # a loss that draws from it draws the same twice
             values.append(f().detach())
-    reported, plain = values
+    reported, expected = values
     tolerance = 4 * eps**0.5
-    scale = float(plain.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    if torch.allclose(reported, plain, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    if torch.allclose(reported, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
         return
-    worst = int((reported - plain).abs().nan_to_num(torch.inf).argmax())
+    worst = int((reported - expected).abs().nan_to_num(torch.inf).argmax())
     functions = " or ".join(f"{what} of '{name}'" for what, name in list(mapped.items())[:3])
     causes = f"it mixes its examples in {functions}, which is mapped over them one at a time, " if mapped else ""
     raise PerExampleError(
-        f"the loss of one of two examples is {float(plain[worst]):g}, but {float(reported[worst]):g} as it would be "
+        f"the loss of one of two examples is {float(expected[worst]):g}, but {float(reported[worst]):g} as it would be "
         f"reported on: {causes}it asks for the type of a parameter, or it changes from call to call"
     )

@@ -20,17 +20,17 @@ def sort(what: str, values: Tree) -> Tree:
     """The tree with sorted keys.
 
     Raises:
-        PerExampleError: keys of one dict that have no order, such as 0 and "a".
+        PerExampleError: keys of one dict that have no order, such as two complex numbers.
     """
     try:
         return tree.sort(values)
     except TypeError as error:
-        raise PerExampleError(f"the keys of a dict in {what} must be of one type: {error}") from None
+        raise PerExampleError(f"the keys of a dict in {what} have no order: {error}") from None
 
 
 def check_want(want: str | tuple[str, ...]) -> tuple[str, ...]:
     """The wanted quantities, each once; a single one may be a string."""
-    names = (want,) if isinstance(want, str) else tuple(want)
+    names = want if isinstance(want, (tuple, list)) else (want,)
     for name in names:
         if name not in WANTED:
             raise PerExampleError(f"want has '{name}'; expected some of {', '.join(WANTED)}")
@@ -45,16 +45,26 @@ def check_params(params: Tree) -> None:
             raise PerExampleError(
                 f"parameter '{name}' is {kind}; expected a floating-point tensor (Stats stay outside)"
             )
-    if not tree.leaves(params):
+    names = tree.names(params)
+    if not names:
         raise PerExampleError("there are no parameters: the tree has no leaf")
+    for name in names:
+        if names.count(name) > 1:
+            raise PerExampleError(f"two parameters are called '{name}': keys of a dict must differ as strings")
 
 
 def selected(params: Tree, only: Predicate | None) -> list[str]:
     """Names of the parameters that are reported on."""
+    check_function("only", "a predicate (name, leaf) -> bool, or None", only)
     names = [name for name, leaf in tree.items(params) if only is None or only(name, leaf)]
     if not names:
         raise PerExampleError("`only` selects no parameter")
     return names
+
+
+def check_function(name: str, expected: str, f: Any) -> None:
+    if f is not None and not callable(f):
+        raise PerExampleError(f"{name} is {type(f).__name__}; expected {expected}")
 
 
 def batch_size(batch: Tree) -> int:

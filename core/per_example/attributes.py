@@ -10,7 +10,7 @@ from core.per_example.leaves import Content, call, contents_in, watched
 
 _FACTS = frozenset(
     "device dtype is_cpu is_cuda is_meta is_mps is_nested is_quantized is_sparse is_xpu itemsize layout nbytes ndim "
-    "requires_grad shape".split()
+    "shape".split()
 )
 _VALUES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__".split())
 _IN_PLACE = frozenset(
@@ -24,6 +24,8 @@ _IN_PLACE = frozenset(
 
 def attribute(session, content: Content, name: str) -> Any:
     """The attribute of this name, if it needs no value."""
+    if name == "requires_grad":  # like a leaf of autograd; the tensors of a plan have none
+        return True
     if name in _FACTS:
         return getattr(content.plain, name)
     ndim = content.plain.ndim
@@ -31,7 +33,9 @@ def attribute(session, content: Content, name: str) -> Any:
         return session.call(Tensor.transpose, (content, -2, -1), {})
     if name == "T":
         return session.call(Tensor.permute, (content, tuple(reversed(range(ndim)))), {})
-    if name == "real" and not content.plain.is_complex():
+    if name in ("real", "imag") and content.plain.is_complex():
+        return session.call(getattr(torch, name), (content,), {})
+    if name == "real":
         return content
     method = getattr(Tensor, name, None)
     if callable(method):  # Dynamo looks methods that are written in Python up like attributes

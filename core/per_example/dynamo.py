@@ -1,10 +1,11 @@
 """Queries of Dynamo's state while it traces: functions that run in Python then, and are constants in the graph.
 
-They read private attributes of torch's tracer, for which there is no public function.
+They read private attributes of torch, for which there is no public function. Where a version of torch lacks them, less
+is refused while compiling; the eager checks and `verify` stay.
 """
 
-import operator
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -23,29 +24,61 @@ def _output() -> Any:
 @assume_constant_result
 def transform_depth() -> int:
     """Number of torch.func transforms that are active."""
-    return len(torch._C._functorch.get_interpreter_stack() or [])
+    try:
+        return len(torch._C._functorch.get_interpreter_stack() or [])
+    except AttributeError:
+        return max(0, torch._C._functorch.maybe_current_level() or 0)
 
 
 @assume_constant_result
 def functions_applied() -> tuple[int, str]:
-    """(calls of custom autograd.Functions, names of the Functions that were met)."""
+    """(calls of custom autograd.Functions, names of the Functions that were met); (0, "") where nobody can tell."""
+    try:
+        return _functions_of(_output())
+    except (ImportError, AttributeError) as error:
+        # Once per place: the message is the same at every call.
+        warnings.warn(
+            f"torch {torch.__version__} does not show whether a loss calls a custom autograd.Function ({error}), whose "
+            "backward torch.compile may drop: compare with per_example.verify(..., compiled=True)",
+            stacklevel=2,
+        )
+        return 0, ""
+
+
+def _functions_of(output: Any) -> tuple[int, str]:
     from torch._dynamo.variables.misc import AutogradFunctionContextVariable, AutogradFunctionVariable
 
-    output = _output()
     if output is None:
-        return 0, ""
+        raise AttributeError("no tracer in the stack")
     # Each call makes a context, also where the forward does nothing that a graph would show.
     contexts = [x for x in output.side_effects.id_to_variable.values() if type(x) is AutogradFunctionContextVariable]
     functions = [x for x in list(output.variable_tracker_cache.values()) if type(x) is AutogradFunctionVariable]
-    return len(contexts), ", ".join(sorted({x.fn_cls.__name__ for x in functions}))
+    return len(contexts), ", ".join(sorted({getattr(x.fn_cls, "__name__", "?") for x in functions}))
+
+
+PARTS = frozenset(
+    "getitem __getitem__ select narrow index_select take unbind split chunk tensor_split split_with_sizes".split()
+)
+"""Functions that take some of the examples out of a batch."""
 
 
 @assume_constant_result
-def rows_taken(size: int) -> int:
-    """Number of rows taken by integer indices out of tensors whose first axis has this size, as iteration does."""
-    output, rows = _output(), 0
-    for node in () if output is None else output.graph.nodes:
-        if node.target is operator.getitem and isinstance(node.args[1], int):
-            value = getattr(node.args[0], "meta", {}).get("example_value")
-            rows += isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == size
-    return rows
+def parts_taken(size: int) -> int:
+    """Number of tensors without an axis of this size that were taken out of tensors with one; 0 if nobody can tell."""
+    try:
+        return sum(_takes_part(node, size) for node in _output().graph.nodes)
+    except AttributeError:
+        return 0
+
+
+def _takes_part(node: Any, size: int) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name not in PARTS:
+        return False
+    whole, part = (getattr(x, "meta", {}).get("example_value") for x in (node.args[0], node))
+    return isinstance(whole, torch.Tensor) and isinstance(part, torch.Tensor) and loses_axis(whole, part, size)
+
+
+def loses_axis(whole: torch.Tensor, part: torch.Tensor, size: int) -> bool:
+    """True if fewer axes of this size are left."""
+    return list(part.shape).count(size) < list(whole.shape).count(size)

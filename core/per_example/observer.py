@@ -1,13 +1,13 @@
 """Observation of every operation of a loss while it is planned, also of those without a parameter."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from core.per_example.dynamo import rows_taken
+from core.per_example.dynamo import PARTS, loses_axis, parts_taken
 from core.per_example.errors import PerExampleError
 from core.per_example.forward_rules import batch_statistics
 from core.per_example.leaves import Watched, contents, invoke
@@ -15,13 +15,14 @@ from core.per_example.leaves import Watched, contents, invoke
 # In all of these `training` is the sixth argument.
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
 
-# Functions that take some of the examples out of a batch.
-_PARTS = frozenset(
-    "__getitem__ select narrow index_select take unbind split chunk tensor_split split_with_sizes".split()
-)
-
 LOOP = 100
 """Number of parts that a loss may take out of its batch; more is a loop over the examples."""
+
+MANY_CALLS = 2000
+"""Number of operations after which `count_calls` is asked whether their number grows with the batch."""
+
+SMALL, LARGER = 61, 127
+"""Batch sizes at which it counts."""
 
 
 class Observer(TorchFunctionMode):
@@ -29,12 +30,13 @@ class Observer(TorchFunctionMode):
 
     Args:
         examples: the batch size while planning.
+        count_calls: the number of operations of the loss on a batch of this size.
     """
 
-    def __init__(self, examples: int):
+    def __init__(self, examples: int, count_calls: Callable[[int], int] | None = None):
         super().__init__()
-        self.examples, self.parts, self.eps = examples, 0, torch.finfo(torch.float64).eps
-        self.calls = 0
+        self.examples, self.count_calls = examples, count_calls
+        self.parts, self.calls, self.eps = 0, 0, torch.finfo(torch.float64).eps
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -42,36 +44,60 @@ class Observer(TorchFunctionMode):
             leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Watched)]
             raise batch_statistics(contents(leaves[0]) if leaves else None, "batch norm")
         name = getattr(func, "__name__", "")
-        whole = bool(args) and type(args[0]) is not Watched and isinstance(args[0], Tensor)
-        whole = whole and name in _PARTS and args[0].ndim > 0 and args[0].shape[0] == self.examples
-        if whole and name == "unbind" and self._first_axis(args, kwargs):
-            self._refuse_loop(name)
+        takes_part = name in PARTS and bool(args) and type(args[0]) is not Watched and isinstance(args[0], Tensor)
+        takes_part = takes_part and self.examples in args[0].shape
+        if takes_part and self._list_length(name, args, kwargs) > LOOP:
+            self._refuse_loop(f"by {name}")
         out = invoke(func, args, kwargs)
-        if whole:
-            self._count(name, out)
-        if not torch.compiler.is_compiling():
-            if isinstance(out, Tensor) and out.is_floating_point():
-                self.eps = max(self.eps, torch.finfo(out.dtype).eps)
-            return out
         self.calls += 1
-        if self.calls % 10 == 0 and rows_taken(self.examples) > LOOP:
-            self._refuse_loop("iteration")
-        return out
-
-    def _first_axis(self, args: tuple, kwargs: dict) -> bool:
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        return dim in (0, -args[0].ndim)
-
-    def _count(self, name: str, out: Any) -> None:
-        if isinstance(out, (tuple, list)) and len(out) > LOOP and isinstance(out[0], Tensor):
-            self._refuse_loop(name)
-        if isinstance(out, Tensor) and self.examples not in out.shape:
+        if takes_part and isinstance(out, Tensor) and loses_axis(args[0], out, self.examples):
             self.parts += 1
             if self.parts > LOOP:
-                self._refuse_loop(name)
+                self._refuse_loop(f"by {name}")
+        if self.calls == MANY_CALLS and self.count_calls is not None:
+            small, larger = self.count_calls(SMALL), self.count_calls(LARGER)
+            if larger >= small + LARGER - SMALL:
+                self._refuse_loop(f"{small} operations for {SMALL} examples, {larger} for {LARGER}")
+        if torch.compiler.is_compiling():
+            if self.calls % 10 == 0 and parts_taken(self.examples) > LOOP:
+                self._refuse_loop("by iteration")
+            return out
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(out.dtype).eps)
+        return out
 
-    def _refuse_loop(self, name: str) -> None:
+    def _list_length(self, name: str, args: tuple, kwargs: dict) -> int:
+        """Number of tensors into which a function cuts the batch axis; 0 if it does something else."""
+        given = list(args[1:])
+        if name == "unbind":
+            parts = 0
+        elif name in ("split", "chunk", "tensor_split", "split_with_sizes"):
+            parts = given.pop(0) if given else next((x for key, x in kwargs.items() if key != "dim"), None)
+        else:
+            return 0
+        size = args[0].shape[given[0] if given else kwargs.get("dim", 0)]
+        if size != self.examples:
+            return 0
+        if name == "unbind":
+            return size
+        if isinstance(parts, int):
+            return -(-size // max(1, parts)) if name == "split" else parts
+        return len(parts) if isinstance(parts, (tuple, list)) else 0
+
+    def _refuse_loop(self, how: str) -> None:
         raise PerExampleError(
-            f"the loss loops over its examples (by {name}): compute the losses of the whole batch at once, or use "
+            f"the loss loops over its examples ({how}): compute the losses of the whole batch at once, or use "
             "per_example.each (vmap of grad), which calls the loss with batches of one"
         )
+
+
+class Counter(TorchFunctionMode):
+    """Counts operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))

@@ -16,7 +16,7 @@ from core.per_example.backward_rules import ELEMENTWISE
 from core.per_example.custom_functions import CustomFunction
 from core.per_example.errors import ADVICE, PerExampleError
 from core.per_example.leaves import watch
-from core.per_example.observer import Observer
+from core.per_example.observer import Counter, Observer
 from core.per_example.trace import LeafPlan, Planning, Use, inside_vjp
 from core.tree import Tree
 
@@ -114,16 +114,26 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = before
 
 
+def _count_calls(loss: Callable, params: Tree, batch: Tree) -> int:
+    """Number of operations of the loss."""
+    counter = Counter()
+    with counter:
+        loss(params, batch)
+    return counter.calls
+
+
 def _trace(loss: Callable, params: Tree, batch: Tree, names: list[str], has_aux: bool) -> tuple[Planning, Any]:
+    # New ones, not converted: under a vmap the leaves are batched.
+    def batch_of(examples: int) -> Tree:
+        return tree.map(lambda x: torch.empty((examples, *x.shape[1:]), dtype=x.dtype, device=x.device), batch)
+
     def run() -> tuple[Planning, Any]:
-        planning = Planning(ODD, Observer(ODD))
+        planning = Planning(ODD, Observer(ODD, lambda examples: _count_calls(loss, params, batch_of(examples))))
         with torch.enable_grad(), planning.observer:
-            return planning, split_aux(loss(watch(planning, params, names), batch), has_aux)[0]
+            return planning, split_aux(loss(watch(planning, params, names), batch_of(ODD)), has_aux)[0]
 
     with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
-        # New ones, not converted: under a vmap the leaves are batched.
         params = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), params)
-        batch = tree.map(lambda x: torch.empty((ODD, *x.shape[1:]), dtype=x.dtype, device=x.device), batch)
         try:
             try:
                 return run()
@@ -145,10 +155,14 @@ def _trace(loss: Callable, params: Tree, batch: Tree, names: list[str], has_aux:
 def _compiled_trace(loss: Callable, params: Tree, batch: Tree, names: list[str], has_aux: bool) -> tuple[Planning, Any]:
     """While compiling all tensors are without values; nothing of this is in the compiled graph, as nothing uses it."""
     params = tree.map(lambda x: x.detach(), params)
-    batch = tree.map(lambda x: x.new_zeros((ODD_COMPILED, *x.shape[1:])), batch)  # not empty: asserts stay in the graph
-    planning = Planning(ODD_COMPILED, Observer(ODD_COMPILED))
+
+    def batch_of(examples: int) -> Tree:
+        return tree.map(lambda x: x.new_zeros((examples, *x.shape[1:])), batch)  # not empty: asserts stay in the graph
+
+    observer = Observer(ODD_COMPILED, lambda examples: _count_calls(loss, params, batch_of(examples)))
+    planning = Planning(ODD_COMPILED, observer)
     with torch.enable_grad(), planning.observer:
-        return planning, split_aux(loss(watch(planning, params, names), batch), has_aux)[0]
+        return planning, split_aux(loss(watch(planning, params, names), batch_of(ODD_COMPILED)), has_aux)[0]
 
 
 def _leaf_plan(shape: tuple, uses: tuple[Use, ...], want: tuple[str, ...], keep: bool) -> LeafPlan:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from core import tree
 from core.per_example.arguments import (
+    WANTED,
     Predicate,
     batch_size,
     check_direction,
@@ -188,6 +189,8 @@ def plan_of(
     loss: Callable, params: Tree, batch: Tree, want: tuple[str, ...], plan: Plan | None, *, names: list[str], **options
 ) -> Plan:
     """`plan`, if it fits, or a new one."""
+    if plan is not None and not isinstance(plan, Plan):
+        raise PerExampleError(f"plan is {type(plan).__name__}; expected per_example.plan(loss, params, batch), or None")
     if plan is None:
         return make_plan(loss, params, batch, want, names=names, **options)
     if plan.inputs != signature(params, batch) or plan.want != want or list(plan.leaves) != names:
@@ -266,11 +269,18 @@ def combine(parts: list[Reports]) -> Reports:
     Of aux, leaves with a value per example are concatenated, others averaged, weighted by the number of examples.
 
     Raises:
-        PerExampleError: no parts, or a Gram matrix, whose entries between micro-batches nobody has computed.
+        PerExampleError: no parts, parts that differ in their quantities, or a Gram matrix, whose entries between
+            micro-batches nobody has computed.
     """
-    parts = list(parts)
+    parts = [parts] if isinstance(parts, Reports) else list(parts)
     if not parts:
         raise PerExampleError("combine: there are no reports to combine")
+    for part in parts:
+        if not isinstance(part, Reports):
+            raise PerExampleError(f"combine: expected Reports, got {type(part).__name__}")
+    wants = [", ".join(name for name in WANTED if getattr(part, name) is not None) for part in parts]
+    if len(set(wants)) > 1:
+        raise PerExampleError(f"combine: the parts have different quantities: {' and '.join(dict.fromkeys(wants))}")
     if any(part.gram is not None for part in parts):
         raise PerExampleError("a Gram matrix is of one batch: it cannot be combined from micro-batches")
     counts = [len(part.losses) for part in parts]

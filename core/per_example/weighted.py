@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core import tree
 from core.compiling import assume_constant_result
-from core.per_example.arguments import batch_size, check_params, sort
+from core.per_example.arguments import batch_size, check_function, check_params, sort
 from core.per_example.backward_rules import once
 from core.per_example.errors import PerExampleError
 from core.per_example.forms import reduce, weighted_sum
@@ -70,6 +70,7 @@ def weighted(
     """
     if method not in METHODS:
         raise PerExampleError(f"method '{method}' is unknown; expected one of {', '.join(METHODS)}")
+    check_function("weights", "a function from the tree of norms to (N,)", weights)
     params, batch = sort("the parameters", params), sort("the batch", batch)
     check_params(params)
     count, names = batch_size(batch), tree.names(params)
@@ -155,7 +156,8 @@ def clip_factor(max_norm: float | Mapping[str, float]) -> Callable[[Tree], Tree]
     """
     bounds = max_norm if isinstance(max_norm, Mapping) else {"*": max_norm}
     for pattern, bound in bounds.items():
-        if not isinstance(bound, (Real, Tensor)) or not bound > 0:
+        number = isinstance(bound, Real) or (isinstance(bound, Tensor) and bound.ndim == 0)
+        if not number or not bound > 0:
             where = f" of '{pattern}'" if isinstance(max_norm, Mapping) else ""
             raise PerExampleError(f"max_norm{where} is {bound}; expected a positive number")
 

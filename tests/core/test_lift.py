@@ -396,6 +396,26 @@ def test_random_layers_pass_in_eval_mode_and_at_rate_zero():
     torch.testing.assert_close(apply(params, x, train=True), module(x))
 
 
+def test_what_is_no_module_is_named():
+    for wrong, kind in ((nn.Linear, "the class Linear"), ({"weight": torch.ones(2)}, "dict"), (F.relu, "function")):
+        with pytest.raises(TypeError, match=f"lift: expected an nn.Module, got {kind}"):
+            lift(wrong)
+
+
+def test_values_are_those_of_the_module():
+    """A value that is missing is not silently the module's own."""
+    params, stats, apply = lift(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    x, values = torch.ones(2, 2), tree.merge(params, stats)
+    for wrong, message in (
+        (params, r"missing \['1.num_batches_tracked', '1.running_mean', '1.running_var', 'count'\], left over \[\]"),
+        (tree.merge(values, {"2": {"weight": x}}), r"missing \[\], left over \['2.weight'\]"),
+        (x, r"got Tensor missing \['0.bias'"),
+        (None, r"got NoneType missing \['0.bias'"),
+    ):
+        with pytest.raises(ValueError, match=r"lift: apply expects tree.merge\(params, stats\) first, .*" + message):
+            apply(wrong, x)
+
+
 def test_what_cannot_be_lifted_is_named():
     with pytest.raises(ValueError, match=r"lift: '1\.weight' has no shape yet"):
         lift(nn.Sequential(nn.Linear(1, 1), nn.LazyLinear(2)))

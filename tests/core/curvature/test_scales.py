@@ -88,6 +88,20 @@ def test_conjugate_gradient(of, scale):
     torch.testing.assert_close(ravel(solution).double() / (of_b / of_a), truth, rtol=0, atol=1e-4)
 
 
+def test_norm_beyond_the_dtype():
+    """Every element fits float32, their norm does not."""
+    b = tree.map(lambda x: torch.full_like(x, 1e38), LIKE)
+    assert tree.norm(b).isinf()
+    unit = scaled(b, 1e-38)
+    expected, _ = conjugate_gradient(operator(1.0), unit)
+    solution, norms = conjugate_gradient(operator(1.0), b)
+    torch.testing.assert_close(ravel(solution) / 1e38, ravel(expected), rtol=1e-3, atol=1e-5)
+    assert norms[0].isinf() and norms[-1] < 1e-5 * 1e38
+    torch.testing.assert_close(lanczos(operator(1.0), b, 8)[:2], lanczos(operator(1.0), unit, 8)[:2])
+    with pytest.raises(ValueError, match="the curvature along step 1 is beyond torch.float32; scale A"):
+        conjugate_gradient(lambda v: tree.map(lambda x: 3e38 * x / x.abs().max(), v), unit)
+
+
 @scales
 @pytest.mark.parametrize("f", [hutchinson_trace, hutchinson_diagonal])
 def test_standard_errors(f, scale):

@@ -67,6 +67,13 @@ def test_parameters_come_first(name):
         layer(torch.as_tensor(x), spec.init(KEY, model))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_spec_is_not_its_values(name):
+    layer, model, x = LAYERS[name]
+    with pytest.raises(TypeError, match=r"the parameters are a spec; expected its values, spec.init\(key, ...\)"):
+        layer(model, torch.as_tensor(x))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_one_tensor(name):
     f, x = FUNCTIONS[name]

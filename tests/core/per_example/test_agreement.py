@@ -71,6 +71,7 @@ BY_TYPE = {
     "is_tensor": torch.is_tensor,
     "is_tensor_like": torch.overrides.is_tensor_like,
     "not a number": lambda b: not isinstance(b, (int, float)),
+    "is learned": lambda b: b.requires_grad,
 }
 
 

@@ -48,9 +48,14 @@ P, B = {"weight": DRAW(3, 4)}, {"x": X}
         ),
         ({}, B, {}, "there are no parameters"),
         ({"a": {}, "b": None}, B, {}, "there are no parameters"),
-        ({0: X, **P}, B, {}, "the keys of a dict in the parameters must be of one type"),
-        (P, {0: X, **B}, {}, "the keys of a dict in the batch must be of one type"),
+        ({1j: X, 2j: X}, B, {}, "the keys of a dict in the parameters have no order"),
+        (P, {1j: X, 2j: X}, {}, "the keys of a dict in the batch have no order"),
+        ({0: X, "0": X}, B, {}, "two parameters are called '0': keys of a dict must differ as strings"),
+        ({"a.b": X, "a": {"b": X}}, B, {}, "two parameters are called 'a.b'"),
         (P, B, {"want": "hessian"}, "want has 'hessian'"),
+        (P, B, {"want": None}, "want has 'None'"),
+        (P, B, {"only": ["weight"]}, r"only is list; expected a predicate \(name, leaf\) -> bool"),
+        (P, B, {"plan": ("norm",)}, r"plan is tuple; expected per_example.plan\(loss, params, batch\)"),
         (P, B, {"want": ("dot",), "direction": {"weight": 1.0}}, r"'weight' has shape \(\), expected \(3, 4\)"),
     ],
 )
@@ -85,14 +90,23 @@ def test_quantity_that_was_not_wanted_is_named(name, quantity):
     assert not hasattr(out, name) and getattr(out, quantity) is None
 
 
-def test_integer_keys():
-    out = per_example.reports(lambda p, b: plain({"weight": p[0]}, b), {0: P["weight"]}, B)
+@pytest.mark.parametrize("params", [{0: P["weight"]}, {"a": X, 0: P["weight"]}])
+def test_integer_keys(params):
+    out = per_example.reports(lambda p, b: plain({"weight": p[0]}, b), params, {0: X, "x": X})
     torch.testing.assert_close(out.norm[0], per_example.reports(plain, P, B).norm["weight"])
 
 
-def test_combine_nothing():
-    with pytest.raises(PerExampleError, match="there are no reports to combine"):
-        per_example.combine([])
+def test_combine():
+    norms, squares = (per_example.reports(plain, P, B, want) for want in ("norm", "square"))
+    for parts, message in (
+        ([], "there are no reports to combine"),
+        (iter([]), "there are no reports to combine"),
+        ([norms, squares], "combine: the parts have different quantities: norm and square"),
+        ([per_example.clipped(plain, P, B, 1.0)], "combine: expected Reports, got Weighted"),
+    ):
+        with pytest.raises(PerExampleError, match=message):
+            per_example.combine(parts)
+    torch.testing.assert_close(per_example.combine(norms), norms)
 
 
 def test_plan_of_something_else():
@@ -141,12 +155,15 @@ def test_weighted_arguments():
         ({"max_norm": {"*": -1.0}}, r"max_norm of '\*' is -1.0; expected a positive number"),
         ({"max_norm": {"bias": 1.0}}, "no pattern of max_norm fits parameter 'weight': bias"),
         ({"max_norm": {}}, "no pattern of max_norm fits parameter 'weight'"),
+        ({"max_norm": torch.ones(2)}, r"max_norm is tensor\(\[1., 1.\]\); expected a positive number"),
         ({"max_norm": 0.0}, "max_norm is 0.0; expected a positive number"),
         ({"max_norm": float("nan")}, "expected a positive number"),
         ({"max_norm": 1.0, "method": "ghost"}, "method 'ghost' is unknown; expected one of auto, kept, twice"),
     ):
         with pytest.raises(PerExampleError, match=message):
             per_example.clipped(plain, P, B, **options)
+    with pytest.raises(PerExampleError, match="weights is str; expected a function from the tree of norms"):
+        per_example.weighted(plain, P, B, "norm")
     for weights in (lambda norm: norm["weight"][:3], lambda norm: 1.0, lambda norm: norm["weight"][:, None]):
         with pytest.raises(PerExampleError, match="the weights must be one for each of the 4 examples"):
             per_example.weighted(plain, P, B, weights)

@@ -47,6 +47,7 @@ CHAINS = {
     "to like another": lambda p, x: p["w"].half().to(p["v"])[0] * x,
     "of another parameter": lambda p, x: x.float().to(p["w"]) * p["w"][0],
     "twice the same": lambda p, x: F.linear(x, p["w"].double().double()),
+    "complex parts": lambda p, x: p["w"].to(torch.complex128)[0].real * x + (1j * p["v"][0]).imag,
     "complex": lambda p, x: torch.view_as_real(x.to(torch.complex128) @ p["w"].to(torch.complex128)),
 }
 

@@ -213,6 +213,27 @@ def loop_by_chunk(p, x):
     return torch.cat([output(p, part).sum(1) for part in torch.chunk(x, len(x))])
 
 
+@refused("loops over its examples .by tensor_split.")
+def loop_by_tensor_split(p, x):
+    return torch.cat([output(p, part).sum(1) for part in x.tensor_split(x.shape[0], dim=0)])
+
+
+@refused("loops over its examples .by __getitem__.")
+def loop_over_columns(p, x):
+    return torch.stack([output(p, x.T[:, i]).sum() for i in range(len(x))])
+
+
+@refused("loops over its examples .by unbind.")
+def loop_over_the_second_axis(p, x):
+    return torch.stack([output(p, row).sum() for row in x.T.unbind(1)])
+
+
+@refused("loops over its examples .[0-9]+ operations for 61 examples, [0-9]+ for 127.: compute")
+def loop_over_masks(p, x):
+    numbers = torch.arange(len(x))
+    return torch.stack([(output(p, x).sum(1) * (numbers == i)).sum() for i in range(len(x))])
+
+
 @refused("loops over its examples .by unbind.")
 def loop_over_pairs(p, x):
     return torch.stack([value(a[None] - b[None])[0] for a, b in zip(output(p, x), x, strict=True)])
