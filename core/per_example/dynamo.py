@@ -4,6 +4,7 @@ They read private attributes of torch, for which there is no public function. Wh
 is refused while compiling; the eager checks and `verify` stay.
 """
 
+import importlib
 import sys
 import warnings
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from core.compiling import assume_constant_result
+
+_VARIABLES = "torch._dynamo.variables.misc"
 
 
 def _output() -> Any:
@@ -46,13 +49,13 @@ def functions_applied() -> tuple[int, str]:
 
 
 def _functions_of(output: Any) -> tuple[int, str]:
-    from torch._dynamo.variables.misc import AutogradFunctionContextVariable, AutogradFunctionVariable
-
+    variables = importlib.import_module(_VARIABLES)
+    context, function = variables.AutogradFunctionContextVariable, variables.AutogradFunctionVariable
     if output is None:
         raise AttributeError("no tracer in the stack")
     # Each call makes a context, also where the forward does nothing that a graph would show.
-    contexts = [x for x in output.side_effects.id_to_variable.values() if type(x) is AutogradFunctionContextVariable]
-    functions = [x for x in list(output.variable_tracker_cache.values()) if type(x) is AutogradFunctionVariable]
+    contexts = [x for x in output.side_effects.id_to_variable.values() if type(x) is context]
+    functions = [x for x in list(output.variable_tracker_cache.values()) if type(x) is function]
     return len(contexts), ", ".join(sorted({getattr(x.fn_cls, "__name__", "?") for x in functions}))
 
 

@@ -68,14 +68,14 @@ class Observer(TorchFunctionMode):
 
     def _list_length(self, name: str, args: tuple, kwargs: dict) -> int:
         """Number of tensors into which a function cuts the batch axis; 0 if it does something else."""
-        given = list(args[1:])
+        rest = list(args[1:])
         if name == "unbind":
             parts = 0
         elif name in ("split", "chunk", "tensor_split", "split_with_sizes"):
-            parts = given.pop(0) if given else next((x for key, x in kwargs.items() if key != "dim"), None)
+            parts = rest.pop(0) if rest else next((x for key, x in kwargs.items() if key != "dim"), None)
         else:
             return 0
-        size = args[0].shape[given[0] if given else kwargs.get("dim", 0)]
+        size = args[0].shape[rest[0] if rest else kwargs.get("dim", 0)]
         if size != self.examples:
             return 0
         if name == "unbind":

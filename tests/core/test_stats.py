@@ -51,7 +51,7 @@ def test_training_equals_torch_over_steps(momentum):
 
 
 def mean_of_updates(running, xs, momentum=0.1):
-    """What torch.nn.BatchNorm makes of each batch alone, averaged."""
+    """The running statistics of torch.nn.BatchNorm after each batch alone, averaged."""
     norms = []
     for x in xs:
         norm = torch.nn.BatchNorm1d(4, momentum=momentum, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What has no per-example gradient is refused in one line that names the parameter."""
+"""Losses without a per-example gradient are refused in one line that names the parameter."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from core import per_example, tree
 from core.layers import batch_norm
 from core.per_example import PerExampleError
 from tests.core.per_example import net_models  # noqa: F401 - adds its models
-from tests.core.per_example.models import Draw, N, make, value
+from tests.core.per_example.models import Draw, N, value
 
 DRAW = Draw("errors")
 STATS = {"count": torch.zeros((), dtype=torch.float64), "mean": DRAW(4), "var": DRAW(4).exp()}
@@ -366,50 +366,6 @@ def test_loss_is_refused_while_compiling(name):
     f = torch.compile(lambda p, x: per_example.reports(loss, p, x), backend="aot_eager", fullgraph=True, dynamic=False)
     with pytest.raises(Exception, match=message):
         f(PARAMS, x)
-
-
-# differentiated again
-
-WANTS = [("norm",), ("gram",), ("square",), ("dot",), ()]
-
-
-def quantity(model, want):
-    def f(params):
-        direction = params if "dot" in want else None
-        out = per_example.reports(model.loss, params, model.batch, want, direction=direction)
-        return sum(x.sum() for x in tree.leaves((out.losses, out.sum, [getattr(out, q) for q in want])))
-
-    return f
-
-
-@pytest.mark.parametrize(
-    "name", ["linear 2-D", "linear 3-D", "layer scale", "embedding", "tied", "conv1d", "layer_norm"]
-)
-def test_reports_are_not_differentiated_again(name):
-    model = make(name)
-    for want in WANTS:
-        with pytest.raises(PerExampleError, match="cannot be differentiated again"):
-            torch.func.grad(quantity(model, want))(model.params)
-    with pytest.raises(PerExampleError, match="cannot be differentiated again"):
-        torch.func.jvp(quantity(model, ("norm",)), (model.params,), (model.params,))
-    for method in ("kept", "twice"):
-        for field in ("losses", "sum", "norm", "weights", "total_norm"):
-            with pytest.raises(PerExampleError, match="cannot be differentiated again"):
-                torch.func.grad(
-                    lambda p, m=method, field=field: sum(
-                        x.sum()
-                        for x in tree.leaves(
-                            getattr(per_example.clipped(model.loss, p, model.batch, 0.1, method=m), field)
-                        )
-                    )
-                )(model.params)
-
-
-def test_gradient_by_autograd_is_refused_too():
-    model = make("linear 3-D")
-    params = tree.map(lambda p: p.clone().requires_grad_(), model.params)
-    with pytest.raises(PerExampleError, match="cannot be differentiated again"):
-        per_example.reports(model.loss, params, model.batch).total_norm.sum().backward()
 
 
 # examples that mix

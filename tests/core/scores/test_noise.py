@@ -233,7 +233,7 @@ def test_refusals(call, message):
 
 
 def test_reports_on_some_parameters():
-    """Of reports on some parameters, the scores of these alone."""
+    """Reports on some parameters give the scores of these alone."""
     name = tree.names(PARAMS)[0]
     want = ("norm", "square")
     whole = reports(loss, PARAMS, BATCH, want)

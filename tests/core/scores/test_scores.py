@@ -162,7 +162,7 @@ def unit(rows):
 
 
 def test_task_gram():
-    """Of four losses of the same parameters, by plain autograd one after the other."""
+    """The Gram matrix of four losses of the same parameters, by plain autograd one after the other."""
 
     def tasks(params):
         per_example = losses(params, BATCH)
