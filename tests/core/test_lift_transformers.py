@@ -17,7 +17,7 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    config = GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     config.embd_pdrop = config.resid_pdrop = config.attn_pdrop = 0.0
     config._attn_implementation = "eager"
     return GPT2LMHeadModel(config).double()

@@ -57,6 +57,7 @@ def test_compile(name):
     assert_same_draw(name, compiled(keys()), f(keys()))
 
 
+@pytest.mark.slow
 def test_inductor_draws_the_same_bits():
     """Integers and one exact difference, so bits whatever the kernel; a size that leaves a remainder in vectors."""
     torch._dynamo.reset()

@@ -59,6 +59,8 @@ def test_chunks_and_compiled(chunk):
     whole = gradient_sketches(loss, PARAMS, BATCH, table, 8)
     f = functools.partial(gradient_sketches, loss, size=8, chunk=chunk)
     torch.testing.assert_close(f(params=PARAMS, batch=BATCH, hashes=table), whole)
+    if chunk is None:
+        return
     compiled = torch.compile(f, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(params=PARAMS, batch=BATCH, hashes=table), whole)
 

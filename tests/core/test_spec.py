@@ -65,7 +65,7 @@ def test_adding_layers_changes_no_other_layer():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_vmapped_init_is_an_ensemble(compiled):
-    spec, keys = model(), random.split(KEY, 3)
+    spec, keys = model(1) if compiled else model(), random.split(KEY, 3)
 
     def ensemble(keys):
         return torch.func.vmap(lambda key: specs.init(key, spec))(keys)

@@ -75,10 +75,9 @@ def nested_vmap_inside(params, running, xs):
     return vmap(vmap(loss, in_dims=(None, None, 0)), in_dims=(None, None, 0))(params, running, halves).sum()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("several", "n"),
-    [(two_uses, 2), (vmap_inside, 3), (nested_vmap_inside, 4)],
+    ("several", "n", "compiled"),
+    [(two_uses, 2, False), (vmap_inside, 3, False), (nested_vmap_inside, 4, False), (nested_vmap_inside, 4, True)],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_several_uses_in_one_loss_make_one_update_with_the_mean(several, n, compiled):

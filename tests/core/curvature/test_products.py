@@ -93,7 +93,9 @@ def compiled(f):
     return torch.compile(f, fullgraph=True, backend="aot_eager")
 
 
-@every_product
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "fisher" else name for name in PRODUCTS]
+)
 def test_compiled_and_mapped_product_is_the_same(name):
     product, directions = PRODUCTS[name], tree.stack([DIRECTION, PARAMS])
     expected = [product(DIRECTION), product(PARAMS)]

@@ -9,51 +9,23 @@ from tests.core.per_example.models import BUILDS, N, make
 from tests.core.per_example.test_reports import assert_reports, direction_of, every_model, quiet, run, tolerance_of
 
 QUICK = ("class_token", "embedding, padding", "linear 3-D", "tied, ghost, with bias")
-# A model or two for each rule, and for what has none.
-SWEEP = (
-    *(
-        "linear 4-D",
-        "x @ W",
-        "W @ x",
-        "einsum",
-        "bmm",
-        "linear_used_twice",
-        "tied_autoencoder",
-        "zero_gradient_for_some",
-    ),
-    "zero_gradient_for_some",
-    *("weight_in_a_rule_and_without", "conv1d, dilated", "conv2d, stride leaves pixels", "conv2d, depthwise", "conv3d"),
-    *("conv2d, same, even kernel", "conv2d, circular", "conv_transpose2d, groups, dilated", "conv_of_different_groups"),
-    *(
-        "cnn",
-        "embedding",
-        "embedding twice",
-        "W[negative ids]",
-        "one hot",
-        "tied",
-        "positions",
-        "layer_norm",
-        "rms_norm",
-    ),
-    "rms_norm",
-    *("group_norm", "instance_norm", "batch_norm, eval", "F.batch_norm, eval", "layer scale", "bias of an image"),
-    *("softmax over a parameter", "rows by index", "concatenated", "a kernel out of a parameter", "weight_norm"),
-    *("class_token_by_repeat", "mixture", "hypernetwork", "keys_of_dropout", "half_inside", "odd_tree", "gru", "lstm"),
-    *("attention", "learned_queries", "vision_transformer", "gpt2_with_dropout"),
-)
-STACKED = (
-    *QUICK,
-    *(
-        "F.batch_norm, eval",
-        "attention",
-        "batch_norm, eval",
-        "cnn",
-        "conv_of_different_groups",
-        "einsum",
-        "half_inside",
-    ),
-    *("conv_transpose2d, groups, dilated", "hypernetwork", "lstm", "odd_tree", "positions", "weight_norm"),
-)
+# A model or two for each rule, and for operations without one.
+SWEEP = """
+linear 4-D; x @ W; W @ x; einsum; bmm; linear_used_twice; tied_autoencoder; zero_gradient_for_some
+weight_in_a_rule_and_without; conv1d, dilated; conv2d, stride leaves pixels; conv2d, depthwise; conv3d
+conv2d, same, even kernel; conv2d, circular; conv_transpose2d, groups, dilated; conv_of_different_groups; cnn
+embedding; embedding twice; W[negative ids]; one hot; tied; positions; layer_norm; rms_norm; group_norm; instance_norm
+batch_norm, eval; F.batch_norm, eval; layer scale; bias of an image; softmax over a parameter; rows by index
+concatenated; a kernel out of a parameter; weight_norm; class_token_by_repeat; mixture; hypernetwork; keys_of_dropout
+half_inside; odd_tree; gru; lstm; attention; learned_queries; vision_transformer; gpt2_with_dropout
+"""
+STACKED = """
+class_token; embedding, padding; linear 3-D; tied, ghost, with bias; F.batch_norm, eval; attention; batch_norm, eval
+cnn; conv_of_different_groups; einsum; half_inside; conv_transpose2d, groups, dilated; hypernetwork; lstm; odd_tree
+positions; weight_norm
+"""
+SWEEP, STACKED = (tuple(text.strip().replace("\n", "; ").split("; ")) for text in (SWEEP, STACKED))
+assert {*QUICK, *SWEEP, *STACKED} <= set(BUILDS)
 
 
 def compiled(f):
@@ -133,4 +105,4 @@ def test_a_plan_of_another_n(name):
     assert all(leaf in str(plan) for leaf in tree.names(model.params))
     for indices in ([2, 0], [1], [*range(N), 0, 1, 2]):
         batch = tree.map(lambda x, i=indices: x[i], model.batch)
-        assert_reports(model, run(model, batch=batch, plan=plan), batch=batch, tolerance=tolerance_of(model))
+        assert_reports(model, run(model, batch=batch, plan=plan), indices=indices, tolerance=tolerance_of(model))

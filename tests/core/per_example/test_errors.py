@@ -350,12 +350,9 @@ def test_parameter_iterated_over_while_compiling():
 COMPILED = (
     "loop_over_rows",
     "returns_a_scalar",
-    "returns_a_column",
     "folded",
     "time_first_with_a_raw_parameter",
     "batch_norm_in_training",
-    "batch_norm_without_affine",
-    "batch_norm_of_torch_without_affine",
 )
 
 
