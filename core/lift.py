@@ -36,8 +36,10 @@ def lift(module: nn.Module) -> Lifted:
     Every floating-point output carries the reports, so the loss may use any of them.
 
     Raises:
-        ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, training
-            mode with a layer that draws random numbers, since a module has no key to draw from. All are named.
+        TypeError: not a module.
+        ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, values that
+            are missing or left over, and training mode with a layer that draws random numbers, since a module has no
+            key to draw from. All are named.
     """
     if not isinstance(module, nn.Module):
         called = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__

@@ -78,7 +78,7 @@ def spectral_norm(params: Tree, vectors: Tree, *, steps: int = 1) -> tuple[Tree,
         pair = {part: state[f"{name}.{part}"].detach() for part in ("u", "v")}
         if name not in weights:
             raise ValueError(f"spectral_norm: there are vectors for '{name}', which the parameters lack")
-        matrix, shapes = weights[name].flatten(1), (pair["u"].shape[0], pair["v"].shape[0])
+        matrix, shapes = weights[name].flatten(1), (pair["u"].shape[0], pair["v"].shape[0])  # (rows, columns)
         if tuple(matrix.shape) != shapes:
             shape = tuple(weights[name].shape)
             raise ValueError(f"spectral_norm: '{name}' has shape {shape}, its vectors are for {shapes}")

@@ -217,7 +217,6 @@ def _shapes(tree: Tree) -> str:
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
     """Floating-point leaves in another dtype; all other leaves as they are."""
-    # Tensor-like too: in a loss of core.per_example a parameter is not a Tensor itself.
     return map(lambda x: x.to(dtype) if is_tensor_like(x) and x.is_floating_point() else x, tree)
 
 

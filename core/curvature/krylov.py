@@ -192,7 +192,7 @@ def spectral_density(product: Operator, like: Tree, key: Tensor, probes: int = 1
         values, vectors = _ritz(alphas, betas)
         nodes.append(values)
         weights.append(vectors[0].square() / probes)
-    return Density(torch.cat(nodes), torch.cat(weights))
+    return Density(torch.cat(nodes), torch.cat(weights))  # (probes * steps,)
 
 
 def smoothed(density: Density, grid: Tensor, sigma: float) -> Tensor:

@@ -23,7 +23,7 @@ def width(like: Tree) -> torch.dtype:
 def ravel(values: Tree) -> Tensor:
     """All elements of a tree as one vector, in the order of its leaves: (parameters,)."""
     dtype = width(values)
-    return torch.cat([x.reshape(-1).to(dtype) for x in tree.leaves(values)])
+    return torch.cat([x.reshape(-1).to(dtype) for x in tree.leaves(values)])  # (parameters,)
 
 
 def unravel(vector: Tensor, like: Tree) -> Tree:

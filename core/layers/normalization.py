@@ -207,7 +207,7 @@ def _by_stats(p: Tree, x: Tensor, eps: float) -> Tensor:
         scale = scale * p["weight"]  # weight / sqrt(var + eps), (channels,)
     shift = p["bias"] - mean * scale if "bias" in p else -mean * scale  # (channels,)
     space = (-1,) + (1,) * (x.ndim - 2)
-    return torch.addcmul(shift.reshape(space), x.to(wide), scale.reshape(space)).to(x.dtype)
+    return torch.addcmul(shift.reshape(space), x.to(wide), scale.reshape(space)).to(x.dtype)  # as x
 
 
 def _affine(shape: tuple[int, ...], affine: bool, bias: bool, init: Initializer, axes: Axes) -> Tree:

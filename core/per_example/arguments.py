@@ -48,9 +48,9 @@ def check_params(params: Tree) -> None:
     names = tree.names(params)
     if not names:
         raise PerExampleError("there are no parameters: the tree has no leaf")
-    for name in names:
-        if names.count(name) > 1:
-            raise PerExampleError(f"two parameters are called '{name}': keys of a dict must differ as strings")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PerExampleError(f"two parameters are called '{twice}': keys of a dict must differ as strings")
 
 
 def selected(params: Tree, only: Predicate | None) -> list[str]:

@@ -50,13 +50,13 @@ def _columns(x: Tensor, kernel: tuple, stride: tuple, dilation: tuple, groups: i
         view = view.narrow(2 + axis, 0, length)  # (N, channels, *positions, *kernel)
     count, channels = view.shape[:2]
     time = prod(positions)
-    view = view.reshape(count, groups, channels // groups, time, prod(kernel))
+    view = view.reshape(count, groups, channels // groups, time, prod(kernel))  # a copy: the windows overlap
     return view.transpose(2, 3).reshape(count, groups, time, -1)  # (N, groups, T, channels / groups * prod(kernel))
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(N, channels, *space) -> (N, groups, T, channels / groups)."""
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).transpose(2, 3)
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).transpose(2, 3)  # (N, groups, T, channels / groups)
 
 
 def _both_sides(padding: tuple) -> list[int]:

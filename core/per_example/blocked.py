@@ -26,7 +26,7 @@ def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) ->
     """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter as a matrix (groups * p, d)."""
     count, groups, _, p = rows.shape
     d = columns.shape[-1]
-    dense = None if dense is None else dense.reshape(count, groups * p, d)
+    dense = None if dense is None else dense.reshape(count, groups * p, d)  # (N, groups * p, d)
     most = max(1, budget // max(1, count * d * rows.element_size()))
     if groups > 1:
         step = max(1, most // p)  # whole groups
@@ -53,14 +53,14 @@ def _operator(
             if name == "norm":
                 parts[name].append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
             elif name == "dot":
-                v = wide(direction).reshape(-1, g.shape[2])[start : start + size]
-                parts[name].append(g.flatten(1) @ v.flatten())
+                v = wide(direction).reshape(-1, g.shape[2])[start : start + size]  # (rows, d)
+                parts[name].append(g.flatten(1) @ v.flatten())  # (N,)
             elif name == "gram":
-                parts[name].append(g.flatten(1) @ g.flatten(1).T)
+                parts[name].append(g.flatten(1) @ g.flatten(1).T)  # (N, N)
             elif name == "square":
-                parts[name].append(torch.linalg.vector_norm(g, dim=0).square())
+                parts[name].append(torch.linalg.vector_norm(g, dim=0).square())  # (rows, d)
             else:
-                parts[name].append(g.sum(0))
+                parts[name].append(g.sum(0))  # (rows, d)
     return [torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name]) for name in names]
 
 

@@ -81,7 +81,7 @@ def _one_hot(rows: Rows, vocabulary: int) -> Outer:
     """Rows as Outer, for a table with few rows."""
     vocabulary_ids = torch.arange(vocabulary, device=rows.ids.device)
     hot = (rows.ids[:, None, :, None] == vocabulary_ids).to(rows.values.dtype)  # (N, 1, T, vocabulary)
-    return Outer(hot, rows.values[:, None])
+    return Outer(hot, rows.values[:, None])  # columns (N, 1, T, D)
 
 
 def as_outer(forms: list[Form], shape: tuple[int, ...]) -> tuple[Outer | None, Tensor | None]:
@@ -97,12 +97,12 @@ def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
     parts = []
     for form in forms:
         if isinstance(form, Outer):
-            parts.append((form.rows.transpose(-2, -1) @ form.columns).reshape(-1, *shape))
+            parts.append((form.rows.transpose(-2, -1) @ form.columns).reshape(-1, *shape))  # (N, *shape)
         elif isinstance(form, Rows):
             count, _, width = form.values.shape
-            index = form.ids[:, :, None].expand(form.values.shape)
-            table = form.values.new_zeros(count, shape[0], width)
-            parts.append(table.scatter_add(1, index, form.values).reshape(-1, *shape))
+            index = form.ids[:, :, None].expand(form.values.shape)  # (N, T, D)
+            table = form.values.new_zeros(count, shape[0], width)  # (N, vocabulary, D)
+            parts.append(table.scatter_add(1, index, form.values).reshape(-1, *shape))  # (N, *shape)
         else:
             parts.append(form.values)
     return sum(parts[1:], parts[0])
@@ -126,12 +126,12 @@ def _formed(
 def _of_dense(g: Tensor, name: str, direction: Tensor | None) -> Tensor:
     """A quantity of gradients (N, *shape) that are formed."""
     if name == "norm":
-        return g.reshape(len(g), -1).square().sum(1)
+        return g.reshape(len(g), -1).square().sum(1)  # (N,)
     if name == "dot":
-        return (g * wide(direction)).reshape(len(g), -1).sum(1)
+        return (g * wide(direction)).reshape(len(g), -1).sum(1)  # (N,)
     if name == "gram":
-        return g.reshape(len(g), -1) @ g.reshape(len(g), -1).T
-    return (g.square() if name == "square" else g).sum(0)
+        return g.reshape(len(g), -1) @ g.reshape(len(g), -1).T  # (N, N)
+    return (g.square() if name == "square" else g).sum(0)  # (*shape)
 
 
 def _first_of_equal(ids: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _first_of_equal(ids: Tensor) -> Tensor:
 def compress(rows: Rows) -> Rows:
     """The same gradient, the values of each id added up at its first position and zero at the others."""
     first = _first_of_equal(rows.ids).to(rows.values.dtype)
-    return Rows(rows.ids, first @ rows.values)
+    return Rows(rows.ids, first @ rows.values)  # values (N, T, D)
 
 
 def inner(a: Form, b: Form) -> Tensor:
@@ -151,17 +151,17 @@ def inner(a: Form, b: Form) -> Tensor:
     if isinstance(a, Rows) and isinstance(b, Outer):
         a, b = b, a
     if isinstance(a, Outer) and isinstance(b, Outer):
-        left = a.rows.double() @ b.rows.double().transpose(-2, -1)
-        right = a.columns.double() @ b.columns.double().transpose(-2, -1)
-        return (left * right).sum((1, 2, 3))
+        left = a.rows.double() @ b.rows.double().transpose(-2, -1)  # (N, groups, T of a, T of b)
+        right = a.columns.double() @ b.columns.double().transpose(-2, -1)  # (N, groups, T of a, T of b)
+        return (left * right).sum((1, 2, 3))  # (N,)
     if isinstance(a, Outer) and isinstance(b, Rows):
         # sum_{t,s} rows[t, id_s] (columns_t . values_s)
-        rows, columns = a.rows[:, 0], a.columns[:, 0]
-        index = b.ids[:, None, :].expand(-1, rows.shape[1], -1)
-        left = rows.gather(2, index).double()
+        rows, columns = a.rows[:, 0], a.columns[:, 0]  # (N, T, vocabulary) and (N, T, D)
+        index = b.ids[:, None, :].expand(-1, rows.shape[1], -1)  # (N, T, S)
+        left = rows.gather(2, index).double()  # rows[t, id_s], (N, T, S)
         return (left * (columns.double() @ b.values.double().transpose(-2, -1))).sum((1, 2))
     if isinstance(a, Rows) and isinstance(b, Rows):
-        equal = a.ids[:, :, None] == b.ids[:, None, :]
+        equal = a.ids[:, :, None] == b.ids[:, None, :]  # (N, T, S)
         return (equal * (a.values.double() @ b.values.double().transpose(-2, -1))).sum((1, 2))
     raise TypeError(f"no inner product of {type(a).__name__} and {type(b).__name__}")
 
@@ -171,20 +171,20 @@ def _dot(form: Form, direction: Tensor) -> Tensor:
     if isinstance(form, Outer):
         groups, d = form.rows.shape[1], form.columns.shape[-1]
         rows = wide(form.rows)
-        v = direction.to(rows.dtype).reshape(groups, -1, d)
-        return ((rows @ v) * wide(form.columns)).sum((1, 2, 3))
+        v = direction.to(rows.dtype).reshape(groups, -1, d)  # (groups, p, d)
+        return ((rows @ v) * wide(form.columns)).sum((1, 2, 3))  # (N, groups, T, d) -> (N,)
     if isinstance(form, Rows):
-        table = wide(direction).reshape(direction.shape[0], -1)
-        return (table[form.ids] * wide(form.values)).sum((1, 2))
+        table = wide(direction).reshape(direction.shape[0], -1)  # (vocabulary, D)
+        return (table[form.ids] * wide(form.values)).sum((1, 2))  # (N, T, D) -> (N,)
     return _of_dense(wide(form.values), "dot", direction)
 
 
 def _gram_of_rows(rows: Rows) -> Tensor:
     """(N, N): all pairs of positions of all pairs of examples; no table is formed."""
     count, time = rows.ids.shape
-    ids, values = rows.ids.flatten(), rows.values.double().flatten(0, 1)
+    ids, values = rows.ids.flatten(), rows.values.double().flatten(0, 1)  # (N * T,) and (N * T, D)
     inner_all = (ids[:, None] == ids[None, :]) * (values @ values.T)  # (N * T, N * T)
-    return inner_all.reshape(count, time, count, time).sum((1, 3))
+    return inner_all.reshape(count, time, count, time).sum((1, 3))  # (N, N)
 
 
 def _closed(outer: Outer, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -193,8 +193,8 @@ def _closed(outer: Outer, name: str, shape: tuple[int, ...]) -> Tensor:
     if name == "norm":
         return (rows.square().sum(2) * columns.square().sum(2)).sum(1)
     if name == "gram":
-        rows, columns = rows.transpose(0, 1), columns.transpose(0, 1)
-        return ((rows @ rows.mT) * (columns @ columns.mT)).sum(0)
+        rows, columns = rows.transpose(0, 1), columns.transpose(0, 1)  # (groups, N, p or d)
+        return ((rows @ rows.mT) * (columns @ columns.mT)).sum(0)  # (N, N)
     return torch.einsum("nbi,nbj->bij", rows.square(), columns.square()).reshape(shape)
 
 

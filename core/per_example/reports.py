@@ -60,7 +60,7 @@ class Reports(NamedTuple):
     @property
     def total_dot(self) -> Tensor:
         """<g_n, direction> over all parameters, (N,)."""
-        return torch.stack(tree.leaves(_present(self, "dot", "total_dot"))).sum(0)
+        return torch.stack(tree.leaves(_present(self, "dot", "total_dot"))).sum(0)  # (N,)
 
     @property
     def total_gram(self) -> Tensor:
@@ -96,7 +96,7 @@ def _present(out: Reports, quantity: str, name: str) -> Tree:
 
 def total_norm(norm: Tree) -> Tensor:
     """|g_n| over all parameters, (N,), from the norms of each, (N,) at every leaf."""
-    return torch.stack(tree.leaves(norm)).square().sum(0).sqrt()
+    return torch.stack(tree.leaves(norm)).square().sum(0).sqrt()  # (parameters, N) -> (N,)
 
 
 def plan(
@@ -238,7 +238,7 @@ def _sinks(plan: Plan, leaf: Tensor, use: Use, count: int) -> list[Tensor]:
     zero = torch.zeros((), dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device)
     leaf_plan = plan.leaves[use.parameter]
     if leaf_plan.keep:
-        return [zero.to(use.dtype).expand(count, *use.output)]
+        return [zero.to(use.dtype).expand(count, *use.output)]  # (N, *output)
     shapes = {"norm": (count,), "dot": (count,), "gram": (count, count), "square": leaf_plan.shape}
     return [zero.expand(shapes[quantity]) for quantity in plan.want]
 

@@ -77,7 +77,7 @@ def task_gram(losses: Callable[[Tree], Tensor], params: Tree) -> Tensor:
         raise ValueError(f"task_gram: the losses have shape {tuple(values.shape)}; expected one per task, (K,)")
     units = torch.eye(len(values), dtype=values.dtype, device=values.device)  # (K, K)
     gradients = [g.flatten(1) for g in tree.leaves(torch.func.vmap(pull)(units))]  # each (K, entries)
-    return sum(g @ g.T for g in gradients)
+    return sum(g @ g.T for g in gradients)  # (K, K)
 
 
 def _quotient(dots: Tensor, norms: Tensor) -> Tensor:

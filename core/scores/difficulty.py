@@ -113,13 +113,13 @@ def normalised_within_class(scores: Tensor, labels: Tensor, classes: int) -> Ten
     if scores.ndim != 1:
         raise ValueError(f"normalised_within_class: the scores have shape {tuple(scores.shape)}; expected (N,)")
     check_labels("normalised_within_class", labels, len(scores))
-    member = membership(labels, classes, scores.dtype)
+    member = membership(labels, classes, scores.dtype)  # (N, classes)
     counts = member.sum(0).clamp(min=1)
-    centred = scores - member @ (scores @ member / counts)
-    deviation = (member @ (centred.square() @ member / counts)).sqrt()
+    centred = scores - member @ (scores @ member / counts)  # (N,)
+    std = (member @ (centred.square() @ member / counts)).sqrt()  # (N,)
     # A class of one, or of equal scores: what is left over is rounding.
-    flat = deviation <= 8 * torch.finfo(scores.dtype).eps * scores.abs()
-    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, deviation))
+    flat = std <= 8 * torch.finfo(scores.dtype).eps * scores.abs()
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, std))
 
 
 def forgetting_events(right: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def low_rank_influence(
     """
     factors = reciprocals("low_rank_influence", values, vectors, damping)
     left, right = (projections(loss, params, batch, vectors, chunk=chunk) for batch in (train, test))
-    return -(left * factors.to(left)) @ right.T
+    return -(left * factors.to(left)) @ right.T  # (training examples, test examples)
 
 
 def low_rank_self_influence(
@@ -179,8 +179,8 @@ def low_rank_self_influence(
             f"low_rank_self_influence: complement divides by damping, which is {damping}; expected above 0"
         )
     factors = reciprocals("low_rank_self_influence", values, vectors, damping)
-    squares = projections(loss, params, batch, vectors, chunk=chunk).square()
-    scores = squares @ factors.to(squares)
+    squares = projections(loss, params, batch, vectors, chunk=chunk).square()  # <g_z, q_i>², (N, count)
+    scores = squares @ factors.to(squares)  # (N,)
     if not complement:
         return scores
     outside = reports(loss, params, batch).total_norm.square() - squares.sum(1)

@@ -45,7 +45,7 @@ def empirical_ntk(outputs: Outputs, params: Tree, x: Tree, y: Tree = None, *, ch
 
     left = jacobian(x)
     right = left if y is None else jacobian(y)
-    return sum(torch.einsum("ncp,mdp->nmcd", a, b) for a, b in zip(left, right, strict=True))
+    return sum(torch.einsum("ncp,mdp->nmcd", a, b) for a, b in zip(left, right, strict=True))  # (N, M, C, C)
 
 
 def ntk_trace(outputs: Outputs, params: Tree, x: Tree) -> Tensor:

@@ -75,7 +75,7 @@ def gradient_products(loss: Loss, params: Tree, left: Tree, right: Tree, *, chun
     for start in range(0, count, chunk or count):
         part = tree.map(lambda x, start=start: x[start : start + (chunk or count)], left)
         theirs = tree.leaves(each(loss, params, part))
-        rows.append(sum(a.flatten(1) @ b.flatten(1).T for a, b in zip(theirs, ours, strict=True)))
+        rows.append(sum(a.flatten(1) @ b.flatten(1).T for a, b in zip(theirs, ours, strict=True)))  # (chunk, N)
     return torch.cat(rows)
 
 
