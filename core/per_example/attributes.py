@@ -51,6 +51,11 @@ def check_function(name: str, content: Content, args: tuple, kwargs: dict) -> No
         raise PerExampleError(
             f"the loss takes the value of '{content.name}' out of the graph (.item() or the like); use .detach()"
         )
+    if name.startswith("as_strided"):
+        raise PerExampleError(
+            f"'{content.name}' is used by {name}, which looks at its memory, where the copies of all examples are one: "
+            "use .unfold or .reshape"
+        )
     if "out" in kwargs and contents_in(kwargs["out"]):
         _refuse_write(contents_in(kwargs["out"])[0].name, "by out=")
     if name == "__setitem__" or name in _IN_PLACE:

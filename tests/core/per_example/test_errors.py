@@ -272,6 +272,11 @@ def assigned_elsewhere(p, x):
     return output(p, x).sum(1)
 
 
+@refused("'deep.0.weight' is used by as_strided, which looks at its memory")
+def strided(p, x):
+    return F.linear(x, p["deep"][0]["weight"].as_strided((4, 4), (4, 1))).sum(1)
+
+
 @refused(r"writes into parameter 'bias' by .zero_\(\)")
 def initialised_again(p, x):
     return (x * nn.init.zeros_(p["bias"])).sum(1)
