@@ -15,7 +15,6 @@ from train.data import DataError
 from train.data.file_tree import Skipped
 from train.data.text.files import read_text, survey
 from train.data.text.token_files import Blocks, TokenFile, open_tokens, separator, tokenize_to_file
-from train.data.understood import line_of
 from train.files import shown
 
 if TYPE_CHECKING:
@@ -84,8 +83,6 @@ def open_text(
     if path.exists() and not path.is_file() and not path.is_dir():
         return _in_memory(read_text(path, minimum=2), tokenizer, shown(path))
     files = survey(path)
-    if files.skipped:
-        log.warning("skipped files of %s, %s", shown(path), line_of(files.skipped))
     if files.characters < 2:
         raise DataError(f"{path} has {files.characters} characters, expected at least 2")
     about = (shown(path), files.characters, files.paths, files.skipped)
