@@ -34,7 +34,7 @@ def rate(name: str, peak: float, steps: int, warmup: int) -> Schedule:
         after = schedules.constant(peak)
     else:
         raise ValueError(f"schedule '{name}' is unknown; expected one of {', '.join(SCHEDULES)}")
-    return schedules.warmup(after, warmup)
+    return schedules.warmup(after, warmup, peak=peak)
 
 
 def optimizer(

@@ -78,15 +78,19 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     return schedule
 
 
-def warmup(schedule: Schedule, steps: int, start: float = 0.0) -> Schedule:
-    """Linear warm-up from `start` to the first value of `schedule` over `steps`, then `schedule` from its beginning.
+def warmup(schedule: Schedule, steps: int, start: float = 0.0, peak: float | None = None) -> Schedule:
+    """Linear warm-up from `start` to `peak` over `steps`, then `schedule` from its beginning.
 
-    start + (schedule(0) - start) (count + 1) / steps
+    start + (peak - start) (count + 1) / steps
+
+    Args:
+        peak: the first value of `schedule` if None.
     """
     _not_negative(steps=steps)
 
     def rise(count: Tensor) -> Tensor:
-        return start + (schedule(torch.zeros_like(count)) - start) * _fraction(count + 1, steps)
+        top = schedule(torch.zeros_like(count)) if peak is None else peak
+        return start + (top - start) * _fraction(count + 1, steps)
 
     return join([rise, schedule], [steps])
 
@@ -96,7 +100,7 @@ def warmup_cosine(peak: float, warmup_steps: int, steps: int, final: float = 0.0
     _not_negative(warmup_steps=warmup_steps)
     if steps < warmup_steps:
         raise ValueError(f"steps counts the warm-up too: it must be at least {warmup_steps}, got {steps}")
-    return warmup(cosine(peak, steps - warmup_steps, final), warmup_steps, start)
+    return warmup(cosine(peak, steps - warmup_steps, final), warmup_steps, start, peak)
 
 
 def noam(width: int, warmup_steps: int, factor: float = 1.0) -> Schedule:
@@ -188,4 +192,4 @@ def warmup_stable_decay(
     }
     if decay not in shapes:
         raise ValueError(f"decay must be one of {', '.join(shapes)}, got {decay!r}")
-    return warmup(join([constant(peak), shapes[decay]], [stable_steps]), warmup_steps)
+    return warmup(join([constant(peak), shapes[decay]], [stable_steps]), warmup_steps, peak=peak)

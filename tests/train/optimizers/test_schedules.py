@@ -5,7 +5,7 @@ import optax
 import pytest
 import torch
 
-from train.optimizers import schedules
+from train.optimizers import recipes, schedules
 
 COUNTS = torch.arange(120)
 
@@ -119,6 +119,19 @@ ALL = {**{f"optax {k}": v[0] for k, v in OPTAX.items()}, **{f"torch {k}": v[0] f
 def test_vmap_over_counts(name):
     mapped = torch.func.vmap(ALL[name])(COUNTS.to(torch.int32))
     np.testing.assert_allclose(mapped.numpy(), values(ALL[name]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        schedules.warmup_cosine(0.5, 4, 4),
+        schedules.warmup_stable_decay(0.5, 4, 0, 0),
+        *(recipes.rate(name, 0.5, 4 + left, 4) for name in recipes.SCHEDULES for left in (0, 1)),
+    ],
+)
+def test_a_warm_up_that_leaves_no_steps_reaches_the_peak(schedule):
+    """The schedule after it is at its end from the beginning: a warm-up to its first value would stay at 0."""
+    np.testing.assert_allclose(values(schedule)[:4], [0.125, 0.25, 0.375, 0.5])
 
 
 def test_one_compiled_graph_serves_all_counts():
