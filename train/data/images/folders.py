@@ -16,8 +16,8 @@ from train.data.file_tree import LINK, Skipped, files_below, inode, is_ignored, 
 from train.data.images.picture import is_picture
 from train.files import shown
 
-TRAIN = ("train", "training")
-TEST = ("val", "valid", "validation", "dev", "test", "testing")
+TRAIN = ("train", "training", "trainset")
+TEST = ("val", "valid", "validation", "valset", "dev", "eval", "evaluation", "test", "testing", "testset")
 """Names of the folders of a split, in any case; of several for testing the first of this list that is there is used."""
 
 CLASS_FOLDERS = "a folder with one sub-folder per class"
@@ -110,8 +110,8 @@ def _pictures_of(directory: Path, names: Sequence[str]) -> tuple[dict[str, list[
 
 
 def layout(directory: str | os.PathLike) -> Layout:
-    """The parts of a folder: `train` or `training`, and `val`, `valid`, `validation`, `dev`, `test` or `testing`, in
-    any case; or the folder itself, undivided, as the one to train on.
+    """The parts of a folder: one of the names `TRAIN` and one of `TEST`, in any case; or the folder itself, undivided,
+    as the one to train on.
 
     `train` is a class if its pictures lie in it directly, beside other classes and without a folder to test on.
 

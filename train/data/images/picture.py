@@ -22,6 +22,9 @@ REDUCING_GAP = 2.0
 TWELVE_BITS = 4095
 """The largest value of 12 bits: a 16-bit picture that stays below it holds 12 bits or fewer, and would be black."""
 
+UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
+"""Formats that Pillow only writes or only recognises."""
+
 
 class Cut(NamedTuple):
     """The part of a picture to decode: a square of `size` pixels per side with `channels` 1 or 3, bilinear, smoothed.
@@ -39,8 +42,9 @@ class Cut(NamedTuple):
 
 
 def is_picture(name: str) -> bool:
-    """True for a suffix of a format that Pillow knows, unless the file is hidden."""
-    return os.path.splitext(name)[1].lower() in Image.registered_extensions() and not name.startswith(".")
+    """True for a suffix of a format that Pillow reads, unless the file is hidden."""
+    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return kind is not None and kind not in UNREADABLE and not name.startswith(".")
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ def names_of(folder: Path, paths) -> list[str]:
 # Splits.
 
 
-@pytest.mark.parametrize("train", ["train", "Train", "TRAINING"])
-@pytest.mark.parametrize("test", ["val", "valid", "Validation", "dev", "Test", "TESTING"])
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING", "trainset"])
+@pytest.mark.parametrize("test", ["val", "valid", "Validation", "valset", "dev", "Eval", "evaluation", "Test", "TESTING", "testset"])
 def test_the_names_of_a_split(train, test, tmp_path):
     write(tmp_path, f"{train}/a/1.png", f"{test}/a/1.png")
     assert layout(tmp_path) == Layout(tmp_path / train, tmp_path / test)
@@ -116,6 +116,16 @@ def test_what_is_no_class_is_said(tmp_path):
         "3.png": "lies beside the class folders",
         **dict.fromkeys(["a/loop", "a/beside", "b/same", "c", "here", "up"], LINK),
     }
+
+
+def test_files_that_pillow_only_writes_or_only_recognises_are_no_pictures(tmp_path):
+    write(tmp_path, "a/1.png", "b/2.JPG")
+    for name in ("a/paper.pdf", "b/features.h5", "b/labels.hdf", "c/grid.grib", "c/film.mpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89HDF\r\n\x1a\n")
+    files = listing(tmp_path)
+    assert names_of(tmp_path, files.paths) == ["a/1.png", "b/2.JPG"] and files.classes == ("a", "b")
+    assert files.skipped == ((tmp_path / "c", "has no picture"),)
 
 
 def test_class_folders_that_are_links_to_elsewhere(tmp_path):
