@@ -211,6 +211,7 @@ EXPERIMENTS = [
             (("--batch", "1501"), "--batch is 1501, but 'digits' has 1500 examples to learn from"),
             (("--momentum", "2"), "--momentum is 2.0; expected a number in [0, 1)"),
             (("--delta", "1"), "--delta is 1.0; expected a number in (0, 1)"),
+            (("--clipping", "adaptive", "--batch", "30"), "needs more than 10 --noise-multiplier, 30"),
             (("--resume", "--name", "a", "--noise-multiplier", "1"), "1.0: it was started with 2.0"),
         ),
     ),

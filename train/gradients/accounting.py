@@ -25,7 +25,7 @@ ACCOUNTANTS = ("pld", "rdp")
 def check_number(name: str, value: Any, expected: str, ok: Callable[[Any], bool]) -> None:
     """Raise ValueError unless `value` is a number, not nan, and `ok(value)`."""
     if not isinstance(value, Real) or math.isnan(value) or not ok(value):
-        raise ValueError(f"{name} is {value}; expected {expected}")
+        raise ValueError(f"{name} is {value if isinstance(value, Real) else repr(value)}; expected {expected}")
 
 
 def check_positive(name: str, value: Any) -> None:

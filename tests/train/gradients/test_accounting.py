@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from train.gradients import accounting
 
@@ -96,6 +97,7 @@ def test_noise_for_a_fixed_size():
         (lambda: call_noise(steps=0), "steps is 0; expected at least 1"),
         (lambda: accounting.spent_epsilon(1.0, 0.1, 2.5, 1e-5), "steps is 2.5; expected an integer"),
         (lambda: accounting.spent_epsilon(None, 0.1, 2, 1e-5), "noise_multiplier is None; expected a number"),
+        (lambda: accounting.spent_epsilon(torch.tensor(1.0), 0.1, 2, 1e-5), r"noise_multiplier is tensor\(1.\); exp"),
         (lambda: accounting.spent_epsilon(1.0, 0.1, 2, 1e-5, sampling="shuffled"), "sampling 'shuffled' is unknown"),
         (
             lambda: accounting.spent_epsilon(1.0, 0.1, 2, 1e-5, "pld", sampling="fixed"),
