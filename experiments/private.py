@@ -169,7 +169,9 @@ def read(args: Args) -> tuple[sets.ImageSet, Config]:
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {count} examples to learn from")
     least = 10 * args.noise_multiplier  # the share of shorter gradients has noise of its own, a twentieth of the batch
     if args.clipping == "adaptive" and not args.non_private and args.batch <= least:
-        raise ValueError(f"--batch is {args.batch}; --clipping adaptive needs more than 10 --noise-multiplier, {least:g}")
+        raise ValueError(
+            f"--batch is {args.batch}; --clipping adaptive needs more than 10 --noise-multiplier, {least:g}"
+        )
     return images, Config(sides[0], len(images.classes))
 
 

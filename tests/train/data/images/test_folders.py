@@ -28,7 +28,9 @@ def names_of(folder: Path, paths) -> list[str]:
 
 
 @pytest.mark.parametrize("train", ["train", "Train", "TRAINING", "trainset"])
-@pytest.mark.parametrize("test", ["val", "valid", "Validation", "valset", "dev", "Eval", "evaluation", "Test", "TESTING", "testset"])
+@pytest.mark.parametrize(
+    "test", ["val", "valid", "Validation", "valset", "dev", "Eval", "evaluation", "Test", "TESTING", "testset"]
+)
 def test_the_names_of_a_split(train, test, tmp_path):
     write(tmp_path, f"{train}/a/1.png", f"{test}/a/1.png")
     assert layout(tmp_path) == Layout(tmp_path / train, tmp_path / test)
