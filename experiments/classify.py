@@ -12,6 +12,7 @@ It ends with the confusion matrix, the worst mistakes, the calibration and the f
 Expected: 99.3 % of the test digits right.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 from dataclasses import dataclass

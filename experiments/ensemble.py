@@ -13,6 +13,7 @@ It ends with the spread of the members' accuracy, the calibration of their confi
 Expected: 96.6 % right (a member) and 96.8 % (averaged), NLL 0.137 and 0.117, calibration error 1.5 % and 0.7 %.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import functools
 import math
 from collections.abc import Iterator

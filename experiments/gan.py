@@ -12,6 +12,7 @@ learns scikit-learn's 8x8 digits, offline:
     python experiments/gan.py sample --run runs/gan/NAME
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import contextlib
 import dataclasses
 import functools

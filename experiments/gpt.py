@@ -11,6 +11,7 @@ character-level GPT on the language reference that every Python installation car
     python experiments/gpt.py evaluate --run runs/gpt/NAME --text other.txt    loss and perplexity of any text
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 import itertools
@@ -32,7 +33,7 @@ from train.gradients import watch
 from train.losses import cross_entropy
 from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
-from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Shared
+from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -107,7 +108,7 @@ class SampleArgs:
     """Below 1 more likely, above 1 more varied; 0 always takes the most likely token."""
     top_k: Count | None = None
     """Sample only from this many most likely tokens."""
-    top_p: Positive | None = None
+    top_p: Portion | None = None
     """Sample only from the most likely tokens that together have this probability."""
     repetition_penalty: Positive = 1.0
     """Above 1, tokens of the prompt and of what has been written become less likely (Keskar et al. 2019)."""
@@ -274,9 +275,8 @@ def sample(args: SampleArgs) -> None:
     end = None if args.end is None else tokenizer.encode(args.end)
     if end is not None and len(end) != 1:
         raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names} | {"end": end and end[0]}
-    options |= {"key": random.split(random.key(args.seed, device), args.samples)}
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    options |= {"end": end and end[0], "key": random.split(random.key(args.seed, device), args.samples)}
     show = functools.partial(print, end="", flush=True)
     texts = write(tree.move(params, device), cfg, tokenizer, args.prompt, args.tokens, show, **options)
     print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))
@@ -290,8 +290,8 @@ def evaluate(args: EvaluateArgs) -> None:
     understood(print, text.facts(data))
     tokens = data.tokens if args.text else text.split(data.tokens, blocks=trained.blocks, least=4 * cfg.context)[1]
     loss = validate(params, cfg, tokens)
-    print(f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.4g}, on {len(tokens):,} tokens;", end=" ")
-    print(f"checkpoint of step {run.step}")
+    figures = f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.4g}, on {len(tokens):,} tokens"
+    print(f"{figures}; checkpoint of step {run.step}")
 
 
 if __name__ == "__main__":

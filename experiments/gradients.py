@@ -15,6 +15,7 @@ than there are examples: their mean gradient is lost in the noise. Images of one
 same way. Of the text: norms that grow (4.1 to 10), a noise scale from 9 to 184.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -17,6 +17,7 @@ average precision 0.998 (mean loss), 0.991 (TracIn), 0.98 (neighbours), 0.90 (lo
 (GraNd); random 0.10. The net learns wrong labels by heart, so of its scores only those that remember its training tell.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

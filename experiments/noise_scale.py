@@ -18,6 +18,7 @@ GPT of 6 layers, 250 steps of 64 windows of 256 characters, moving average 0.95.
 there (the 100 steps of its configuration file are not read).
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 from dataclasses import dataclass

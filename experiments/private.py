@@ -4,6 +4,7 @@ Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv:1607.00133):
 clipped, noise is added to their sum, and an accountant bounds how much a random batch reveals of any example: after T
 steps the parameters are (epsilon, delta)-private. The net is the small one with tanh that Papernot et al. 2021 use
 ("Tempered Sigmoid Activations for Deep Learning with Differential Privacy", arXiv:2007.14191). Without a flag it learns
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 from 1500 of scikit-learn's 8x8 digits, offline:
 
     python experiments/private.py                                        about 90 seconds on a CPU core

@@ -16,6 +16,7 @@ Expected, all examples 97.3 % right; 80, 60, 40 and 20 % of them: random 97.1, 9
 random wins; the easiest by EL2N or early GraNd are the worst throughout (67.1 and 67.2 at 20 %).
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import functools
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,6 +15,7 @@ Expected: the Hessian's largest eigenvalue is 6.3 after 2000 steps, 2 / learning
 1e-14, traces to 6 %, densities to 0.8 %; the loss is 0.040 and 90 % of the test digits are right.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

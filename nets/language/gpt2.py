@@ -18,6 +18,7 @@ from torch import Tensor
 from core import initializers, random
 from core.attention import Cache, empty_cache
 from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
+from core.layers.checks import check_tensor
 from nets.blocks.transformer_block import block, block_spec, cached_block
 from nets.language.decoding import choose, occurrences, penalise_repetition
 from nets.weights import Rename, WeightsError, fill, read, read_config
@@ -82,6 +83,7 @@ def spec(cfg: Config) -> dict:
 
 
 def _check_tokens(tokens: Tensor) -> None:
+    check_tensor("gpt2", tokens, "tokens")
     if tokens.ndim != 2:
         raise ValueError(f"gpt2: expected tokens of shape (batch, time), found {tuple(tokens.shape)}")
 

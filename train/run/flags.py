@@ -50,6 +50,7 @@ NonNegative = _number(float, Range(0), "FLOAT>=0")
 Share = _number(float, Range(0, 1), "0<=FLOAT<=1")
 Fraction = _number(float, Range(0, 1, open_low=True, open_high=True), "0<FLOAT<1")
 Rate = _number(float, Range(0, 1, open_high=True), "0<=FLOAT<1")
+Portion = _number(float, Range(0, 1, open_low=True), "0<FLOAT<=1")
 Number = _number(float, Range(), "FLOAT")
 
 

@@ -234,5 +234,7 @@ def test_tokens_are_checked():
         gpt2.apply(params, ids(1, 17), cfg)
     with pytest.raises(ValueError, match=r"expected tokens of shape \(batch, time\), found \(16,\)"):
         gpt2.apply(params, ids(1, 16)[0], cfg)
+    with pytest.raises(TypeError, match="gpt2: tokens is list; expected a tensor"):
+        gpt2.apply(params, [[0, 1]], cfg)
     with pytest.raises(ValueError, match="17 tokens exceed the context of 16"):
         gpt2.empty_caches(params, cfg, 1, 17)

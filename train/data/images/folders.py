@@ -151,8 +151,10 @@ def picture_paths(inputs: Iterable[str | os.PathLike]) -> tuple[tuple[Path, ...]
             paths += [Path(os.fsdecode(line.strip())) for line in item.read_bytes().splitlines() if line.strip()]
         else:
             paths.append(item)
+    if not inputs:
+        raise DataError("no picture is named; expected files, folders, a .txt file of names, or -")
     if not paths:
-        raise DataError(f"no picture in {', '.join(map(str, inputs)) or 'nothing'}")
+        raise DataError(f"no picture in {', '.join(map(str, inputs))}")
     return tuple(paths), tuple(skipped)
 
 

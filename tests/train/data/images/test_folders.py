@@ -195,3 +195,5 @@ def test_picture_paths(tmp_path, monkeypatch):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no picture in .*none"):
         picture_paths([tmp_path / "none"])
+    with pytest.raises(DataError, match="no picture is named; expected files, folders"):
+        picture_paths([])
