@@ -4,7 +4,6 @@ Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv:1607.00133):
 clipped, noise is added to their sum, and an accountant bounds how much a random batch reveals of any example: after T
 steps the parameters are (epsilon, delta)-private. The net is the small one with tanh that Papernot et al. 2021 use
 ("Tempered Sigmoid Activations for Deep Learning with Differential Privacy", arXiv:2007.14191). Without a flag it learns
-import experiments.parts.interrupts  # noqa: F401 # isort: skip
 from 1500 of scikit-learn's 8x8 digits, offline:
 
     python experiments/private.py                                        about 90 seconds on a CPU core
@@ -20,6 +19,7 @@ that were chosen by looking at the accuracy, as here, are not accounted for eith
 Expected: 87.5 % of the test digits right at epsilon 2.78, delta 5e-4.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import functools
 from dataclasses import dataclass
 from pathlib import Path
