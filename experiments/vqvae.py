@@ -4,7 +4,7 @@ van den Oord et al. 2017, "Neural Discrete Representation Learning" (arXiv:1711.
 Oord et al. 2016 (arXiv:1606.05328). Two stages of one run: `--steps` of the autoencoder, then `--prior-steps` of the
 prior, on the codes of the training images. Without a flag they learn scikit-learn's 8x8 digits, offline:
 
-    python experiments/vqvae.py                                          two minutes on one CPU core
+    python experiments/vqvae.py
     python experiments/vqvae.py --data FOLDER --steps 1500 --prior-steps 1500 --compile      the files of MNIST
     python experiments/vqvae.py --data FOLDER --size 32 --codebook loss  any folder of pictures; gradient descent
     python experiments/vqvae.py sample --run runs/vqvae/NAME --label 3   reconstruct and interpolate likewise
