@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -344,7 +345,10 @@ def test_flat_folder_with_an_unreadable_picture(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
-    runs.completed("diffusion", tmp_path)
+    process = runs.start("diffusion", tmp_path)
+    signal.alarm(900)  # 217 s on two cores that do nothing else
+    code, _, err = runs.finish(process)
+    assert (code, err) == (0, "")
     (run,) = (tmp_path / "runs" / "diffusion").iterdir()
     figures = result(run)
     assert figures["frechet_distance"] < 0.1
