@@ -107,7 +107,7 @@ def losses(cfg: stylegan.Config, level: int, gamma: float):
 
     def generate(params, images, alpha, key):
         keys = random.sites(key, 2).unbind(0)
-        z = random.normal(keys[0], (len(images), cfg.latent), images.dtype)
+        z = random.normal(keys[0], (len(images), cfg.latent)).to(images.dtype)
         options = {"key": random.sites(keys[1], len(images)), "level": level, "alpha": alpha}
         return stylegan.generator(params, z, cfg, train=True, **options)
 

@@ -177,7 +177,7 @@ def noises(key: Tensor, batch: int, level: int, dtype: torch.dtype = torch.float
     sizes = [SMALLEST * 2 ** (i // 2) for i in range(2 * (level + 1))]
     shape = (batch,) if key.ndim == 1 else ()
     # One call for all layers: a Threefry is many nodes of a compiled graph.
-    values = random.normal(key, (*shape, sum(size**2 for size in sizes)), dtype)  # (batch, values of all layers)
+    values = _normal(key, (*shape, sum(size**2 for size in sizes)), dtype)  # (batch, values of all layers)
     return [x.reshape(batch, 1, n, n) for x, n in zip(values.split([n**2 for n in sizes], 1), sizes, strict=True)]
 
 
@@ -216,6 +216,11 @@ def synthesis(
         return image
     below = upsample_nearest(equalised_conv(params["blocks"][level - 1]["image"], before, 1.0))
     return torch.lerp(below, image, _weight(alpha, image))
+
+
+def _normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """From N(0, 1), in half precision the rounded values of single precision: bfloat16 itself has only 128 of them."""
+    return random.normal(key, shape, torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
 def _channel(x: Tensor) -> Tensor:
@@ -268,7 +273,7 @@ def generator(
     noise_key, mix_key, crossover_key, latent_key = random.sites(fixed, 4).unbind(0)
     if train and cfg.mixing:
         shape = (batch,) if key.ndim == 1 else ()
-        other = mapping(params, random.normal(latent_key, (*shape, cfg.latent), z.dtype), cfg)
+        other = mapping(params, _normal(latent_key, (*shape, cfg.latent), z.dtype), cfg)
         crossover = random.randint(crossover_key, shape, 1, layers)  # (batch,)
         mix = random.bernoulli(mix_key, cfg.mixing, shape)  # (batch,)
         styles = mixed(w, other, torch.where(mix, crossover, layers), layers)  # (batch, layers, style)
