@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.registry.experiments import EXPERIMENTS
+
 ROOT = Path(__file__).parents[1]
 FLOORS = ("core", "nets", "train", "experiments")
 FILES = {path: path.relative_to(ROOT).as_posix() for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
@@ -96,6 +98,7 @@ def test_experiments_are_scripts_with_an_entry_in_their_page(name):
     siblings = {other for other in IMPORTS[f"experiments.{name}"] if other.startswith("experiments.")}
     assert all(other.startswith("experiments.parts") for other in siblings)
     assert f'RUNS = Path("runs/{name}")' in source or "RUNS" not in source
+    assert "begin(RUNS" not in source or name in map(str, EXPERIMENTS)  # what trains keeps the laws of experiments
 
 
 def test_parts_import_no_script():

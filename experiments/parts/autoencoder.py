@@ -44,7 +44,7 @@ def read(args: Any, labelled: bool) -> ImageSet:
 
 
 def style(side: int) -> str:
-    """The presets that fit images of so many pixels per side: digits, mnist or small (coloured ones)."""
+    """The presets that fit images of `side` pixels per side: digits, mnist or small (coloured ones)."""
     return "digits" if side < 16 else "mnist" if side <= 28 else "small"
 
 
@@ -58,7 +58,7 @@ def expected_images(words: dict[str, str]) -> tuple[str, bool]:
 
 @torch.no_grad()
 def in_parts(f: Callable[..., Tensor], *inputs: Tensor, size: int = 256) -> Tensor:
-    """f of tensors (N, ...), so many rows at a time."""
+    """f of tensors (N, ...), `size` rows at a time."""
     return torch.cat([f(*(x[part] for x in inputs)) for part in batching.evaluation_batches(len(inputs[0]), size)])
 
 

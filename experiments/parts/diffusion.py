@@ -1,4 +1,4 @@
-"""What diffusion.py and diffusion_study.py share: the data, the net with its noising process and its loss, sampling by
+"""Parts of diffusion.py and diffusion_study.py: the data, the net with its noising process and its loss, sampling by
 one compiled step, and the figures."""
 
 from collections.abc import Iterator
@@ -140,8 +140,8 @@ def losses(params, batch, keys, model: Diffusion, levels: int, policy: Policy = 
     params = policy.cast(params)
 
     def net(x: Tensor, time: Tensor) -> Tensor:
-        given = labels if process.classes else None
-        x = unet.apply(params, policy.cast(x), time, model.cfg, labels=given, key=for_net, train=True)
+        classes = labels if process.classes else None
+        x = unet.apply(params, policy.cast(x), time, model.cfg, labels=classes, key=for_net, train=True)
         return x.to(images.dtype)
 
     choices = {"predicts": process.predicts, "weight": process.weight, "variance": process.variance}

@@ -1,4 +1,4 @@
-"""What the experiments with GANs share: a generator that was trained, its samples, their figures and their pictures."""
+"""Parts of the experiments with GANs: a generator that was trained, its samples, their figures and their pictures."""
 
 import dataclasses
 import shutil
@@ -166,7 +166,7 @@ def real_images(data: Data) -> Tensor:
 
 
 def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
-    """Of mixtures: modes and good samples. Of images: distances between features, or pixels, of test images and as many
+    """For mixtures: modes and good samples. For images: distances between features, or pixels, of test images and as many
     generated ones."""
     if data.mixture is not None:
         points = generated(values, model, *noise(model, key, MEASURED, data))
@@ -196,7 +196,7 @@ def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
 
 
 def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
-    """How far generated images are from real ones, (count, channels, height, width) each in [0, 1]: of the features of
+    """Distances of generated images from real ones, (count, channels, height, width) each in [0, 1]: of the features of
     a run of classify.py, or of the pixels if there is none."""
     real, fake = real.cpu(), fake.cpu()
     if classifier is None:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 RUNS = Path("runs/translate")
 DECODED = 4000  # tokens of sentences that are translated at once
-LONGER = 50  # a translation has at most so many tokens more than its source (section 6.1 of the paper)
+LONGER = 50  # tokens by which a translation may be longer than its source (section 6.1 of the paper)
 
 
 class Translator(NamedTuple):

@@ -48,7 +48,7 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_paper():
     bound = (norms[:, None] * norms + exact.square()) / size
     error = (estimates.mean(0) - exact).abs()
     assert (error <= 4.5 * (bound / draws).sqrt()).all()
-    # The sample variance of so many draws is within some 15 % of the variance.
+    # The sample variance of this many samples is within some 15 % of the variance.
     assert (estimates.var(0) <= 1.2 * bound).all() and (estimates.var(0) >= 0.1 * bound).any()
 
 

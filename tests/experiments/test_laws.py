@@ -1,4 +1,4 @@
-"""The laws that every script of experiments/ keeps; its row is in tests/registry/experiments.py.
+"""The laws that every script of experiments/ keeps; its row is in tests/registry/experiments.
 
 A script runs without a question and leaves its files; a run that is stopped is saved, and goes on to the same bits;
 wrong input is refused in one line, before anything is written; the help fits 80 columns and explains every flag.

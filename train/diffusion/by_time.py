@@ -58,7 +58,7 @@ def draw(folder: Path, steps: int) -> None:
     lines, smooth = read_curves(folder, *names(steps)), {}
     for name, (at, values) in lines.items():
         if at:
-            width = max(1, len(values) // 40)  # the mean of so many neighbours: a group has few examples in a batch
+            width = max(1, len(values) // 40)  # the mean of this many neighbours: a group has few examples in a batch
             kernel = np.ones(width) / width
             smooth[f"t {name[-9:]}"] = tuple(np.convolve(np.array(x, float), kernel, "valid") for x in (at, values))
     title = "Per-example gradients, by the time"

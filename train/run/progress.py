@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress(total: int, task: str) -> Iterator[Callable[..., None]]:
-    """A bar on the terminal while the block runs; yields what is to be called after each of `total` steps."""
+    """A bar on the terminal while the block runs; yields a function to call after each of `total` steps."""
     from rich import progress as bars
 
     columns = ("{task.description}", bars.BarColumn(bar_width=24), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())

@@ -94,7 +94,7 @@ def batch_at(
     Args:
         key: (2,).
         step: 0, 1, 2 ...
-        parts: the batch is filled up to a multiple of so many rows, to be cut into micro-batches. These rows are no
+        parts: the batch is filled up to a multiple of this many rows, to be cut into micro-batches. These rows are no
             pairs: an empty source (<eos>) and a target of <bos> only, in which no token counts.
 
     Returns:

@@ -1,0 +1,9 @@
+"""Every script of experiments/, once: the rows that `tests/experiments/test_laws.py` holds to the laws of experiments.
+
+Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, baseline="unigram_entropy", ...)
+"""
+
+from tests.registry.experiments import classification, generative, language
+from tests.registry.experiments.experiment import Experiment
+
+EXPERIMENTS: list[Experiment] = [*classification.ROWS, *language.ROWS, *generative.ROWS]

@@ -1,0 +1,111 @@
+"""Rows of the experiments with classifiers."""
+
+from tests.registry.experiments.experiment import Experiment
+
+DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "0.5")
+
+ROWS = [
+    Experiment(
+        "classify",
+        (*DIGITS, "--ema", "0.9", "--optimizer", "muon", "--flip", "--rand-augment", "9", "--mixup", "0.2"),
+        15,
+        pictures=("confusion.png", "calibration.png", "mistakes.png", "filters.png", "accuracy.png"),
+        files=("report.txt",),
+        baseline="nearest_mean_accuracy",
+        refusals=(
+            (("--batch", "3", "--micro-batches", "2"), "--batch 3 does not divide into --micro-batches 2"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist"),
+        ),
+        commands=((("evaluate",), ("evaluations/digits/report.txt", "evaluations/digits/confusion.png")),),
+    ),
+    Experiment(
+        "ensemble",
+        ("--members", "3", "--widths", "8", "--steps", "12", "--save-every", "6"),
+        12,
+        pictures=("ensemble.png",),
+        baseline="nearest_mean_accuracy",
+        refusals=(
+            (("--batch", "501"), "--batch is 501, but 'digits' has 500 examples to learn from"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
+            (("--net", "mlpp"), "'mlpp'"),
+            (("--resume", "--name", "a", "--widths", "9"), "with --widths (9,): it was started with (8,)"),
+            (("--resume", "--name", "a", "--steps", "3"), "--steps is 3, but 'runs/ensemble/a' has done 12"),
+        ),
+        commands=((("evaluate",), ("ensemble.png",)),),
+    ),
+    Experiment(
+        "gradients",
+        ("--examples", "40", "--batch", "10", "--steps", "12", "--save-every", "6"),
+        12,
+        pictures=("gradients.png", "examples.png"),
+        refusals=(
+            (("--task", "sound"), "--task"),
+            (("--batch", "1"), "--batch is 1; expected 2 to 1000, the number of examples"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist"),
+            (("--task", "text", "--data", "nowhere"), "nowhere does not exist"),
+            (("--resume", "--name", "a", "--steps", "20"), "with --steps 20: it was started with 12"),
+        ),
+    ),
+    Experiment(
+        "mislabelled",
+        ("--examples", "100", "--widths", "8", "--batch", "20", "--rank", "3", "--steps", "40")
+        + ("--snapshot-every", "10", "--save-every", "10"),
+        40,
+        pictures=("precision_recall.png", "scores.png", "suspects.png"),
+        files=("scores.safetensors", "snapshots/*.safetensors"),
+        baseline="neighbours_average_precision",
+        refusals=(
+            (("--examples", "1501"), "--examples is 1501; 'digits' has 1500 to learn from"),
+            (("--flipped", "nan"), "--flipped is nan; expected a number in (0, 1)"),
+            (("--flipped", "1e-9"), "--flipped is 1e-09; expected a share of 1500 labels, not none or all"),
+            (("--batch", "1501"), "--batch is 1501, but there are 1500 examples to learn from"),
+            (("--snapshot-every", "1200"), "--snapshot-every is 1200; expected up to half of --steps 2000"),
+            (("--resume", "--name", "a", "--flipped", "0.2"), "with --flipped 0.2: it was started with 0.1"),
+        ),
+    ),
+    Experiment(
+        "prune",
+        ("--seeds", "2", "--kept", "0.5", "0.1", "--scorers", "2", "--early", "4", "--widths", "8", "--batch", "10")
+        + ("--steps", "12", "--save-every", "6"),
+        12,
+        pictures=("prune.png", "el2n_early.png", "grand_early.png", "grand_at_initialisation.png"),
+        files=("scores.npy",),
+        baseline="nearest_mean_accuracy",
+        refusals=(
+            (("--seeds", "1"), "--seeds is 1; expected at least 2, for the error bars"),
+            (("--kept", "0.5", "1.0"), "--kept is 1.0; expected a number in (0, 1)"),
+            (("--kept", "0.5", "0.5"), "--kept is (0.5, 0.5); expected different fractions"),
+            (("--early", "700"), "--early is 700; expected up to --steps, 600"),
+            (("--resume", "--name", "a", "--seeds", "3"), "with --seeds 3: it was started with 2"),
+        ),
+    ),
+    Experiment(
+        "private",
+        ("--batch", "30", "--physical-batch", "16", "--noise-multiplier", "2", "--steps", "8", "--every", "4")
+        + ("--save-every", "4"),
+        8,
+        pictures=("accuracy.png", "gradient_norms.png", "mistakes.png"),
+        baseline="nearest_mean_accuracy",
+        refusals=(
+            (("--batch", "1501"), "--batch is 1501, but 'digits' has 1500 examples to learn from"),
+            (("--momentum", "2"), "--momentum is 2.0; expected a number in [0, 1)"),
+            (("--delta", "1"), "--delta is 1.0; expected a number in (0, 1)"),
+            (("--clipping", "adaptive", "--batch", "30"), "needs more than 10 --noise-multiplier, 30"),
+            (("--resume", "--name", "a", "--noise-multiplier", "1"), "1.0: it was started with 2.0"),
+        ),
+    ),
+    Experiment(
+        "spectrum",
+        ("--pool", "4", "--widths", "4", "--lanczos-steps", "10", "--probes", "1", "--every", "4")
+        + ("--steps", "8", "--spectra", "0", "--save-every", "4"),
+        8,
+        pictures=("spectra.png", "sharpness.png"),
+        files=("spectra/0.json", "spectra/8.json"),
+        baseline="nearest_mean_accuracy",
+        refusals=(
+            (("--pool", "3"), "--pool"),
+            (("--spectra", "-5"), "--spectra is -5; expected at least 0"),
+            (("--resume", "--name", "a", "--pool", "2"), "with --pool 2: it was started with 4"),
+        ),
+    ),
+]
