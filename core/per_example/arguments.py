@@ -105,9 +105,9 @@ def check_losses(losses: Any, count: int) -> None:
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if not isinstance(losses, Tensor) or shape != (count,):
         n = "" if isinstance(shape, str) or count not in shape else " (N is the batch)"
-        shown = shape if isinstance(shape, str) else "(" + ", ".join("N" if s == count else str(s) for s in shape) + ")"
+        text = shape if isinstance(shape, str) else "(" + ", ".join("N" if s == count else str(s) for s in shape) + ")"
         hint = "; with an aux output, give has_aux=True" if isinstance(losses, tuple) else ""
-        raise PerExampleError(f"the loss must return one value per example, (N,); it returned {shown}{n}{hint}")
+        raise PerExampleError(f"the loss must return one value per example, (N,); it returned {text}{n}{hint}")
     if not losses.is_floating_point():
         raise PerExampleError(f"the loss must return floating-point values, not {losses.dtype}")
 

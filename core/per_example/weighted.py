@@ -133,10 +133,10 @@ def _pulled(pull: Callable, weights: dict[str, Tensor], dtype: torch.dtype) -> T
     if len(pulled) == 1:
         return pulled[0][1]
 
-    def of(name: str, *gradients: Tensor) -> Tensor:
+    def pick(name: str, *gradients: Tensor) -> Tensor:
         return next(g for g, (x, _) in zip(gradients, pulled, strict=True) if x is weights[name])
 
-    return tree.map_with_names(of, *(sums for _, sums in pulled))
+    return tree.map_with_names(pick, *(sums for _, sums in pulled))
 
 
 def _kept_bytes(plan: Plan) -> int:
