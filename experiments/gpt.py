@@ -288,10 +288,10 @@ def evaluate(args: EvaluateArgs) -> None:
     params = tree.move(run.restore(gpt2.spec(cfg), "params"), device)
     data = text.open_text(args.text or trained.text, tokenizers.load(args.run / "tokenizer.json"), RUNS / "tokens")
     understood(print, text.facts(data))
-    tokens = data.tokens if args.text else text.split(data.tokens, blocks=trained.blocks, least=4 * cfg.context)[1]
-    loss = validate(params, cfg, tokens)
-    figures = f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.4g}, on {len(tokens):,} tokens"
-    print(f"{figures}; checkpoint of step {run.step}")
+    parts = [data.tokens] * 2 if args.text else text.split(data.tokens, blocks=trained.blocks, least=4 * cfg.context)
+    loss, baseline = validate(params, cfg, parts[1]), text.unigram_entropy(*parts)
+    figures = f"loss {loss:.4f} nats per token (unigram entropy: {baseline:.4f}), perplexity {math.exp(loss):.4g}"
+    print(f"{figures}, on {len(parts[1]):,} tokens; checkpoint of step {run.step}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 
 import pytest
@@ -110,6 +111,14 @@ def test_sample_repeats_by_its_seed_and_has_a_default_prompt(here, capsys):
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 102  # with the line ends at both ends
 
 
+def test_samples_end_after_a_text(here, capsys):
+    flags = ("--tokens", "400", "--samples", "3", "--end", "e", "--repetition-penalty", "1.1")
+    assert call("sample", "--run", "runs/gpt/whole", "--prompt", "The", *flags) == 0
+    first, *others = re.split(r"\n\n--- sample \d\n", capsys.readouterr().out.removesuffix("\n"))
+    assert len(others) == 2
+    assert all(text.startswith("The") and text[3:].find("e") == len(text) - 4 for text in (first, *others))
+
+
 def test_sample_into_a_closed_pipe_ends_quietly(here):
     with start(here, "sample", "--run", "runs/gpt/whole", "--tokens", "5000") as process:
         os.read(process.stdout.fileno(), 5)
@@ -122,6 +131,18 @@ def test_text_without_a_line_end(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("abcde" * 300)
     assert call(*QUICK, "--steps", "1", "--name", "a") == 0
     assert len((tmp_path / "runs" / "gpt" / "a" / "sample.txt").read_text()) == 401
+
+
+# --- evaluate
+
+
+def test_evaluation_repeats_the_figures_beside_the_baseline(here, capsys):
+    figures = result(here / "runs" / "gpt" / "whole")
+    assert call("evaluate", "--run", "runs/gpt/whole") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    loss, baseline = figures["val_loss"], figures["unigram_entropy"]
+    assert last.startswith(f"loss {loss:.4f} nats per token (unigram entropy: {baseline:.4f}), perplexity ")
+    assert last.endswith("checkpoint of step 24")
 
 
 # --- resume
