@@ -12,6 +12,7 @@ _FACTS = frozenset(
     "device dtype is_cpu is_cuda is_meta is_mps is_nested is_quantized is_sparse is_xpu itemsize layout nbytes ndim "
     "shape".split()
 )
+_STRIDED = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"})
 _VALUES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__".split())
 _IN_PLACE = frozenset(
     name
@@ -51,7 +52,7 @@ def check_function(name: str, content: Content, args: tuple, kwargs: dict) -> No
         raise PerExampleError(
             f"the loss takes the value of '{content.name}' out of the graph (.item() or the like); use .detach()"
         )
-    if name.startswith("as_strided"):
+    if name in _STRIDED:
         raise PerExampleError(
             f"'{content.name}' is used by {name}, which looks at its memory, where the copies of all examples are one: "
             "use .unfold or .reshape"

@@ -166,8 +166,8 @@ def real_images(data: Data) -> Tensor:
 
 
 def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
-    """For mixtures: modes and good samples. For images: distances between features, or pixels, of test images and as many
-    generated ones."""
+    """For mixtures: modes and good samples. For images: distances between features, or pixels, of test images and of as
+    many generated ones."""
     if data.mixture is not None:
         points = generated(values, model, *noise(model, key, MEASURED, data))
         modes = generative.modes(points, data.mixture.centres.to(points.device), data.mixture.deviation)

@@ -135,6 +135,20 @@ def test_evaluation_of_other_pictures(here, capsys):
     assert {name: after[name] for name in before} == before
 
 
+def test_pictures_that_moved_and_pictures_that_changed(here, capfd):
+    """The identity of the data is their content: neither their place nor their number and sizes."""
+    flags = ("--net", "lenet-digits", "--size", "8", "--batch", "6", "--epochs", "1", "--no-compile", "--workers", "0")
+    assert call("--data", "colours", *flags, "--name", "c") == 0
+    shutil.move("colours", "far")
+    assert call("--resume", "--name", "c", "--data", "far", "--epochs", "2") == 0
+    assert "resumed with --data far (it was started with colours)" in capfd.readouterr().out
+    shutil.copy("far/train/red/1.jpg", "far/train/red/0.jpg")
+    line = refused(capfd, "--resume", "--name", "c", "--data", "far", "--epochs", "3")
+    assert "cannot resume 'runs/classify/c': its checkpoint has data" in line
+    shutil.copy("far/train/red/2.jpg", "far/train/red/0.jpg")
+    assert "cannot resume" in refused(capfd, "--resume", "--name", "c", "--data", "far")
+
+
 def test_all_options_together(here):
     flags = "--optimizer muon --ema 0.9 --micro-batches 2 --dtype bfloat16 --label-smoothing 0.1 --schedule step"
     more = "--no-decay head* --channels-last --head-learning-rate 0.01 --freeze convs.0.*"
@@ -226,6 +240,7 @@ def test_compiled_run_has_the_same_values(here, monkeypatch):
         (["--weights", "published", "--net", "resnet18", "--size", "32"], "want images of 3 channels, found 1"),
         (["--weights", "runs/classify/whole", "--net", "cifar-resnet8"], "only the head may differ"),
         (["--resume", "--name", "whole", "--optimizer", "sgd"], "it was started with"),
+        (["--resume", "--name", "whole", "--epochs", "0.1"], "the number of steps is 2, but 'runs/classify/whole' has"),
         (
             ["evaluate", "--run", "runs/classify/whole", "--data", "colours"],
             "colours/train/blue is none of the 10 classes",

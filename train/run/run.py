@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from core.tree import Tree
-from train.files import plain
+from train.files import plain, shown
 from train.run import checkpoints, command_line, resume
 from train.run.checkpoints import Checkpoints, Record
 from train.run.logs import RunLog
@@ -77,7 +77,8 @@ class Run:
             return state
         resume.check_identity(self.resumed_from, self._record.config, identity)
         if self.first > total:
-            raise ValueError(f"--steps is {total}, but '{self.resumed_from}' has done {self.first}")
+            flag = "--steps" if hasattr(self.args, "steps") else "the number of steps"  # of epochs and the batch size
+            raise ValueError(f"{flag} is {total}, but '{self.resumed_from}' has done {self.first}")
         return checkpoints.restore(self.resumed_from / "checkpoints", state, self.first)
 
     @property
@@ -260,8 +261,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def check_name(root: Path, name: str | None) -> None:
     """Raise ValueError if `name` cannot be that of a new run under `root`."""
-    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
-        raise ValueError(f"--name '{name}' is not the name of a folder")
+    if name is not None and (Path(name).name != name or name in ("", ".", "..") or not name.isprintable()):
+        raise ValueError(f"--name '{shown(name)}' is not the name of a folder")
     if name is not None and (root / name).exists():
         raise ValueError(f"'{root / name}' exists already; continue it with --resume or choose another --name")
 

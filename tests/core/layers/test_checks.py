@@ -74,6 +74,14 @@ def test_a_spec_is_not_its_values(name):
         layer(model, torch.as_tensor(x))
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "embedding"])
+def test_bytes_and_other_integers_are_named(name):
+    layer, model, x = LAYERS[name]
+    for dtype in (torch.uint8, torch.int64):
+        with pytest.raises(TypeError, match=f"^{name}: x is {dtype}; expected floating point, such as x / 255"):
+            layer(spec.init(KEY, model), torch.as_tensor(x).to(dtype))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_one_tensor(name):
     f, x = FUNCTIONS[name]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.files import shown
 from train.run import Common, Count, Positive, Shared, begin, checkpoints
 from train.run.run import Run, new_folder
 
@@ -228,8 +230,8 @@ def test_new_folder(tmp_path):
     assert len(set(several)) == 3 and all(folder.is_dir() for folder in several)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", "a/"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp", "a/", "a\nb", "a\x1b[1m"])
 def test_names_that_are_no_folder(name, tmp_path):
-    with pytest.raises(ValueError, match=f"--name '{name}' is not the name of a folder"):
+    with pytest.raises(ValueError, match=re.escape(f"--name '{shown(name)}' is not the name of a folder")):
         new_folder(tmp_path / "runs", name)
     assert not (tmp_path / "runs").exists()
