@@ -14,6 +14,7 @@ _FACTS = frozenset(
 )
 _STRIDED = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"})
 _VALUES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__".split())
+_STRIDED = frozenset("as_strided as_strided_ as_strided_copy as_strided_scatter".split())
 _IN_PLACE = frozenset(
     name
     for where in (Tensor, torch, nn.init)
