@@ -12,7 +12,6 @@ _FACTS = frozenset(
     "device dtype is_cpu is_cuda is_meta is_mps is_nested is_quantized is_sparse is_xpu itemsize layout nbytes ndim "
     "shape".split()
 )
-_STRIDED = frozenset({"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter"})
 _VALUES = frozenset("item tolist numpy __float__ __int__ __index__ __complex__ __array__".split())
 _STRIDED = frozenset("as_strided as_strided_ as_strided_copy as_strided_scatter".split())
 _IN_PLACE = frozenset(
