@@ -318,6 +318,7 @@ EVERY = {
 }
 # Made of the same parts as one of the others, whose graph says as much.
 ALIKE = ("tracin_self", "influence", "projections", "low_rank_influence", "pseudo_ntk", "empirical_fisher", "fisher")
+ALIKE += ("empirical_ntk",)
 
 
 @pytest.mark.parametrize("name", EVERY)
