@@ -229,6 +229,8 @@ def test_compiled_run_has_the_same_values(here, monkeypatch):
         (["--net", "resnet19"], "no net is named 'resnet19'; close to it: resnet1"),
         (["--net", "resnet18"], "the images are 8 x 8; expected at least 32 a side"),
         (["--data", "nowhere"], "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
+        (["--data", ""], "--data '' does not exist; expected a folder of images, or one of digits"),
+        (["predict", "a.png", "--run", ""], "--run is empty; expected a path"),
         (["--optimizer", "adam"], "invalid choice 'adam' for argument '--optimizer'"),
         (["--batch", "2000"], "--batch is 2000, but 'digits' has 1500 images to learn from"),
         (["--rand-augment", "31"], "--rand-augment is 31; expected 0 to 30"),

@@ -33,6 +33,8 @@ def place(tmp_path_factory):
     [
         (["--text", "none.txt"], "none.txt does not exist, expected a text file"),
         (["--text", "empty.txt"], "empty.txt is empty"),
+        (["--text", ""], "--text is empty; expected a path"),
+        (["--text="], "--text is empty; expected a path"),
         (["--text", "short.txt"], "'short.txt' has 12 tokens; a context of 64 needs over 640"),
         (["--text", "latin.txt"], "latin.txt is not UTF-8 text: byte 0xe9 at offset 3"),
         (["--preset", "huge"], "invalid choice 'huge' for argument '--preset'. Expected one of ('tiny', "),

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         if argv and not name and others and not argv[0].startswith("-"):
             raise ValueError(f"'{argv[0]}' is unknown; expected flags, or one of the sub-commands {', '.join(others)}")
         argv = argv[1:] if name else argv
+        _check_paths(command.args, argv)
         args = _parse(command.args, program, description, argv, _defaults(command, argv, root))
         flags.check(args)
         if getattr(getattr(args, "common", args), "compile", False):
@@ -95,6 +97,16 @@ def _signals() -> list[int]:
 
 def _interrupt(number, frame):
     raise Interrupted(number)
+
+
+def _check_paths(kind: type, argv: list[str]) -> None:
+    """Raise ValueError for a path that is empty, as an unset variable of a shell is: it would be the current folder."""
+    hints = typing.get_type_hints(kind)
+    for word, following in itertools.pairwise([*argv, "--"]):
+        flag, equals, value = word.partition("=")
+        hint = hints.get(flag[2:].replace("-", "_"))
+        if flag.startswith("--") and not (value if equals else following) and Path in (hint, *typing.get_args(hint)):
+            raise ValueError(f"{flag} is empty; expected a path")
 
 
 def _words(argv: list[str]) -> dict[str, str]:

@@ -109,8 +109,8 @@ def _open(data: str, part: str, classes: Sequence[str] | None, labelled: bool) -
         return digits()
     if data in arrays.DOWNLOADS and not path.exists():
         path = arrays.download(data)
-    if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
+    if not data or not path.is_dir():  # Path("") is the current folder
+        problem = "is a file" if data and path.exists() else "does not exist"
         known = ", ".join(["digits", *sorted(arrays.DOWNLOADS)])
         raise DataError(f"--data '{data}' {problem}; expected a folder of images, or one of {known}")
     kind = kind_of(str(path))
