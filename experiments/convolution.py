@@ -12,6 +12,7 @@ transposed: Dumoulin and Visin 2016, arXiv:1603.07285). The image is a photograp
 Expected: torch's own is the fastest up to kernels of 5 x 5, FFT from 9 x 9 on; errors are below 1e-6 of the output.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import importlib.util
 import math
 import statistics

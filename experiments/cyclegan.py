@@ -10,6 +10,7 @@ a flag it learns between white digits on black and yellow digits on blue, of whi
     python experiments/cyclegan.py translate --run runs/cyclegan/NAME --back a.png FOLDER
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

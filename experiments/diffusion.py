@@ -11,6 +11,7 @@ predictions, weights and samplers. Without a flag a small U-Net learns scikit-le
 diffusion_study.py compares samplers, interpolates, inpaints, and shows which times the gradient comes from.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502), Lugm
     python experiments/diffusion_study.py gradients                          which times the gradient comes from
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

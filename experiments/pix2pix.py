@@ -11,6 +11,7 @@ tiles of the two in scikit-learn, offline:
     python experiments/pix2pix.py translate --run runs/pix2pix/NAME a.png FOLDER
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,7 @@ attention to sequences of twice the length takes four times as long, once they a
 """
 
 # %% What the cells share
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import contextlib
 import functools
 import statistics

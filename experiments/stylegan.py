@@ -10,6 +10,7 @@ scikit-learn's digits, offline:
     python experiments/stylegan.py sample --run runs/stylegan/NAME --mix
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ prices and numbers that are written out in German into English, offline:
     python experiments/translate.py evaluate --run runs/translate/NAME --beam 5 --data FOLDER
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 import sys

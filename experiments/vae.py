@@ -15,6 +15,7 @@ It ends with the ELBO of the test images in its two parts, a bound on their log 
 stand the figures of the mean image, which needs no net.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 from dataclasses import dataclass, field

@@ -13,6 +13,7 @@ It ends with the squared error per pixel beside that of the mean image, the use 
 per code beside those of an even guess and of a guess by the codes' frequencies.
 """
 
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import dataclasses
 import functools
 import math
