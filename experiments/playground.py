@@ -192,8 +192,8 @@ def attention_maps(path: Path, args: Args, model: Translator | None) -> dict:
             pass
     if args.run is not None:
         sentence = args.sentence or SENTENCE
-        ((text, _),) = translations(model, [sentence], Decoder())[0]
-        draw_attention(path.with_suffix(""), model, sentence, text)
+        ((text, _, ids),) = translations(model, [sentence], Decoder())[0]
+        draw_attention(path.with_suffix(""), model, sentence, ids)
         figures = {"translation": text}
     else:
         source, target = reversals(random.key(args.common.seed), 200)
@@ -201,8 +201,8 @@ def attention_maps(path: Path, args: Args, model: Translator | None) -> dict:
             accuracy = reverse_loss(model.params, (source, target), None)[1]["accuracy"]
         copied = (source == target[:, 1:]).float().mean()
         figures = {"reversed_letters_right": float(accuracy), "copied_letters_right": float(copied)}
-        sentence, text = (LETTERS.decode(ids[0].tolist()) for ids in (source, target))
-    weights, read, written = maps(model, sentence, text)
+        sentence, ids = LETTERS.decode(source[0].tolist()), target[0, 1:-1].tolist()
+    weights, read, written = maps(model, sentence, ids)
     draw_maps(path, weights["cross"], written, read)
     return figures
 

@@ -196,13 +196,13 @@ def train(args: Args) -> None:
 def report(run: Run, name: str, pairs: list[Pair], shapes: int) -> None:
     """The figures of the test sentences, the curves, the attention to the first of them."""
     model = translators.load(open_run(run.folder, RUNS), run.args.common.device, run.args.average)
-    figures, texts = translators.evaluate(model, pairs)
+    figures, best = translators.evaluate(model, pairs)
     figures |= {"test": name, "sentences": len(pairs)}
     run.result({**figures, "parameters": tree.count(model.params), "shapes": shapes})
     lines, title = read_curves(run.folder, "train/loss", "validation/loss"), "Divergence and validation cross-entropy"
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title=title)
-    draw_attention(run.folder / "attention", model, pairs[0][0], texts[0])
-    print("".join(f"\n{s}\n= {r}\n> {t}\n" for (s, r), t in zip(pairs[:5], texts, strict=False)))
+    draw_attention(run.folder / "attention", model, pairs[0][0], best[0].ids)
+    print("".join(f"\n{s}\n= {r}\n> {t}\n" for (s, r), (t, *_) in zip(pairs[:5], best, strict=False)))
     print(f"{SUMMARY.format(**figures)}\n{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
@@ -231,10 +231,10 @@ def translate(args: TranslateArgs) -> None:
             out = stack.enter_context(open(stack.enter_context(replacing(args.out)), "w", encoding="utf-8"))
         for part in parts:
             best = translations(model, part, args, args.n_best)
-            for text, score in (pair for pairs in best for pair in pairs):
+            for text, score, _ in (one for rows in best for one in rows):
                 line = " ".join(text.splitlines())
                 print(line if args.n_best == 1 else f"{score:8.3f}  {line}", file=out, flush=True)
-            first = next(((s, pairs[0][0]) for s, pairs in zip(part, best, strict=True) if s.strip()), None)
+            first = next(((s, rows[0].ids) for s, rows in zip(part, best, strict=True) if s.strip()), None)
             if args.attention and first and not args.attention.exists():
                 draw_attention(args.attention, model, *first)
 

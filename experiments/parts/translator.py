@@ -37,6 +37,13 @@ class Translator(NamedTuple):
     tokenizer: SentenceTokenizer
 
 
+class Translation(NamedTuple):
+    text: str
+    score: float
+    ids: list[int]
+    """The tokens that were decoded, without the end: the text may be cut into others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """Decoding; flags of the sub-commands that translate."""
@@ -112,8 +119,8 @@ def decode(
 
 def translations(
     translator: Translator, sentences: Sequence[str], decoder: Decoder = GREEDY, n_best: int = 1
-) -> list[list[tuple[str, float]]]:
-    """The best translations of each sentence with their scores, best first; that of an empty sentence is empty.
+) -> list[list[Translation]]:
+    """The best translations of each sentence, best first; that of an empty sentence is empty.
 
     With a temperature they are n_best samples, sentence i with the key `fold_in(fold_in(seed, sample), i)`.
 
@@ -122,15 +129,18 @@ def translations(
     params, cfg, tokenizer = translator
     device = tree.leaves(params)[0].device
     pairs = corpus.of_sentences(sentences, tokenizer, cfg.context)
-    best: list[list[tuple[str, float]]] = [[] for _ in sentences]
+    best: list[list[Translation]] = [[] for _ in sentences]
     for indices, source, _ in buckets.evaluation_batches(pairs, DECODED, cfg.context):
         for number in range(1 if decoder.temperature is None else n_best):
             key = random.fold_in(random.key(decoder.seed), number)
             keys = random.fold_in(key, indices).to(device)
             out = decode(params, cfg, source.to(device), decoder, n_best, keys)
-            for i, texts, scores in zip(indices.tolist(), out.tokens.tolist(), out.scores.tolist(), strict=True):
-                best[i] += [(tokenizer.decode(ids), s) for ids, s in zip(texts, scores, strict=True) if s > -math.inf]
-    return [texts if sentence.strip() else [("", 0.0)] for sentence, texts in zip(sentences, best, strict=True)]
+            for i, rows, scores in zip(indices.tolist(), out.tokens.tolist(), out.scores.tolist(), strict=True):
+                written = [[token for token in row if token not in (EOS, PAD)] for row in rows]
+                rated = zip(written, scores, strict=True)
+                best[i] += [Translation(tokenizer.decode(ids), s, ids) for ids, s in rated if s > -math.inf]
+    empty = [Translation("", 0.0, [])]
+    return [rows if sentence.strip() else empty for sentence, rows in zip(sentences, best, strict=True)]
 
 
 def usable(translator: Translator, parts: Iterable[list[str]]) -> Iterator[list[str]]:
@@ -148,7 +158,7 @@ def usable(translator: Translator, parts: Iterable[list[str]]) -> Iterator[list[
 
 def write_samples(run: Run, translator: Translator, pairs: Sequence[Pair]) -> None:
     """Append translations of a few sentences, below their references, to the run's `samples.txt`."""
-    texts = [best[0][0] for best in translations(translator, [source for source, _ in pairs])]
+    texts = [best[0].text for best in translations(translator, [source for source, _ in pairs])]
     with open(run.folder / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"step {run.at}\n")
         file.writelines(f"  {s}\n  = {r}\n  > {t}\n" for (s, r), t in zip(pairs, texts, strict=True))
@@ -163,11 +173,11 @@ def copy_baseline(pairs: Sequence[Pair]) -> dict[str, float]:
 
 def evaluate(
     translator: Translator, pairs: Sequence[Pair], decoder: Decoder = GREEDY
-) -> tuple[dict[str, float | str], list[str]]:
+) -> tuple[dict[str, float | str], list[Translation]]:
     """(The figures of the translations beside those of `copy_baseline`, the translations)."""
     sources, references = zip(*pairs, strict=True)
-    texts = [best[0][0] for best in translations(translator, sources, decoder)]
-    return {**translation.scores(texts, references), **copy_baseline(pairs)}, texts
+    best = [rows[0] for rows in translations(translator, sources, decoder)]
+    return {**translation.scores([one.text for one in best], references), **copy_baseline(pairs)}, best
 
 
 SUMMARY = """\
@@ -176,18 +186,18 @@ chrF {copy_chrf:.2f})
 BLEU|{bleu_signature}"""
 
 
-def maps(translator: Translator, sentence: str, translation: str) -> tuple[dict[str, Tensor], list[str], list[str]]:
+def maps(translator: Translator, sentence: str, ids: list[int]) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """(`transformer.attention_maps` of one pair, its source tokens, its target tokens), each with the end token."""
     params, cfg, tokenizer = translator
-    source, target = [*tokenizer.encode(sentence), EOS], tokenizer.encode(translation)
+    source, target = [*tokenizer.encode(sentence), EOS], ids[: cfg.context - 1]
     x = torch.tensor([source]), torch.tensor([[BOS, *target]])
     weights = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
     return weights, tokenizer.tokens(source), tokenizer.tokens([*target, EOS])
 
 
-def draw_attention(folder: Path, translator: Translator, sentence: str, translation: str) -> None:
+def draw_attention(folder: Path, translator: Translator, sentence: str, ids: list[int]) -> None:
     """`encoder.png`, `decoder.png` and `cross.png`, each as `draw_maps`."""
-    weights, read, written = maps(translator, sentence, translation)
+    weights, read, written = maps(translator, sentence, ids)
     folder.mkdir(parents=True, exist_ok=True)
     draw_maps(folder / "encoder.png", weights["encoder"], read, read)
     draw_maps(folder / "decoder.png", weights["decoder"], written, ["<bos>", *written[:-1]])

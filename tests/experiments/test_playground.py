@@ -4,7 +4,8 @@ import types
 import pytest
 
 from tests.experiments.runs import call, execute, is_png, result, script
-from tests.registry import experiments as registry
+from tests.registry.experiments import EXPERIMENTS
+from tests.registry.experiments.language import pairs
 
 QUICK = ("--lengths", "16", "32", "--rounds", "1", "--name", "one")
 
@@ -25,7 +26,7 @@ def test_figures(tmp_path, monkeypatch):
 
 def test_attention_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    registry.pairs(tmp_path)
+    pairs(tmp_path)
     options = ("--data", "pairs", "--steps", "2", "--vocabulary", "300", "--tokens", "300", "--no-compile")
     assert call("translate", *options, "--eval-every", "1000", "--name", "trained") == 0
     assert call("playground", *QUICK, "--run", "runs/translate/trained", "Der Bus") == 0
@@ -45,5 +46,5 @@ def test_cells_of_a_notebook(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("train.run.command_line.run", lambda *args, **options: None)
     execute(script("playground"), "-f", "kernel.json")
-    row = next(row for row in registry.EXPERIMENTS if row.name == "playground")
+    row = next(row for row in EXPERIMENTS if row.name == "playground")
     assert [path.name for path in shown] == list(row.pictures) and all(map(is_png, shown))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import shutil
@@ -7,10 +8,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from core import random, spec
+from experiments.parts import translator
+from nets.language import transformer
 from tests.experiments import runs
 from tests.experiments.runs import config, flag_id, is_png, metrics, result
-from tests.registry import experiments as registry
+from tests.registry.experiments.language import pairs
 from train.data.text import tokenizers
+from train.data.translation import dates
 from train.run import checkpoints
 from train.step import make_step
 
@@ -26,7 +31,7 @@ RUN = "runs/translate/whole"
 def place(tmp_path_factory):
     """A folder with a few pairs, pairs/, and a finished run, runs/translate/whole; not to be changed."""
     folder = tmp_path_factory.mktemp("translate")
-    registry.pairs(folder)
+    pairs(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert call(*QUICK, *STEPS, "--name", "whole") == 0
@@ -60,6 +65,20 @@ def test_folder_of_a_run(place):
     assert samples.count("step 6\n") == samples.count("step 12\n") == 1 and samples.count("\n  > ") == 8
     losses = [record["validation/loss"] for record in metrics(run) if "validation/loss" in record]
     assert len(losses) == 2 and losses[1] < losses[0]
+
+
+def test_attention_is_that_of_the_tokens_that_were_decoded():
+    """A net that has learned nothing writes tokens whose text is cut into others."""
+    tokenizer = tokenizers.train_sentences([text for pair in dates.pairs(120, 12, 10)[0] for text in pair], 300)
+    size = tokenizer.vocabulary_size
+    cfg = dataclasses.replace(transformer.PRESETS["tiny"], source_vocabulary=size, target_vocabulary=size)
+    model = translator.Translator(spec.init(random.key(1), transformer.spec(cfg)), cfg, tokenizer)
+    decoder = translator.Decoder(temperature=3.0)
+    (best,) = translator.translations(model, ["Der Bus fährt am Montag."], decoder)[0]
+    again = tokenizer.encode(best.text)
+    assert best.ids and again != best.ids and tokenizer.decode(best.ids) == best.text
+    weights, read, written = translator.maps(model, "Der Bus fährt am Montag.", best.ids)
+    assert written[:-1] == tokenizer.tokens(best.ids) and weights["cross"].shape[-2:] == (len(written), len(read))
 
 
 def test_presets_are_whole_arguments(monkeypatch, capsys):
