@@ -64,9 +64,12 @@ def test_torchvision_is_mended_where_it_is_imported():
     assert b"Greedy generation" in process.communicate()[0] and process.returncode == 0
 
 
+# One per library that they compare with; the others are seconds each.
+FAST = ("adamw", "diffusion_unet", "ensemble", "generation", "random_bits")
+
+
 def case(command, output):
-    # Two that start experiments more than once, as programs of their own.
-    marks = [pytest.mark.slow] if command.startswith(("classifier_accuracy", "startup")) else []
+    marks = [] if command.startswith(FAST) else [pytest.mark.slow]
     return pytest.param(command, output, id=command, marks=marks)
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.experiments.runs import THREADS
+from tests.experiments.runs import THREADS, undrawn
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,6 +15,15 @@ def threads():
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures(request):
+    """Files of tests that look at what pictures show say `DRAWN = True`; for the others they are black squares."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "DRAWN", False):
+            undrawn(patch)
+        yield
 
 
 @pytest.fixture

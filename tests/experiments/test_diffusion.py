@@ -20,6 +20,7 @@ from tests.experiments.test_laws import final_state
 from train.diffusion import schedules
 from train.step import Policy
 
+DRAWN = True
 call, refused = (functools.partial(function, "diffusion") for function in (runs.call, runs.refused))
 study, study_refused = (functools.partial(function, "diffusion_study") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "2", "--batch", "4", "--save-every", "1", "--timesteps", "20", "--sampler-steps", "2")
@@ -204,7 +205,7 @@ def test_evaluation(command, run, capsys):
     assert table["real_frechet_distance"] > 0 and "without a net" in capsys.readouterr().out
 
 
-def test_gradients_by_time(run, monkeypatch):
+def test_gradients_by_time(run):
     """The means of groups against gradients of one example at a time."""
     assert study("gradients", *RUN, "--count", "10", "--rounds", "2") == 0
     table = json.loads((run / "gradients_of_times.json").read_text())

@@ -100,7 +100,6 @@ def test_each_member_trains_as_it_would_alone(place):
 
 def test_compiled_run_is_one_graph_with_the_same_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     tiny = ("--members", "2", "--widths", "--steps", "6")
     assert call(*tiny, "--no-compile", "--name", "eager") == 0
     torch._dynamo.reset()
@@ -115,7 +114,6 @@ def test_compiled_run_is_one_graph_with_the_same_values(tmp_path, monkeypatch):
 
 def test_batch_norm(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     flags = ("--net", "cifar-resnet8", "--members", "2", "--steps", "3", "--batch", "20", "--no-compile")
     assert call(*flags, "--name", "resnet") == 0
     figures = result(tmp_path / "runs" / "ensemble" / "resnet")
@@ -143,7 +141,6 @@ def idx(path: Path, array: np.ndarray) -> None:
 
 def test_folder_in_the_format_of_mnist(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     (tmp_path / "files").mkdir()
     for part, count in (("train", 40), ("t10k", 12)):
         labels = np.arange(count) % 4
@@ -159,7 +156,6 @@ def test_folder_in_the_format_of_mnist(tmp_path, monkeypatch, capsys):
 
 def test_one_member_without_hidden_layer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     assert call("--members", "1", "--widths", "--steps", "2", "--no-compile", "--name", "one") == 0
     figures = result(tmp_path / "runs" / "ensemble" / "one")
     assert figures["member_accuracy_std"] == 0 and figures["ensemble_accuracy"] == figures["member_accuracy_mean"]

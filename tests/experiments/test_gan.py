@@ -10,8 +10,10 @@ from tests.experiments import runs
 from tests.experiments.runs import config, flag_id, is_png, result
 from train.run import checkpoints
 
+DRAWN = True
 call, refused = (functools.partial(function, "gan") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "2", "--batch", "8", "--save-every", "1", "--sample-every", "1", "--no-compile")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = ("--width", "4", "--latent", "16", "--critic-steps", "1")
 
 
@@ -46,21 +48,22 @@ def test_samples(here, capsys):
     ("gan", "pictures"),
     [
         ("gan", ()),
-        ("cgan", ("classes",)),
-        ("dcgan", ()),
-        ("wgan", ()),
-        ("wgan-div", ()),
-        ("lsgan", ()),
+        slow("cgan", ("classes",)),
+        slow("dcgan", ()),
+        slow("wgan", ()),
+        slow("wgan-div", ()),
+        slow("lsgan", ()),
         ("ebgan", ()),
-        ("began", ()),
-        ("acgan", ("classes",)),
+        slow("began", ()),
+        slow("acgan", ("classes",)),
         ("infogan", ("categories", "code_1", "code_2")),
-        ("sngan", ()),
-        ("sagan", ()),
+        slow("sngan", ()),
+        slow("sagan", ()),
     ],
 )
 def test_each(gan, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    runs.undrawn(monkeypatch)
     assert call(*QUICK, "--gan", gan, "--latent", "16", "--critic-steps", "1", "--name", "one") == 0
     run = tmp_path / "runs" / "gan" / "one"
     assert is_png(run / "samples.png") and all(is_png(run / f"{name}.png") for name in pictures)

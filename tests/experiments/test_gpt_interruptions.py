@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
     ("number", "every", "delay"),
     [
         (signal.SIGKILL, "1", 0.0),  # a save is always under way
-        (signal.SIGTERM, "20", 0.0),
+        pytest.param(signal.SIGTERM, "20", 0.0, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "7", 0.0, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "20", 0.1, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "1", 0.33, marks=pytest.mark.slow),

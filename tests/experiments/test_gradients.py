@@ -17,6 +17,7 @@ from train.data.images import arrays
 from train.losses import cross_entropy
 from train.step import create
 
+DRAWN = True
 call, completed = (functools.partial(function, "gradients") for function in (runs.call, runs.completed))
 QUICK = ("--batch", "20", "--no-compile", "--name", "a")
 

@@ -23,6 +23,7 @@ from tests.registry.experiments import EXPERIMENTS, Experiment
 from train.run import Common, checkpoints, flags
 from train.run.run import Run
 
+DRAWN = True
 every_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str, scope="module")
 SPEEDS = ("seconds", "per_second")
 

@@ -26,7 +26,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mislabelled")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.undrawn(patch)
         assert call(*QUICK, "--snapshot-every", "50", "--name", "whole") == 0
     return folder
 
@@ -115,8 +114,7 @@ def test_neighbours_are_those_of_scikit_learn(place):
     assert scored["neighbours"].numpy() == pytest.approx((labels[nearest] != labels[:, None]).mean(1))
 
 
-def test_resume_with_another_rank_only_scores_anew(here, place, monkeypatch):
-    runs.undrawn(monkeypatch)
+def test_resume_with_another_rank_only_scores_anew(here, place):
     assert call("--resume", "--rank", "3") == 0
     before, after = (scores_of(folder / "runs" / "mislabelled" / "whole") for folder in (place, here))
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["influence"]

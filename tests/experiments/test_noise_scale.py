@@ -22,7 +22,6 @@ call, completed = (functools.partial(function, "noise_scale") for function in (r
 def test_first_step_is_that_of_single_gradients(tmp_path, monkeypatch):
     """The figures of one step against the gradients of its windows, one by one, at the initial values."""
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     (tmp_path / "words").write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
     quick = ("--batch", "8", "--steps", "1", "--text", "words", "--no-compile")
     assert call(*quick, "--name", "one") == 0 and call(*quick, "--micro-batches", "2", "--name", "parts") == 0

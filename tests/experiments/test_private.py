@@ -25,7 +25,6 @@ CFG = experiment.Config(8, 10)
 def run(tmp_path, monkeypatch):
     """The folder of the run that a test makes."""
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     return tmp_path / "runs" / "private" / "a"
 
 

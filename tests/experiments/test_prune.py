@@ -42,7 +42,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prune")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.undrawn(patch)
         assert call(*QUICK, "--no-compile", "--name", "whole") == 0
     return folder
 

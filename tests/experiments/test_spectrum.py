@@ -14,6 +14,7 @@ from tests.experiments.runs import metrics, result
 from tests.experiments.test_laws import colours, final_state
 from train.data.images import arrays
 
+DRAWN = True
 call, completed = (functools.partial(function, "spectrum") for function in (runs.call, runs.completed))
 QUICK = ("--pool", "4", "--widths", "6", "--lanczos-steps", "25", "--probes", "3", "--steps", "10", "--spectra")
 

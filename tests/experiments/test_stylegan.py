@@ -70,7 +70,6 @@ def test_mixed_precision(here):
 def test_flat_folder_of_pictures(tmp_path, monkeypatch, capfd):
     """One that cannot be read is skipped and named; a resumed run knows the others, wherever they lie."""
     monkeypatch.chdir(tmp_path)
-    runs.undrawn(monkeypatch)
     faces(tmp_path / "faces", 20)
     (tmp_path / "faces" / "broken.png").write_bytes(b"no picture")
     assert call(*QUICK, "--data", "faces", "--name", "one") == 0

@@ -45,8 +45,7 @@ def test_own_folders_have_a_test_part_and_no_truth(script, place):
 
 
 @both_scripts
-def test_resumes_with_the_same_pictures_elsewhere_and_refuses_others(script, here, capfd, monkeypatch):
-    runs.undrawn(monkeypatch)
+def test_resumes_with_the_same_pictures_elsewhere_and_refuses_others(script, here, capfd):
     (here / "moved").mkdir()
     for side in ("first", "second"):
         (here / side).rename(here / "moved" / side)

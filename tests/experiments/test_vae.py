@@ -33,7 +33,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.undrawn(patch)
         assert call(*QUICK, *SMALL, "--latent", "2", "--name", "whole") == 0
     return folder
 
@@ -113,8 +112,6 @@ def test_mean_image_against_distributions():
 )
 def test_each(model, flags, pictures, dtype, tmp_path, monkeypatch, without_codes):
     monkeypatch.chdir(tmp_path)
-    if dtype == "bfloat16":
-        runs.undrawn(monkeypatch)
     flags = (*QUICK, *SMALL, "--steps", "30", "--model", model, *flags, "--dtype", dtype)
     assert call(*flags, "--name", "one") == 0
     run = tmp_path / "runs" / "vae" / "one"
@@ -147,7 +144,6 @@ def test_flat_folder_of_pictures(tmp_path, monkeypatch, capsys):
     assert is_png(run / "samples.png") and config(run)["net"]["output"] == "mean"
     assert call("sample", "--run", "runs/vae/one", "--count", "4") == 0 and is_png(run / "sampled.png")
     (tmp_path / "faces").rename(tmp_path / "moved")
-    runs.undrawn(monkeypatch)
     assert call("--resume", "--name", "one", "--data", "moved", "--steps", "3") == 0
     Image.effect_noise((20, 24), 60).convert("RGB").save(tmp_path / "moved" / "3.png")
     assert call("--resume", "--name", "one", "--steps", "4") == 2

@@ -36,7 +36,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vqvae")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.undrawn(patch)
         assert call(*QUICK, *SMALL, "--revive-every", "2", "--name", "whole") == 0
     return folder
 
@@ -71,9 +70,8 @@ def test_each_stage_has_its_own_records(place):
     assert errors == [2] and nats == [4, 6]
 
 
-def test_run_resumes_within_either_stage(here, monkeypatch):
+def test_run_resumes_within_either_stage(here):
     """The law stops a run in the stage of the prior; here in that of the autoencoder, on which the prior depends."""
-    runs.undrawn(monkeypatch)
     run = here / "runs" / "vqvae" / "whole"
     whole, figures = final_state(run), result(run)
     for step in (4, 6):
@@ -83,8 +81,7 @@ def test_run_resumes_within_either_stage(here, monkeypatch):
     assert {**result(run), "seconds": 0} == {**figures, "seconds": 0}
 
 
-def test_prior_learns_longer_on_request(here, monkeypatch, capsys):
-    runs.undrawn(monkeypatch)
+def test_prior_learns_longer_on_request(here, capsys):
     assert call("--resume", "--name", "whole", "--prior-steps", "5") == 0
     assert result(here / "runs" / "vqvae" / "whole")["steps"] == 8
     assert "resumed with --prior-steps 5 (it was started with 3)" in capsys.readouterr().out
