@@ -309,7 +309,8 @@ def check_compiled(net: Net, backend):
         assert_trees_close(net, actual, expected, "compiled", rtol=1e-4, atol=noise)
 
 
-SLOW = [n for n in NETS if n in LONG or n not in PLAIN]
+SIBLINGS = ("alexnet", "mobilenet_v1", "mobilenet_v2", "squeezenet", "vgg")  # built as mobilenet_v3, resnet are
+SLOW = [n for n in NETS if n in (*LONG, *SIBLINGS) or n not in PLAIN]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETS])

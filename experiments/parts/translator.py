@@ -205,10 +205,16 @@ def draw_attention(folder: Path, translator: Translator, sentence: str, ids: lis
 
 
 def draw_maps(path: Path, weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Attention weights (1, layers, heads, rows, columns): a row of panels per layer, a column per head."""
+    """Attention weights (1, layers, heads, rows, columns): a row of panels per layer, a column per head; the tokens
+    stand beside the outer ones."""
     (layers, heads), size = weights.shape[1:3], {"width": 1.6 + 0.17 * len(columns), "height": 1.6 + 0.17 * len(rows)}
     with plots.panels(path, layers, heads, **size) as axes:
         for i, panel in enumerate(axes):
             layer, head = divmod(i, heads)
+            names = rows if head == 0 else None, columns if layer == layers - 1 else None
             title = f"layer {layer + 1}, head {head + 1}"
-            plots.matrix(panel, weights[0, layer, head], rows, columns, title=title, numbers=False)
+            plots.matrix(panel, weights[0, layer, head], *names, title=title, numbers=False)
+            if head:
+                panel.set_yticks([])
+            if layer < layers - 1:
+                panel.set_xticks([])

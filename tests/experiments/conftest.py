@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.experiments.runs import THREADS, undrawn
+from tests.experiments.runs import THREADS, coarse, undrawn
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,10 +19,9 @@ def threads():
 
 @pytest.fixture(autouse=True, scope="module")
 def pictures(request):
-    """Files of tests that look at what pictures show say `DRAWN = True`; for the others they are black squares."""
+    """Coarse pictures for files of tests that look at them, which say `DRAWN = True`; black squares for the others."""
     with pytest.MonkeyPatch.context() as patch:
-        if not getattr(request.module, "DRAWN", False):
-            undrawn(patch)
+        coarse(patch) if getattr(request.module, "DRAWN", False) else undrawn(patch)
         yield
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from core import tree
@@ -53,7 +54,18 @@ def execute(path: Path, *argv: Any) -> None:
 
 def undrawn(patch: pytest.MonkeyPatch) -> None:
     """Write black squares in place of figures, which take half the time of a tiny run: where no test looks at them."""
-    patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: BLACK.save(path, "PNG"))
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: BLACK.save(path, "PNG"))
+
+
+def coarse(patch: pytest.MonkeyPatch) -> None:
+    """Write figures with few pixels, as they come without the work of a layout engine: enough to count colours."""
+
+    def write(figure: Figure, path: Path, **options: Any) -> None:
+        figure.set_layout_engine(None)
+        savefig(figure, path, **{**options, "dpi": 30})
+
+    savefig = Figure.savefig
+    patch.setattr(Figure, "savefig", write)
 
 
 def refused(experiment: str, capfd: pytest.CaptureFixture, *argv: Any) -> str:

@@ -25,7 +25,7 @@ from tests.experiments.runs import (
 )
 from train.run import checkpoints
 
-LONG = (*QUICK, "--steps", "60", "--dropout", "0.1", "--eval-every", "20")
+LONG = (*QUICK, "--steps", "30", "--dropout", "0.1", "--eval-every", "20")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_stopped_and_resumed_run_has_the_same_bits(number, every, delay, here, w
     process.send_signal(number)
     code, out, err = finish(process)
     at = checkpoints.latest(run / "checkpoints")
-    assert at < 60
+    assert at < 30
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:

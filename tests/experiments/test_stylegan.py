@@ -6,6 +6,7 @@ from PIL import Image
 from tests.experiments import runs
 from tests.experiments.runs import config, is_png, metrics, result
 
+DRAWN = True
 call, refused = (functools.partial(function, "stylegan") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "4", "--batch", "4", "--phase", "4", "--size", "16", "--first", "1", "--no-compile")
 

@@ -143,6 +143,7 @@ def test_samples(here, capsys):
     assert best[0] == best[1]
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_gradient_of_the_whole_batch(here):
     """Sentences differ in length and the rows do not divide by 5: a mean of means would be another loss."""
     assert call(*QUICK, *STEPS, "--dropout", "0.2", "--name", "one") == 0

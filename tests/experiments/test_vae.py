@@ -16,6 +16,7 @@ from train import plots
 from train.data.images import arrays
 from train.run import open_run
 
+DRAWN = True
 call, refused = (functools.partial(function, "vae") for function in (runs.call, runs.refused))
 QUICK = ("--steps", "4", "--batch", "50", "--save-every", "2", "--test-every", "2", "--no-compile")
 SMALL = ("--width", "16", "--bound-samples", "3")

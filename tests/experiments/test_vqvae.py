@@ -87,8 +87,15 @@ def test_prior_learns_longer_on_request(here, capsys):
     assert "resumed with --prior-steps 5 (it was started with 3)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("codebook", ["ema", "loss"])
+@pytest.mark.parametrize(
+    ("codebook", "dtype"),
+    [
+        ("ema", "float32"),
+        ("loss", "bfloat16"),
+        pytest.param("loss", "float32", marks=pytest.mark.slow),
+        pytest.param("ema", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_each_codebook(codebook, dtype, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ("--codebook", codebook, "--dtype", dtype, "--revive-every", "5", "--learning-rate", "1e-2")

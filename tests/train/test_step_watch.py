@@ -29,7 +29,11 @@ def watch(reports):
 
 @pytest.mark.parametrize(
     ("compile", "micro_batches", "donate"),
-    [*((False, n, donate) for n in (1, 4) for donate in (False, True)), (True, 1, True), (True, 4, False)],
+    [
+        *((False, n, donate) for n in (1, 4) for donate in (False, True)),
+        (True, 4, True),
+        pytest.param(True, 1, False, marks=pytest.mark.slow),
+    ],
 )
 def test_watched_step_is_the_step(micro_batches, donate, compile):
     torch._dynamo.reset()

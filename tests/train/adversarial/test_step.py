@@ -121,10 +121,9 @@ HINGE = Game("hinge", regulariser="dragan", pairing="average", spectral=True)
 @pytest.mark.parametrize(
     ("game", "unroll"),
     [
-        (HINGE, False),
-        (Game("energy", pulling_away=0.1), True),
+        pytest.param(HINGE, False, id="spectral-dragan", marks=pytest.mark.slow),
+        pytest.param(Game("energy", pulling_away=0.1), True, id="unrolled"),
     ],
-    ids=["spectral-dragan", "unrolled"],
 )
 def test_compiled_as_eager(game, unroll):
     state, step = parts(game, critic_steps=2)
