@@ -4,7 +4,7 @@ Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Netw
 translates, a critic judges patches of (source, translation). Without a flag it learns to colour grey photographs, from
 tiles of the two in scikit-learn, offline:
 
-    python experiments/pix2pix.py                                            18 minutes on a busy CPU core
+    python experiments/pix2pix.py                                            11 minutes on one CPU core
     python experiments/pix2pix.py --data facades --source right              A|B in one file, best in train/ and test/
     python experiments/pix2pix.py --data labels,photographs                  two folders, paired by name
     python experiments/pix2pix.py --data facades --preset paper              the paper's sizes
