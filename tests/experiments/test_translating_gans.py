@@ -21,6 +21,11 @@ def picture(path, seed, size=(40, 40), grey=False):
     Image.fromarray(pixels[..., 0] if grey else pixels).save(path)
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image, int)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Folders of pictures, and a finished run of each script on two of them, runs/.../whole; not to be changed."""
@@ -73,7 +78,9 @@ def test_translations_overwrite_nothing(script, here, capsys):
     assert any(line.startswith("skipped") and "1: inputs/broken.png" in line for line in lines)
     assert all(str(path.relative_to(here)) in lines for path in first)
     assert runs.call(script, *flags, "inputs/a/x.png") == 0
-    assert (run / "translated_2" / "x.png").read_bytes() == first[0].read_bytes()
+    # A batch of one and one of three are sums in another order, which may round to the next of 255 levels.
+    alone, together = (pixels(path) for path in (run / "translated_2" / "x.png", first[0]))
+    assert np.abs(alone - together).max() <= 1
     assert runs.call(script, *flags, "inputs/a/x.png", "--out", "own/folder") == 0 and is_png(here / "own/folder/x.png")
 
 
