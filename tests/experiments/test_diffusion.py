@@ -343,7 +343,7 @@ def test_flat_folder_with_an_unreadable_picture(tmp_path, monkeypatch, capfd):
     assert "'data' has the one class 'one-class'; expected at least two" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
     process = runs.start("diffusion", tmp_path)

@@ -162,7 +162,7 @@ def test_defaults_of_a_line(monkeypatch, capsys):
         assert default in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
     runs.completed("gan", tmp_path)
