@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def test_resumed_run_has_no_doubles(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # killed while it wrote
     assert len(read_metrics(tmp_path)) == 3
+    # TensorBoard reads files in the order of their names: the second, and of one process a number (10 before 9).
+    time.sleep(1.01)
     with RunLog(tmp_path, {"a": 2}, resume=20, quiet=True) as log:
         log.metrics(30, {"loss": 31.0})
     assert without_time(read_metrics(tmp_path)) == [
