@@ -1,12 +1,7 @@
 """Published weights: torchvision's facts, the preparation of images, and the download."""
 
-import contextlib
-import functools
 import hashlib
-import http.server
-import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pooch
 import pytest
@@ -17,6 +12,7 @@ from nets.blocks.conv_norm import fill_published
 from nets.classifiers import by_name, resnet, torchvision_weights, vit
 from nets.classifiers.torchvision_weights import Published, download, from_pretrained, preprocess
 from nets.weights import WeightsError
+from tests.local_server import serve
 from tests.nets.parity import assert_same, randomise
 
 RESNET = resnet.Config((1, 1), width=4, classes=7)
@@ -72,23 +68,6 @@ def test_preprocess():
 
 
 # Download.
-
-
-@contextlib.contextmanager
-def serve(folder: Path):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture

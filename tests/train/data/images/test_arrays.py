@@ -1,12 +1,8 @@
-import contextlib
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import os
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import torch
 from PIL import Image
 
 from core import random
+from tests.local_server import serve
 from tests.train.data.images.image_files import write_idx
 from train.data import DataError
 from train.data.images import arrays, cifar
@@ -112,23 +109,6 @@ def test_the_real_mnist():
     assert abs(test.images.mean().item() - 0.1325) < 1e-3 and test.images.max() == 1
 
 
-@contextlib.contextmanager
-def serve(folder: Path):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def published(tmp_path, monkeypatch) -> Path:
     """A folder that is served, and whose files are what "mnist" should be."""
@@ -142,7 +122,7 @@ def published(tmp_path, monkeypatch) -> Path:
 
 def test_download_once(published, tmp_path):
     with serve(published) as url:
-        folder = arrays.download("mnist", tmp_path / "cache", base_url=url)
+        folder = arrays.download("mnist", tmp_path / "cache", base_url=f"{url}/")
     assert len(arrays.mnist(folder)[0].labels) == 6
     assert arrays.download("mnist", tmp_path / "cache", base_url="http://127.0.0.1:9/") == folder  # nothing to fetch
 
@@ -160,7 +140,7 @@ def test_a_downloaded_archive_is_unpacked(tmp_path, monkeypatch):
     sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in served.iterdir()}
     monkeypatch.setitem(arrays.DOWNLOADS, "cifar10", ("http://127.0.0.1:9/", sums))
     with serve(served) as url:
-        folder = arrays.download("cifar10", tmp_path / "cache", base_url=url)
+        folder = arrays.download("cifar10", tmp_path / "cache", base_url=f"{url}/")
     assert folder == tmp_path / "cache"
     (folder / "cifar-10-batches-bin" / "test_batch.bin").unlink()
     assert arrays.download("cifar10", folder) == folder  # nothing to fetch, but to unpack
@@ -175,10 +155,10 @@ def test_download_failures_are_one_line(published, tmp_path):
     (published / "t10k-images-idx3-ubyte.gz").write_bytes(b"an error page")
     with serve(published) as url:
         with pytest.raises(DataError, match="is not the published file: its MD5 sum differs"):
-            arrays.download("mnist", tmp_path / "cache", base_url=url)
+            arrays.download("mnist", tmp_path / "cache", base_url=f"{url}/")
         (published / "t10k-images-idx3-ubyte.gz").unlink()
         with pytest.raises(DataError, match="cannot fetch .*404"):
-            arrays.download("mnist", tmp_path / "cache", base_url=url)
+            arrays.download("mnist", tmp_path / "cache", base_url=f"{url}/")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     with pytest.raises(DataError, match="unknown data set 'imagenet', expected one of cifar10, fashion-mnist, mnist"):
         arrays.download("imagenet")

@@ -1,7 +1,5 @@
 """Batches of an image set: functions of key and step, with their labels, without what cannot be read."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,21 +8,9 @@ from tests.train.data.images.image_files import write_pictures
 from train.data import DataError
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
-from train.data.images.files import Decoder, Files
+from train.data.images.files import Files
 
 KEY = random.key(5)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Three classes of six pictures, undivided."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"), "abc")
-
-
-@pytest.fixture
-def decoder():
-    with Decoder(0) as decoder:
-        yield decoder
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder"])

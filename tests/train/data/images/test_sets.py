@@ -1,7 +1,5 @@
 """The images that `--data` names: every kind, layouts of folders, and what is refused."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,21 +12,8 @@ from tests.train.data.images.image_files import save, write_cifar, write_mnist, 
 from train.data import DataError
 from train.data.images import arrays, cifar
 from train.data.images import sets as image_sets
-from train.data.images.files import Decoder
 
 KEY = random.key(5)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Three classes of six pictures, undivided."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"), "abc")
-
-
-@pytest.fixture
-def decoder():
-    with Decoder(0) as decoder:
-        yield decoder
 
 
 # What is opened.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.data.translation.text_files import write
 from train.data import DataError
 from train.data.fingerprint import fingerprint
 from train.data.translation import files as pair_files
@@ -11,17 +12,6 @@ from train.data.translation.files import PairFiles, lines, read, sentences
 from train.data.translation.sets import open_pairs
 
 GERMAN, ENGLISH = ["eins", "zwei", "drei"], ["one", "two", "three"]
-
-
-def write(folder: Path, **files: list[str] | str | bytes) -> Path:
-    """Files whose names have _ for the last dot; a list is its lines."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        stem, _, end = name.rpartition("_")
-        if isinstance(content, list):
-            content = "".join(line + "\n" for line in content)
-        (folder / f"{stem}.{end}").write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
 
 
 def two(folder: Path) -> PairFiles:

@@ -1,16 +1,14 @@
 """The pairs that `--data` names: folders, tables, original layouts, downloads, and the facts about them."""
 
-import contextlib
-import functools
 import hashlib
-import http.server
 import os
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
 
+from tests.local_server import serve
+from tests.train.data.translation.text_files import write
 from train.data import DataError
 from train.data.text.tokenizers import train_sentences
 from train.data.translation import sets as pair_sets
@@ -22,17 +20,6 @@ needs_data = pytest.mark.skipif(not DATA, reason="FUNCTREE_DATA does not name a 
 
 GERMAN, ENGLISH = ["eins", "zwei", "drei"], ["one", "two", "three"]
 NUMBERS = [str(i) for i in range(250)]
-
-
-def write(folder: Path, **files: list[str] | str | bytes) -> Path:
-    """Files whose names have _ for the last dot; a list is its lines."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        stem, _, end = name.rpartition("_")
-        if isinstance(content, list):
-            content = "".join(line + "\n" for line in content)
-        (folder / f"{stem}.{end}").write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
 
 
 def test_facts_of_pairs(tmp_path):
@@ -240,23 +227,6 @@ def test_wmt14_in_its_own_layout(tmp_path):
     ]
     assert actual.validation == [("dev/newstest2013 en", "dev/newstest2013 de")]
     assert list(actual.tests) == ["newstest2014"]
-
-
-@contextlib.contextmanager
-def serve(folder: Path):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def archive(path: Path, folder: Path, names: list[str]) -> None:
