@@ -43,7 +43,7 @@ class Trained:
     choices: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the net's Config that differ from the preset: weights of another library may want another padding."""
     averaged: bool = False
-    """Whether the moving average of the parameters is what is evaluated."""
+    """Evaluate the moving average of the parameters."""
 
 
 def net_of(trained: Trained) -> tuple[ModuleType, Any]:

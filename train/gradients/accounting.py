@@ -4,7 +4,7 @@ A mechanism M is (epsilon, delta)-private if P(M(D) in S) <= e^epsilon P(M(D') i
 
 | sampling  | neighbours                            | a step changes by     | accountants |
 | --------- | ------------------------------------- | --------------------- | ----------- |
-| "poisson" | one has an example more               | max_norm              | pld, rdp    |
+| "poisson" | one has one example more              | max_norm              | pld, rdp    |
 | "fixed"   | one example is replaced by another    | 2 max_norm            | rdp         |
 
 "pld": privacy loss distributions (Koskela et al. 2020, arXiv:1906.03049), tight, takes about half a second. "rdp":
@@ -51,7 +51,7 @@ def spent_epsilon(
 
     Args:
         noise_multiplier: standard deviation of the noise over max_norm.
-        sampling_rate: probability of an example to be in a batch; with "fixed" its size over that of the data.
+        sampling_rate: probability that an example is in a batch; with "fixed" its size over that of the data.
         accountant: "pld" or "rdp"; by default the first that the sampling has.
         sampling: "poisson" or "fixed", see above.
 
