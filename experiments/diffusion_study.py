@@ -114,6 +114,7 @@ def evaluate(args: EvaluateArgs) -> None:
     steps = {name: sampler.step for name, sampler in each}  # one compiled step for all numbers of steps
     real = diffusion.real_images(run.data, args.count)
     labels, rows = diffusion.labels_of(model, len(real), run.device), []
+    print(f"{len(real)} samples by each of {', '.join(f'{name} in {n} steps' for name, n in settings)} ...", flush=True)
     for name, sampler in each:
         sampler = sampler._replace(step=steps[name])
         samples, _ = diffusion.generate(sampler, run.params, labels, key, run.data.shape, len(real))

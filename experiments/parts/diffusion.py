@@ -16,6 +16,7 @@ from nets.generative import unet
 from train import plots
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
+from train.data.understood import understood
 from train.diffusion import by_time, samplers
 from train.diffusion import schedules as noising
 from train.diffusion.film import Film, unit
@@ -115,6 +116,7 @@ def opened(args: FromRun) -> Opened:
     device, cfg, stored = command_line.device(args.device), run.read("net", unet.Config), run.config["args"]
     process = from_json(Process, stored, "process", f"the configuration of '{run.folder}'")
     data = read(stored["data"], stored["size"], process.classes)
+    understood(print, {"run": run.folder, "checkpoint": f"step {run.step}", **data.facts, "net": cfg})
     train, test, schedule = tree.move((data.train, data.test, schedule_of(process)), device)
     params = tree.move(run.learned(unet.spec(cfg), "train"), device)
     data, model = data._replace(train=train, test=test), Diffusion(cfg, process, schedule)

@@ -202,7 +202,9 @@ def test_evaluation(command, run, capsys):
     assert all(0.5 < bits[name] < 6 for name in ("bound", "flow")) and bits["uniform"] == pytest.approx(
         4.0875, abs=1e-3
     )
-    assert table["real_frechet_distance"] > 0 and "without a net" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert table["real_frechet_distance"] > 0 and "without a net" in out
+    assert any(line.split() == ["run", "runs/diffusion/whole"] for line in out.splitlines())
 
 
 def test_gradients_by_time(run):
