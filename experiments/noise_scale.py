@@ -7,7 +7,7 @@ uncertainty least. Both are taken from the same batches here:
     python experiments/noise_scale.py                                        a minute and a half on 2 CPU cores
     python experiments/noise_scale.py --preset nanogns --text input.txt      the published run of nanoGNS; an hour
 
-Expected of the first: B is 2 to 3 at the start, passes the batch of 32 after 200 steps, is at most 57 and 27 at the
+Expected of the first: B is 1 to 4 at the start, passes the batch of 32 after 150 steps, is at most 55 and 24 at the
 end; tr Σ of one step is uncertain by 17 % by every example, by 46 % by one small batch of 4 beside the batch.
 
 The second is the run in nanoGNS's README (Gray et al. 2024, "Normalization Layer Per-Example Gradients are Sufficient
