@@ -12,7 +12,7 @@ batch, and the examples of least and greatest mean norm (compare Paul et al. 202
 Expected of the images: norms spread over five orders of magnitude, the mean of the hardest example is 22, of the median
 one 0.7, of the easiest 0.058; the noise scale is 80 examples in the first quarter of the steps, and in the last more
 than there are examples: their mean gradient is lost in the noise. Images of one class have gradients that point the
-same way. Of the text: norms that grow (4.1 to 10), a noise scale from 9 to 184.
+same way. Of the text: norms that grow (3.8 to 11), a noise scale from 13 to 152.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
