@@ -18,12 +18,12 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from core import random, spec, tree
-from nets import weights
+from experiments.parts import language_model
 from nets.language import gpt2
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
@@ -142,29 +142,18 @@ def validate(params, cfg: gpt2.Config, tokens, limit: int | None = None) -> floa
     return total / count
 
 
-def published_tokenizer(source: str) -> Any:
-    path = weights.locate(source, ("tokenizer.json", "vocab.json"))
-    return tokenizers.load(path if path.name == "tokenizer.json" else path.parent)
-
-
-def check_vocabulary(tokenizer, cfg: gpt2.Config) -> None:
-    if tokenizer.vocabulary_size > cfg.vocabulary:
-        size = f"the tokenizer has {tokenizer.vocabulary_size} tokens"
-        raise ValueError(f"{size}, expected up to the {cfg.vocabulary} of the net")
-
-
 def model_and_data(args: Args, folder: Path | None) -> tuple[gpt2.Config, text.Text, tree.Tree | None]:
     """(net, text, published weights or None) of the flags; a resumed run keeps its tokenizer."""
     cfg, params, tokenizer = gpt2.PRESETS[args.preset], None, None
     if args.weights:
         params, cfg = gpt2.from_pretrained(args.weights)
-        tokenizer = published_tokenizer(args.weights)
+        tokenizer = language_model.published_tokenizer(args.weights)
     if args.tokenizer != "characters":
         tokenizer = tokenizers.load(args.tokenizer)
     if folder:
         tokenizer = tokenizers.load(folder / "tokenizer.json")
     if args.weights:
-        check_vocabulary(tokenizer, cfg)
+        language_model.check_vocabulary(tokenizer, cfg)
     data = text.open_text(args.text, tokenizer, cache=RUNS / "tokens")
     if not args.weights:
         cfg = dataclasses.replace(cfg, vocabulary=data.tokenizer.vocabulary_size)
@@ -228,36 +217,10 @@ def report(run: Run, params, cfg: gpt2.Config, tokenizer, baseline: float, valid
     run.result({**figures, **speed})
     watch.draw(run.folder)
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
-    (sample,) = write(params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
+    (sample,) = language_model.write(gpt2, params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
     (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} nats per token", end=" ")
     print(f"(unigram entropy: {baseline:.4f}) after {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
-
-
-def opening(tokenizer) -> list[int]:
-    """The tokens of an empty prompt: a line end, or any token where the vocabulary has none."""
-    try:
-        return tokenizer.encode("\n") or [0]
-    except ValueError:
-        return [0]
-
-
-@torch.no_grad()
-def write(params, cfg: gpt2.Config, tokenizer, prompt: str, tokens: int, show=None, *, key, **options) -> list[str]:
-    """The prompt and what the model writes after it, one text per key; `show` gets the first piece by piece."""
-    ids, keys, shown = tokenizer.encode(prompt) if prompt else opening(tokenizer), key.reshape(-1, 2), 0
-    rows, ended = [list(ids) for _ in keys], [False] * len(keys)
-    start = torch.tensor([ids], device=params["tokens"]["weight"].device)
-    for token in gpt2.stream(params, start, cfg, tokens, key=keys, **options):
-        for i, number in enumerate(token.tolist()):
-            if not ended[i]:
-                rows[i].append(number)
-            ended[i] = ended[i] or number == options.get("end")
-        written = tokenizer.decode(rows[0])
-        if show and not written.endswith("\ufffd"):  # the first bytes of a character are not shown before the last
-            show(written[shown:])
-            shown = len(written)
-    return [tokenizer.decode(row) for row in rows]
 
 
 def sample(args: SampleArgs) -> None:
@@ -270,15 +233,16 @@ def sample(args: SampleArgs) -> None:
         params = run.restore(gpt2.spec(cfg), "params")
     else:
         params, cfg = gpt2.from_pretrained(args.weights)
-        tokenizer = published_tokenizer(args.weights)
-    check_vocabulary(tokenizer, cfg)
+        tokenizer = language_model.published_tokenizer(args.weights)
+    language_model.check_vocabulary(tokenizer, cfg)
     end = None if args.end is None else tokenizer.encode(args.end)
     if end is not None and len(end) != 1:
         raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
     options |= {"end": end and end[0], "key": random.split(random.key(args.seed, device), args.samples)}
     show = functools.partial(print, end="", flush=True)
-    texts = write(tree.move(params, device), cfg, tokenizer, args.prompt, args.tokens, show, **options)
+    params = tree.move(params, device)
+    texts = language_model.write(gpt2, params, cfg, tokenizer, args.prompt, args.tokens, show, **options)
     print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))
 
 

@@ -1,0 +1,54 @@
+"""Parts of the experiments with language models: published tokenizers, and texts that go on from a prompt."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import tree
+from core.tree import Tree
+from nets import weights
+from train.data.text import tokenizers
+
+
+def published_tokenizer(source: str) -> Any:
+    """The tokenizer of published weights: tokenizer.json, or vocab.json and merges.txt, beside them."""
+    path = weights.locate(source, ("tokenizer.json", "vocab.json"))
+    return tokenizers.load(path if path.name == "tokenizer.json" else path.parent)
+
+
+def check_vocabulary(tokenizer, cfg) -> None:
+    """Raise ValueError if the tokenizer has more tokens than the net of `cfg`."""
+    if tokenizer.vocabulary_size > cfg.vocabulary:
+        size = f"the tokenizer has {tokenizer.vocabulary_size} tokens"
+        raise ValueError(f"{size}, expected up to the {cfg.vocabulary} of the net")
+
+
+def opening(tokenizer) -> list[int]:
+    """The tokens of an empty prompt: a line end, or any token where the vocabulary has none."""
+    try:
+        return tokenizer.encode("\n") or [0]
+    except ValueError:
+        return [0]
+
+
+@torch.no_grad()
+def write(
+    net: ModuleType, params: Tree, cfg, tokenizer, prompt: str, tokens: int, show=None, *, key: Tensor, **options
+) -> list[str]:
+    """The prompt and what the model writes after it, one text per key, by `net.stream`, which gets the options; `show`
+    gets the first text piece by piece."""
+    ids, keys, shown = tokenizer.encode(prompt) if prompt else opening(tokenizer), key.reshape(-1, 2), 0
+    rows, ended = [list(ids) for _ in keys], [False] * len(keys)
+    start = torch.tensor([ids], device=tree.leaves(params)[0].device)
+    for token in net.stream(params, start, cfg, tokens, key=keys, **options):
+        for i, number in enumerate(token.tolist()):
+            if not ended[i]:
+                rows[i].append(number)
+            ended[i] = ended[i] or number == options.get("end")
+        written = tokenizer.decode(rows[0])
+        if show and not written.endswith("\ufffd"):  # the first bytes of a character are not shown before the last
+            show(written[shown:])
+            shown = len(written)
+    return [tokenizer.decode(row) for row in rows]
