@@ -309,11 +309,12 @@ def check_compiled(net: Net, backend):
         assert_trees_close(net, actual, expected, "compiled", rtol=1e-4, atol=noise)
 
 
-SIBLINGS = ("alexnet", "mobilenet_v1", "mobilenet_v2", "squeezenet", "vgg")  # built as mobilenet_v3, resnet are
-SLOW = [n for n in NETS if n in (*LONG, *SIBLINGS) or n not in PLAIN]
+ONE_OF_EACH_KIND = ("mlp", "convolutional", "resnet", "vit", "dcgan critic", "vqvae", "gpt2")  # the others are slow
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NETS])
+@pytest.mark.parametrize(
+    "name", [n if n in ONE_OF_EACH_KIND else pytest.param(n, marks=pytest.mark.slow) for n in NETS]
+)
 def test_compile_is_one_graph(name):
     net = NETS[name]
     counter = CompileCounterWithBackend("aot_eager")
@@ -321,14 +322,8 @@ def test_compile_is_one_graph(name):
     assert counter.frame_count == 1, f"{net.name}: {counter.frame_count} graphs for two batches of one shape"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "convolutional",
-        pytest.param("mlp, dropout", marks=pytest.mark.slow),
-        pytest.param("gpt2, no bias", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convolutional", "mlp, dropout", "gpt2, no bias"])
 def test_compile_with_inductor(name):
     check_compiled(NETS[name], "inductor")
 

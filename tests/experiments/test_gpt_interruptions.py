@@ -45,16 +45,17 @@ def whole(tmp_path_factory):
     return state_of(folder / "runs/gpt/whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "every", "delay"),
     [
         (signal.SIGKILL, "1", 0.0),  # a save is always under way
-        pytest.param(signal.SIGTERM, "20", 0.0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, "7", 0.0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "20", 0.1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "1", 0.33, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "1", 0.71, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "13", 0.25, marks=pytest.mark.slow),
+        (signal.SIGTERM, "20", 0.0),
+        (signal.SIGINT, "7", 0.0),
+        (signal.SIGKILL, "20", 0.1),
+        (signal.SIGKILL, "1", 0.33),
+        (signal.SIGKILL, "1", 0.71),
+        (signal.SIGKILL, "13", 0.25),
     ],
 )
 def test_stopped_and_resumed_run_has_the_same_bits(number, every, delay, here, whole):

@@ -153,6 +153,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(here):
     assert len(one) == 2 and all(a == pytest.approx(b, rel=1e-3) for a, b in zip(one, five, strict=True))
 
 
+@pytest.mark.slow
 def test_bfloat16(here):
     assert call(*QUICK, *STEPS, "--dtype", "bfloat16", "--name", "half") == 0
     half, whole = (train_metrics(here / "runs" / "translate" / name) for name in ("half", "whole"))

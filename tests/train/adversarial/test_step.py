@@ -118,10 +118,11 @@ def test_equal_to_a_loop_in_plain_pytorch():
 HINGE = Game("hinge", regulariser="dragan", pairing="average", spectral=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("game", "unroll"),
     [
-        pytest.param(HINGE, False, id="spectral-dragan", marks=pytest.mark.slow),
+        pytest.param(HINGE, False, id="spectral-dragan"),
         pytest.param(Game("energy", pulling_away=0.1), True, id="unrolled"),
     ],
 )

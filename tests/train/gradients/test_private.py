@@ -199,7 +199,8 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", ["adaptive", pytest.param("per_layer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_step_is_one_graph_with_the_same_values(name):
     torch._dynamo.reset()
     (x, y), mask = data(), torch.arange(N) < 10
