@@ -27,10 +27,9 @@ def test_examples_run(page, monkeypatch):
     for block in blocks:
         exec(compiled_source(block, page), names)
     if page == "README.md":
-        assert torch.allclose(
-            names["each"]["layers"][0]["weight"].mean(0), names["gradient"]["layers"][0]["weight"], atol=1e-6
-        )
-        assert int(names["state"].step) == 1
+        torch.testing.assert_close(names["out"].mean, names["gradient"])
+        assert torch.equal(names["norms"], names["out"].total_norm) and names["norms"].shape == (32,)
+        assert names["ensemble"]["layers"][0]["weight"].shape == (8, 128, 64) and int(names["state"].step) == 1
 
 
 def compiled_source(block: str, page: str):
