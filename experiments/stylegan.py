@@ -4,7 +4,7 @@ Karras et al. 2019, "A Style-Based Generator Architecture for Generative Adversa
 the progressive growing of Karras et al. 2018 (arXiv:1710.10196), non-saturating loss and R1. Without a flag it learns
 scikit-learn's digits, offline:
 
-    python experiments/stylegan.py                                                14 minutes on a busy CPU core
+    python experiments/stylegan.py                                                10 minutes on one CPU core
     python experiments/stylegan.py --data FOLDER --preset photographs-64          a folder of pictures
     python experiments/stylegan.py sample --run runs/stylegan/NAME --truncation 0.7
     python experiments/stylegan.py sample --run runs/stylegan/NAME --mix
