@@ -166,7 +166,8 @@ def train(args: Args) -> None:
     validation = corpus.open_corpus(data.validation, tokenizer)
     shapes = buckets.make_buckets(pairs, args.tokens, cfg.context, args.shapes)
     test = next(iter(data.test_sets))
-    facts = pair_sets.facts(data, pairs, left_out=left_out) | translators.copy_baseline(data.test_sets[test])
+    copied = translators.copy_baseline(data.test_sets[test], args.target)
+    facts = pair_sets.facts(data, pairs, left_out=left_out) | copied
     understood(print, facts | {"vocabulary": tokenizer.vocabulary_size, "net": cfg})
 
     init_key, run_key, order_key = random.split(random.key(args.common.seed), 3).unbind(0)
@@ -196,7 +197,7 @@ def train(args: Args) -> None:
 def report(run: Run, name: str, pairs: list[Pair], shapes: int) -> None:
     """The figures of the test sentences, the curves, the attention to the first of them."""
     model = translators.load(open_run(run.folder, RUNS), run.args.common.device, run.args.average)
-    figures, best = translators.evaluate(model, pairs)
+    figures, best = translators.evaluate(model, pairs, run.args.target)
     figures |= {"test": name, "sentences": len(pairs)}
     run.result({**figures, "parameters": tree.count(model.params), "shapes": shapes})
     lines, title = read_curves(run.folder, "train/loss", "validation/loss"), "Divergence and validation cross-entropy"
@@ -256,7 +257,7 @@ def evaluate(args: EvaluateArgs) -> None:
     facts = {"languages": " to ".join(languages), "test pairs": {name: len(tests[name])}, "left out": left_out}
     understood(print, facts)
     began = time.perf_counter()
-    figures, _ = translators.evaluate(model, tests[name], args)
+    figures, _ = translators.evaluate(model, tests[name], trained.target, args)
     speed = len(tests[name]) / (time.perf_counter() - began)
     way = f"{args.beam} beams" if args.temperature is None else f"temperature {args.temperature}"
     print(f"{SUMMARY.format(**figures, test=name)}\n{way}, checkpoint of step {run.step}, {speed:.0f} sentences/s")

@@ -165,19 +165,20 @@ def write_samples(run: Run, translator: Translator, pairs: Sequence[Pair]) -> No
         file.write("\n")
 
 
-def copy_baseline(pairs: Sequence[Pair]) -> dict[str, float]:
+def copy_baseline(pairs: Sequence[Pair], language: str) -> dict[str, float]:
     """The figures of translations that are the source sentences themselves: a baseline without a net."""
-    figures = translation.scores(*zip(*pairs, strict=True))
+    figures = translation.scores(*zip(*pairs, strict=True), language)
     return {"copy_bleu": figures["bleu"], "copy_chrf": figures["chrf"]}
 
 
 def evaluate(
-    translator: Translator, pairs: Sequence[Pair], decoder: Decoder = GREEDY
+    translator: Translator, pairs: Sequence[Pair], language: str, decoder: Decoder = GREEDY
 ) -> tuple[dict[str, float | str], list[Translation]]:
-    """(The figures of the translations beside those of `copy_baseline`, the translations)."""
+    """(The figures of the translations into a language beside those of `copy_baseline`, the translations)."""
     sources, references = zip(*pairs, strict=True)
     best = [rows[0] for rows in translations(translator, sources, decoder)]
-    return {**translation.scores([one.text for one in best], references), **copy_baseline(pairs)}, best
+    figures = translation.scores([one.text for one in best], references, language)
+    return {**figures, **copy_baseline(pairs, language)}, best
 
 
 SUMMARY = """\

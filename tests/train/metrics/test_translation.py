@@ -42,6 +42,15 @@ def test_scores():
     assert other["bleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
+def test_bleu_of_languages_without_spaces():
+    references = ["今天天气很好，我们去公园散步。", "火车八点半从上海出发。"]
+    near = ["今天天气很好，我们去公园跑步。", references[1]]
+    for language, tokenizer in (("zh", "zh"), ("zh_TW", "zh"), ("ja", "char")):
+        figures = translation.scores(near, references, language)
+        assert 80 < figures["bleu"] < 100 and f"|tok:{tokenizer}|" in figures["bleu_signature"]
+    assert translation.scores(near, references)["bleu"] < 60  # a sentence is one word or two
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="as many translations as references, found 1 and 2"):
         translation.scores(["a"], ["a", "b"])
