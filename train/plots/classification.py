@@ -74,11 +74,11 @@ def predictions(
             pixels = array(image)
             pixels = pixels.transpose(1, 2, 0).squeeze(-1) if len(pixels) == 1 else pixels.transpose(1, 2, 0)
             left.imshow(pixels, cmap="gray", vmin=0, vmax=1 if pixels.dtype.kind == "f" else 255)
-            left.set_title(short(name, 40), fontsize=9)
+            left.set_title(short(name, 40), fontsize=9, parse_math=False)
             left.set_axis_off()
             labels = [short(classes[c], 24) for c in best[row].tolist()]
             right.barh(range(len(labels)), probabilities[row, best[row]].tolist(), color=COLOURS[0])
-            right.set_yticks(range(len(labels)), labels, fontsize=8)
+            right.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
             right.set(xlim=(0, 1), xlabel="probability")
             right.invert_yaxis()
             right.spines[["top", "right"]].set_visible(False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from train.files import replacing
+from train.plots import fonts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,14 +101,14 @@ def image_grid(
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     # Letters are about 0.6 times as wide as high: the longest line gives the size of all titles.
-    longest = max((len(line) for t in titles or () for line in t.split("\n")), default=1)
-    font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.62 * longest)))
+    longest = max((fonts.width(line) for t in titles or () for line in t.split("\n")), default=1)
+    font = min(9.0, max(4.0, 72 * scale * 1.05 / (0.62 * max(longest, 1))))
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
     gap, head = 0.06, lines * font * 1.25 / 72 + (0.05 if titles else 0)
     cell = (scale + gap, scale * height / width + gap + head)
     top = 0.35 if title else 0.0
     inches = columns * cell[0] + gap
-    size = (max(inches, 11 * 0.62 / 72 * len(title)), rows * cell[1] + gap + top)
+    size = (max(inches, 11 * 0.62 / 72 * fonts.width(title)), rows * cell[1] + gap + top)
     figure = new_figure(*size)
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
@@ -116,7 +117,7 @@ def image_grid(
         axes.imshow(image.transpose(1, 2, 0).clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
         if titles:
-            axes.set_title(titles[i], fontsize=font, color=INK, pad=2)
+            axes.set_title(titles[i], fontsize=font, color=INK, pad=2, parse_math=False)
     if title:
         figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", fontsize=11, color=INK)
     write(path, figure)
@@ -149,7 +150,7 @@ def matrix(
     numbers = max(cells.shape) <= 15 if numbers is None else numbers
     step = 0.42 if numbers else 0.26 if rows is not None or columns is not None else 4.0 / max(height, width)
     # What labels need beside the cells; those of columns stand upright if they are longer than two letters.
-    beside, below = (0.07 * max(map(len, () if labels is None else labels), default=0) for labels in (rows, columns))
+    beside, below = (0.07 * max(map(fonts.width, names), default=0) for names in (rows or (), columns or ()))
     size = max(2.6, width * step + max(1.4, 0.8 + beside)), max(2.2, height * step + max(1.0, 0.7 + below))
     figure, axes = axes_for(path, *size, xlabel, ylabel, title)
     axes.grid(False)
@@ -160,9 +161,9 @@ def matrix(
     axes.locator_params(integer=True, min_n_ticks=1)
     if columns is not None:
         turned = max(map(len, columns), default=0) > 2
-        axes.set_xticks(range(width), columns, rotation=90 if turned else 0, fontsize=8)
+        axes.set_xticks(range(width), columns, rotation=90 if turned else 0, fontsize=8, parse_math=False)
     if rows is not None:
-        axes.set_yticks(range(height), rows, fontsize=8)
+        axes.set_yticks(range(height), rows, fontsize=8, parse_math=False)
     if numbers:
         low, high = np.nanmin(cells), np.nanmax(cells)
         whole = np.all(cells == np.round(cells))
@@ -213,7 +214,7 @@ def heat_map(
     if log_y:
         axes.set_yscale("log")
     if names:
-        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7, parse_math=False)
         axes.set_ylim(len(names), 0)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.outline.set_visible(False)
@@ -313,14 +314,16 @@ def scatter(
         raise ValueError(f"labels go from {numbers.min()} to {numbers.max()}, but there are {len(classes)} classes")
     figure, axes = axes_for(path, 5.2, 4.6, xlabel, ylabel, title)
     map_ = colormaps["tab10" if len(classes) <= 10 else "tab20"]
-    # Two different letters are told apart by whoever does not see the colours.
-    letters = all(len(name) == 1 and name.isalnum() for name in classes)
+    # Two different letters are told apart by whoever does not see the colours. Markers have the default font alone.
+    letters = all(len(name) == 1 and name.isalnum() and not fonts.lacking(name) for name in classes)
     for i, name in enumerate(classes):
         mine = coordinates[numbers == i]
         marker, size = (f"${name}$", 26) if letters else ("o", 12)
         axes.scatter(*mine.T, s=size, color=map_(i % map_.N), marker=marker, lw=0, alpha=0.85, label=name)
     if not letters and len(classes) <= 20:
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
+        legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     spread = np.ptp(coordinates, axis=0)
     if spread.min() > 0 and spread.max() / spread.min() < 5:
         axes.set_aspect("equal", "datalim")
@@ -372,7 +375,7 @@ def axes_for(path: Any, width: float, height: float, xlabel: str, ylabel: str, t
 
 @contextmanager
 def _without_missing_letters():
-    """Labels may hold letters that the font lacks; a box in the picture is enough, no warning."""
+    """Letters that no font has are boxes, of which `fonts.use` has warned; matplotlib need not do so for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -382,5 +385,6 @@ def write(path: Any, figure: "Figure") -> None:
     """Write a figure as PNG; nothing if given axes instead of a path: `panels` writes theirs."""
     if _is_axes(path):
         return
+    fonts.use(figure)
     with replacing(path) as temporary, _without_missing_letters():
         figure.savefig(temporary, format="png", facecolor="white")

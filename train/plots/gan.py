@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from train.files import replacing
+from train.plots import fonts
 from train.plots.figures import COLOURS, INK, array, axes_for, new_figure, write
 
 if TYPE_CHECKING:
@@ -135,24 +136,24 @@ def image_table(
     down, across, _, height, width = pixels.shape
     sheet = tile(pixels.reshape(-1, *pixels.shape[2:]), across, gap=max(1, width // 24))
     font, letter = 9, 0.6 * 9 / 72  # points, and the width of a letter in inches
-    beside = letter * max(map(len, rows or ("",))) + 0.12
-    tallest = max(map(len, columns or ("",)))
+    beside = letter * max(map(fonts.width, rows or ("",))) + 0.12
+    tallest = max(map(fonts.width, columns or ("",)))
     turned = tallest * letter > scale
     above = (letter * tallest if turned else 0.17) + 0.08 if columns else 0.05
     head = 0.32 if title else 0.0
     table = across * scale, across * scale * sheet.shape[0] / sheet.shape[1]
-    size = max(beside + table[0] + 0.06, 0.1 * len(title) + 0.2), head + above + table[1] + 0.06
+    size = max(beside + table[0] + 0.06, 0.1 * fonts.width(title) + 0.2), head + above + table[1] + 0.06
     figure = new_figure(*size)
     axes = figure.add_axes((beside / size[0], 0.06 / size[1], table[0] / size[0], table[1] / size[1]))
     axes.imshow(sheet, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
+    style = {"transform": axes.transAxes, "fontsize": font, "color": INK, "parse_math": False}
     for i, label in enumerate(columns or ()):
         at = ((i + 0.5) / across, 1 + 0.06 / table[1])
-        axes.text(*at, label, transform=axes.transAxes, ha="center", va="bottom", fontsize=font, color=INK,
-                  rotation=90 if turned else 0)  # fmt: skip
+        axes.text(*at, label, ha="center", va="bottom", rotation=90 if turned else 0, **style)
     for i, label in enumerate(rows or ()):
         at = (-0.06 / table[0], 1 - (i + 0.5) / down)
-        axes.text(*at, label, transform=axes.transAxes, ha="right", va="center", fontsize=font, color=INK)
+        axes.text(*at, label, ha="right", va="center", **style)
     if title:
         figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", fontsize=11, color=INK)
     write(path, figure)
