@@ -21,6 +21,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
 def read(page: str) -> str:
+    """The text of a page or of another file, by its path."""
     return (ROOT / page).read_text(encoding="utf-8")
 
 

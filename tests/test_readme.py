@@ -1,30 +1,51 @@
 """The Python examples of the pages run as they stand, one after the other."""
 
-import re
-from pathlib import Path
+import ast
+import textwrap
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.test_pages import FENCE, PAGES, read
+
+RUN = ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md"]
+# How the blocks of these pages begin that do not run: they are ```py, and are parsed only.
+NOT_RUN = {
+    "nets/README.md": [
+        "params, cfg = gpt2.from_pretrained(",  # downloads
+        "from nets.classifiers import torchvision_weights\n",
+        "from nets.language import marian\n",
+        'net("name", ',  # rows of tests/registry for a net that is still to be written
+        'parity("name", ',
+    ]
+}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md#image-classifiers-by-name"]
-)
-def test_examples_run(page, monkeypatch):
+def blocks(page: str, *languages: str) -> list[str]:
+    """The code of a page in one of these languages, in order."""
+    return [textwrap.dedent(code) for _, language, code in FENCE.findall(read(page)) if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_are_python(page):
+    for block in blocks(page, "python", "py"):
+        ast.parse(block, page)
+    if page in RUN:
+        beginnings = NOT_RUN.get(page, [])
+        assert all(block.startswith(start) for block, start in zip(blocks(page, "py"), beginnings, strict=True))
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     torch._dynamo.reset()
     # The examples compile through inductor; here the tracing is what is of interest.
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "aot_eager"}))
-    path, _, section = page.partition("#")
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if section:  # the others name what the reader is to bring
-        (text,) = (part for part in text.split("\n## ") if part.split("\n")[0].lower().replace(" ", "-") == section)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
     names: dict = {}
-    for block in blocks:
+    examples = blocks(page, "python")
+    assert examples
+    for block in examples:
         exec(compiled_source(block, page), names)
     if page == "README.md":
         torch.testing.assert_close(names["out"].mean, names["gradient"])
