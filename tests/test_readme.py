@@ -8,7 +8,7 @@ import torch
 
 from tests.test_pages import FENCE, PAGES, read
 
-RUN = ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md"]
+RUN = ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md", "train/README.md"]
 # How the blocks of these pages begin that do not run: they are ```py, and are parsed only.
 NOT_RUN = {
     "nets/README.md": [
