@@ -73,7 +73,7 @@ class Args:
     """Peak learning rate of the head; the other layers' if None."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """After the warm-up: cosine (to 0), step (a tenth after a half and after three quarters), constant."""
-    warmup: Rate = 0.05
+    warmup_ratio: Rate = 0.05
     """Fraction of all steps in which the learning rate rises."""
     weight_decay: NonNegative = 0.01
     """Weight decay of weights with two axes or more; not of biases and norms."""
@@ -103,8 +103,8 @@ class Args:
     """Patterns of leaves that stay as they are, such as "stem*" "stages.0*"; frozen norms keep their statistics."""
     workers: Natural = 2
     """Processes that decode files."""
-    eval_every: Positive = 1.0
-    """Epochs between evaluations on the test images."""
+    eval_every: Count | None = None
+    """Steps between evaluations on the test images; those of an epoch if None."""
     channels_last: bool = False
     """Keep the channels of an image next to each other in memory: faster on a GPU."""
     common: Shared = Common()
@@ -184,7 +184,7 @@ def optimizer_of(args: Args, steps: int, heads: set[str]) -> optimizers.Optimize
     head = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
     rules = {"frozen": optimizers.set_to_zero()}
     for name, peak in {"body": args.learning_rate, "head": head}.items():
-        rate = recipes.rate(args.schedule, peak, steps, round(args.warmup * steps))
+        rate = recipes.rate(args.schedule, peak, steps, round(args.warmup_ratio * steps))
         rules[name] = recipes.optimizer(args.optimizer, rate, args.weight_decay, decayed, hidden, half)
     together = args.head_learning_rate is None and not args.freeze
     rule = rules["body"] if together else optimizers.by_path(rules, part)
@@ -236,7 +236,7 @@ def train(args: Args) -> None:
             pixels, labels = augment.changed(here, pixels, labels, changes, len(trained.classes), trained.mean)
             state, metrics = step(state, (pixels.contiguous(memory_format=layout), labels))
             run.record(at, metrics, args.batch, loss=metrics["loss"], accuracy=metrics["accuracy"])
-            if run.due(at, max(1, round(args.eval_every * per_epoch))):
+            if run.due(at, args.eval_every or max(1, per_epoch)):
                 figures = classification.figures(*predictions(values_of(state, args), trained, data.test, decoder))
                 run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every):

@@ -64,7 +64,7 @@ class Args:
     """Pictures of each kind per step."""
     learning_rate: Positive = 2e-4
     """Learning rate of all players; Adam with betas of 0.5 and 0.999."""
-    average: Rate = 0.99
+    ema: Rate = 0.99
     """Decay of the moving average of the generators' parameters, which are evaluated."""
     sample_every: Count = 200
     """Steps between pictures of translations, the frames of training.gif."""
@@ -202,7 +202,7 @@ def train(args: Args) -> None:
     critic, generator = cyclegan.critic_spec(cfg), cyclegan.generator_spec(cfg)
     players = {"x": critic, "y": critic}, {"back": generator, "there": generator}
     optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
-    both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
+    both = optimizer, optimizers.ema(optimizer, args.ema, debias=True)
     shape = (cfg.channels, args.size, args.size)
     memory = {kind: replay_buffer.create(shape, args.capacity, device=run.device) for kind in "xy"}
     state = create(init_key.to(run.device), *players, *both, memory)

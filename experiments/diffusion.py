@@ -5,8 +5,8 @@ predictions, weights and samplers. Without a flag a small U-Net learns scikit-le
 
     python experiments/diffusion.py                                          under 4 minutes on 2 CPU cores
     python experiments/diffusion.py --data FOLDER --classes                  the files of MNIST; any folder of pictures
-    python experiments/diffusion.py --variance learned --weight hybrid --schedule cosine --importance
-    python experiments/diffusion.py sample --run runs/diffusion/NAME --sampler ddim --steps 50 --guidance 2 --label 3
+    python experiments/diffusion.py --variance learned --loss-weight hybrid --noise-schedule cosine --importance
+    python experiments/diffusion.py sample --run runs/diffusion/NAME --sampler-steps 50 --guidance 2 --label 3
 
 diffusion_study.py compares samplers, interpolates, inpaints, and shows which times the gradient comes from.
 """
@@ -66,7 +66,7 @@ class Args:
     """Images per step."""
     learning_rate: Positive = 2e-3
     """Peak learning rate."""
-    average: Rate = 0.995
+    ema: Rate = 0.995
     """Decay of the moving average of the parameters, which samples are drawn with."""
     importance: bool = False
     """Draw times in proportion to the size of their losses."""
@@ -86,8 +86,8 @@ class Args:
 PRESETS = {
     "digits": Args(),
     "mnist": Args(preset="mnist", steps=2300),  # 21 minutes on 2 CPU cores
-    "small": Args(preset="small", steps=20_000, batch=128, learning_rate=5e-4, average=0.9995),
-    "cifar": Args(preset="cifar", dropout=0.1, steps=100_000, batch=128, learning_rate=2e-4, average=0.9999),
+    "small": Args(preset="small", steps=20_000, batch=128, learning_rate=5e-4, ema=0.9995),
+    "cifar": Args(preset="cifar", dropout=0.1, steps=100_000, batch=128, learning_rate=2e-4, ema=0.9999),
 }
 
 
@@ -103,7 +103,7 @@ def presets(words: dict[str, str]) -> Args | None:
 class SampleArgs(FromRun):
     sampler: Literal[tuple(SAMPLERS)] = "ddim"
     """Sampler."""
-    steps: Count = 50
+    sampler_steps: Count = 50
     """Steps of the sampler."""
     eta: Share = 0.0
     """With ddim: 0 draws no noise on the way, 1 as much as ddpm."""
@@ -134,8 +134,8 @@ class State(NamedTuple):
 def model_of(args: Args, data: Data) -> Diffusion:
     """The net and the process, fitted to the data."""
     process, learned = args.process, args.process.variance == "learned"
-    if learned != (process.weight == "hybrid") and process.weight != "bound":
-        raise ValueError("--variance learned goes with --weight hybrid, or --weight bound: what else is there to learn")
+    if learned != (process.loss_weight == "hybrid") and process.loss_weight != "bound":
+        raise ValueError("--variance learned goes with --loss-weight hybrid or bound: what else is there to learn")
     if process.flip and args.data == "digits":
         raise ValueError("--flip is not for digits: mirrored they are others, or none")
     choices = {"channels": data.shape[0], "learned_variance": learned, "dropout": args.dropout}
@@ -166,7 +166,7 @@ def train(args: Args) -> None:
     data, model = data._replace(train=train_images, test=test_images), model._replace(schedule=schedule)
     rate = schedules.warmup_cosine(args.learning_rate, min(200, args.steps // 10), args.steps)
     adam = optimizers.chain(optimizers.clip_by_global_norm(1.0), optimizers.adam(rate))
-    optimizer = optimizers.ema(adam, args.average, debias=True)
+    optimizer = optimizers.ema(adam, args.ema, debias=True)
     history = tree.move(importance.init(model.steps), run.device) if args.importance else ()
     state = State(create(init_key, unet.spec(model.cfg), optimizer), history)
     state = run.restore(state, identity, args.steps)
@@ -215,7 +215,7 @@ def report(run: Run, model: Diffusion, params: tree.Tree, data: Data, sampler: S
     diffusion.draw(run.folder, samples, film)
     title, lines = f"Error of the {model.process.predicts}", {"on test images": (middle, means)}
     plots.curves(run.folder / "loss_by_time.png", lines, "time", "mean squared error", title)
-    curve, weight = read_curves(run.folder, "train/loss"), model.process.weight
+    curve, weight = read_curves(run.folder, "train/loss"), model.process.loss_weight
     plots.curves(run.folder / "loss.png", curve, ylabel="loss", title=f"{weight} loss", log=weight != "bound")
     if args.watch_gradients:
         watch.draw(run.folder)
@@ -233,7 +233,7 @@ def sample(args: SampleArgs) -> None:
         raise ValueError(f"--label is {args.label}; expected 0 to {classes - 1}")
     options = {"eta": args.eta, "spacing": args.spacing, "compile": args.compile}
     guidance, folder = 1.0 if args.guidance is None else args.guidance, unused(args.out, args.run / "sampled")
-    sampler = diffusion.make_sampler(model, args.sampler, args.steps, guidance, **options)
+    sampler = diffusion.make_sampler(model, args.sampler, args.sampler_steps, guidance, **options)
     labels = diffusion.labels_of(model, args.count, run.device)
     labels = labels if args.label is None else torch.full_like(labels, args.label)
     key = random.key(args.seed, run.device)
@@ -242,7 +242,7 @@ def sample(args: SampleArgs) -> None:
     diffusion.draw(folder, samples, film)
     pixels = (unit(samples) * 255).round().to(torch.uint8).movedim(1, -1)  # (count, height, width, channels)
     np.save(folder / "samples.npy", pixels.numpy())
-    print(f"{args.count} samples by {args.sampler} in {args.steps} steps in {folder}/")
+    print(f"{args.count} samples by {args.sampler} in {args.sampler_steps} steps in {folder}/")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class EvaluateArgs(StudyArgs):
 
 @dataclass(frozen=True)
 class InterpolateArgs(StudyArgs):
-    steps: Count = 100
+    sampler_steps: Count = 100
     """Steps of the way to the noise, and of that back."""
 
 
@@ -78,7 +78,7 @@ class InpaintArgs(StudyArgs):
     """half, box, or a PNG of the images' size, bright where they are known."""
     sampler: Literal[tuple(samplers.SAMPLERS)] = "ddpm"
     """Sampler."""
-    steps: Count = 100
+    sampler_steps: Count = 100
     """Steps of the sampler."""
     repeats: Count = 5
     """Runs of each step, so that the unknown part fits to the known one."""
@@ -88,8 +88,8 @@ class InpaintArgs(StudyArgs):
 
 @dataclass(frozen=True)
 class GradientsArgs(StudyArgs):
-    rounds: Count = 20
-    """Number of looks at each test image, each at another time."""
+    times: Count = 20
+    """Number of random times at which the gradient of each test image is taken."""
     count: Count = 128
     """Number of test images."""
 
@@ -169,9 +169,9 @@ def interpolate(args: InterpolateArgs) -> None:
     path = unused(args.out, run.folder / "interpolation.png")
     if len(images) < 2:
         raise ValueError(f"interpolate goes from one test image to another; there is {len(images)}")
-    forth = ddim_inversion(schedule, args.steps, predicts=predicts)
+    forth = ddim_inversion(schedule, args.sampler_steps, predicts=predicts)
     # As the inversion: the same times, and nothing clipped.
-    back = samplers.ddim(schedule, args.steps, predicts=predicts, clip=False)
+    back = samplers.ddim(schedule, args.sampler_steps, predicts=predicts, clip=False)
     pairs = min(PAIRS, len(images) // 2)
     ends, fractions = images[: 2 * pairs], torch.linspace(0, 1, 9).tolist()
 
@@ -179,7 +179,7 @@ def interpolate(args: InterpolateArgs) -> None:
         sampler = diffusion.with_net(sampler, run.model, compile=args.compile)
         return samplers.sample(sampler, (run.params, no_label(run, len(x))), x, callback=callback)
 
-    with progress(2 * args.steps, "interpolating") as advance:
+    with progress(2 * args.sampler_steps, "interpolating") as advance:
         noise = through(forth, ends, advance)
         way = torch.cat([slerp(noise[:pairs], noise[pairs:], f) for f in fractions])  # (fractions * pairs, ...)
         between = through(back, way, advance).unflatten(0, (len(fractions), pairs)).transpose(0, 1).cpu()
@@ -196,9 +196,9 @@ def inpaint(args: InpaintArgs) -> None:
     run = diffusion.opened(args)
     images, path = run.data.test.images[: args.count], unused(args.out, run.folder / "inpainted.png")
     mask = inpainting.mask_of(args.mask, *images.shape[2:]).to(run.device)
-    sampler = diffusion.make_sampler(run.model, args.sampler, args.steps, compile=args.compile)
+    sampler = diffusion.make_sampler(run.model, args.sampler, args.sampler_steps, compile=args.compile)
     for_start, key = random.split(random.key(args.seed, run.device)).unbind(0)
-    with progress(args.steps, "inpainting") as advance:
+    with progress(args.sampler_steps, "inpainting") as advance:
         x, inputs = random.normal(for_start, images.shape), (run.params, no_label(run, len(images)))
         whole = inpainting.inpaint(sampler, inputs, x, images, mask, key, repeats=args.repeats, callback=advance)
     # Grey, where nothing is known.
@@ -225,8 +225,8 @@ def gradients(args: GradientsArgs) -> None:
 
     report = compiled(report) if args.compile else report
     columns = []
-    with progress(args.rounds, "gradients") as advance:
-        for batch in diffusion.probe(model, run.data, key, args.rounds, args.count):
+    with progress(args.times, "gradients") as advance:
+        for batch in diffusion.probe(model, run.data, key, args.times, args.count):
             columns.append([values.cpu() for values in (batch[2], *report(run.params, batch))])
             advance()
     times, losses, norms = (torch.cat(parts) for parts in zip(*columns, strict=True))
@@ -238,7 +238,7 @@ def gradients(args: GradientsArgs) -> None:
         plots.curves(left, {"": table["norm"]}, "time", "mean norm", "Per-example gradients", log=True)
         share = middle, square / square.nansum()
         plots.curves(centre, {"": share}, "time", "share", "Share in the sum of their squares")
-        title = f"Loss ({model.process.weight})"
+        title = f"Loss ({model.process.loss_weight})"
         plots.curves(right, {"": table["loss"]}, "time", "mean loss", title, log=positive)
     order = times.argsort()
     total = norms[order].double().cumsum(0)

@@ -133,7 +133,7 @@ class Args:
     """Relativistic scores: against the average of the other side, or in pairs."""
     regulariser: Literal[("none", *REGULARISERS)] = "gradient-penalty"
     """Regulariser of the critic."""
-    weight: NonNegative = 10.0
+    regulariser_weight: NonNegative = 10.0
     """Weight of the regulariser."""
     spectral: bool = False
     """Spectral norm of the critic."""
@@ -151,7 +151,7 @@ class Args:
     """Training steps of the generator."""
     batch: Count = 64
     """Examples per step."""
-    average: Rate = 0.999
+    ema: Rate = 0.999
     """Decay of the moving average of the generator's parameters, which is evaluated."""
     classifier: Path | None = None
     """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
@@ -167,9 +167,9 @@ def line_of(args: Args) -> Gan:
     gan = GANS[args.gan]
     if args.data in mixtures.MIXTURES:
         gan = dataclasses.replace(gan, **POINTS.get(args.gan, ON_POINTS))
-    game = {name: getattr(args, name) for name in ("objective", "pairing", "regulariser", "weight", "spectral")}
+    game = {name: getattr(args, name) for name in ("objective", "pairing", "regulariser", "spectral")}
     rates = {"rate": args.learning_rate, "critic_rate": args.critic_learning_rate, "critic_steps": args.critic_steps}
-    return dataclasses.replace(gan, game=dataclasses.replace(gan.game, **game), **rates)
+    return dataclasses.replace(gan, game=dataclasses.replace(gan.game, weight=args.regulariser_weight, **game), **rates)
 
 
 def presets(words: dict[str, str]) -> Args | None:
@@ -187,7 +187,7 @@ def presets(words: dict[str, str]) -> Args | None:
     rates = {"learning_rate": gan.rate, "critic_learning_rate": (gan.critic_rate or gan.rate) * (rate / gan.rate)}
     choices = {field: getattr(game, field) for field in ("objective", "pairing", "regulariser", "spectral")}
     sizes = {"steps": 6000, "batch": 256} if on_points else {}
-    return Args(name, weight=weight, critic_steps=gan.critic_steps, **choices, **rates, **sizes)
+    return Args(name, regulariser_weight=weight, critic_steps=gan.critic_steps, **choices, **rates, **sizes)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def train(args: Args) -> None:
     specs = model.net.critic_spec(model.cfg), model.net.generator_spec(model.cfg)
     critic_optimizer = optimizer_of(gan, gan.critic_rate, args.steps * gan.critic_steps)
     generator_optimizer = optimizer_of(gan, gan.rate, args.steps)
-    both = critic_optimizer, optimizers.ema(generator_optimizer, args.average, debias=True)
+    both = critic_optimizer, optimizers.ema(generator_optimizer, args.ema, debias=True)
 
     def start(key: Tensor) -> State:
         state = create(key, *specs, *both)

@@ -98,9 +98,9 @@ class SampleArgs:
     """Published GPT weights instead: a folder (model.safetensors, config.json, the tokenizer) or a repository."""
     prompt: str = ""
     """The text to continue; the start of a text if empty."""
-    tokens: Count = 300
+    max_new_tokens: Count = 300
     """Tokens per sample, at most."""
-    samples: Count = 1
+    count: Count = 1
     """Number of samples."""
     end: str | None = None
     """Stop after this text."""
@@ -239,10 +239,10 @@ def sample(args: SampleArgs) -> None:
     if end is not None and len(end) != 1:
         raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-    options |= {"end": end and end[0], "key": random.split(random.key(args.seed, device), args.samples)}
+    options |= {"end": end and end[0], "key": random.split(random.key(args.seed, device), args.count)}
     show = functools.partial(print, end="", flush=True)
     params = tree.move(params, device)
-    texts = language_model.write(gpt2, params, cfg, tokenizer, args.prompt, args.tokens, show, **options)
+    texts = language_model.write(gpt2, params, cfg, tokenizer, args.prompt, args.max_new_tokens, show, **options)
     print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))
 
 

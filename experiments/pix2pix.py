@@ -63,7 +63,7 @@ class Args:
     """Pairs per step."""
     learning_rate: Positive = 2e-4
     """Learning rate of both players; Adam with betas of 0.5 and 0.999."""
-    average: Rate = 0.995
+    ema: Rate = 0.995
     """Decay of the moving average of the generator's parameters, which is evaluated."""
     sample_every: Count = 250
     """Steps between pictures of translations, the frames of training.gif."""
@@ -143,7 +143,7 @@ def train(args: Args) -> None:
 
     init_key, order_key = random.split(random.key(args.common.seed)).unbind(0)
     optimizer = optimizers.adam(args.learning_rate, 0.5, 0.999)
-    both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
+    both = optimizer, optimizers.ema(optimizer, args.ema, debias=True)
     state = create(init_key.to(run.device), pix2pix.critic_spec(cfg), pix2pix.generator_spec(cfg), *both)
     identity = {"net": cfg, "data": fingerprint(pairs.sources, pairs.targets, test.sources, test.targets)}
     state = run.restore(state, identity, args.steps)

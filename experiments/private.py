@@ -79,7 +79,7 @@ class Args:
     """Train without clipping and noise, for comparison."""
     physical_batch: Count = 64
     """Examples that go through the net at once; changes the speed and no figure."""
-    every: Count = 10
+    eval_every: Count = 10
     """Steps between measurements: accuracy, epsilon, gradient norms."""
     common: Shared = Common(save_every=50)
 
@@ -177,7 +177,7 @@ def read(args: Args) -> tuple[sets.ImageSet, Config]:
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "steps", "physical_batch", "every"))
+    run = begin(RUNS, args, free=("data", "steps", "physical_batch", "eval_every"))
     images, cfg = read(args)
     understood(print, sets.facts(images) | {"net": cfg})
     learn, test = tree.move((images.train, images.test), run.device)
@@ -215,7 +215,7 @@ def train(args: Args) -> None:
             batch = Labelled(learn.images[indices], learn.labels[indices])
             state, metrics = step(state, batch, mask)
             run.record(at, metrics, args.batch)
-            if run.due(at, args.every):
+            if run.due(at, args.eval_every):
                 measure(at)
             if run.due(at, args.common.save_every):
                 run.save(at, state)
@@ -249,7 +249,7 @@ def draw(folder: Path, args: Args, test: Labelled, predicted: Tensor) -> None:
             plots.curves(right, {"epsilon": (steps, epsilons)}, "step", "epsilon spent", "Privacy spent")
     counts = [record["gradients/norms"]["counts"] for record in records if "gradients/norms" in record]
     with plots.panels(folder / "gradient_norms.png", 1, 1, width=6.4) as (axes,):
-        edges = [*(step - args.every / 2 for step in steps), steps[-1] + args.every / 2]
+        edges = [*(step - args.eval_every / 2 for step in steps), steps[-1] + args.eval_every / 2]
         norms_over_time(axes, edges, counts, EDGES)
         if not args.non_private:
             label = "max norm at first" if args.clipping == "adaptive" else "max norm"

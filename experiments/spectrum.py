@@ -60,7 +60,7 @@ class Args:
     """Steps of gradient descent, each on all 500 examples."""
     learning_rate: Positive = 0.3
     """Learning rate, constant; descent is stable while no eigenvalue of the Hessian is above 2 / learning rate."""
-    every: Count = 40
+    eval_every: Count = 40
     """Steps between measurements of the largest eigenvalues."""
     spectra: tuple[Natural, ...] = (0, 100, 500)
     """Steps after which the whole spectrum is computed; it always is after the last."""
@@ -171,7 +171,7 @@ COMPARED = """\
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("steps", "every"))
+    run = begin(RUNS, args, free=("steps", "eval_every"))
     images = sets.digits(TEST_DIGITS)
     parts = [part._replace(images=avg_pool2d(part.images, args.pool)) for part in (images.train, images.test)]
     images = images._replace(train=parts[0], test=parts[1])
@@ -209,7 +209,7 @@ def train(args: Args) -> None:
         for at, batch in run.steps(itertools.repeat(learn)):
             state, metrics = step(state, batch)
             run.record(at, metrics, len(learn.labels))
-            if at % args.every == 0 or at in moments:
+            if at % args.eval_every == 0 or at in moments:
                 measure(at)
             if run.due(at, args.common.save_every):
                 run.save(at, state)

@@ -70,7 +70,7 @@ class Args:
     """Images per step; a multiple of the critic's groups of 4."""
     learning_rate: Positive = 1e-3
     """Learning rate of both players; Adam with betas of 0 and 0.99."""
-    average: Rate = 0.995
+    ema: Rate = 0.995
     """Decay of the moving average of the generator's parameters, which is evaluated."""
     classifier: Path | None = None
     """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
@@ -166,7 +166,7 @@ def train(args: Args) -> None:
     init_key, order_key, look_key = random.split(random.key(args.common.seed), 3).unbind(0)
     init_key, look_key = tree.move((init_key, look_key), run.device)
     optimizer = optimizers.adam(args.learning_rate, 0.0, 0.99)
-    both = optimizer, optimizers.ema(optimizer, args.average, debias=True)
+    both = optimizer, optimizers.ema(optimizer, args.ema, debias=True)
     state = create(init_key, stylegan.critic_spec(cfg), stylegan.generator_spec(cfg), *both)
     identity = {"net": cfg, "data": fingerprint(data.train.images, data.test.images)}
     state = run.restore(state, identity, args.steps)

@@ -80,7 +80,7 @@ class Args:
     """Probability of each target token that is spread over the vocabulary."""
     norm_first: bool = False
     """Norm before each sub-layer instead of after it."""
-    average: Count = 3
+    average_checkpoints: Count = 3
     """Checkpoints, of the last three, over which the parameters are averaged at the end."""
     eval_every: Count = 250
     """Steps between evaluations on the validation sentences."""
@@ -154,8 +154,8 @@ def net_of(args: Args, vocabulary: int) -> transformer.Config:
 
 
 def train(args: Args) -> None:
-    free = ("data", "steps", "tokens", "micro_batches", "shapes", "factor", "warmup", "average", "eval_every")
-    run = begin(RUNS, args, free=free)
+    free = ("data", "steps", "tokens", "micro_batches", "shapes", "factor", "warmup", "eval_every")
+    run = begin(RUNS, args, free=(*free, "average_checkpoints"))
     data = pair_sets.open_pairs(args.data, args.source, args.target)
     tokenizer = tokenizer_of(args, data, run.resumed_from)
     cfg = net_of(args, tokenizer.vocabulary_size)
@@ -196,7 +196,7 @@ def train(args: Args) -> None:
 
 def report(run: Run, name: str, pairs: list[Pair], shapes: int) -> None:
     """The figures of the test sentences, the curves, the attention to the first of them."""
-    model = translators.load(open_run(run.folder, RUNS), run.args.common.device, run.args.average)
+    model = translators.load(open_run(run.folder, RUNS), run.args.common.device, run.args.average_checkpoints)
     figures, best = translators.evaluate(model, pairs, run.args.target)
     figures |= {"test": name, "sentences": len(pairs)}
     run.result({**figures, "parameters": tree.count(model.params), "shapes": shapes})

@@ -108,7 +108,7 @@ class Args:
     """Learning rate of Adam."""
     bound_samples: Count = 100
     """Samples per test image in the importance-weighted bound at the end."""
-    test_every: Count = 250
+    eval_every: Count = 250
     """Steps between evaluations on the test images."""
     watch_gradients: bool = False
     """Record the norm of each image's gradient and the gradient noise scale."""
@@ -172,7 +172,7 @@ def losses(params, batch, keys, cfg: Config, args: Args) -> tuple[Tensor, dict[s
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "steps", "bound_samples", "test_every"))
+    run = begin(RUNS, args, free=("data", "steps", "bound_samples", "eval_every"))
     check(args)
     images = parts.read(args, labelled=MODELS[args.model].conditional)
     cfg = net_of(args, images)
@@ -200,7 +200,7 @@ def train(args: Args) -> None:
             if args.watch_gradients:
                 average, metrics = watch.record(run.log, at, metrics, average)
             run.record(at, metrics, args.batch)
-            if run.due(at, args.test_every):
+            if run.due(at, args.eval_every):
                 means = figures_of(state.params, cfg, test, test_key, args.noise)
                 run.log.metrics(at, {f"test/{name}": value for name, value in means.items()})
             if run.due(at, args.common.save_every):

@@ -70,7 +70,7 @@ class Args:
     """Images per step."""
     learning_rate: Positive = 1e-3
     """Learning rate of Adam, in both stages."""
-    test_every: Count = 250
+    eval_every: Count = 250
     """Steps between evaluations on the test images."""
     watch_gradients: bool = False
     """Record the norm of each image's gradient and the gradient noise scale (with --codebook loss)."""
@@ -168,7 +168,7 @@ def as_functions(values: tree.Tree, cfg: vqvae.Config, prior: pixelcnn.Config, c
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "prior_steps", "test_every"))
+    run = begin(RUNS, args, free=("data", "prior_steps", "eval_every"))
     images, total = parts.read(args, labelled=False), args.steps + args.prior_steps
     cfg, prior = nets_of(args, images)
     understood(print, image_sets.facts(images) | {"net": cfg, "prior": prior})
@@ -217,7 +217,7 @@ def train(args: Args) -> None:
                 state["prior"], metrics = prior_step(state["prior"], (codes[rows], learn.labels[rows]))
                 group = "prior/"
             run.record(at, metrics, args.batch, group=group)
-            if run.due(at, args.test_every):
+            if run.due(at, args.eval_every):
                 means = means_of(learned(state), cfg, prior, test, keys["test"])
                 # The prior's figure means nothing before it learns; then the others do not change any more.
                 name = "error" if group == "train/" else "prior_nats"

@@ -135,10 +135,10 @@ class ReconstructArgs(FromRun):
 
 @dataclass(frozen=True)
 class InterpolateArgs(FromRun):
-    images: tuple[Natural, ...] = (0, 1, 2, 3, 4, 5)
+    indices: tuple[Natural, ...] = (0, 1, 2, 3, 4, 5)
     """Indices of test images: from the first to the second, from the third to the fourth ..."""
-    steps: Count = 9
-    """Images on the way."""
+    count: Count = 9
+    """Number of images on the way from one to another."""
     out: Path | None = None
     """New picture; RUN/interpolated.png, numbered if it exists, if None."""
 
@@ -182,12 +182,12 @@ def reconstruct(root: Path, load: Load, args: ReconstructArgs) -> None:
 
 def interpolate(root: Path, load: Load, args: InterpolateArgs) -> None:
     run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
-    test, ends = test_images(run), args.images
+    test, ends = test_images(run), args.indices
     if len(ends) < 2 or len(ends) % 2 or max(ends) >= len(test.labels):
         numbers = " ".join(map(str, ends))
-        raise ValueError(f"--images {numbers}: expected pairs of numbers from 0 to {len(test.labels) - 1}")
+        raise ValueError(f"--indices {numbers}: expected pairs of numbers from 0 to {len(test.labels) - 1}")
     path = unused(args.out, args.run / "interpolated.png")
-    draw_walks(path, load(run, device), tree.move(test, device), torch.tensor(ends), args.steps)
+    draw_walks(path, load(run, device), tree.move(test, device), torch.tensor(ends), args.count)
     print(f"{len(ends) // 2} walks in {path}")
 
 

@@ -55,16 +55,16 @@ class Data(NamedTuple):
 class Process:
     """Flags of diffusion.py: the noising process, and the loss."""
 
-    schedule: Literal[tuple(noising.SCHEDULES)] = "cosine"
+    noise_schedule: Literal[tuple(noising.SCHEDULES)] = "cosine"
     """Noise schedule."""
     timesteps: Annotated[int, Range(2), tyro.conf.arg(metavar="INT>=2")] = 1000
     """Times of the schedule."""
     predicts: Literal[PREDICTIONS] = "velocity"
     """Prediction target of the net."""
-    weight: Literal[WEIGHTS] = "simple"
+    loss_weight: Literal[WEIGHTS] = "simple"
     """Weight of the loss at each time."""
     variance: Literal[VARIANCES] = "small"
-    """Variance of the reverse steps; learned goes with --weight hybrid or bound."""
+    """Variance of the reverse steps; learned goes with --loss-weight hybrid or bound."""
     classes: bool = False
     """Condition the net on the class."""
     drop: Rate = 0.1
@@ -124,7 +124,7 @@ def opened(args: FromRun) -> Opened:
 
 
 def schedule_of(process: Process) -> noising.Schedule:
-    return noising.make(process.schedule, process.timesteps)
+    return noising.make(process.noise_schedule, process.timesteps)
 
 
 def losses(params, batch, keys, model: Diffusion, levels: int, policy: Policy = FULL_PRECISION):
@@ -146,7 +146,7 @@ def losses(params, batch, keys, model: Diffusion, levels: int, policy: Policy = 
         x = unet.apply(params, policy.cast(x), time, model.cfg, labels=classes, key=for_net, train=True)
         return x.to(images.dtype)
 
-    choices = {"predicts": process.predicts, "weight": process.weight, "variance": process.variance}
+    choices = {"predicts": process.predicts, "weight": process.loss_weight, "variance": process.variance}
     values = weights * diffusion_loss(net, model.schedule, images, for_noise, time=time, levels=levels, **choices)
     return values, {"losses": values.detach()}
 

@@ -70,16 +70,18 @@ class Decoder:
 GREEDY = Decoder(beam=1)
 
 
-def load(run: SavedRun, device: str, average: int | None = None) -> Translator:
+def load(run: SavedRun, device: str, average_checkpoints: int | None = None) -> Translator:
     """The translator of a run, its parameters averaged over the last checkpoints up to that of `run` (section 6.1).
 
-    average: number of checkpoints; what the run's --average says if None.
+    average_checkpoints: how many; what the run's --average-checkpoints says if None.
 
-    Raises ValueError: there is no tokenizer, or a checkpoint is of another net or damaged.
+    Raises ValueError: there is no tokenizer, a checkpoint is of another net or damaged, or the run of an older form.
     """
     place, cfg = command_line.device(device), run.read("net", transformer.Config)
     tokenizer, model = tokenizers.load(run.folder / "tokenizer.json"), transformer.spec(cfg)
-    saved, count = run.folder / "checkpoints", average or run.config["args"]["average"]
+    saved, count = run.folder / "checkpoints", average_checkpoints or run.config["args"].get("average_checkpoints")
+    if count is None:
+        raise ValueError(f"the configuration of '{run.folder}' does not fit: it has no average_checkpoints")
     steps = [step for step in checkpoints.steps(saved) if step <= run.step][-count:]
     parts = [checkpoints.restore(saved, model, step, part="params") for step in steps]
     params = tree.map(lambda *leaves: torch.stack(leaves).mean(0), *parts)

@@ -35,7 +35,7 @@ def functree(folder: Path, args: argparse.Namespace, seed: int) -> tuple[float, 
     flags = {"net": args.net, "size": args.size, "epochs": args.epochs, "batch": args.batch, "seed": seed}
     flags |= {"learning-rate": args.learning_rate, "weight-decay": args.weight_decay, "name": f"seed{seed}"}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += ["--data", str(folder), "--eval-every", str(args.epochs), "--workers", str(args.workers)]
+    words += ["--data", str(folder), "--eval-every", str(10**9), "--workers", str(args.workers)]
     words += [] if args.compile else ["--no-compile"]
     subprocess.run([sys.executable, SCRIPT, *words], cwd=folder.parent, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((folder.parent / "runs" / "classify" / f"seed{seed}" / "result.json").read_text())

@@ -64,7 +64,7 @@ def test_figures_of_a_run(place):
 def test_watched_gradients(tmp_path, monkeypatch, capfd):
     """The same run, and its log has the norms by the time. A net without classes takes no guidance."""
     monkeypatch.chdir(tmp_path)
-    flags = ("--weight", "hybrid", "--variance", "learned", "--schedule", "linear", "--timesteps", "30")
+    flags = ("--loss-weight", "hybrid", "--variance", "learned", "--noise-schedule", "linear", "--timesteps", "30")
     flags = (*flags, "--sampler", "ddpm", "--steps", "1")
     assert call(*QUICK, *flags, "--name", "plain") == 0
     assert call(*QUICK, *flags, "--watch-gradients", "--name", "seen") == 0
@@ -117,7 +117,7 @@ def test_run_in_half_precision(tmp_path, monkeypatch):
     ids=lambda flags: flags[1],
 )
 def test_samples(flags, run, capsys):
-    assert call("sample", *RUN, *flags, "--steps", "3", "--count", "5") == 0
+    assert call("sample", *RUN, *flags, "--sampler-steps", "3", "--count", "5") == 0
     folder = run / "sampled"
     assert is_png(folder / "samples.png") and is_png(folder / "film.png") and "5 samples" in capsys.readouterr().out
     assert (folder / "sampling.gif").read_bytes()[:3] == b"GIF"
@@ -126,9 +126,9 @@ def test_samples(flags, run, capsys):
 
 
 def test_many_samples_are_all_in_a_file_and_the_first_in_a_picture(run):
-    assert call("sample", *RUN, "--steps", "1", "--count", "300", "--out", "many") == 0
+    assert call("sample", *RUN, "--sampler-steps", "1", "--count", "300", "--out", "many") == 0
     assert np.load("many/samples.npy").shape == (300, 8, 8, 1)
-    assert call("sample", *RUN, "--steps", "1", "--count", "64", "--out", "few") == 0
+    assert call("sample", *RUN, "--sampler-steps", "1", "--count", "64", "--out", "few") == 0
     with Image.open("many/samples.png") as many, Image.open("few/samples.png") as few:
         assert many.size == few.size
 
@@ -174,14 +174,14 @@ def test_presets_by_the_images(flags, preset, steps, monkeypatch, capsys):
 
 
 def test_interpolation(run, capsys):
-    assert study("interpolate", *RUN, "--steps", "20") == 0
+    assert study("interpolate", *RUN, "--sampler-steps", "20") == 0
     assert is_png(run / "interpolation.png")
     # There and back again; grey images would be 0.35 away.
     assert float(capsys.readouterr().out.split("error of ")[1].split()[0]) < 0.02
 
 
 def test_inpainting(run):
-    flags = ("--steps", "3", "--repeats", "2", "--count", "3")
+    flags = ("--sampler-steps", "3", "--repeats", "2", "--count", "3")
     assert study("inpaint", *RUN, *flags, "--mask", "box") == 0
     before = (run / "inpainted.png").read_bytes()
     assert study("inpaint", *RUN, *flags) == 0  # nothing is overwritten
@@ -209,7 +209,7 @@ def test_evaluation(command, run, capsys):
 
 def test_gradients_by_time(run):
     """The means of groups against gradients of one example at a time."""
-    assert study("gradients", *RUN, "--count", "10", "--rounds", "2") == 0
+    assert study("gradients", *RUN, "--count", "10", "--times", "2") == 0
     table = json.loads((run / "gradients_of_times.json").read_text())
     assert is_png(run / "gradients_of_times.png") and len(table["time"]) == 20
     opened = diffusion.opened(diffusion_study.StudyArgs(run))
@@ -234,16 +234,16 @@ def never(*_, **__):
     ("flags", "message"),
     [
         (["sample", "--sampler", "euler"], "invalid choice 'euler' for argument '--sampler'"),
-        (["sample", "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
+        (["sample", "--sampler-steps", "21"], "sampled in 1 to 20 steps, got 21"),
         (["sample", "--label", "10"], "--label is 10; expected 0 to 9"),
         (["sample", "--guidance", "-1"], "--guidance is -1.0; expected at least 0"),
         (["sample", "--sampler", "heun", "--eta", "1"], "--eta is 1.0; only ddim takes it"),
-        (["sample", "--steps", "9", "--out", "runs"], "'runs' exists already; choose another --out"),
-        (["inpaint", "--steps", "3", "--mask", "mask.png"], "has 8 x 9 pixels; expected those of the images, 8 x 8"),
-        (["inpaint", "--steps", "3", "--mask", "none.png"], "'none.png': No such file"),
-        (["inpaint", "--steps", "3", "--repeats", "0"], "--repeats is 0; expected at least 1"),
+        (["sample", "--sampler-steps", "9", "--out", "runs"], "'runs' exists already; choose another --out"),
+        (["inpaint", "--mask", "mask.png"], "has 8 x 9 pixels; expected those of the images, 8 x 8"),
+        (["inpaint", "--sampler-steps", "3", "--mask", "none.png"], "'none.png': No such file"),
+        (["inpaint", "--sampler-steps", "3", "--repeats", "0"], "--repeats is 0; expected at least 1"),
         (["inpaint", "--count", "65"], "--count is 65; expected a number in [1, 64]"),
-        (["interpolate", "--steps", "21"], "sampled in 1 to 20 steps, got 21"),
+        (["interpolate", "--sampler-steps", "21"], "sampled in 1 to 20 steps, got 21"),
         (["evaluate", "--bits", "-1"], "--bits is -1; expected at least 0"),
         (["evaluate", "--classifier", "no/such"], "'no/such' is not the folder of a run"),
         (["evaluate", "--count", "4"], "--count is 4; expected at least 6"),
@@ -252,7 +252,7 @@ def never(*_, **__):
             "a flow over 19 times of the schedule takes 1 to 18 steps, got 20",
         ),
         (["evaluate", "--out", "runs"], "'runs' exists already; choose another --out"),
-        (["gradients", "--rounds", "0"], "--rounds is 0; expected at least 1"),
+        (["gradients", "--times", "0"], "--times is 0; expected at least 1"),
     ],
     ids=runs.flag_id,
 )
@@ -320,7 +320,7 @@ def test_folder_of_pictures(tmp_path, monkeypatch):
         Image.new("RGB", (10, 12), (10 * i, 20, 30 + 100 * (i % 2))).save(folder / f"{i}.png")
     judge = ("--data", "data", "--net", "lenet-digits", "--size", "8", "--epochs", "1", "--batch", "4", "--no-compile")
     assert runs.call("classify", *judge, "--workers", "0", "--name", "judge") == 0
-    flags = ("--data", "data", "--size", "8", "--flip", "--predicts", "image", "--weight", "min-snr", "--classes")
+    flags = ("--data", "data", "--size", "8", "--flip", "--predicts", "image", "--loss-weight", "min-snr", "--classes")
     flags = (*flags, "--count", "8", "--classifier", "runs/classify/judge")
     assert call(*QUICK, *flags, "--name", "one") == 0
     figures = result(tmp_path / "runs" / "diffusion" / "one")
@@ -336,9 +336,9 @@ def test_flat_folder_with_an_unreadable_picture(tmp_path, monkeypatch, capfd):
     flags = ("--data", "faces", "--size", "8")
     assert call(*QUICK, *flags, "--name", "one") == 0
     assert any(line.startswith("skipped") and "broken.png" in line for line in capfd.readouterr().out.splitlines())
-    assert call("sample", "--run", "runs/diffusion/one", "--no-compile", "--steps", "2", "--count", "3") == 0
+    assert call("sample", "--run", "runs/diffusion/one", "--no-compile", "--sampler-steps", "2", "--count", "3") == 0
     assert is_png(tmp_path / "runs" / "diffusion" / "one" / "sampled" / "samples.png")
-    assert study("inpaint", "--steps", "2", "--count", "2", "--no-compile") == 0
+    assert study("inpaint", "--sampler-steps", "2", "--count", "2", "--no-compile") == 0
     shutil.move("faces", "data/one-class")
     assert call(*QUICK, "--data", "data", "--size", "8", "--name", "two") == 0
     line = refused(capfd, *QUICK, "--data", "data", "--size", "8", "--classes")

@@ -118,7 +118,7 @@ def test_features_of_a_classifier(tmp_path, monkeypatch):
         (["--batch", "5000"], "--batch is 5000, but there are 1500 images"),
         (["--size", "7"], "images of 7 pixels per side cannot be halved"),
         (["--width", "0"], "--width is 0; expected at least 1"),
-        (["--weight", "-1"], "--weight is -1.0; expected at least 0"),
+        (["--regulariser-weight", "-1"], "--regulariser-weight is -1.0; expected at least 0"),
         (["--gan", "infogan", "--latent", "12"], "leave no room in 12 latent dimensions"),
         (["--classifier", "nowhere"], "nowhere"),
         (["--resume", "--name", "whole", "--gan", "dcgan"], "it was started with wgan-gp"),

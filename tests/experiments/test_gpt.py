@@ -99,20 +99,20 @@ def test_greedy_sample_equals_the_model_without_cache(here, capsys):
     characters = tokenizers.load(run / "tokenizer.json")
     expected = continuation(cfg, state_of(run).params, characters, "The 7 quick", 30)
     for options in (("--temperature", "0"), ("--top-k", "1"), ("--top-p", "1e-9")):
-        assert call("sample", "--run", run, "--prompt", "The 7 quick", "--tokens", "30", *options) == 0
+        assert call("sample", "--run", run, "--prompt", "The 7 quick", "--max-new-tokens", "30", *options) == 0
         assert capsys.readouterr() == (expected + "\n", "")
 
 
 def test_sample_repeats_by_its_seed_and_has_a_default_prompt(here, capsys):
     texts = []
     for seed in ("0", "0", "1"):
-        assert call("sample", "--run", "runs/gpt/whole", "--tokens", "100", "--seed", seed, "--top-k", "9") == 0
+        assert call("sample", "--run", "runs/gpt/whole", "--max-new-tokens", "100", "--seed", seed, "--top-k", "9") == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 102  # with the line ends at both ends
 
 
 def test_samples_end_after_a_text(here, capsys):
-    flags = ("--tokens", "400", "--samples", "3", "--end", "e", "--repetition-penalty", "1.1")
+    flags = ("--max-new-tokens", "400", "--count", "3", "--end", "e", "--repetition-penalty", "1.1")
     assert call("sample", "--run", "runs/gpt/whole", "--prompt", "The", *flags) == 0
     first, *others = re.split(r"\n\n--- sample \d\n", capsys.readouterr().out.removesuffix("\n"))
     assert len(others) == 2
@@ -120,7 +120,7 @@ def test_samples_end_after_a_text(here, capsys):
 
 
 def test_sample_into_a_closed_pipe_ends_quietly(here):
-    with start(here, "sample", "--run", "runs/gpt/whole", "--tokens", "5000") as process:
+    with start(here, "sample", "--run", "runs/gpt/whole", "--max-new-tokens", "5000") as process:
         os.read(process.stdout.fileno(), 5)
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 1)
@@ -221,7 +221,8 @@ def test_byte_pairs_and_their_cache(here, capsys):
     params = state_of(runs / "a").params
     assert params["tokens"]["weight"].shape[0] == pairs.vocabulary_size
     capsys.readouterr()
-    assert call("sample", "--run", "runs/gpt/a", "--prompt", "naïve 🦊", "--tokens", "20", "--temperature", "0") == 0
+    flags = ("--prompt", "naïve 🦊", "--max-new-tokens", "20", "--temperature", "0")
+    assert call("sample", "--run", "runs/gpt/a", *flags) == 0
     cfg = gpt2.Config(**checkpoints.read_config(runs / "a" / "checkpoints")["net"])
     assert capsys.readouterr().out.rstrip("\n") in continuation(cfg, params, pairs, "naïve 🦊", 20)
     assert call("--resume", "--name", "a", "--steps", "4") == 0

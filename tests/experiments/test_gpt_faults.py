@@ -194,7 +194,7 @@ def test_damaged_checkpoint(damage, here, capfd):
         (["--temperature", "nan"], "--temperature is nan; expected at least 0"),
         (["--top-k", "0"], "--top-k is 0; expected at least 1"),
         (["--top-p", "1.5"], "--top-p is 1.5; expected a number in (0, 1]"),
-        (["--tokens", "0"], "--tokens is 0; expected at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (["--end", "The"], "--end 'The' is 3 tokens; expected a text of one"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),
         (["--weights", "runs"], "expected either --run DIR or --weights SOURCE"),

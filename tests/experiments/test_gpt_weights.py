@@ -56,7 +56,7 @@ def test_sample_equals_transformers(tokenizer, here, model, capsys):
     ids = torch.tensor([theirs.encode("The 5 quick ☕").ids])
     expected = model.generate(ids, max_length=32, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
     steps = str(32 - ids.shape[1])
-    flags = ("--prompt", "The 5 quick ☕", "--tokens", steps, "--temperature", "0")
+    flags = ("--prompt", "The 5 quick ☕", "--max-new-tokens", steps, "--temperature", "0")
     assert call("sample", "--weights", "weights", *flags) == 0
     out, err = capsys.readouterr()
     assert err == "" and theirs.decode(expected, skip_special_tokens=False).startswith(out.rstrip("\n\ufffd"))
@@ -80,7 +80,7 @@ def test_training_starts_from_the_weights(here, model, capsys):
     assert torch.equal(state_of(run).params["tokens"]["weight"], model.transformer.wte.weight)
     assert call("--resume", "--name", "a", "--steps", "3") == 0
     capsys.readouterr()
-    assert call("sample", "--run", run, "--prompt", "The", "--tokens", "4") == 0
+    assert call("sample", "--run", run, "--prompt", "The", "--max-new-tokens", "4") == 0
     assert capsys.readouterr().out.startswith("The")
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import experiments
 from core import tree
 from tests.experiments import runs
 from tests.registry.experiments import EXPERIMENTS, Experiment
@@ -55,10 +56,38 @@ def run_of(experiment: Experiment, place: Path, name: str = "a") -> Path:
     return place / "runs" / experiment.name / name
 
 
-def arguments(experiment: Experiment) -> list[type]:
+def arguments(script: str) -> list[type]:
     """The dataclasses of a script's command lines."""
-    module = importlib.import_module(f"experiments.{experiment.name}")
+    module = importlib.import_module(f"experiments.{script}")
     return [kind for name, kind in vars(module).items() if name.endswith("Args") and dataclasses.is_dataclass(kind)]
+
+
+# One idea has one name, the field's; no flag has another one for it.
+SYNONYMS = {
+    "average_checkpoints": "average avg_checkpoints num_checkpoints",
+    "batch": "batch_size bs batchsize examples_per_step",
+    "classifier": "features feature_net inception",
+    "compile": "compiled torch_compile jit",
+    "count": "n num number num_samples number_of_samples num_images",
+    "device": "gpu cuda place",
+    "dtype": "precision amp half bf16 bfloat16 mixed_precision",
+    "ema": "averaged ema_decay moving_average average_decay polyak",
+    "epochs": "passes num_epochs max_epochs",
+    "eval_every": "every test_every evaluate_every validate_every val_every eval_interval eval_steps",
+    "label_smoothing": "smoothing",
+    "learning_rate": "lr rate step_size",
+    "max_new_tokens": "max_tokens max_length new_tokens",
+    "micro_batches": "accumulate accumulation grad_accum gradient_accumulation",
+    "out": "output output_dir outdir out_dir save_to to",
+    "run": "checkpoint_dir from_run run_dir model_dir",
+    "sampler_steps": "sampling_steps num_inference_steps inference_steps",
+    "save_every": "checkpoint_every save_interval",
+    "seed": "random_seed key",
+    "steps": "iterations iters max_steps train_steps training_steps num_steps updates",
+    "warmup": "warmup_steps warm_up",
+    "weight_decay": "wd l2",
+    "workers": "num_workers processes",
+}
 
 
 def colours(path: Path) -> int:
@@ -145,7 +174,7 @@ def classes(hint: typing.Any) -> set[type]:
 
 def refusals(experiment: Experiment) -> list[tuple[list[str], str]]:
     """(flags, error) of a row, and of each numeric flag with a number beside its range."""
-    (args,) = [kind for kind in arguments(experiment) if kind.__name__ == "Args"]
+    (args,) = [kind for kind in arguments(experiment.name) if kind.__name__ == "Args"]
     rows = [(["--stepz", "3"], "Unrecognized options: --stepz"), (["--name", "a"], "a' exists already")]
     rows += [(["--resume", "--name", "zz"], "nothing to resume"), (["--device", "abacus"], "--device 'abacus' cannot")]
     for kind in (args, Common):
@@ -168,11 +197,48 @@ def test_refuses_in_one_line_and_writes_nothing(experiment, here, capfd):
 
 @every_experiment
 def test_every_number_has_a_range_and_every_flag_a_help(experiment):
-    for kind in (*arguments(experiment), Common):
+    for kind in (*arguments(experiment.name), Common):
         hints = typing.get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
             numeric = classes(hints[field.name]) & {int, float}
             assert not numeric or flags.range_of(hints[field.name]) is not None, f"{kind.__name__}.{field.name}"
+
+
+def flags_of_scripts() -> dict[str, dict[str, set[type]]]:
+    """{field: {script: classes of its values}} of all scripts and their sub-commands."""
+    table: dict[str, dict[str, set[type]]] = {}
+
+    def add(script: str, kind: type) -> None:
+        for name, hint in typing.get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                add(script, hint)
+                continue
+            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+            values = {type(choice) for choice in choices} or classes(hint)
+            table.setdefault(name, {}).setdefault(script, set()).update(values - {type(None)})
+
+    for path in sorted(Path(experiments.__file__).parent.glob("[!_]*.py")):
+        for kind in arguments(path.stem):
+            add(path.stem, kind)
+    return table
+
+
+def test_one_spelling_per_flag():
+    scripts = flags_of_scripts()
+    wrong = [
+        f"{script}: {flags.flag(other)}; better: {flags.flag(name)}"
+        for name, others in SYNONYMS.items()
+        for other in others.split()
+        for script in scripts.get(other, ())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_one_kind_of_value_per_flag():
+    """A flag is not a number of steps in one script and a share of them in another."""
+    scripts = flags_of_scripts()
+    different = {name: kinds for name, kinds in scripts.items() if len(set(map(frozenset, kinds.values()))) > 1}
+    assert not different, different
 
 
 @every_experiment

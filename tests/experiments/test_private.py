@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_epsilon_of_every_measurement_and_of_further_steps(run, capsys):
-    assert call(*QUICK, "--steps", "8", "--every", "4") == 0
+    assert call(*QUICK, "--steps", "8", "--eval-every", "4") == 0
     records = [record for record in metrics(run) if "test/epsilon" in record]
     assert [record["step"] for record in records] == [0, 4, 8]
     first, middle, last = (record["test/epsilon"] for record in records)

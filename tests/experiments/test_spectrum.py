@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         runs.undrawn(patch)
-        assert call(*QUICK, "--every", "5", "--name", "whole") == 0
+        assert call(*QUICK, "--eval-every", "5", "--name", "whole") == 0
     return folder
 
 

@@ -18,7 +18,7 @@ from train.run import open_run
 
 DRAWN = True
 call, refused = (functools.partial(function, "vae") for function in (runs.call, runs.refused))
-QUICK = ("--steps", "4", "--batch", "50", "--save-every", "2", "--test-every", "2", "--no-compile")
+QUICK = ("--steps", "4", "--batch", "50", "--save-every", "2", "--eval-every", "2", "--no-compile")
 SMALL = ("--width", "16", "--bound-samples", "3")
 
 
@@ -181,8 +181,8 @@ def test_samples_of_a_class(tmp_path, monkeypatch, capfd, without_codes):
         (["sample", "--label", "1"], "this model is not conditional"),
         (["sample", "--temperature", "0"], "--temperature is 0.0; expected a number above 0"),
         (["reconstruct", "--count", "298"], "--count is 298, but there are 297 test images"),
-        (["interpolate", "--images", "1", "2", "3"], "--images 1 2 3: expected pairs of numbers from 0 to 296"),
-        (["interpolate", "--images", "0", "297"], "--images 0 297: expected pairs of numbers from 0 to 296"),
+        (["interpolate", "--indices", "1", "2", "3"], "--indices 1 2 3: expected pairs of numbers from 0 to 296"),
+        (["interpolate", "--indices", "0", "297"], "--indices 0 297: expected pairs of numbers from 0 to 296"),
     ],
     ids=flag_id,
 )

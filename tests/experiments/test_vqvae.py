@@ -17,7 +17,7 @@ from train.data.images import arrays
 from train.run import checkpoints, open_run
 
 call, refused = (functools.partial(function, "vqvae") for function in (runs.call, runs.refused))
-QUICK = ("--steps", "3", "--prior-steps", "3", "--batch", "50", "--save-every", "2", "--test-every", "2")
+QUICK = ("--steps", "3", "--prior-steps", "3", "--batch", "50", "--save-every", "2", "--eval-every", "2")
 SMALL = ("--width", "8", "--codes", "8", "--no-compile")
 
 
@@ -139,7 +139,7 @@ def test_folder_of_one_class(tmp_path, monkeypatch, capfd):
     [
         (["sample", "--label", "10"], "--label is 10; expected 0 to 9"),
         (["reconstruct", "--count", "298"], "--count is 298, but there are 297 test images"),
-        (["interpolate", "--images", "1", "2", "3"], "--images 1 2 3: expected pairs of numbers from 0 to 296"),
+        (["interpolate", "--indices", "1", "2", "3"], "--indices 1 2 3: expected pairs of numbers from 0 to 296"),
     ],
     ids=flag_id,
 )

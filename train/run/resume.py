@@ -163,8 +163,12 @@ def from_json(kind: type, config: Any, name: str, what: str) -> Any:
     try:
         return _dataclass(config[name], kind)
     except (KeyError, TypeError, AttributeError):
-        fields = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise ValueError(f"{what} does not fit: expected '{name}' with the fields {fields}") from None
+        fields = [field.name for field in dataclasses.fields(kind)]
+        values = config.get(name) if isinstance(config, dict) else None
+        unknown = [field for field in values if field not in fields] if isinstance(values, dict) else []
+        problem = f"; it has '{unknown[0]}'" if unknown else ""
+        expected = f"expected '{name}' with the fields {', '.join(fields)}"
+        raise ValueError(f"{what} does not fit: {expected}{problem}") from None
 
 
 def _dataclass(values: Mapping[str, Any], kind: type) -> Any:

@@ -2,7 +2,7 @@
 
 from tests.registry.experiments.experiment import Experiment
 
-DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "0.5")
+DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "8")
 
 ROWS = [
     Experiment(
@@ -81,7 +81,7 @@ ROWS = [
     ),
     Experiment(
         "private",
-        ("--batch", "30", "--physical-batch", "16", "--noise-multiplier", "2", "--steps", "8", "--every", "4")
+        ("--batch", "30", "--physical-batch", "16", "--noise-multiplier", "2", "--steps", "8", "--eval-every", "4")
         + ("--save-every", "4"),
         8,
         pictures=("accuracy.png", "gradient_norms.png", "mistakes.png"),
@@ -96,7 +96,7 @@ ROWS = [
     ),
     Experiment(
         "spectrum",
-        ("--pool", "4", "--widths", "4", "--lanczos-steps", "10", "--probes", "1", "--every", "4")
+        ("--pool", "4", "--widths", "4", "--lanczos-steps", "10", "--probes", "1", "--eval-every", "4")
         + ("--steps", "8", "--spectra", "0", "--save-every", "4"),
         8,
         pictures=("spectra.png", "sharpness.png"),

@@ -110,7 +110,7 @@ ROWS = [
     Experiment(
         "vae",
         ("--width", "16", "--latent", "2", "--bound-samples", "3", "--steps", "4", "--batch", "50")
-        + ("--test-every", "2", "--save-every", "2"),
+        + ("--eval-every", "2", "--save-every", "2"),
         4,
         pictures=("reconstructions.png", "samples.png", "latent_grid.png", "walk.png", "codes.png", "loss.png"),
         baseline="mean_image_log_likelihood",
@@ -131,13 +131,13 @@ ROWS = [
         commands=(
             (("sample", "--count", "9"), ("sampled.png",)),
             (("reconstruct", "--count", "6"), ("reconstructed.png",)),
-            (("interpolate", "--images", "5", "9", "--steps", "4"), ("interpolated.png",)),
+            (("interpolate", "--indices", "5", "9", "--count", "4"), ("interpolated.png",)),
         ),
     ),
     Experiment(
         "vqvae",
         ("--width", "8", "--codes", "8", "--steps", "3", "--prior-steps", "3", "--revive-every", "2", "--batch", "50")
-        + ("--test-every", "2", "--save-every", "2"),
+        + ("--eval-every", "2", "--save-every", "2"),
         6,
         pictures=("reconstructions.png", "samples.png", "usage.png", "walk.png", "codes.png", "loss.png"),
         baseline="prior_nats_unigram",
@@ -153,7 +153,7 @@ ROWS = [
         commands=(
             (("sample", "--count", "9", "--label", "3"), ("sampled.png",)),
             (("reconstruct", "--count", "6"), ("reconstructed.png",)),
-            (("interpolate", "--images", "5", "9", "--steps", "4"), ("interpolated.png",)),
+            (("interpolate", "--indices", "5", "9", "--count", "4"), ("interpolated.png",)),
         ),
     ),
     Experiment(
@@ -165,13 +165,13 @@ ROWS = [
         files=("sampling.gif",),
         baseline="real_frechet_distance",
         refusals=(
-            (("--schedule", "quadratic"), "invalid choice 'quadratic' for argument '--schedule'"),
+            (("--noise-schedule", "quadratic"), "invalid choice 'quadratic' for argument '--noise-schedule'"),
             (("--timesteps", "1"), "--timesteps is 1; expected at least 2"),
             (("--drop", "1"), "--drop is 1.0; expected a number in [0, 1)"),
-            (("--schedule", "linear", "--timesteps", "10"), "betas must lie inside (0, 1)"),
+            (("--noise-schedule", "linear", "--timesteps", "10"), "betas must lie inside (0, 1)"),
             (("--timesteps", "20", "--sampler-steps", "30"), "20 steps is sampled in 1 to 20 steps, got 30"),
             (("--size", "9"), "the images have 9 x 9 pixels; the digits net takes sides divisible by 2: choose --size"),
-            (("--variance", "learned"), "--variance learned goes with --weight hybrid"),
+            (("--variance", "learned"), "--variance learned goes with --loss-weight hybrid"),
             (("--flip",), "--flip is not for digits"),
             (("--batch", "5000"), "--batch is 5000, but there are 1500 images"),
             (("--data", "nowhere"), "--data 'nowhere' does not exist"),
@@ -181,8 +181,8 @@ ROWS = [
             (("--resume", "--name", "a", "--predicts", "noise"), "with --predicts noise: it was started with velocity"),
         ),
         commands=(
-            (("sample", "--no-compile", "--steps", "2"), ("sampled/samples.png", "sampled/samples.npy")),
-            (("sample", "--no-compile", "--steps", "2", "--label", "3"), ("sampled_2/samples.png",)),
+            (("sample", "--no-compile", "--sampler-steps", "2"), ("sampled/samples.png", "sampled/samples.npy")),
+            (("sample", "--no-compile", "--sampler-steps", "2", "--label", "3"), ("sampled_2/samples.png",)),
         ),
     ),
 ]

@@ -38,8 +38,8 @@ ROWS = [
             (("--text", "text.txt", "--preset", "gpt2"), "a context of 1024"),
         ),
         commands=(
-            (("sample", "--tokens", "5", "--samples", "2"), ()),
-            (("sample", "--tokens", "5", "--checkpoint", "best"), ()),
+            (("sample", "--max-new-tokens", "5", "--count", "2"), ()),
+            (("sample", "--max-new-tokens", "5", "--checkpoint", "best"), ()),
             (("evaluate", "--text", "text.txt"), ()),
         ),
     ),

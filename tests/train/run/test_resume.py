@@ -87,7 +87,7 @@ def test_changes(change, message):
         ("[]", "config.json' does not fit: expected 'args' with the fields steps, rate, "),
         ('{"args": {"steps": "many"}}', "config.json' does not fit"),
         ('{"args": {"steps": true}}', "config.json' does not fit"),
-        ('{"args": {"wheels": 4}}', "config.json' does not fit"),
+        ('{"args": {"wheels": 4}}', "config.json' does not fit: expected 'args' with .*; it has 'wheels'$"),
         ('{"args": {"kind": "round"}}', "config.json' does not fit"),
         ('{"args": {"common": {"seed": "x"}}}', "config.json' does not fit"),
     ],
