@@ -6,7 +6,8 @@ a flag it learns between white digits on black and yellow digits on blue, of whi
 
     python experiments/cyclegan.py                                           9 minutes on a busy CPU core
     python experiments/cyclegan.py --data photographs,paintings              two folders; a tenth of each is for testing
-    python experiments/cyclegan.py --preset paper-128 --data FIRST,SECOND    the paper's sizes
+    python experiments/cyclegan.py --data FOLDER                             with trainA, trainB, testA and testB
+    python experiments/cyclegan.py --preset paper-128 --data horse2zebra     the paper's sizes and set; downloaded once
     python experiments/cyclegan.py translate --run runs/cyclegan/NAME --back a.png FOLDER
 """
 
@@ -27,9 +28,8 @@ from nets.generative import cyclegan
 from train import optimizers, plots
 from train.adversarial import objectives, replay_buffer
 from train.adversarial.step import create, make_step
-from train.data import DataError
 from train.data.fingerprint import fingerprint
-from train.data.images import arrays
+from train.data.images import arrays, pair_sets
 from train.data.images import pairs as image_pairs
 from train.data.images.pairs import signed
 from train.data.understood import understood
@@ -45,7 +45,8 @@ RUNS = Path("runs/cyclegan")
 @dataclass(frozen=True)
 class Args:
     data: str = "digits"
-    """"digits" (embedded: two colours of scikit-learn's digits), or FIRST,SECOND: two folders of pictures."""
+    """"digits" (embedded: two colours of scikit-learn's digits); "horse2zebra" (downloaded once); FIRST,SECOND: two
+    folders of pictures; or a folder with trainA, trainB, testA and testB."""
     preset: Literal[tuple(cyclegan.PRESETS)] = "small"
     """Sizes of the nets, and the defaults of what follows (this help shows those of the preset on its command line)."""
     size: Count = 32
@@ -122,10 +123,17 @@ def digits(size: int) -> Kinds:
 def read(args: Args) -> Kinds:
     if args.data == "digits":
         return digits(args.size)
-    if args.data.count(",") != 1:
-        raise DataError(f"--data '{args.data}' is neither digits nor two folders, FIRST,SECOND")
-    both = image_pairs.unpaired(*args.data.split(","), size=parts.loaded_size(args.size))
-    kinds, facts = [parts.held_out(images, args.size) for images in both], {}
+    larger, facts = parts.loaded_size(args.size), {}
+    if args.data.count(",") == 1:
+        both = image_pairs.unpaired(*args.data.split(","), size=larger)
+        kinds = [parts.held_out(images, args.size) for images in both]
+    else:
+        expected = "digits, horse2zebra, FIRST,SECOND, or a folder with trainA, trainB, testA and testB"
+        folder = pair_sets.folder_of(args.data, ("horse2zebra",), expected)
+        both = image_pairs.unpaired(folder / "trainA", folder / "trainB", size=larger)
+        channels = both[0].images.shape[1]
+        tests = image_pairs.unpaired(folder / "testA", folder / "testB", size=args.size, channels=channels)
+        kinds = list(zip(both, tests, strict=True))
     for name, kind in zip(("first", "second"), kinds, strict=True):
         facts |= {f"{name} kind: {fact}": value for fact, value in image_pairs.facts("pictures", *kind).items()}
     train, test = (tuple(part.images for part in use) for use in zip(*kinds, strict=True))

@@ -4,7 +4,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". With
 character-level GPT on the language reference that every Python installation carries:
 
     python experiments/gpt.py                                                  about 2 minutes on 2 CPU cores
-    python experiments/gpt.py --preset nanogpt-cpu --text input.txt            nanoGPT's CPU setting (tiny Shakespeare)
+    python experiments/gpt.py --preset nanogpt-cpu --text shakespeare          nanoGPT's CPU setting (tiny Shakespeare)
     python experiments/gpt.py --weights openai-community/gpt2 --text my.txt    fine-tune published weights
     python experiments/gpt.py sample --run runs/gpt/NAME --prompt "The "       write on from a prompt
     python experiments/gpt.py sample --weights openai-community/gpt2 --prompt "The "     the same with published weights
@@ -45,7 +45,8 @@ class Args:
     preset: Literal[tuple(gpt2.PRESETS)] = "tiny"
     """Sizes of the net, and the defaults of what follows (this help shows those of the preset on its command line)."""
     text: Path | None = None
-    """UTF-8 text to learn from: a file (.gz too) or a folder of them. None: the language reference inside Python."""
+    """UTF-8 text to learn from: a file (.gz too), a folder of them, or shakespeare or wikitext-2 (downloaded
+    once). None: the language reference inside Python."""
     blocks: Count = 10
     """Stretches of the text, the last tenth of each held out for validation; 1 holds out the end, as nanoGPT does."""
     tokenizer: str = "characters"
@@ -121,7 +122,7 @@ class SampleArgs:
 @dataclass(frozen=True)
 class EvaluateArgs(FromRun):
     text: Path | None = None
-    """Text to evaluate, all of it; the validation part of the run's own text if None."""
+    """Text to evaluate, all of it, such as wikitext-2-test; the validation part of the run's own text if None."""
 
 
 def losses(params, batch, keys, cfg: gpt2.Config):

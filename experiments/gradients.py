@@ -52,8 +52,8 @@ class Args:
     task: Literal["images", "text"] = "images"
     """Images and an MLP, or text and a small GPT."""
     data: str | None = None
-    """Images: "mnist", "cifar10" ... or a folder of them; scikit-learn's digits if None. Text: a UTF-8 file or a folder
-    of them; the language reference inside Python if None."""
+    """Images: "mnist", "cifar10" ... or a folder of them; scikit-learn's digits if None. Text: a UTF-8 file, a folder
+    of them, shakespeare or wikitext-2; the language reference inside Python if None."""
     examples: Count = 1000
     """Number of images or passages to learn from: the first ones."""
     steps: Count = 600

@@ -5,7 +5,7 @@ both from two batch sizes; with the norm of each example's gradient the small ba
 uncertainty least. Both are taken from the same batches here:
 
     python experiments/noise_scale.py                                        a minute and a half on 2 CPU cores
-    python experiments/noise_scale.py --preset nanogns --text input.txt      the published run of nanoGNS; an hour
+    python experiments/noise_scale.py --preset nanogns --text shakespeare    the published run of nanoGNS; an hour
 
 Expected of the first: B is 1 to 4 at the start, passes the batch of 32 after 150 steps, is at most 55 and 24 at the
 end; tr Σ of one step is uncertain by 17 % by every example, by 46 % by one small batch of 4 beside the batch.
@@ -51,7 +51,8 @@ class Args:
     preset: Literal["small", "nanogns"] = "small"
     """Net, initial values, and the defaults of what follows; nanogns is the published run."""
     text: Path | None = None
-    """UTF-8 text to learn from: a file (.gz too) or a folder of them. None: the language reference inside Python."""
+    """UTF-8 text to learn from: a file (.gz too), a folder of them, or shakespeare or wikitext-2 (downloaded
+    once). None: the language reference inside Python."""
     blocks: Count = 10
     """Stretches of the text, the last tenth of each left out; 1 leaves out the end, as nanoGPT does."""
     steps: Count = 400

@@ -5,9 +5,10 @@ translates, a critic judges patches of (source, translation). Without a flag it 
 tiles of the two in scikit-learn, offline:
 
     python experiments/pix2pix.py                                            11 minutes on one CPU core
-    python experiments/pix2pix.py --data facades --source right              A|B in one file, best in train/ and test/
-    python experiments/pix2pix.py --data labels,photographs                  two folders, paired by name
+    python experiments/pix2pix.py --data facades                             photographs from labels; downloaded once
     python experiments/pix2pix.py --data facades --preset paper              the paper's sizes
+    python experiments/pix2pix.py --data FOLDER --source right               A|B in one file, best in train/ and test/
+    python experiments/pix2pix.py --data labels,photographs                  two folders, paired by name
     python experiments/pix2pix.py translate --run runs/pix2pix/NAME a.png FOLDER
 """
 
@@ -28,6 +29,7 @@ from train import optimizers, plots
 from train.adversarial import objectives
 from train.adversarial.step import create, make_step
 from train.data.fingerprint import fingerprint
+from train.data.images import pair_sets
 from train.data.images import pairs as image_pairs
 from train.data.images.folders import layout
 from train.data.images.pairs import Pairs, signed
@@ -45,10 +47,11 @@ RUNS = Path("runs/pix2pix")
 @dataclass(frozen=True)
 class Args:
     data: str = "photographs"
-    """"photographs" (embedded); SOURCES,TARGETS: two folders paired by name; or a folder of files with two pictures
-    each, side by side, best inside `train` and `test` or `val` (otherwise a tenth is for testing)."""
+    """"photographs" (embedded); "facades" (downloaded once); SOURCES,TARGETS: two folders paired by name; or a folder
+    of files with two pictures each, side by side, best inside `train` and `test` or `val` (otherwise a tenth is for
+    testing)."""
     source: Literal["left", "right"] = "left"
-    """Half of a file that is the source."""
+    """Half of a file that is the source; of facades the right one, the labels, by default."""
     preset: Literal[tuple(pix2pix.PRESETS)] = "small"
     """Sizes of the nets, and the defaults of what follows (this help shows those of the preset on its command line)."""
     size: Count = 64
@@ -75,6 +78,12 @@ PAPER = {"size": 256, "steps": 80_000, "batch": 1, "sample_every": 4000}
 PRESETS = {name: Args(preset=name, **PAPER) for name in ("paper", "instance")}
 
 
+def presets(words: dict[str, str]) -> Args | None:
+    args = PRESETS.get(words.get("preset", ""))
+    named = words.get("data") == "facades" and not Path("facades").exists()
+    return dataclasses.replace(args or Args(), source="right") if named else args
+
+
 def read(args: Args) -> tuple[Pairs, Pairs]:
     """(train, test)."""
     larger, side_by_side = parts.loaded_size(args.size), image_pairs.side_by_side
@@ -83,7 +92,8 @@ def read(args: Args) -> tuple[Pairs, Pairs]:
     if "," in args.data:
         sources, targets = args.data.split(",", 1)
         return parts.held_out(image_pairs.paired(sources, targets, size=larger), args.size)
-    folder, test, _ = layout(args.data)
+    expected = "photographs, facades, a folder of files with two pictures each, or SOURCES,TARGETS"
+    folder, test, _ = layout(pair_sets.folder_of(args.data, ("facades",), expected))
     train = side_by_side(folder, source=args.source, size=larger)
     if test is None:
         return parts.held_out(train, args.size)
@@ -187,4 +197,4 @@ def translate(args: TranslateArgs) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train, PRESETS), root=RUNS, translate=(TranslateArgs, translate))
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, translate=(TranslateArgs, translate))

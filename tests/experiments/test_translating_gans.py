@@ -1,13 +1,20 @@
 """pix2pix.py and cyclegan.py: pictures from pictures."""
 
+import dataclasses
 import shutil
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from experiments import cyclegan, pix2pix
 from tests.experiments import runs
 from tests.experiments.runs import flag_id, is_png, metrics, result
+from tests.local_server import serve
+from train.data.images import pair_sets
 
 QUICK = ("--steps", "1", "--batch", "1", "--no-compile")
 FOLDERS = ("--data", "first,second")
@@ -162,3 +169,51 @@ def test_one_unreadable_pair_does_not_end_pix2pix(here, capsys):
     assert runs.call("pix2pix", *QUICK, *FOLDERS, "--name", "one") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "pairs to train on 4" in lines and any(line.startswith("skipped 1: first/5.png") for line in lines)
+
+
+def test_sets_by_name(tmp_path, monkeypatch):
+    """Archives as the authors': facades/train/1.jpg ..., of which the labels are right; horse2zebra/trainA/1.jpg ..."""
+    for i in range(3):
+        for part in ("train", "val", "test"):
+            picture(tmp_path / "facades" / part / f"{i}.jpg", i, (80, 40))
+        for part in ("trainA", "trainB", "testA", "testB"):
+            picture(tmp_path / "horse2zebra" / part / f"{i}.jpg", i)
+    (tmp_path / "facades" / "val" / "0.jpg").unlink()
+    (tmp_path / "horse2zebra" / "testB" / "0.jpg").unlink()
+    (tmp_path / "served").mkdir()
+    with tarfile.open(tmp_path / "served" / "facades.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "facades", "facades")
+    with zipfile.ZipFile(tmp_path / "served" / "horse2zebra.zip", "w") as archive:
+        for path in sorted((tmp_path / "horse2zebra").rglob("*.jpg")):
+            archive.write(path, path.relative_to(tmp_path))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with serve(tmp_path / "served") as url:
+        for name, download in pair_sets.DOWNLOADS.items():
+            address = f"{url}/{download.address.rpartition('/')[2]}"
+            monkeypatch.setitem(pair_sets.DOWNLOADS, name, download._replace(address=address, checksum=None))
+        args = dataclasses.replace(pix2pix.presets({"data": "facades"}), data="facades", size=16)
+        train, test = pix2pix.read(args)
+        kinds = cyclegan.read(cyclegan.Args(data="horse2zebra", size=16))
+    assert args.source == "right" and (len(train.paths), len(test.paths)) == (3, 3)
+    assert "facades/test/" in str(test.paths[0])
+    assert [len(images) for images in kinds.train + kinds.test] == [3, 3, 3, 2]
+    assert [images.shape[-1] for images in kinds.train + kinds.test] == [18, 18, 16, 16]
+    own = cyclegan.read(cyclegan.Args(data=str(tmp_path / "horse2zebra"), size=16))
+    assert all(torch.equal(a, b) for a, b in zip(own.train + own.test, kinds.train + kinds.test, strict=True))
+    (tmp_path / "empty" / "facades").mkdir()
+    assert pix2pix.presets({"data": "facades"}) is None  # a folder of this name, with its own source
+
+
+@both_scripts
+def test_a_set_that_cannot_be_fetched_is_one_line(script, tmp_path, capfd, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = {"pix2pix": "facades", "cyclegan": "horse2zebra"}[script]
+    file = pair_sets.DOWNLOADS[name].address.rpartition("/")[2]
+    download = pair_sets.DOWNLOADS[name]._replace(address=f"http://127.0.0.1:9/{file}")
+    monkeypatch.setitem(pair_sets.DOWNLOADS, name, download)
+    line = runs.refused(script, capfd, *QUICK, "--data", name)
+    assert f"cannot fetch http://127.0.0.1:9/{file}: " in line and f"put {file} into {tmp_path / 'cache'}" in line

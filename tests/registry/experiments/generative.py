@@ -73,7 +73,7 @@ ROWS = [
         inputs=two_folders,
         baseline="l1_source",
         refusals=(
-            (("--data", "nowhere"), "nowhere does not exist, expected a folder of pictures"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist; expected photographs, facades, a folder"),
             (("--data", "first,lone"), "has no pair"),
             (("--data", "first,nowhere"), "nowhere does not exist"),
             (("--data", "lone"), "lone has one pair; expected at least 2, of which one is for testing"),
@@ -96,7 +96,8 @@ ROWS = [
         inputs=two_folders,
         baseline="error_source",
         refusals=(
-            (("--data", "first"), "--data 'first' is neither digits nor two folders, FIRST,SECOND"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist; expected digits, horse2zebra, FIRST,SECOND"),
+            (("--data", "first"), "first/trainA does not exist, expected a folder of pictures"),
             (("--data", "first,lone"), "lone has one picture; expected at least 2, of which one is for testing"),
             (("--data", "first,nowhere"), "nowhere does not exist"),
             (("--preset", "large"), "invalid choice 'large' for argument '--preset'"),

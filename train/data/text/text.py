@@ -13,6 +13,7 @@ from torch import Tensor
 from core import random
 from train.data import DataError
 from train.data.file_tree import Skipped
+from train.data.text import sets
 from train.data.text.files import read_text, survey
 from train.data.text.token_files import Blocks, TokenFile, open_tokens, separator, tokenize_to_file
 from train.files import shown
@@ -61,7 +62,7 @@ def open_text(
     progress: bool = True,
 ) -> Text:
     """The tokens of a file, plain or gzipped, of all text files below a folder in sorted order, of a stream such as
-    /dev/stdin, or of the embedded text if `path` is None.
+    /dev/stdin, of a text of `sets.TEXTS` by its name, or of the embedded text if `path` is None.
 
     Between two files of a folder comes the end-of-text token, or a blank line if the tokenizer has none.
 
@@ -70,7 +71,7 @@ def open_text(
         cache: folder in which byte pairs are stored, under a name made from the fingerprints of text and tokenizer, so
             that the next run only maps them. Of a stream or the embedded text nothing is stored.
 
-    Raises DataError: there is no text, it is not UTF-8, or the tokenizer cannot reproduce it.
+    Raises DataError: there is no text, it cannot be downloaded, it is not UTF-8, or the tokenizer cannot reproduce it.
     """
     from train.data.text.tokenizers import CharTokenizer, loss_of
 
@@ -79,13 +80,19 @@ def open_text(
         raise DataError(f"the tokenizer does not reproduce text: {problem}; expected byte-level byte pairs")
     if path is None:
         return _in_memory(embedded_text(), tokenizer, "embedded: the language reference of Python")
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return _in_memory(read_text(path, minimum=2), tokenizer, shown(path))
+    path, name = Path(path), shown(path)
+    if not path.exists() and str(path) in sets.TEXTS:
+        name = f"{path} ({sets.TEXTS[str(path)].about})"
+        path = sets.fetch_text(str(path))
+    if not path.exists():
+        known = ", ".join(sets.TEXTS)
+        raise DataError(f"{path} does not exist, expected a text file, a folder of them, or one of {known}")
+    if not path.is_file() and not path.is_dir():
+        return _in_memory(read_text(path, minimum=2), tokenizer, name)
     files = survey(path)
     if files.characters < 2:
         raise DataError(f"{path} has {files.characters} characters, expected at least 2")
-    about = (shown(path), files.characters, files.paths, files.skipped)
+    about = (name, files.characters, files.paths, files.skipped)
     if tokenizer is None or isinstance(tokenizer, CharTokenizer):
         text = separator(tokenizer).join(read_text(file) for file in files.paths)
         return Text(*_in_memory(text, tokenizer, "")[:2], *about)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.data import DataError
-from train.data.downloads import fetch, folder_of
+from train.data.downloads import Download, fetch_all
 from train.data.file_tree import Skipped
 from train.data.text.tokenizers import SentenceTokenizer
 from train.data.translation import dates
@@ -40,14 +40,6 @@ class ParallelSet(NamedTuple):
     def test_sets(self) -> dict[str, list[Pair]]:
         """`tests`, or where there are none the validation part."""
         return self.tests or {"validation": self.validation}
-
-
-class Download(NamedTuple):
-    """A file, its published checksum, and the members of it that are unpacked (all if None, none if empty)."""
-
-    address: str
-    checksum: str
-    members: tuple[str, ...] | None = ()
 
 
 _MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
@@ -178,11 +170,7 @@ def download(name: str, directory: Path | None = None, base_url: str | None = No
 
     Raises DataError: no connection, wrong checksum.
     """
-    folder = folder_of(name, directory)
-    for address, checksum, members in DOWNLOADS[name]:
-        file = address.rpartition("/")[2]
-        fetch(f"{base_url.rstrip('/')}/{file}" if base_url else address, checksum, folder, members)
-    return folder
+    return fetch_all(name, DOWNLOADS[name], directory, base_url)
 
 
 def _embedded(source: str, target: str) -> ParallelSet:
