@@ -33,7 +33,7 @@ def test_gpt_writes_the_characters_it_read(tmp_path, needed, capsys):
     sample = (tmp_path / "runs/gpt/a/sample.txt").read_text(encoding="utf-8")
     assert len(sample) > 100 and set(sample) <= set(text)
     capsys.readouterr()
-    assert call("gpt", "sample", "--run", "runs/gpt/a", "--prompt", "今天", "--tokens", "9") == 0
+    assert call("gpt", "sample", "--run", "runs/gpt/a", "--prompt", "今天", "--max-new-tokens", "9") == 0
     assert capsys.readouterr().out.startswith("今天")
 
 
