@@ -183,6 +183,7 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None 
     Returns:
         key.shape[:-1] + shape, bool
     """
+    threefry.check_key(key)
     dtype = p.dtype if isinstance(p, Tensor) else torch.float32
     _check_float("bernoulli", dtype)
     unit = _unit(key, tuple(p.shape if isinstance(p, Tensor) else ()) if shape is None else shape, dtype)
@@ -242,6 +243,7 @@ def randint(
         ValueError: an empty range, or one that does not fit the dtype (ints only: tensors are clipped).
     """
     threefry.check_key(key)
+    threefry.check_shape(shape)
     if dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"randint: dtype must be int8, uint8, int16, int32 or int64, got {dtype}")
     limits = torch.iinfo(dtype)
@@ -326,6 +328,8 @@ def _check_broadcast(name: str, shape: Sequence[int], *others: Sequence[int]) ->
 def _as(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A number as a 0-D tensor, or a tensor, in the dtype of `like`."""
     dtype = like.dtype if dtype is None else dtype
+    if isinstance(value, (tuple, list)):
+        raise TypeError(f"expected a number or a tensor, got {value}; a shape is another argument")
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
 
 

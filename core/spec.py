@@ -26,6 +26,17 @@ class Param:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self):
+        if not isinstance(self.shape, (tuple, list)):
+            raise TypeError(
+                f"{type(self).__name__}: the shape is {self.shape}; expected a tuple of integers, as in (3,)"
+            )
+        if not callable(self.init) or isinstance(self.init, Tensor):
+            kind = type(self.init).__name__
+            raise TypeError(
+                f"{type(self).__name__}: init is {kind}; expected an initialiser, such as initializers.zeros"
+            )
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"{type(self).__name__}: dtype is {self.dtype!r}; expected a torch.dtype")
         if self.axes and len(self.axes) != len(self.shape):
             raise ValueError(f"axes {self.axes} name {len(self.axes)} dimensions, but the shape is {self.shape}")
 
@@ -62,11 +73,7 @@ def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
     threefry.check_key(key)
     if key.shape != (2,):
         raise ValueError(f"init: expected one key (2,), found {tuple(key.shape)}; vmap it over keys for an ensemble")
-    for name, leaf in tree.items(spec, none_is_leaf=True):
-        if not isinstance(leaf, Param):
-            kind = "None" if leaf is None else type(leaf).__name__
-            hint = ": leave the key out" if leaf is None and name else ""
-            raise TypeError(f"init: '{name}' is {kind}; a spec's leaves are Param or Stat{hint}")
+    _check_leaves("init", spec)
     names = list(tree.flatten(spec))
     if not names:
         return tree.sort(spec)
@@ -80,6 +87,20 @@ def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
     return tree.sort(tree.map_with_names(value, spec))
 
 
+def _check_leaves(what: str, spec: Tree) -> None:
+    """Raise TypeError at the first leaf that is not a Param."""
+    for name, leaf in tree.items(spec, none_is_leaf=True):
+        if isinstance(leaf, Param):
+            continue
+        kind = "None" if leaf is None else type(leaf).__name__
+        if not name:
+            raise TypeError(
+                f"{what}: the spec is {kind}; expected a tree of Param and Stat, as spec(cfg) of a net returns"
+            )
+        hint = ": leave the key out" if leaf is None else ""
+        raise TypeError(f"{what}: '{name}' is {kind}; a spec's leaves are Param or Stat{hint}")
+
+
 def abstract(spec: Tree) -> Tree:
     """The spec as a tree of meta tensors: shapes and dtypes without memory."""
     return tree.sort(tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), spec))
@@ -91,7 +112,12 @@ def mask(spec: Tree, predicate: Callable[[str, Param], bool]) -> Tree:
 
 
 def split(spec: Tree, values: Tree) -> tuple[Tree, Tree]:
-    """(params, stats) of the values of a spec; `tree.merge(params, stats)` joins them again."""
+    """(params, stats) of the values of a spec; `tree.merge(params, stats)` joins them again.
+
+    Raises:
+        TypeError: `spec` is not one, such as the values themselves.
+    """
+    _check_leaves("split", spec)
     stats = {name for name, leaf in tree.items(spec) if isinstance(leaf, Stat)}
     return tree.partition(values, lambda name, _: name not in stats)
 

@@ -29,9 +29,21 @@ def check_key(key: Tensor) -> None:
         raise ValueError(f"a key must be int32 of shape (2,) or (..., 2), got {key.dtype} of shape {tuple(key.shape)}")
 
 
+def check_shape(shape: Sequence[int]) -> None:
+    """Raise TypeError or ValueError unless this is a sequence of sizes."""
+    if isinstance(shape, (int, float)) or not hasattr(shape, "__iter__"):
+        raise TypeError(f"a shape must be a sequence of integers, such as (3,), got {shape}")
+    for size in shape:
+        if isinstance(size, (float, tuple, list)):
+            raise TypeError(f"a shape must be a sequence of integers, such as (3,), got {tuple(shape)}")
+        if size < 0:
+            raise ValueError(f"a shape must not have negative sizes, got {tuple(shape)}")
+
+
 def draw(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Two random words per element: int32, each key.shape[:-1] + shape."""
     check_key(key)
+    check_shape(shape)
     size, words = math.prod(shape), _words(key)
     if size <= _CHUNK or key.device.type != "cpu" or torch.compiler.is_compiling():
         hashes = threefry2x32(*words, *_counters(0, size, key.device))  # each (..., size)

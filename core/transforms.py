@@ -24,6 +24,12 @@ def _kind(leaf: Any) -> str:
     return "None" if leaf is None else type(leaf).__name__
 
 
+def _check_function(transform: str, f: Any) -> None:
+    if not callable(f):
+        form = f"{transform}(f)(params, ...)"
+        raise TypeError(f"{transform}: the first argument is {type(f).__name__}; expected a function f, as in {form}")
+
+
 def _check_tensors(transform: str, what: str, out: Tree) -> None:
     for name, leaf in tree.items(out, none_is_leaf=True):
         if not isinstance(leaf, Tensor):
@@ -84,6 +90,8 @@ def grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False)
         TypeError, ValueError: a leaf that has no gradient (named), or an output that is not a scalar (its shape).
     """
 
+    _check_function("grad", f)
+
     def gradient(*args, **kwargs):
         args = tuple(tree.sort(arg) for arg in args)
         _check_differentiable("grad", args, argnums)
@@ -97,6 +105,8 @@ def value_and_grad(f: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
 
     torch.func.grad_and_value returns them the other way round. Errors as in `grad`.
     """
+
+    _check_function("value_and_grad", f)
 
     def both(*args, **kwargs):
         args = tuple(tree.sort(arg) for arg in args)
@@ -116,7 +126,10 @@ def _spread(dims: Any, arg: Tree, where: str, name: str = "") -> Tree:
     if inner is None:
         kind = type(dims).__name__
         raise TypeError(f"vmap: in_dims of {_leaf(where, name)} is {kind}; expected an int, None or a tree of them")
-    here, named = dict(tree.children(arg) or []), dict(inner)
+    if tree.children(arg) is None:
+        kinds = f"is a {type(dims).__name__}, the argument a {type(arg).__name__}"
+        raise ValueError(f"vmap: in_dims of {_leaf(where, name)} {kinds}; one entry per argument is a tuple")
+    here, named = dict(tree.children(arg)), dict(inner)
     if set(here) != set(named):
         raise ValueError(f"vmap: in_dims of {_leaf(where, name)} has {sorted(named)}, the argument {sorted(here)}")
     parts = [_spread(named[key], here[key], where, f"{name}.{key}" if name else key) for key in here]
@@ -158,6 +171,8 @@ def vmap(f: Callable, in_dims: Any = 0, out_dims: Any = 0, *, chunk_size: int | 
         TypeError: a leaf of an argument or output that is not a tensor.
         ValueError: a leaf without that axis, or with another size along it than the first; all are named.
     """
+
+    _check_function("vmap", f)
 
     def mapped(*args):
         args = tuple(tree.sort(arg) for arg in args)

@@ -9,6 +9,7 @@ the dicts of their argument. No function changes its input.
 
 import math
 from collections.abc import Callable, Iterator
+from types import GeneratorType
 from typing import Any
 
 import optree
@@ -43,6 +44,7 @@ def aligned(tree: Tree, *rest: Tree) -> list[list]:
     Raises:
         ValueError: the structures differ; it names the first path that does.
     """
+    _check_tree(tree)
     if torch.compiler.is_compiling():
         columns: list[list] = [[] for _ in (tree, *rest)]
         if not nodes.gather(tree, rest, columns):
@@ -75,9 +77,18 @@ def unflatten(like: Tree, values: list) -> Tree:
 
 def items(tree: Tree, prefix: str = "", none_is_leaf: bool = False) -> Iterator[tuple[str, Any]]:
     """(name, leaf) pairs in the order of `leaves`; with `none_is_leaf`, (name, None) pairs too."""
+    _check_tree(tree)
     pairs: list[tuple[str, Any]] = []
     _collect(tree, prefix, none_is_leaf, pairs)
     return iter(pairs)
+
+
+def _check_tree(tree: Tree) -> None:
+    """Raise TypeError for an nn.Module or its `parameters()`, which would pass for a single leaf."""
+    if isinstance(tree, (torch.nn.Module, GeneratorType)):
+        kind = "the nn.Module " if isinstance(tree, torch.nn.Module) else "a "
+        hint = "core.lift.lift(module).params is the tree of a module's"
+        raise TypeError(f"expected a tree of parameters, got {kind}{type(tree).__name__}; {hint}")
 
 
 def _collect(node: Tree, name: str, none_is_leaf: bool, pairs: list[tuple[str, Any]]) -> None:

@@ -78,7 +78,7 @@ def conv(
         ValueError: x has other channels or another rank than the weight; an unknown padding or mode; "same" with a
             stride.
     """
-    check_arguments("conv", p, x)
+    check_arguments("conv", p, x, needs=("weight",))
     weight = p["weight"]
     dims = _check("conv", x, weight, weight.shape[1] * groups)
     if padding_mode not in _PADDING_MODES:
@@ -111,7 +111,7 @@ def conv_transpose(
         TypeError: p is not a dict, or x not a tensor.
         ValueError: x has other channels or another rank than the weight.
     """
-    check_arguments("conv_transpose", p, x)
+    check_arguments("conv_transpose", p, x, needs=("weight",))
     dims = _check("conv_transpose", x, p["weight"], p["weight"].shape[0])
     return _CONV_TRANSPOSE[dims](x, p["weight"], p.get("bias"), stride, padding, output_padding, groups, dilation)
 

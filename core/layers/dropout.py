@@ -57,8 +57,9 @@ def stochastic_depth(x: Tensor, rate: float, key: Tensor | None, train: bool = T
 def _drop(name: str, x: Tensor, shape: tuple[int, ...], rate: float, key: Tensor | None, train: bool) -> Tensor:
     """x times a mask of `shape`, the leading axes of x."""
     check_tensor(name, x)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name}: rate must be in [0, 1), found {rate}")
+    if isinstance(rate, Tensor) and rate.ndim or not 0 <= rate < 1:
+        value = f"a tensor of shape {tuple(rate.shape)}" if isinstance(rate, Tensor) and rate.ndim else rate
+        raise ValueError(f"{name}: rate must be in [0, 1), found {value}")
     if not train or rate == 0:
         return x
     if key is None:

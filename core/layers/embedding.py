@@ -32,7 +32,7 @@ def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
         TypeError: p is not a dict, or ids are not a tensor.
         ValueError: ids are not integers, or padding_id is not a row.
     """
-    check_arguments("embedding", p, ids, "ids")
+    check_arguments("embedding", p, ids, "ids", ("weight",))
     weight = p["weight"]
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"embedding: expected integer ids, found {ids.dtype}")

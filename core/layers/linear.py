@@ -35,9 +35,9 @@ def linear(p: Tree, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: p is not a dict, or x not a tensor.
-        ValueError: x has another last axis than d_in.
+        ValueError: x has another last axis than d_in; p has no weight.
     """
-    check_arguments("linear", p, x)
+    check_arguments("linear", p, x, needs=("weight",))
     d_in = p["weight"].shape[-1]
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(f"linear: expected a last axis of {d_in}, found x of shape {tuple(x.shape)}")

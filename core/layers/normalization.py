@@ -136,9 +136,9 @@ def batch_norm(p: Tree, x: Tensor, *, train: bool, momentum: float | None = 0.1,
 
     Raises:
         TypeError: p is not a dict, or x not a tensor.
-        ValueError: x has other channels than the Stats; or one value per channel in training.
+        ValueError: p has no Stats; x has other channels than they; or one value per channel in training.
     """
-    check_arguments("batch_norm", p, x)
+    check_arguments("batch_norm", p, x, needs=("mean", "var"))
     channels = p["mean"].shape[0]
     if x.ndim < 2 or x.shape[1] != channels:
         raise ValueError(f"batch_norm: expected x of shape (batch, {channels}, *space), found {tuple(x.shape)}")

@@ -42,9 +42,8 @@ def check_params(params: Tree) -> None:
     for name, leaf in tree.items(params):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise PerExampleError(
-                f"parameter '{name}' is {kind}; expected a floating-point tensor (Stats stay outside)"
-            )
+            what, expected = (f"parameter '{name}' is", "") if name else ("the parameters are", " or a tree")
+            raise PerExampleError(f"{what} {kind}; expected a floating-point tensor{expected} (Stats stay outside)")
     names = tree.names(params)
     if not names:
         raise PerExampleError("there are no parameters: the tree has no leaf")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core import initializers, random
 from core.layers import activation, dropout, linear, linear_spec
+from core.layers.checks import check_arguments
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,5 @@ def features(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None,
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
     """Logits of a batch. x: (batch, ...) -> (batch, widths[-1]); key as in `feature_maps`."""
+    check_arguments("mlp", params, x)
     return linear(params["layers"][-1], features(params, x, cfg, key=key, train=train))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from core import random
+from core import random, threefry
 from train.data import DataError
 
 
@@ -21,6 +21,7 @@ def epoch_batch(key: Tensor, step: int | Tensor, count: int, batch: int) -> Tens
         step: 0, 1, 2 ...
         count: number of examples.
     """
+    threefry.check_key(key)
     if not 0 < batch <= count:
         raise DataError(f"cannot make batches of {batch} from {count} examples")
     epoch, position = divmod(int(step), count // batch)
