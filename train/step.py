@@ -3,6 +3,7 @@
 g = ∇ loss(params, batch);   updates, opt_state = optimizer(g);   params + updates
 """
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from core.stats import update as update_stats
 from core.tree import Tree
 from train.losses.weighted import WeightedLoss, positive
 from train.optimizers import Optimizer, apply_updates, donated_update
+from train.optimizers.protocol import check_optimizer
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -72,6 +74,7 @@ def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
 
 def start(key: Tensor, values: Tree, model: Tree, optimizer: Optimizer) -> TrainState:
     """The state before the first step from given values of the spec `model`, such as published weights."""
+    check_optimizer(optimizer)
     spec.check(model, values)
     params, stats = spec.split(model, values)
     return TrainState(params, stats, optimizer.init(params), key, torch.zeros((), dtype=torch.int64, device=key.device))
@@ -163,6 +166,7 @@ def make_step(
         `update_norm`, and the loss's own, or those of `watch`.
 
     Raises:
+        TypeError: a loss, optimizer or policy of another form; from the step: a state or a leaf of the batch.
         ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, the
             loss has another shape; Stats among the parameters, which would be trained; `watch` and the net has Stats.
         PerExampleError: from the step: `watch`, and a parameter has no exact per-example gradients; it is named.
@@ -232,9 +236,6 @@ def step_of_gradient(
         run = maybe_compiled(compute)
         return lambda state, x: update_in_place(state, *run(_lean(state), x))
 
-    if part_size is None:
-        return finish(whole)
-
     # One compiled region per part, so that the graph does not grow with their number.
     run_part, finish_parts = maybe_compiled(part), finish(gradient.result)
 
@@ -247,7 +248,14 @@ def step_of_gradient(
             total = contribution if total is None else gradient.add(total, contribution)
         return finish_parts(state, total)
 
-    return in_parts
+    run = finish(whole) if part_size is None else in_parts
+
+    def step(state: TrainState, batch: Tree):
+        if not isinstance(state, TrainState):
+            raise TypeError(f"step: the state is {type(state).__name__}; expected a TrainState, as `create` returns")
+        return run(state, batch)
+
+    return step
 
 
 def _lean(state: TrainState) -> TrainState:
@@ -264,10 +272,21 @@ def advance(optimizer: Optimizer, state: TrainState, grads: Tree, stats: Tree) -
 
 def evaluation(loss: Callable, policy: Policy) -> Callable[[Tree, Tree, Tree, Tensor], tuple]:
     """`(params, stats, batch, keys) -> (value, metrics)` of a loss under a policy; both in float32 or wider."""
+    if not isinstance(policy, Policy) or not isinstance(policy.compute, torch.dtype | None):
+        raise TypeError(f"the policy is {policy!r}; expected one such as Policy(torch.bfloat16)")
+    if not callable(loss):
+        raise TypeError(f"the loss is {type(loss).__name__}; expected a function, loss(params, batch, keys)")
+    try:
+        inspect.signature(loss).bind("params", "batch", "keys")
+    except TypeError as error:
+        raise TypeError(f"the loss must take (params, batch, keys): {error}") from None
 
     def evaluate(params: Tree, stats: Tree, batch: Tree, keys: Tensor):
         out = loss(tree.merge(policy.cast(params), stats), policy.cast(batch), keys)
         value, metrics = out if isinstance(out, tuple) and not isinstance(out, WeightedLoss) else (out, {})
+        if not isinstance(metrics, dict):
+            kinds = f"({type(value).__name__}, {type(metrics).__name__})"
+            raise TypeError(f"the loss returned {kinds}; expected its value, or (value, dict of metrics)")
         for name, metric in metrics.items():
             if not isinstance(metric, Tensor):
                 kind = type(metric).__name__
@@ -368,8 +387,12 @@ def _slice(batch: Tree, start: int, size: int) -> Tree:
 
 
 def _size(batch: Tree) -> int:
+    for name, x in tree.items(batch):
+        if not isinstance(x, Tensor):
+            what = f"'{name}' of the batch" if name else "the batch"
+            raise TypeError(f"step: {what} is {type(x).__name__}; expected a tensor, such as torch.as_tensor(array)")
     sizes = {x.shape[0] if x.ndim else None for x in tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(f"'{name}' {tuple(x.shape)}" for name, x in tree.items(batch))
-        raise ValueError(f"the leaves of a batch must agree in their leading axis: {shapes}")
+        raise ValueError(f"the leaves of a batch must agree in their leading axis: {shapes or 'no leaf'}")
     return sizes.pop()

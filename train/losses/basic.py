@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.layers.checks import check_tensor
+
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     if reduction == "mean":
@@ -21,18 +23,22 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
+    for x, name in zip((a, b), names.split(" and "), strict=True):
+        check_tensor("loss", x, name)
     if a.shape != b.shape:
         raise ValueError(f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def check_class_labels(scores: Tensor, labels: Tensor) -> None:
+    check_tensor("loss", scores, "logits")
+    check_tensor("loss", labels, "labels")
     if scores.ndim == 0 or labels.shape != scores.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of the logits without the classes on the last axis: "
             f"got logits {tuple(scores.shape)} and labels {tuple(labels.shape)}"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"class labels must be integers, got {labels.dtype}")
+        raise TypeError(f"class labels must be integers, got {labels.dtype}; labels.long() converts them")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -82,8 +88,12 @@ def cross_entropy(
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_tensor("loss", logits, "logits")
+    check_tensor("loss", labels, "labels")
     log_probs = torch.log_softmax(_wide(logits), -1)
     if labels.is_floating_point():
+        if labels.shape == logits.shape[:-1]:
+            check_class_labels(logits, labels)
         _same_shape(logits, labels, "logits and label probabilities")
         if ignore_id is not None:
             raise ValueError("ignore_id needs integer labels, but the labels are probabilities")

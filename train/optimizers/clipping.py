@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core import tree
 from core.tree import Tree
-from train.optimizers.protocol import Optimizer, require, widened, zero_count
+from train.optimizers.protocol import Optimizer, require, require_number, widened, zero_count
 
 
 class NormsState(NamedTuple):
@@ -29,6 +29,7 @@ def clip_by_global_norm(limit: float, eps: float = 1e-6) -> Optimizer:
 
     `eps` is that of torch's `clip_grad_norm_`; with `eps=0` it is optax's clip_by_global_norm.
     """
+    require_number("limit", limit)
     require(limit > 0, "limit", limit, "positive")
 
     def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:

@@ -36,6 +36,22 @@ class Optimizer(NamedTuple):
     donated: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError unless this is an Optimizer: torch's are not, nor is the function that makes one."""
+    if not isinstance(optimizer, Optimizer):
+        module, kind = type(optimizer).__module__, type(optimizer).__name__
+        kind = f"{optimizer.__name__}, not called" if hasattr(optimizer, "__name__") else kind
+        kind = f"torch.optim's {kind}" if module.startswith("torch.optim") else kind
+        raise TypeError(f"optimizer: got {kind}; expected an Optimizer, such as optimizers.adamw(1e-3)")
+
+
+def check_predicate(name: str, predicate: Any) -> None:
+    """Raise TypeError unless this is a function, or None."""
+    if predicate is not None and not callable(predicate):
+        kind = type(predicate).__name__
+        raise TypeError(f"{name} is {kind}; expected a function (name, leaf) -> bool of a leaf's dotted name")
+
+
 def check_params(params: Tree) -> None:
     """Raise unless these are parameters, floating-point tensors without running statistics; the leaf is named.
 
@@ -47,7 +63,8 @@ def check_params(params: Tree) -> None:
     for name, leaf in tree.items(params):
         if not is_tensor_like(leaf) or not leaf.is_floating_point():
             kind = leaf.dtype if is_tensor_like(leaf) else type(leaf).__name__
-            raise TypeError(f"optimizer: parameter '{name}' is {kind}; expected a floating-point tensor")
+            what = f"parameter '{name}' is" if name else "the parameters are"
+            raise TypeError(f"optimizer: {what} {kind}; expected a floating-point tensor{'' if name else ' or a tree'}")
         if name.rpartition(".")[2] == "count":
             raise ValueError(
                 f"optimizer: '{name}' belongs to running statistics (Stats), which are not trained: split them off, "
@@ -105,6 +122,9 @@ def chain(*links: Optimizer) -> Optimizer:
     ValueError on parameters or gradients that do not fit, see `check_params` and `columns`.
     """
 
+    for link in links:
+        check_optimizer(link)
+
     def init(params: Tree) -> Tree:
         check_params(params)
         return tuple(link.init(params) for link in links)
@@ -152,6 +172,7 @@ def donated_update(optimizer: Optimizer) -> Callable[[Tree, Tree, Tree], tuple[T
     It is the optimizer's own donated form where it has one (torch's fused kernels), otherwise its pure update followed
     by an addition in place. The gradients are only read.
     """
+    check_optimizer(optimizer)
     return optimizer.donated or update_and_overwrite(optimizer)
 
 
@@ -182,6 +203,13 @@ def zero_moment(params: Tree, dtype: torch.dtype | None = None) -> Tree:
 
     check_params(params)
     return tree.map(zero, params)
+
+
+def require_number(name: str, value: Any) -> None:
+    """Raise TypeError unless this is a number, which may be a 0-D tensor."""
+    if not hasattr(value, "__float__"):
+        hint = "; parameters go to optimizer.init" if name == "learning_rate" else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
 
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:

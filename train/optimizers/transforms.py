@@ -14,7 +14,17 @@ from torch import Tensor
 
 from core import tree
 from core.tree import Tree
-from train.optimizers.protocol import Optimizer, Predicate, Schedule, require, widened, zero_count, zero_moment
+from train.optimizers.protocol import (
+    Optimizer,
+    Predicate,
+    Schedule,
+    check_predicate,
+    require,
+    require_number,
+    widened,
+    zero_count,
+    zero_moment,
+)
 
 
 class CountState(NamedTuple):
@@ -46,6 +56,7 @@ class MomentumState(NamedTuple):
 
 
 def _require_beta(name: str, value: float) -> None:
+    require_number(name, value)
     require(0.0 <= value < 1.0, name, value, "in [0, 1)")
 
 
@@ -81,6 +92,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Optimizer:
 
         return Optimizer(lambda params: CountState(zero_count(params)), update)
 
+    require_number("learning_rate", learning_rate)
     require(learning_rate >= 0, "learning_rate", learning_rate, "at least 0")
     return Optimizer(
         lambda params: (), lambda updates, state, _: (tree.map(lambda u: widened(u) * -learning_rate, updates), ())
@@ -94,6 +106,7 @@ def decays(params: Tree, weight_decay: float, mask: Predicate | None) -> list[fl
 
 def add_decayed_weights(weight_decay: float, mask: Predicate | None = None) -> Optimizer:
     """g + weight_decay * θ, only where `mask(name, leaf)` if there is a mask."""
+    check_predicate("mask", mask)
     require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
 
     def update(updates: Tree, state: tuple, params: Tree) -> tuple[Tree, tuple]:

@@ -12,7 +12,9 @@ from train.optimizers.protocol import (
     Optimizer,
     Predicate,
     apply_updates,
+    check_optimizer,
     check_params,
+    check_predicate,
     columns,
     donated_update,
     identity,
@@ -51,8 +53,11 @@ def by_path(optimizers: dict[str, Optimizer], labeller: Callable[[str, Any], str
         ValueError: a label that is not a plain name; from `init` and `update`, a leaf whose label is not in
             `optimizers` (it is named), and gradients that do not fit the parameters.
     """
+    if not isinstance(optimizers, dict):
+        raise TypeError(f"by_path: the optimizers are {type(optimizers).__name__}; expected a dict from labels to them")
     for label in optimizers:
         require(isinstance(label, str) and "." not in label and label, "a label", repr(label), "a string without dots")
+        check_optimizer(optimizers[label])
     labels = sorted(optimizers)
 
     def assign(params: Tree) -> dict[str, str]:
@@ -94,6 +99,7 @@ def by_path(optimizers: dict[str, Optimizer], labeller: Callable[[str, Any], str
 
 def freeze(optimizer: Optimizer, predicate: Predicate) -> Optimizer:
     """`optimizer` for all leaves but those where `predicate(name, leaf)`: these get zero updates and keep no state."""
+    check_predicate("the predicate of freeze", predicate)
     return by_path(
         {"frozen": set_to_zero(), "trained": optimizer},
         lambda name, leaf: "frozen" if predicate(name, leaf) else "trained",
@@ -102,6 +108,7 @@ def freeze(optimizer: Optimizer, predicate: Predicate) -> Optimizer:
 
 def masked(transformation: Optimizer, predicate: Predicate) -> Optimizer:
     """`transformation` for the leaves where `predicate(name, leaf)`; the updates of the others pass unchanged."""
+    check_predicate("the predicate of masked", predicate)
     parts = {"masked": identity(), "open": transformation}
     return by_path(parts, lambda name, leaf: "open" if predicate(name, leaf) else "masked")._replace(donated=None)
 
@@ -112,6 +119,7 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
     The choice is by torch.where, so each call computes the inner update, and the last one keeps it. Gradients are
     summed in float32 or wider.
     """
+    check_optimizer(optimizer)
     require(every >= 1, "every", every, "at least 1")
 
     def init(params: Tree) -> AccumulateState:
@@ -141,6 +149,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> 
     Make it the outermost optimizer; `averaged(state)` reads the average. It starts from the initial parameters, or,
     with `debias`, from zero, and is then divided by 1 - decay^count when read. Kept in float32 or wider. Donates.
     """
+    check_optimizer(optimizer)
     require(0.0 <= decay < 1.0, "decay", decay, "in [0, 1)")
 
     def init(params: Tree) -> EmaState:
