@@ -14,7 +14,7 @@ FLOORS = ("core", "nets", "train", "experiments")
 FILES = {path: path.relative_to(ROOT).as_posix() for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path, name in FILES.items()}
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for floor in FLOORS for p in (ROOT / floor).rglob("*.md"))]
-SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("__"))
 
 
 def imported(path: Path, top_level: bool = False) -> set[str]:

@@ -55,7 +55,7 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     command = Command(*(others[name] if name else default))
     if others and not name:
         description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
-    program = os.path.basename(sys.argv[0]) + (f" {name}" if name else "")
+    words = (program() or os.path.basename(sys.argv[0])) + (f" {name}" if name else "")
     previous = {number: signal.getsignal(number) for number in _signals()}
     for number in previous:
         signal.signal(number, _interrupt)
@@ -64,7 +64,7 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
             raise ValueError(f"'{argv[0]}' is unknown; expected flags, or one of the sub-commands {', '.join(others)}")
         argv = argv[1:] if name else argv
         _check_paths(command.args, argv)
-        args = _parse(command.args, program, description, argv, _defaults(command, argv, root))
+        args = _parse(command.args, words, description, argv, _defaults(command, argv, root))
         flags.check(args)
         if getattr(getattr(args, "common", args), "compile", False):
             compiler.configure()
@@ -82,6 +82,11 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         sys.exit(128 + getattr(interruption, "number", signal.SIGINT))
     finally:
         _restore(previous)
+
+
+def program() -> str | None:
+    """The words `functree NAME`, if `experiments/__main__.py` started the script; else None."""
+    return getattr(sys.modules["__main__"], "PROGRAM", None)
 
 
 def _restore(handlers: Mapping[int, Any]) -> None:

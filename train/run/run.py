@@ -158,8 +158,9 @@ class Run:
                 self.log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
             if self.last and self._stop.requested:
                 self._saved.wait()
-                again = shlex.join(["python", sys.argv[0], "--resume", "--name", self.folder.name])
-                self.log.print(f"stopped at step {at}; continue with: {again}")
+                start = command_line.program() or shlex.join(["python", sys.argv[0]])
+                again = shlex.join(["--resume", "--name", self.folder.name])
+                self.log.print(f"stopped at step {at}; continue with: {start} {again}")
                 sys.exit(128 + self._stop.signal)
             if self.last:
                 return

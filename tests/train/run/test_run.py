@@ -97,6 +97,13 @@ def test_stopped_run_is_saved_says_how_to_continue_and_continues(number, tmp_pat
     assert (tmp_path / "a b" / "words.txt").read_text() == "old words"
 
 
+def test_stopped_run_names_the_command_that_started_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["__main__"], "PROGRAM", "functree counter", raising=False)
+    with pytest.raises(SystemExit):
+        count_to(tmp_path, args_of("a"), stop_at=5, number=signal.SIGTERM)
+    assert capsys.readouterr().out.endswith("; continue with: functree counter --resume --name a\n")
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert count_to(tmp_path, args_of("a"), stop_at=5, number=signal.SIGHUP) == 9
