@@ -1,0 +1,128 @@
+"""What is built, and what is installed from it: the source distribution, the wheel made of it, and a run of that."""
+
+import configparser
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.gpt_runs import QUICK, TEXT
+from tests.experiments.runs import ENVIRONMENT
+
+pytest.importorskip("setuptools", minversion="77")
+pytest.importorskip("pip")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("core", "nets", "train", "experiments")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt")
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
+def run(*command, **options) -> str:
+    """Output of a command, which must succeed."""
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def source_files(folder: Path) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The source distribution, built from a copy, as building leaves files beside the sources."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in (*PACKAGES, "tests"):
+        shutil.copytree(ROOT / name, folder / name)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, folder)
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    run(sys.executable, "-c", code, cwd=folder)
+    return folder / "dist" / f"functree-{VERSION}.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel, built from the source distribution alone."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(*PIP, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
+    return folder / f"functree-{VERSION}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder that the wheel is installed into."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(*PIP, "install", "--no-index", "--no-deps", "--no-compile", "--target", folder, wheel)
+    return folder
+
+
+@pytest.fixture
+def environment(installed, tmp_path, monkeypatch):
+    """The environment of a process in an empty folder, which finds the installed packages."""
+    monkeypatch.chdir(tmp_path)
+    return ENVIRONMENT | {"PYTHONPATH": str(installed)}
+
+
+def test_source_distribution_has_the_sources_the_tests_and_the_pages(source):
+    with tarfile.open(source) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    inside = set().union(*(source_files(ROOT / folder) for folder in (*PACKAGES, "tests")))
+    top = {path.name for path in ROOT.glob("*.md")} | set(FILES)
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in names if not name.startswith("functree.egg-info/")} == inside | top | made
+
+
+def test_wheel_has_the_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        about = f"functree-{VERSION}.dist-info"
+        metadata = archive.read(f"{about}/METADATA").decode()
+        commands = configparser.ConfigParser()
+        commands.read_string(archive.read(f"{about}/entry_points.txt").decode())
+    modules = {
+        name for folder in PACKAGES for name in source_files(ROOT / folder) if name.endswith((".py", "py.typed"))
+    }
+    assert {name for name in names if not name.startswith(f"{about}/")} == modules
+    assert {"core/py.typed", "nets/py.typed", "train/py.typed"} <= modules
+    assert f"{about}/licenses/LICENSE" in names
+    for line in ("License-Expression: MIT", "Author: The functree authors", "Requires-Python: >=3.11"):
+        assert f"\n{line}\n" in metadata
+    assert dict(commands["console_scripts"]) == {"functree": "experiments.__main__:main"}
+
+
+def test_installed_packages_are_imported(installed, environment):
+    names = ", ".join(PACKAGES)
+    out = run(sys.executable, "-c", f"import {names}\nfor m in ({names}): print(m.__file__)", env=environment)
+    assert out.splitlines() == [str(installed / name / "__init__.py") for name in PACKAGES]
+
+
+def test_every_installed_module_is_imported(installed, environment):
+    modules = [
+        ".".join(path.relative_to(installed).with_suffix("").parts).removesuffix(".__init__")
+        for name in PACKAGES
+        for path in sorted((installed / name).rglob("*.py"))
+    ]
+    code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    run(sys.executable, "-c", code, env=environment)
+
+
+def test_installed_command_lists_and_trains(installed, environment, tmp_path):
+    command = (sys.executable, installed / "bin" / "functree")
+    assert "  gpt  " in run(*command, env=environment)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    out = run(*command, "gpt", *QUICK, "--steps", "3", "--name", "a", env=environment)
+    assert "step 3/3" in out and (tmp_path / "runs/gpt/a/result.json").exists()
