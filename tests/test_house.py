@@ -1,12 +1,18 @@
 """The layout of the house: who may import whom, how long a file may be, and how its sentences read."""
 
 import ast
+import importlib.metadata
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.experiments.runs import ENVIRONMENT
 from tests.registry.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +54,55 @@ def test_floors():
         if other.split(".")[0] not in allowed[module.split(".")[0]]
     ]
     assert not wrong
+
+
+FOUNDATIONS = {"torch", "optree", "numpy"}  # beside the standard library, all that core imports
+
+
+def test_core_imports_its_foundations_only():
+    """Inside functions too."""
+    wrong = []
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module if not node.level else "."]
+            tops = {name.split(".")[0] for name in names}
+            wrong += [(str(path), name) for name in tops - sys.stdlib_module_names - FOUNDATIONS - {"core"}]
+    assert not wrong
+
+
+# Runs with the names of modules that must not be there, and of those to import.
+BLOCKED = """
+import importlib, sys
+blocked, modules = (words.split() for words in sys.argv[1:])
+sys.modules.update(dict.fromkeys(blocked))  # None: ImportError, as if it were not installed
+for name in modules:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.slow
+def test_core_is_imported_without_the_other_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    others = {canonical(Requirement(line).name) for line in lines} - FOUNDATIONS
+    installed = importlib.metadata.packages_distributions()
+    blocked = {top for top, distributions in installed.items() if others & set(map(canonical, distributions))}
+    assert {"matplotlib", "tyro", "orbax", "sklearn", "PIL", "jax"} <= blocked
+    blocked |= set(FLOORS) - {"core"}
+    modules = [name for name in MODULES if name.split(".")[0] == "core"]
+    process = subprocess.run(
+        [sys.executable, "-c", BLOCKED, " ".join(sorted(blocked)), " ".join(modules)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def test_families_of_nets_read_weights_and_blocks_and_themselves():
