@@ -38,7 +38,7 @@ class Accumulator(NamedTuple):
 class Moments(NamedTuple):
     """The number of values, their mean and their unbiased variance (NaN of less than two); trees as of one example."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     mean: Tree
     variance: Tree
 
@@ -46,7 +46,7 @@ class Moments(NamedTuple):
 class Deviations(NamedTuple):
     """The state of `moments`: squares are sums of squared deviations from the mean, so that nothing cancels."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     mean: Tree
     squares: Tree
 
@@ -223,7 +223,7 @@ def top(k: int, largest: bool = True) -> Accumulator:
 class Products(NamedTuple):
     """The number of vectors (size,), their sum, and sum_n v_n v_n^T (size, size)."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     sum: Tensor
     products: Tensor
 

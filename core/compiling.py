@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from types import ModuleType
+from typing import Any
 
 _FRONT_END = "torch._dynamo"
 _marks: list[tuple[str, Callable]] = []
@@ -41,7 +42,7 @@ class _Finder(MetaPathFinder):
         if name != _FRONT_END:
             return None
         sys.meta_path.remove(self)  # from here on as if it had never been there
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)  # not None: torch has this module
         run = spec.loader.exec_module
 
         def run_and_mark(module: ModuleType) -> None:

@@ -117,8 +117,8 @@ def lift(module: nn.Module) -> Lifted:
         finally:
             if attending:
                 torch.backends.mha._is_fastpath_enabled = fast
-            for layer, mode in modes:
-                layer.training = mode
+            for layer, training in modes:
+                layer.training = training
         if not (train and dtypes):
             return out
         reports = {name: fresh[name].detach().to(sinks[name].dtype) - sinks[name].detach() for name in dtypes}

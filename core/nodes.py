@@ -31,7 +31,9 @@ def sorted_keys(keys: Iterable) -> list:
 
 def entries(node: Tree) -> list[tuple[Any, Tree]]:
     """(key, child) pairs of an inner node, a dict's keys as they are."""
-    return [(key, node[key]) for key in keys(node)] if isinstance(node, dict) else children(node)
+    if isinstance(node, dict):
+        return [(key, node[key]) for key in keys(node)]
+    return children(node)  # type: ignore[return-value]  # not None: no leaf comes here
 
 
 def children(node: Tree) -> list[tuple[str, Tree]] | None:

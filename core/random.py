@@ -64,12 +64,12 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
             raise TypeError(f"fold_in: data must be integers, got {data.dtype}")
-        low = data.to(torch.int32)
+        low: int | Tensor = data.to(torch.int32)
     else:
-        data = _integer("fold_in: data", data)
-        if not 0 <= data < 2**32:
-            raise ValueError(f"fold_in: data must be in [0, 2**32), got {data}")
-        low = _signed(data)
+        number = _integer("fold_in: data", data)
+        if not 0 <= number < 2**32:
+            raise ValueError(f"fold_in: data must be in [0, 2**32), got {number}")
+        low = _signed(number)
     first, second = key.unbind(-1)
     return torch.stack(torch.broadcast_tensors(*threefry.threefry2x32(first, second, 0, low)), -1)  # (..., 2)
 

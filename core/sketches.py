@@ -10,7 +10,7 @@ So the Gram matrix of the gradients of a whole data set fits into (N, size) numb
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def sketch(hashes: Tree, values: Tree, size: int) -> Tensor:
     Args:
         hashes: from `hashes`, of the structure of `values`, for the same size.
     """
-    total = None
+    total: Any = None
     for leaf, (bucket, sign) in zip(*tree.aligned(values, hashes), strict=True):
         wide = leaf.flatten().to(torch.promote_types(leaf.dtype, torch.float32)) * sign  # (entries,)
         part = wide.new_zeros(size).index_add(0, bucket, wide)

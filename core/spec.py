@@ -81,8 +81,8 @@ def init(key: Tensor, spec: Tree, dtype: torch.dtype | None = None) -> Tree:
     keys = dict(zip(names, random.fold_in(key, hashes).unbind(-2), strict=True))  # each (2,)
 
     def value(name: str, leaf: Param) -> Tensor:
-        keeps = dtype is None or isinstance(leaf, Stat) or not leaf.dtype.is_floating_point
-        return leaf.init(keys[name], leaf.shape, leaf.dtype if keeps else dtype)
+        keeps = isinstance(leaf, Stat) or not leaf.dtype.is_floating_point
+        return leaf.init(keys[name], leaf.shape, leaf.dtype if dtype is None or keeps else dtype)
 
     return tree.sort(tree.map_with_names(value, spec))
 

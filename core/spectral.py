@@ -73,7 +73,7 @@ def spectral_norm(params: Tree, vectors: Tree, *, steps: int = 1) -> tuple[Tree,
     """
     state = dict(tree.items(vectors))
     weights = dict(tree.items(params))
-    updated = {}
+    updated: dict[str, Tensor] = {}
     for name in [name.removesuffix(".u") for name in state if name.endswith(".u")]:
         pair = {part: state[f"{name}.{part}"].detach() for part in ("u", "v")}
         if name not in weights:

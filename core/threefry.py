@@ -46,18 +46,19 @@ def draw(key: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     check_shape(shape)
     size, words = math.prod(shape), _words(key)
     if size <= _CHUNK or key.device.type != "cpu" or torch.compiler.is_compiling():
-        hashes = threefry2x32(*words, *_counters(0, size, key.device))  # each (..., size)
+        hashes: Sequence[Tensor] = threefry2x32(*words, *_counters(0, size, key.device))  # each (..., size)
     else:
         starts = range(0, size, _CHUNK)
         chunks = [threefry2x32(*words, *_counters(i, min(i + _CHUNK, size), key.device)) for i in starts]
         hashes = [torch.cat(column, -1) for column in zip(*chunks, strict=True)]  # each (..., size)
-    return tuple(word.reshape(key.shape[:-1] + tuple(shape)) for word in hashes)
+    first, second = [word.reshape(key.shape[:-1] + tuple(shape)) for word in hashes]
+    return first, second
 
 
-def threefry2x32(key0: Tensor, key1: Tensor, x0: int | Tensor, x1: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32-20 of the counter (x0, x1), in wrapping int32 arithmetic."""
+def threefry2x32(key0: Tensor, key1: Tensor, counter0: int | Tensor, counter1: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32-20 of the counter (counter0, counter1), in wrapping int32 arithmetic."""
     schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
-    x0, x1 = key0 + x0, key1 + x1
+    x0, x1 = key0 + counter0, key1 + counter1
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x0 = x0 + x1
@@ -69,9 +70,10 @@ def threefry2x32(key0: Tensor, key1: Tensor, x0: int | Tensor, x1: int | Tensor)
     return x0, x1
 
 
-def _words(key: Tensor) -> list[Tensor]:
+def _words(key: Tensor) -> tuple[Tensor, Tensor]:
     """The two words of each key, to broadcast with a row of counters."""
-    return [word.unsqueeze(-1) if key.dim() > 1 else word for word in key.unbind(-1)]  # each (..., 1), or () of one key
+    first, second = key.unbind(-1)  # each (...)
+    return (first.unsqueeze(-1), second.unsqueeze(-1)) if key.dim() > 1 else (first, second)  # each (..., 1), or ()
 
 
 def _counters(start: int, stop: int, device: torch.device) -> tuple[int | Tensor, Tensor]:

@@ -249,9 +249,10 @@ def linearize(f: Callable, *primals: Tree) -> tuple[Tree, Callable]:
     # torch.func.linearize traces f into constants: no gradient goes through it, and it does not compile.
     primals = tuple(tree.sort(primal) for primal in primals)
     _check_differentiable("linearize", primals, tuple(range(len(primals))))
+    # torch's stub of vjp allows for has_aux, and so for three values.
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-        value, pull_back = torch.func.vjp(_checked_outputs("linearize", f), *primals)
-    _, push_forward = torch.func.vjp(pull_back, tree.map(torch.zeros_like, value))
+        value, pull_back = torch.func.vjp(_checked_outputs("linearize", f), *primals)  # type: ignore[misc]
+    _, push_forward = torch.func.vjp(pull_back, tree.map(torch.zeros_like, value))  # type: ignore[misc]
 
     def derivative(*tangents: Tree) -> Tree:
         return push_forward(_matched("linearize", primals, tangents))[0]

@@ -174,7 +174,7 @@ def merge(*trees: Tree) -> Tree:
             both = nodes.sorted_keys({*a, *b})
             return {key: join(a.get(key, {}), b.get(key, {}), f"{name}.{key}" if name else str(key)) for key in both}
         if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
-            pairs = zip(children(a), children(b), strict=True)
+            pairs = zip(nodes.entries(a), nodes.entries(b), strict=True)
             return rebuild(a, [join(x, y, f"{name}.{key}" if name else key) for (key, x), (_, y) in pairs])
         # Of two nodes without leaves the first stays, unless it is the `{}` that partition leaves in a list.
         if _is_empty(b) and not (_is_empty(a) and isinstance(a, dict)):

@@ -85,7 +85,9 @@ def _iterate(
         raise ValueError(f"{name}: the start is zero")
     count, previous = min(steps, len(start)), torch.zeros_like(q)
     rows = start.new_empty((count if keep else 0, len(start)))  # (k, parameters)
-    alphas, betas, scale = [], [], 0.0
+    alphas: list[float] = []
+    betas: list[float] = []
+    scale = 0.0
     for step in range(count):
         w = multiply(q)
         check_finite(name, w, like, f"the product of step {step + 1}")
@@ -107,7 +109,8 @@ def _iterate(
         if betas[-1] <= 10 * torch.finfo(w.dtype).eps * scale:
             break
     # In double precision, for eigh of T; not every device has it.
-    return *(torch.tensor(x, dtype=torch.float64) for x in (alphas, betas)), rows[: len(alphas)]
+    diagonal, beside = (torch.tensor(x, dtype=torch.float64) for x in (alphas, betas))
+    return diagonal, beside, rows[: len(alphas)]
 
 
 def _ritz(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from core.tree import Tree
 
 def _transposed(f: Callable, params: Tree, cotangent: Tree) -> Tree:
     """Jᵀ times a tree like the outputs."""
-    _, pull_back = torch.func.vjp(f, tree.sort(params))
+    _, pull_back = torch.func.vjp(f, tree.sort(params))  # type: ignore[misc]  # torch's stub allows for has_aux
     return pull_back(cotangent)[0]
 
 

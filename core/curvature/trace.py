@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ def _estimate(
     name: str, product: Operator, like: Tree, key: Tensor, probes: int, distribution: str, sample: Callable
 ) -> tuple[Tensor, Tensor]:
     check_count(name, probes=probes)
-    multiply, mean, spread = on_vectors(name, product, like), 0.0, None
+    multiply = on_vectors(name, product, like)
+    mean: Any = 0.0
+    spread: Any = None
     # Welford's update, which takes no more memory for more probes. Its sum of squares s = sum_i (x_i - mean)² is kept
     # as the root, for s itself overflows or vanishes at scales that the samples x_i do not reach.
     for i, probe_key in enumerate(random.sites(key, probes), 1):

@@ -72,8 +72,8 @@ def batch_size(batch: Tree) -> int:
     Raises:
         PerExampleError: they do not share one; or there is none.
     """
-    sizes = {x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
+    sizes = {x.shape[0] if isinstance(x, Tensor) and x.ndim else 0 for x in tree.leaves(batch)}
+    if len(sizes) != 1 or 0 in sizes:
         shapes = ", ".join(
             f"'{name}' {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for name, x in tree.items(batch)
         )

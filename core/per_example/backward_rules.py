@@ -6,7 +6,7 @@ Each entry of `FORMS` takes (settings, saved input, cotangent), all with the bat
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def _group_norm(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
 ELEMENTWISE = frozenset({"dense", "group_norm", "layer_norm", "rms_norm"})
 """Operations whose form is Dense, and no larger than their parameter."""
 
-FORMS: dict[str, Callable[[tuple, Tensor | None, Tensor], Form]] = {
+FORMS: dict[str, Callable[[tuple, Any, Tensor], Form]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "dense": _dense,

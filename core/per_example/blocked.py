@@ -53,6 +53,7 @@ def _operator(
             if name == "norm":
                 parts[name].append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
             elif name == "dot":
+                assert direction is not None
                 v = wide(direction).reshape(-1, g.shape[2])[start : start + size]  # (rows, d)
                 parts[name].append(g.flatten(1) @ v.flatten())  # (N,)
             elif name == "gram":
@@ -61,7 +62,10 @@ def _operator(
                 parts[name].append(torch.linalg.vector_norm(g, dim=0).square())  # (rows, d)
             else:
                 parts[name].append(g.sum(0))  # (rows, d)
-    return [torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name]) for name in names]
+    return [
+        torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name])  # type: ignore[misc]  # not 0
+        for name in names
+    ]
 
 
 @_operator.register_fake

@@ -8,6 +8,7 @@ through a function marked `torch.compiler.allow_in_graph` keeps its backward (se
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 
@@ -23,7 +24,8 @@ class CustomFunction(Exception):
 
 def inside_custom_function() -> bool:
     """True inside `torch.autograd.Function.apply`."""
-    frame, code = sys._getframe(1), torch.autograd.Function.apply.__func__.__code__
+    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]  # a class method
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is code:
             return True

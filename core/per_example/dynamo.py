@@ -7,6 +7,7 @@ is refused while compiling; the eager checks and `verify` stay.
 import importlib
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _VARIABLES = "torch._dynamo.variables.misc"
 
 def _output() -> Any:
     """The graph being traced, from the tracer's frame in the Python stack."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and not hasattr(frame.f_locals.get("tx"), "output"):
         frame = frame.f_back
     return None if frame is None else frame.f_locals["tx"].output

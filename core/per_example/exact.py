@@ -81,7 +81,7 @@ def verify(
     causes = "takes the parameter past its rule, changes from call to call"
     causes += " or calls a custom autograd.Function, whose backward is dropped" if compiled else ""
 
-    def gradient_and_loss(f: Callable[[Tree], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def gradient_and_loss(f: Callable[..., Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         leaves, value = torch.func.grad_and_value(lambda leaves: f(tree.unflatten(params, leaves)))(tree.leaves(params))
         return dict(zip(tree.names(params), leaves, strict=True)), value
 

@@ -23,7 +23,8 @@ by one of these ways (T rows, p times d entries per group, per example):
     compressed   Rows: values with equal ids are added up at the id's first position; no table is formed.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Dense(NamedTuple):
 Form = Outer | Rows | Dense
 
 
-def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
+def combine(forms: Sequence[Form], shape: tuple[int, ...]) -> list[Form]:
     """The same gradient in one form of each kind: uses are concatenated along T.
 
     Outer forms of different numbers of groups (a weight used in several convolutions) become Dense.
@@ -73,7 +74,7 @@ def combine(forms: list[Form], shape: tuple[int, ...]) -> list[Form]:
         pairs = [torch.cat([f[i] for f in rows], 1) if len(rows) > 1 else rows[0][i] for i in (0, 1)]
         combined.append(Rows(*pairs))
     if denses:
-        combined.append(Dense(sum(f.values for f in denses)))
+        combined.append(Dense(sum(f.values for f in denses)))  # type: ignore[arg-type]  # not 0
     return combined
 
 
@@ -89,10 +90,10 @@ def as_outer(forms: list[Form], shape: tuple[int, ...]) -> tuple[Outer | None, T
     outers = [_one_hot(f, shape[0]) if isinstance(f, Rows) else f for f in forms if not isinstance(f, Dense)]
     dense = [f.values for f in forms if isinstance(f, Dense)]
     outer = combine(outers, shape)[0] if outers else None
-    return outer, (dense[0] if dense else None)
+    return outer, (dense[0] if dense else None)  # type: ignore[return-value]  # of Outer forms, combine makes one
 
 
-def materialise(forms: list[Form], shape: tuple[int, ...]) -> Tensor:
+def materialise(forms: Sequence[Form], shape: tuple[int, ...]) -> Tensor:
     """g, (N, *shape): the gradient of every example."""
     parts = []
     for form in forms:
@@ -114,6 +115,7 @@ def _formed(
     """All wanted quantities in one pass over blocks of g."""
     outer, dense = as_outer(forms, shape)
     if outer is None:
+        assert dense is not None
         return {name: _of_dense(wide(dense), name, direction) for name in want}
     if not want:
         return {}
@@ -128,6 +130,7 @@ def _of_dense(g: Tensor, name: str, direction: Tensor | None) -> Tensor:
     if name == "norm":
         return g.reshape(len(g), -1).square().sum(1)  # (N,)
     if name == "dot":
+        assert direction is not None
         return (g * wide(direction)).reshape(len(g), -1).sum(1)  # (N,)
     if name == "gram":
         return g.reshape(len(g), -1) @ g.reshape(len(g), -1).T  # (N, N)
@@ -219,26 +222,28 @@ def reduce(
     forms = combine(forms, shape)
     if method in ("formed", "dense"):
         return _formed(forms, shape, want, direction, budget)
+    first: Any = forms[0]  # Outer or Rows, as the method needs it
     out: dict[str, Tensor] = {}
     for name in want:
         if name == "sum":
             out[name] = weighted_sum(forms, None, shape)
         elif name == "dot":
-            out[name] = sum(_dot(form, direction) for form in forms)
+            assert direction is not None
+            out[name] = sum([_dot(form, direction) for form in forms])  # type: ignore[assignment]  # not 0
         elif method == "closed":
-            out[name] = _closed(forms[0], name, shape)
+            out[name] = _closed(first, name, shape)
         elif method == "compressed" and name == "norm":
-            out[name] = wide(compress(forms[0]).values).square().sum((1, 2))
+            out[name] = wide(compress(first).values).square().sum((1, 2))
         elif method == "compressed" and name == "square":
-            ids, values = compress(forms[0])
+            ids, values = compress(first)
             table = wide(values).new_zeros(shape[0], values.shape[2])
             out[name] = table.index_add(0, ids.flatten(), wide(values).square().flatten(0, 1)).reshape(shape)
         elif method == "compressed":
-            out[name] = _gram_of_rows(forms[0]).to(wide(forms[0].values).dtype)
+            out[name] = _gram_of_rows(first).to(wide(first.values).dtype)
         elif name == "norm":
             pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(forms) for j, b in enumerate(forms) if i <= j]
-            total = sum(factor * inner(a, b) for a, b, factor in pairs)
-            out[name] = total.clamp(min=0).to(wide(forms[0][1]).dtype)
+            total: Any = sum(factor * inner(a, b) for a, b, factor in pairs)
+            out[name] = total.clamp(min=0).to(wide(first[1]).dtype)
         else:
             out |= _formed(forms, shape, (name,), direction, budget)
     return out

@@ -82,7 +82,7 @@ class Watched(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return call(func, args, kwargs or {})
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument for itself
         content = contents(self)
         kind = "parameter" if isinstance(content, Parameter) else "value of parameter"
         return f"<{kind} '{content.name}' {tuple(self.shape)} inside a loss>"
@@ -90,21 +90,21 @@ class Watched(Tensor):
     def __format__(self, spec: str) -> str:
         return repr(self)
 
-    # Asked for often; without these each is a call of __torch_function__.
+    # Asked for often; without these each is a call of __torch_function__. torch's stubs have attributes in their place.
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> torch.Size:  # type: ignore[override]
         return contents(self).plain.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return contents(self).plain.dtype
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return contents(self).plain.device
 
     @property
-    def ndim(self) -> int:
+    def ndim(self) -> int:  # type: ignore[override]
         return contents(self).plain.ndim
 
 
@@ -114,7 +114,7 @@ def watched(content: Content) -> Watched:
     # Under a FakeTensorMode it would be a FakeTensor, which cannot change its class.
     with nullcontext() if torch.compiler.is_compiling() else torch._C._DisableTorchDispatch():
         out = torch.empty(value.shape, dtype=value.dtype, device="meta").as_subclass(Watched)
-    out.content = content
+    out.content = content  # type: ignore[method-assign, assignment]
     return out
 
 

@@ -96,7 +96,7 @@ def _one_by_one(session, function: Callable, values: list, batched: list[bool], 
 
     def one(*parts: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(parts)
-        flat = []
+        flat: list[Any] = []
         for value, is_batched, is_sized, is_mapped in zip(values, batched, sized, mapped, strict=True):
             if is_mapped:
                 part = next(remaining)

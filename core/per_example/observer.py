@@ -1,6 +1,7 @@
 """Observation of every operation of a loss while it is planned, also of those without a parameter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,10 @@ class Observer(TorchFunctionMode):
     def _list_length(self, name: str, args: tuple, kwargs: dict) -> int:
         """Number of tensors into which a function cuts the batch axis; 0 if it does something else."""
         rest = list(args[1:])
-        if name == "unbind":
-            parts = 0
-        elif name in ("split", "chunk", "tensor_split", "split_with_sizes"):
+        parts: Any = None
+        if name in ("split", "chunk", "tensor_split", "split_with_sizes"):
             parts = rest.pop(0) if rest else next((x for key, x in kwargs.items() if key != "dim"), None)
-        else:
+        elif name != "unbind":
             return 0
         size = args[0].shape[rest[0] if rest else kwargs.get("dim", 0)]
         if size != self.examples:

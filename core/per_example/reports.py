@@ -223,7 +223,9 @@ def pull_back(
         structure.append(aux)
         return losses, (following.inputs, [plain(contents(x)).detach() for x in tree.leaves(aux)])
 
-    losses, pull, (inputs, values) = torch.func.vjp(watched_loss, leaves, sinks, has_aux=True)
+    losses, pull, (inputs, values) = torch.func.vjp(  # type: ignore[misc]  # torch's stub allows for no aux
+        watched_loss, leaves, sinks, has_aux=True
+    )
     values = [once(x, *leaves) if x.is_floating_point() else x for x in values]
 
     def gradients(weights: Tensor) -> tuple[Tree, dict]:
@@ -294,7 +296,7 @@ def combine(parts: list[Reports]) -> Reports:
     def join_aux(*xs: Tensor) -> Tensor:
         if all(x.ndim and len(x) == n for x, n in zip(xs, counts, strict=True)):
             return torch.cat(xs)
-        return sum(x * (n / sum(counts)) for x, n in zip(xs, counts, strict=True))
+        return sum(x * (n / sum(counts)) for x, n in zip(xs, counts, strict=True))  # type: ignore[return-value]  # not 0
 
     def over(f: Callable, field: str) -> Tree:
         trees = [getattr(part, field) for part in parts]

@@ -3,7 +3,7 @@ takes the way that was planned and attaches the reports.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class Session:
     examples: int
     planning: bool
 
-    def __init__(self, examples: int, observer: AbstractContextManager):
+    def __init__(self, examples: int, observer: Any):
         self.examples, self.observer = examples, observer
         self.depth = transform_depth()
         self.uses: dict[str, list[Use]] = {}
@@ -105,7 +105,7 @@ class Session:
         content = contents_in((args, kwargs))[0]
         what = called(func, args)
         if what == "__get__":
-            return attribute(self, content, func.__self__.__name__)
+            return attribute(self, content, func.__self__.__name__)  # type: ignore[attr-defined]  # a getter's
         check_function(what, content, args, kwargs)
         if transform_depth() != self.depth:
             raise PerExampleError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ def _checked_weights(weights: Tree, norm: Tree, count: int) -> dict[str, Tensor]
     one = isinstance(weights, Tensor) or tree.children(weights) is None
     if not one and tree.names(weights) != names:
         raise PerExampleError("the weights are a tree unlike that of the norms; expected (N,) or a tree like it")
-    by_name = dict.fromkeys(names, weights) if one else dict(tree.items(weights))
+    by_name: dict[str, Any] = dict.fromkeys(names, weights) if one else dict(tree.items(weights))
     for name, x in by_name.items():
         if not isinstance(x, Tensor) or x.shape != (count,):
             shape = tuple(getattr(x, "shape", ())) or type(x).__name__

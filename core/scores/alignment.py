@@ -72,7 +72,7 @@ def task_gram(losses: Callable[[Tree], Tensor], params: Tree) -> Tensor:
     Raises:
         ValueError: losses that are not (K,).
     """
-    values, pull = torch.func.vjp(losses, tree.sort(params))
+    values, pull = torch.func.vjp(losses, tree.sort(params))  # type: ignore[misc]  # torch's stub allows for has_aux
     if values.ndim != 1:
         raise ValueError(f"task_gram: the losses have shape {tuple(values.shape)}; expected one per task, (K,)")
     units = torch.eye(len(values), dtype=values.dtype, device=values.device)  # (K, K)

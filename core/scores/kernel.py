@@ -45,7 +45,8 @@ def empirical_ntk(outputs: Outputs, params: Tree, x: Tree, y: Tree = None, *, ch
 
     left = jacobian(x)
     right = left if y is None else jacobian(y)
-    return sum(torch.einsum("ncp,mdp->nmcd", a, b) for a, b in zip(left, right, strict=True))  # (N, M, C, C)
+    products = [torch.einsum("ncp,mdp->nmcd", a, b) for a, b in zip(left, right, strict=True)]
+    return sum(products)  # type: ignore[return-value]  # (N, M, C, C); not 0: there are leaves
 
 
 def ntk_trace(outputs: Outputs, params: Tree, x: Tree) -> Tensor:
@@ -55,8 +56,12 @@ def ntk_trace(outputs: Outputs, params: Tree, x: Tree) -> Tensor:
         ValueError: outputs that are not (N, C).
         PerExampleError: as in `core.per_example.reports`.
     """
+
+    def gram(c: int) -> Tensor:
+        return reports(lambda p, b: outputs(p, b)[:, c], params, x, ("gram",)).total_gram
+
     classes = _classes("ntk_trace", outputs, params, x)
-    return sum(reports(lambda p, b, c=c: outputs(p, b)[:, c], params, x, ("gram",)).total_gram for c in range(classes))
+    return sum(gram(c) for c in range(classes))  # type: ignore[return-value]  # not 0: there are classes
 
 
 def pseudo_ntk(outputs: Outputs, params: Tree, x: Tree) -> Tensor:

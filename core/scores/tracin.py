@@ -14,6 +14,7 @@ Positive: z helped (a proponent), negative: it harmed (an opponent). In all func
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def tracin(
         PerExampleError: as in `core.per_example.each`.
     """
     _check("tracin", checkpoints, learning_rates)
-    total = 0.0
+    total: Any = 0.0
     for params, rate in zip(checkpoints, learning_rates, strict=True):
         total = total + rate * gradient_products(loss, params, train, test, chunk=chunk)
     return total
@@ -90,7 +91,8 @@ def tracin_on_mean(
     Raises: as `tracin`, and PerExampleError as in `core.per_example.reports`.
     """
     _check("tracin_on_mean", checkpoints, learning_rates)
-    recipe, total = plan(loss, checkpoints[0], train, ("dot",)), 0.0
+    recipe = plan(loss, checkpoints[0], train, ("dot",))
+    total: Any = 0.0
     for params, rate in zip(checkpoints, learning_rates, strict=True):
         direction = grad(lambda p: loss(p, test).mean())(params)
         total = total + rate * reports(loss, params, train, ("dot",), direction=direction, plan=recipe).total_dot
@@ -106,7 +108,8 @@ def tracin_self(loss: Loss, checkpoints: Sequence[Tree], learning_rates: Sequenc
     Raises: as `tracin`, and PerExampleError as in `core.per_example.reports`.
     """
     _check("tracin_self", checkpoints, learning_rates)
-    recipe, total = plan(loss, checkpoints[0], batch), 0.0
+    recipe = plan(loss, checkpoints[0], batch)
+    total: Any = 0.0
     for params, rate in zip(checkpoints, learning_rates, strict=True):
         total = total + rate * reports(loss, params, batch, plan=recipe).total_norm.square()
     return total
