@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ("core", "nets", "train", "experiments")
 FILES = {path: path.relative_to(ROOT).as_posix() for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path, name in FILES.items()}
-PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for floor in FLOORS for p in (ROOT / floor).rglob("*.md"))]
+TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = [*TOP, *sorted(p.relative_to(ROOT).as_posix() for floor in FLOORS for p in (ROOT / floor).rglob("*.md"))]
 SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("__"))
 
 
