@@ -7,6 +7,7 @@ Without a flag a small residual network (He et al. 2016, arXiv:1512.03385) learn
     python experiments/classify.py finetune --net resnet50 --weights published --data FOLDER --freeze "stem*"
     python experiments/classify.py evaluate --run runs/classify/NAME --data OTHER_FOLDER
     python experiments/classify.py predict --run runs/classify/NAME a.png b.jpg FOLDER
+    python experiments/classify.py predict --weights published --net resnet50 photo.jpg
 
 It ends with the confusion matrix, the worst mistakes, the calibration and the first layer's filters as pictures.
 Expected: 99.3 % of the test digits right.
@@ -27,7 +28,7 @@ from torch import Tensor
 from core import random, spec, tree
 from core.layers import freeze_batch_norms
 from experiments.parts import classifier
-from experiments.parts.classifier import Trained, is_run, net_of, normalised, predictions, study
+from experiments.parts.classifier import FromRunOrWeights, Trained, is_run, net_of, normalised, predictions, study
 from nets.classifiers import by_name
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
@@ -144,7 +145,7 @@ class EvaluateArgs(FromRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRun):
+class PredictArgs(FromRunOrWeights):
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures, folders of pictures, a .txt file with one name per line, or - for names on standard input."""
     out: Path | None = None
@@ -263,10 +264,8 @@ def values_of(state, args: Args) -> tree.Tree:
 
 def evaluate(args: EvaluateArgs) -> None:
     run, trained, values = classifier.opened(args)
-    if args.data is None:
-        data = image_sets.open_images(run.read("args", Args).data, classes=trained.classes)
-    else:
-        data = image_sets.open_images(args.data, part="all", classes=trained.classes)
+    source, part = (run.read("args", Args).data, "split") if args.data is None else (args.data, "all")
+    data = image_sets.open_images(source, part, classes=trained.classes)
     understood(print, image_sets.facts(data))
     data = image_sets.resized(data, trained.size)
     folder = unused(args.out, args.run / "evaluations" / (Path(data.name).resolve().name or "data"))
@@ -280,10 +279,11 @@ def evaluate(args: EvaluateArgs) -> None:
 
 
 def predict(args: PredictArgs) -> None:
-    _, trained, values = classifier.opened(args)
+    args.check()
     paths, skipped = folders.picture_paths(args.images)
     folder = unused(args.out, Path("predictions"))
-    pictures = image_sets.pictures(paths, trained.size, trained.resize, trained.channels, args.workers)
+    trained, values = classifier.from_flags(args)
+    pictures = classifier.pictures_of(paths, trained, args.workers)
     understood(print, {"pictures": len(paths), "unreadable": len(pictures.skipped), "skipped": skipped})
     classifier.write_predictions(folder, values, trained, pictures)
     print(f"files in {folder}/")

@@ -33,7 +33,7 @@ from train.gradients import watch
 from train.losses import cross_entropy
 from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
-from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared
+from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared, check_source
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -225,8 +225,7 @@ def report(run: Run, params, cfg: gpt2.Config, tokenizer, baseline: float, valid
 
 
 def sample(args: SampleArgs) -> None:
-    if (args.run is None) == (args.weights is None):
-        raise ValueError("expected either --run DIR or --weights SOURCE")
+    check_source(args)
     device = command_line.device(args.device)
     if args.run:
         run = open_run(args.run, RUNS, args.checkpoint)

@@ -1,15 +1,16 @@
-"""A classifier that `experiments/classify.py` has trained: for its own `evaluate` and `predict`, to start a fine-tuning
-from, or for its `features` of images, which other scripts compare images by."""
+"""A classifier that `experiments/classify.py` has trained, or a published one: for its own `evaluate` and `predict`, to
+start a fine-tuning from, or for its `features` of images, which other scripts compare images by."""
 
 import csv
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from train.files import replacing, shown, write_json
 from train.metrics import classification
 from train.plots import classification as pictures
 from train.run import FromRun, SavedRun, command_line, open_run
+from train.run.flags import check_source
 
 RUNS = Path("runs/classify")
 
@@ -44,6 +46,28 @@ class Trained:
     """Fields of the net's Config that differ from the preset: weights of another library may want another padding."""
     averaged: bool = False
     """Evaluate the moving average of the parameters."""
+    interpolation: str = "bilinear"
+    """Filter that pictures are scaled with before the net sees their middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromRunOrWeights(FromRun):
+    """Flags of a sub-command that uses a run's net or published weights."""
+
+    run: Path | None = None
+    """Folder of a run: runs/classify/NAME."""
+    weights: str | None = None
+    """Published weights instead: "published" (those of --net, downloaded), a weights file or a hub repository."""
+    net: str | None = None
+    """With --weights: their net, any preset of nets.classifiers (a wrong name lists them)."""
+
+    def check(self) -> None:
+        """Raise ValueError if flags contradict each other."""
+        check_source(self)
+        if self.weights and not self.net:
+            raise ValueError(f"--weights '{self.weights}' needs --net, the name of their net")
+        if self.net and not self.weights:
+            raise ValueError("--net goes with --weights; a run has its own net")
 
 
 def net_of(trained: Trained) -> tuple[ModuleType, Any]:
@@ -75,6 +99,48 @@ def opened(args: FromRun) -> tuple[SavedRun, Trained, tree.Tree]:
     return open_run(args.run, RUNS, args.checkpoint), trained, tree.move(values, device)
 
 
+def published(source: str, name: str) -> tuple[Trained, tree.Tree]:
+    """The net and the preparation of images of `--weights`, and their values, on the CPU.
+
+    Args:
+        source: "published", a file, a folder or a hub repository.
+        name: of the net.
+
+    Raises ValueError: they are of another net, or have no head.
+    """
+    if is_run(source):
+        raise ValueError(f"--weights '{source}' is a run's folder; expected it as --run")
+    values, cfg, facts = torchvision_weights.from_pretrained(name, None if source == "published" else source)
+    if "head" not in values:
+        raise ValueError(f"--weights '{source}': {facts.notes[-1]}; expected one for the classes of {name}")
+    if len(facts.mean) != cfg.channels:
+        raise ValueError(f"--weights '{source}': {name} takes {cfg.channels} channels, their images {len(facts.mean)}")
+    if facts.interpolation.upper() not in Image.Resampling.__members__:
+        raise ValueError(f"--weights '{source}' want images scaled by '{facts.interpolation}', which Pillow has not")
+    for note in facts.notes:
+        print(f"--weights '{source}': {note}")
+    classes = torchvision_weights.class_names(facts, cfg.classes)
+    trained = Trained(name, cfg.channels, facts.crop, facts.resize, classes, facts.mean, facts.std)
+    return dataclasses.replace(trained, choices=choices(trained, cfg), interpolation=facts.interpolation), values
+
+
+def from_flags(args: FromRunOrWeights) -> tuple[Trained, tree.Tree]:
+    """The net of `--run` or of `--weights`, and its values on the device."""
+    if args.run:
+        return opened(args)[1:]
+    device = command_line.device(args.device)
+    trained, values = published(args.weights, args.net)
+    return trained, tree.move(values, device)
+
+
+def choices(trained: Trained, cfg: Any) -> dict[str, Any]:
+    """Fields of a Config that differ from those of the preset for the same images."""
+    net, plain = net_of(trained)
+    sizes = {"channels": trained.channels, "classes": len(trained.classes), "size": trained.size}
+    fields = vars(by_name.fitted(net, cfg, **sizes))
+    return {field: fields[field] for field, value in vars(plain).items() if fields[field] != value}
+
+
 def beginning(args: Any, data: image_sets.ImageSet, resumed_from: Path | None) -> tuple[Trained, tree.Tree | None]:
     """The net and its preparation of images, and the values of `--weights` if there are any.
 
@@ -101,10 +167,8 @@ def beginning(args: Any, data: image_sets.ImageSet, resumed_from: Path | None) -
         values, cfg, facts = torchvision_weights.from_pretrained(args.net, name, size=args.size)
         for note in facts.notes:
             print(f"--weights '{args.weights}': {note}")
-        net, plain = net_of(trained)
-        cfg = vars(by_name.fitted(net, cfg, channels=data.channels, classes=len(data.classes), size=args.size))
-        choices = {field: cfg[field] for field, value in vars(plain).items() if cfg[field] != value}
-        return dataclasses.replace(trained, mean=facts.mean, std=facts.std, choices=choices), values
+        changes = {"mean": facts.mean, "std": facts.std, "choices": choices(trained, cfg)}
+        return dataclasses.replace(trained, **changes), values
     if data.in_memory:
         std, mean = torch.std_mean(data.train.images, (0, 2, 3))  # each (channels,)
         trained = dataclasses.replace(trained, mean=tuple(mean.tolist()), std=tuple(std.clamp(min=1e-3).tolist()))
@@ -174,6 +238,12 @@ def summary(figures: Mapping[str, float]) -> str:
 def report_skipped(decoder: Decoder) -> None:
     if decoder.skipped:
         print(f"{len(decoder.skipped)} of the files could not be read, and were skipped")
+
+
+def pictures_of(paths: Sequence[Path], trained: Trained, workers: int) -> image_sets.Pictures:
+    """Files as the net sees them."""
+    sizes = trained.size, trained.resize, trained.channels
+    return image_sets.pictures(paths, *sizes, workers, trained.interpolation)
 
 
 def write_predictions(folder: Path, values: tree.Tree, trained: Trained, images: image_sets.Pictures) -> None:

@@ -9,6 +9,7 @@ too, and checkpoints of one's own training of such a net, whatever its head.
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,8 @@ from nets.weights import Rename, WeightsError, listing, locate, read, read_confi
 
 URL = "https://download.pytorch.org/models/"
 
+IMAGENET_CLASSES = Path(__file__).parent / "imagenet_classes.txt"
+"""The 1000 classes of ImageNet's challenge, a line each, in the order of their labels."""
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 """For nets that want pixels within [-1, 1], as those trained in TensorFlow."""
@@ -195,6 +198,35 @@ def from_pretrained(
     notes = [f"stripped '{prefix}' from all names"] if prefix else []
     cfg, model, state, table = _fit_heads(net, cfg, state, classes, notes)
     return fill_published(model, state, table, source), cfg, replace(published, notes=tuple(notes))
+
+
+def class_names(published: Published, count: int) -> tuple[str, ...]:
+    """Names of the classes of published weights, each once.
+
+    They are the `id2label` or `label_names` of a config.json beside the weights. Where it names none, 1000 classes are
+    those of ImageNet, in torchvision's order, and others have their numbers.
+
+    Args:
+        published: third result of `from_pretrained`.
+        count: number of classes.
+
+    Raises:
+        WeightsError: the config.json names other classes than 0 to count - 1.
+    """
+    source = published.source
+    downloaded = any(source == other.source for other in PUBLISHED.values())
+    description = {} if downloaded else _description(source, "config.json")
+    names = description.get("id2label") or description.get("label_names") or {}
+    if isinstance(names, list):
+        names = {str(i): name for i, name in enumerate(names)}
+    if not names or all(name == f"LABEL_{i}" for i, name in names.items()):  # transformers' names for unnamed classes
+        listed = IMAGENET_CLASSES.read_text(encoding="utf-8").splitlines() if count == 1000 else range(count)
+        names = {str(i): name for i, name in enumerate(listed)}
+    if names.keys() != {str(i) for i in range(count)}:
+        raise WeightsError(f"'{source}': its config.json names {len(names)} classes; expected 0 to {count - 1}")
+    ordered = [str(names[str(i)]) for i in range(count)]
+    times = Counter(ordered)
+    return tuple(name if times[name] == 1 else f"{name} ({i})" for i, name in enumerate(ordered))
 
 
 def _recognise(net: ModuleType, state: dict[str, Tensor], cfg: Any) -> tuple[dict[str, Tensor], dict[str, Rename]]:

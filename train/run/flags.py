@@ -90,6 +90,12 @@ class FromRun:
     """cpu, cuda, cuda:1, mps ..."""
 
 
+def check_source(args: Any) -> None:
+    """Raise ValueError unless a sub-command has either --run or --weights."""
+    if (args.run is None) == (args.weights is None):
+        raise ValueError("expected either --run DIR or --weights SOURCE")
+
+
 def flag(name: str) -> str:
     """The flag of a field: `--save-every` of `save_every`."""
     return "--" + name.rpartition(".")[2].replace("_", "-")

@@ -109,7 +109,13 @@ class Decoder:
         return self._batches(files, _requests(len(files.paths), key, steps, batch, scale, ratio), cut, training=True)
 
     def evaluation_batches(
-        self, files: Files, batch: int, size: int, channels: int = 3, resize: int | None = None
+        self,
+        files: Files,
+        batch: int,
+        size: int,
+        channels: int = 3,
+        resize: int | None = None,
+        interpolation: str = "bilinear",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All pictures once, in order, in the form of `train_batches`: scaled so that the shorter side has `resize`
         pixels (`size` if None), the middle cut out. Batches with unreadable files, and the last one, are shorter.
@@ -118,7 +124,8 @@ class Decoder:
         """
         parts = (range(s.start, s.stop) for s in evaluation_batches(len(files.paths), batch))
         requests = (Request(list(indices), [None] * len(indices)) for indices in parts)
-        return self._batches(files, requests, _cut(size, channels, resize or size), training=False)
+        cut = _cut(size, channels, resize or size, interpolation=interpolation)
+        return self._batches(files, requests, cut, training=False)
 
     def _batches(
         self, files: Files, requests: Iterable[Request], cut: Cut, training: bool

@@ -27,11 +27,12 @@ UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 
 
 class Cut(NamedTuple):
-    """The part of a picture to decode: a square of `size` pixels per side with `channels` 1 or 3, bilinear, smoothed.
+    """The part of a picture to decode: a square of `size` pixels per side with `channels` 1 or 3, smoothed.
 
-    With `resize` it is the middle of the picture scaled so that its shorter side has `resize` pixels. With `ratio` it
-    is a random rectangle (see `rectangles`), and with `reduce` a JPEG may be decoded at a half, a fourth or an eighth
-    of its size where it would be scaled down anyway.
+    With `resize` it is the middle of the picture scaled by `interpolation`, a name of Pillow's `Resampling` in lower
+    case, so that its shorter side has `resize` pixels. With `ratio` it is a random rectangle (see `rectangles`),
+    bilinear, and with `reduce` a JPEG may be decoded at a half, a fourth or an eighth of its size where it would be
+    scaled down anyway.
     """
 
     size: int
@@ -39,6 +40,7 @@ class Cut(NamedTuple):
     resize: int | None = None
     ratio: tuple[float, float] | None = None
     reduce: bool = False
+    interpolation: str = "bilinear"
 
 
 def is_picture(name: str) -> bool:
@@ -138,7 +140,8 @@ def _middle(image: Image.Image, cut: Cut) -> Image.Image:
     if wide * tall > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"its {width}x{height} pixels are too narrow a strip")
     left, top = round((wide - size) / 2), round((tall - size) / 2)
-    return image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    filter = Image.Resampling[cut.interpolation.upper()]
+    return image.resize((wide, tall), filter).crop((left, top, left + size, top + size))
 
 
 def _rectangle(image: Image.Image, cut: Cut, draws: np.ndarray) -> Image.Image:

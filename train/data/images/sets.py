@@ -291,14 +291,16 @@ class Pictures(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
 
-def pictures(paths: Sequence[Path], size: int, resize: int, channels: int = 3, workers: int = 0) -> Pictures:
-    """Files as `image` gives them; those that cannot be read are skipped and logged.
+def pictures(
+    paths: Sequence[Path], size: int, resize: int, channels: int = 3, workers: int = 0, interpolation: str = "bilinear"
+) -> Pictures:
+    """Files as `image` gives them, scaled by `interpolation`; those that cannot be read are skipped and logged.
 
     `folders.picture_paths` has the paths of a command's arguments. Raises DataError if none can be read.
     """
     files = Files(tuple(paths), torch.arange(len(paths)), ())
     with Decoder(workers) as decoder:
-        batches = list(decoder.evaluation_batches(files, EVALUATED, size, channels, resize))
+        batches = list(decoder.evaluation_batches(files, EVALUATED, size, channels, resize, interpolation))
     images, numbers = (torch.cat(column) for column in zip(*batches, strict=True))
     return Pictures(images, tuple(paths[i] for i in numbers.tolist()), decoder.skipped)
 
