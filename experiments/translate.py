@@ -7,6 +7,7 @@ prices and numbers that are written out in German into English, offline:
     python experiments/translate.py --data multi30k --preset small               29,000 captions, downloaded once
     python experiments/translate.py --data FOLDER --source en --target de        train.en, train.de, val.en, val.de ...
     python experiments/translate.py translate --run runs/translate/NAME "Der dritte Mai ist ein Montag."
+    python experiments/translate.py translate --weights Helsinki-NLP/opus-mt-de-en "Der Zug ist pünktlich."
     python experiments/translate.py evaluate --run runs/translate/NAME --beam 5 --data FOLDER
 """
 
@@ -42,6 +43,7 @@ from train.losses import cross_entropy
 from train.metrics import translation
 from train.optimizers import schedules
 from train.run import Common, Count, FromRun, Positive, Rate, Run, Shared, begin, command_line, open_run
+from train.run.flags import check_source
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -98,6 +100,10 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateArgs(Decoder, FromRun):
+    run: Path | None = None
+    """Folder of a run: runs/translate/NAME."""
+    weights: str | None = None
+    """Published Marian weights instead: a folder (config.json, weights, source.spm, vocab.json) or a repository."""
     sentences: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Sentences to translate; without any, the lines of --file or of standard input."""
     file: Path | None = None
@@ -219,12 +225,16 @@ def sentences_of(args: TranslateArgs, model: Translator) -> Iterable[list[str]]:
 
 def translate(args: TranslateArgs) -> None:
     args.check()
+    check_source(args)
     if args.temperature is None and args.n_best > args.beam:
         raise ValueError(f"--n-best is {args.n_best}; expected 1 to {args.beam}, the beams")
     for flag, path in (("--out", args.out), ("--attention", args.attention)):
         if path and path.exists():
             raise ValueError(f"{flag} '{path}' exists already; choose another")
-    model = translators.load(open_run(args.run, RUNS, args.checkpoint), args.device)
+    if args.run:
+        model = translators.load(open_run(args.run, RUNS, args.checkpoint), args.device)
+    else:
+        model = translators.published(args.weights, args.device)
     parts = sentences_of(args, model)
     with ExitStack() as stack:
         out = sys.stdout

@@ -1,9 +1,9 @@
-"""A translator that `experiments/translate.py` has trained, to be used: sentences in, translations out, their figures,
-and pictures of where its attention looks."""
+"""A translator that `experiments/translate.py` has trained, or a published one, to be used: sentences in, translations
+out, their figures, and pictures of where its attention looks."""
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from core import random, tree
-from nets.language import transformer
+from nets import weights
+from nets.language import marian, transformer
 from nets.language.beam_search import beam_search
 from nets.language.decoding import Decoded, greedy, sample
 from train import plots
 from train.data.text import tokenizers
-from train.data.text.tokenizers import BOS, EOS, PAD, SentenceTokenizer
-from train.data.translation import buckets, corpus
+from train.data.text.tokenizers import BOS, EOS, SentenceTokenizer
+from train.data.translation import buckets, corpus, marian_tokenizer
 from train.data.translation.files import Pair
+from train.data.translation.marian_tokenizer import MarianTokenizer
 from train.metrics import translation
 from train.run import Count, Integer, NonNegative, Positive, Run, SavedRun, checkpoints, command_line
 
@@ -31,10 +34,19 @@ DECODED = 4000  # tokens of sentences that are translated at once
 LONGER = 50  # tokens by which a translation may be longer than its source (section 6.1 of the paper)
 
 
+class Marks(NamedTuple):
+    """Ids of the token before a translation and of that after a sentence, and those that no translation has."""
+
+    start: int = BOS
+    end: int = EOS
+    forbidden: tuple[int, ...] = ()
+
+
 class Translator(NamedTuple):
     params: tree.Tree
     cfg: transformer.Config
-    tokenizer: SentenceTokenizer
+    tokenizer: SentenceTokenizer | MarianTokenizer
+    marks: Marks = Marks()
 
 
 class Translation(NamedTuple):
@@ -88,6 +100,49 @@ def load(run: SavedRun, device: str, average_checkpoints: int | None = None) -> 
     return Translator(tree.move(params, place), cfg, tokenizer)
 
 
+def published(source: str, device: str) -> Translator:
+    """The translator of published Marian weights: a folder or a hub repository, with config.json and tokenizer.
+
+    Raises ValueError: a file is missing, or is another model or tokenizer than expected.
+    """
+    place = command_line.device(device)
+    params, cfg = marian.from_pretrained(source)
+    if not cfg.shared:
+        raise ValueError(f"'{source}' has a vocabulary for each language; expected one for both")
+    files = (weights.locate(source, (name,)) for name in ("source.spm", "vocab.json"))
+    tokenizer = marian_tokenizer.load(*files)
+    if tokenizer.vocabulary_size > cfg.source_vocabulary:
+        size = f"the tokenizer of '{source}' has {tokenizer.vocabulary_size} tokens"
+        raise ValueError(f"{size}, expected up to the {cfg.source_vocabulary} of the net")
+    return Translator(tree.move(params, place), cfg, tokenizer, published_marks(source, cfg))
+
+
+def published_marks(source: str, cfg: transformer.Config) -> Marks:
+    """Those in the config.json beside Marian weights and, where there is one, in its generation_config.json."""
+    settings = weights.read_config(source)
+    try:
+        settings |= weights.read_config(source, "generation_config.json")
+    except weights.WeightsError:  # older repositories have config.json alone
+        pass
+    start, end = settings.get("decoder_start_token_id", cfg.padding_id), settings.get("eos_token_id", 0)
+    # Texts of several tokens among the forbidden ones are left: Marian's files have the padding alone.
+    words = settings.get("bad_words_ids") or []
+    forbidden = {cfg.padding_id, *(word[0] for word in words if len(word) == 1)}
+    return Marks(start, end, tuple(sorted(forbidden)))
+
+
+def avoiding(step: Callable, forbidden: tuple[int, ...]) -> Callable:
+    """The step of `nets.language.decoding` with the logits of these tokens at -inf."""
+    if not forbidden:
+        return step
+
+    def call(cache: tree.Tree, tokens: Tensor, *others) -> tuple[Tensor, tree.Tree]:
+        logits, cache = step(cache, tokens, *others)
+        return logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf), cache
+
+    return call
+
+
 @torch.no_grad()
 def decode(
     params: tree.Tree,
@@ -96,6 +151,7 @@ def decode(
     decoder: Decoder,
     n_best: int = 1,
     keys: Tensor | None = None,
+    marks: Marks = Marks(),  # noqa: B008 # immutable
 ) -> Decoded:
     """Translations of source (batch, time), padded: n_best of each, (batch, n_best, tokens).
 
@@ -105,9 +161,10 @@ def decode(
     memory = transformer.encode(params, source, cfg, mask=mask)
     most = min(cfg.context, source.shape[1] + LONGER)
     cache = transformer.start(params, memory, mask, cfg, min(16, most))
-    first = torch.full((len(source),), BOS, device=source.device)
-    step = transformer.stepper(params, cfg, partial(transformer.step, donate=True))
-    options = {"max_length": most, "end": EOS, "padding": PAD, "shared": cache["shared"], "positions_axis": 2}
+    first = torch.full((len(source),), marks.start, device=source.device)
+    step = avoiding(transformer.stepper(params, cfg, partial(transformer.step, donate=True)), marks.forbidden)
+    options = {"max_length": most, "end": marks.end, "padding": cfg.padding_id}
+    options |= {"shared": cache["shared"], "positions_axis": 2}
     if decoder.temperature is None and decoder.beam > 1:
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
         return beam_search(step, cache["past"], first, **options)
@@ -128,17 +185,19 @@ def translations(
 
     Raises DataError naming the first sentence that is too long or no Unicode text.
     """
-    params, cfg, tokenizer = translator
+    params, cfg, tokenizer, marks = translator
     device = tree.leaves(params)[0].device
     pairs = corpus.of_sentences(sentences, tokenizer, cfg.context)
     best: list[list[Translation]] = [[] for _ in sentences]
-    for indices, source, _ in buckets.evaluation_batches(pairs, DECODED, cfg.context):
+    for indices, *_ in buckets.evaluation_batches(pairs, DECODED, cfg.context):
+        rows = [torch.tensor([*pairs.ids(i, 0), marks.end]) for i in indices.tolist()]
+        source = pad_sequence(rows, batch_first=True, padding_value=cfg.padding_id).to(device)  # (sentences, time)
         for number in range(1 if decoder.temperature is None else n_best):
             key = random.fold_in(random.key(decoder.seed), number)
             keys = random.fold_in(key, indices).to(device)
-            out = decode(params, cfg, source.to(device), decoder, n_best, keys)
+            out = decode(params, cfg, source, decoder, n_best, keys, marks)
             for i, rows, scores in zip(indices.tolist(), out.tokens.tolist(), out.scores.tolist(), strict=True):
-                written = [[token for token in row if token not in (EOS, PAD)] for row in rows]
+                written = [[token for token in row if token not in (marks.end, cfg.padding_id)] for row in rows]
                 rated = zip(written, scores, strict=True)
                 best[i] += [Translation(tokenizer.decode(ids), s, ids) for ids, s in rated if s > -math.inf]
     empty = [Translation("", 0.0, [])]
@@ -191,20 +250,20 @@ BLEU|{bleu_signature}"""
 
 def maps(translator: Translator, sentence: str, ids: list[int]) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """(`transformer.attention_maps` of one pair, its source tokens, its target tokens), each with the end token."""
-    params, cfg, tokenizer = translator
-    source, target = [*tokenizer.encode(sentence), EOS], ids[: cfg.context - 1]
-    x = torch.tensor([source]), torch.tensor([[BOS, *target]])
-    weights = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
-    return weights, tokenizer.tokens(source), tokenizer.tokens([*target, EOS])
+    params, cfg, tokenizer, marks = translator
+    source, target = [*tokenizer.encode(sentence), marks.end], ids[: cfg.context - 1]
+    x = torch.tensor([source]), torch.tensor([[marks.start, *target]])
+    maps = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
+    return maps, tokenizer.tokens(source), tokenizer.tokens([*target, marks.end])
 
 
 def draw_attention(folder: Path, translator: Translator, sentence: str, ids: list[int]) -> None:
     """`encoder.png`, `decoder.png` and `cross.png`, each as `draw_maps`."""
-    weights, read, written = maps(translator, sentence, ids)
+    layers, read, written = maps(translator, sentence, ids)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_maps(folder / "encoder.png", weights["encoder"], read, read)
-    draw_maps(folder / "decoder.png", weights["decoder"], written, ["<bos>", *written[:-1]])
-    draw_maps(folder / "cross.png", weights["cross"], written, read)
+    draw_maps(folder / "encoder.png", layers["encoder"], read, read)
+    draw_maps(folder / "decoder.png", layers["decoder"], written, ["<bos>", *written[:-1]])
+    draw_maps(folder / "cross.png", layers["cross"], written, read)
 
 
 def draw_maps(path: Path, weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
