@@ -7,6 +7,7 @@ predictions, weights and samplers. Without a flag a small U-Net learns scikit-le
     python experiments/diffusion.py --data FOLDER --classes                  the files of MNIST; any folder of pictures
     python experiments/diffusion.py --variance learned --loss-weight hybrid --noise-schedule cosine --importance
     python experiments/diffusion.py sample --run runs/diffusion/NAME --sampler-steps 50 --guidance 2 --label 3
+    python experiments/diffusion.py sample --weights google/ddpm-cifar10-32 --sampler-steps 100
 
 diffusion_study.py compares samplers, interpolates, inpaints, and shows which times the gradient comes from.
 """
@@ -40,7 +41,7 @@ from train.diffusion.tables import SPACINGS, Sampler
 from train.gradients import watch
 from train.optimizers import schedules
 from train.run import Run, begin, command_line
-from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared
+from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared, check_source
 from train.run.logs import read_curves
 from train.run.run import LOG_EVERY, format_figures, unused
 from train.step import TrainState, compiled, create, make_step
@@ -101,14 +102,18 @@ def presets(words: dict[str, str]) -> Args | None:
 
 @dataclass(frozen=True)
 class SampleArgs(FromRun):
+    run: Path | None = None
+    """Folder of a run: runs/diffusion/NAME."""
+    weights: str | None = None
+    """Published weights instead: a pipeline of diffusers (UNet2DModel and scheduler), a folder or a hub repository."""
     sampler: Literal[tuple(SAMPLERS)] = "ddim"
     """Sampler."""
     sampler_steps: Count = 50
     """Steps of the sampler."""
     eta: Share = 0.0
     """With ddim: 0 draws no noise on the way, 1 as much as ddpm."""
-    spacing: Literal[SPACINGS] = "trailing"
-    """Times of the steps."""
+    spacing: Literal[SPACINGS] | None = None
+    """Times of the steps; trailing, or that of the weights' scheduler, if None."""
     guidance: NonNegative | None = None
     """With a net with classes: 1 is what it was trained for, more is further into the class, 0 is without class."""
     label: Natural | None = None
@@ -120,8 +125,8 @@ class SampleArgs(FromRun):
     compile: bool = True
     """Compile the sampler's step with torch.compile."""
     out: Path | None = None
-    """New folder for samples.npy (count, height, width, channels) and pictures; RUN/sampled, numbered if it exists, if
-    None."""
+    """New folder for samples.npy (count, height, width, channels) and pictures; RUN/sampled, or sampled with
+    --weights, numbered if it exists, if None."""
 
 
 class State(NamedTuple):
@@ -224,20 +229,22 @@ def report(run: Run, model: Diffusion, params: tree.Tree, data: Data, sampler: S
 
 
 def sample(args: SampleArgs) -> None:
-    run = diffusion.opened(args)
-    model, classes = run.model, run.model.cfg.classes
+    check_source(args)
+    net = diffusion.from_run(args) if args.run else diffusion.published(args.weights, args.device)
+    model, classes = net.model, net.model.cfg.classes
     for flag, value in (("guidance", args.guidance), ("label", args.label)):
         if value is not None and not classes:
-            raise ValueError(f"--{flag} is {value}, but the net of '{args.run}' was trained without --classes")
+            raise ValueError(f"--{flag} is {value}, but the net of '{net.name}' has no classes")
     if args.label is not None and args.label >= classes:
         raise ValueError(f"--label is {args.label}; expected 0 to {classes - 1}")
-    options = {"eta": args.eta, "spacing": args.spacing, "compile": args.compile}
-    guidance, folder = 1.0 if args.guidance is None else args.guidance, unused(args.out, args.run / "sampled")
+    options = {"eta": args.eta, "spacing": args.spacing or net.spacing, "clip": net.clip, "compile": args.compile}
+    guidance = 1.0 if args.guidance is None else args.guidance
+    folder = unused(args.out, (args.run or Path()) / "sampled")
     sampler = diffusion.make_sampler(model, args.sampler, args.sampler_steps, guidance, **options)
-    labels = diffusion.labels_of(model, args.count, run.device)
+    labels = diffusion.labels_of(model, args.count, net.device)
     labels = labels if args.label is None else torch.full_like(labels, args.label)
-    key = random.key(args.seed, run.device)
-    samples, film = diffusion.generate(sampler, run.params, labels, key, run.data.shape, args.count)
+    key = random.key(args.seed, net.device)
+    samples, film = diffusion.generate(sampler, net.params, labels, key, net.shape, args.count)
     folder.mkdir(parents=True)
     diffusion.draw(folder, samples, film)
     pixels = (unit(samples) * 255).round().to(torch.uint8).movedim(1, -1)  # (count, height, width, channels)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from core import random, tree
 from experiments.parts.generator import distances
+from nets import weights
 from nets.generative import unet
 from train import plots
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
 from train.data.understood import understood
-from train.diffusion import by_time, samplers
+from train.diffusion import by_time, samplers, scheduler_config
 from train.diffusion import schedules as noising
 from train.diffusion.film import Film, unit
 from train.diffusion.guidance import guided_together
@@ -33,6 +34,7 @@ from train.step import FULL_PRECISION, Policy, compiled
 RUNS = Path("runs/diffusion")
 BATCH = 256  # images that are drawn at once, at most
 SHOWN = 64  # images in a picture
+SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
 LEAST = 6  # images on each side of the figures, which look at the fifth nearest neighbour
 Compared = Annotated[int, Range(LEAST), tyro.conf.arg(metavar=f"INT>={LEAST}")]
 
@@ -123,6 +125,55 @@ def opened(args: FromRun) -> Opened:
     return Opened(run.folder, run.step, model, data, params, device)
 
 
+class Generator(NamedTuple):
+    """A net to sample from, that of a run or a published one; `name` is the run's folder or the source of the weights,
+    `shape` that of an image; `clip` and `spacing` are for its sampler."""
+
+    name: str
+    model: Diffusion
+    params: tree.Tree
+    device: torch.device
+    shape: tuple[int, ...]
+    clip: bool = True
+    spacing: str = "trailing"
+
+
+def from_run(args: FromRun) -> Generator:
+    run = opened(args)
+    return Generator(str(run.folder), run.model, run.params, run.device, run.data.shape)
+
+
+def published(source: str, device: str) -> Generator:
+    """The net of a pipeline that diffusers has written, a folder or a hub repository, with its scheduler.
+
+    Raises ValueError naming what is missing, or what is not computed here.
+    """
+    place = command_line.device(device)
+    try:
+        parts = weights.read_config(source, "model_index.json")
+    except weights.WeightsError:  # a net and a scheduler alone will do
+        parts = {}
+    for name, part in parts.items():
+        if isinstance(part, list) and any(part) and name not in ("unet", "scheduler"):
+            raise ValueError(f"'{source}' is a pipeline with a part '{name}'; expected unet and scheduler alone")
+    side, path = unet.published_config(source).get("sample_size"), weights.locate(source, SCHEDULERS)
+    sides = [side, side] if isinstance(side, int) else side
+    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"'{source}': sample_size is {side!r}; expected the pixels per side of an image")
+    scheduler = scheduler_config.read(weights.read_config(str(path.parent), path.name), f"'{source}'")
+    params, cfg = unet.from_pretrained(source)
+    if cfg.learned_variance != (scheduler.variance == "learned"):
+        outputs = f"'{source}': the net has {cfg.outputs} output channels"
+        raise ValueError(f"{outputs}, which do not go with a {scheduler.variance} variance")
+    steps = len(scheduler.schedule.betas)
+    process = Process(timesteps=steps, predicts=scheduler.predicts, variance=scheduler.variance)
+    facts = {"weights": source, "images": "x".join(map(str, (cfg.channels, *sides))), "times": steps}
+    understood(print, facts | {"predicts": process.predicts, "variance": process.variance, "net": cfg})
+    model = Diffusion(cfg, process, tree.move(scheduler.schedule, place))
+    params, shape = tree.move(params, place), (cfg.channels, *sides)
+    return Generator(source, model, params, place, shape, scheduler.clip, scheduler.spacing)
+
+
 def schedule_of(process: Process) -> noising.Schedule:
     return noising.make(process.noise_schedule, process.timesteps)
 
@@ -181,10 +232,11 @@ def make_sampler(
     *,
     eta: float = 0.0,
     spacing: str = "trailing",
+    clip: bool = True,
     compile: bool = True,
 ) -> Sampler:
     """A sampler with `with_net`. Raises ValueError: more steps than the schedule has, eta for one that has none."""
-    options = {"predicts": model.process.predicts, "spacing": spacing}
+    options = {"predicts": model.process.predicts, "spacing": spacing, "clip": clip}
     if name == "ddim":
         options["eta"] = eta
     elif eta:

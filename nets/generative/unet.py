@@ -344,14 +344,24 @@ OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_att
 """Names of the attention matrices in the first files of diffusers, such as google/ddpm-cifar10-32."""
 
 
+FOLDERS = ("unet/", "")
+"""The net of a pipeline of diffusers has a folder of its own; the first pipelines were one folder."""
+
+
+def published_config(source: str) -> dict[str, Any]:
+    """The config.json of a diffusers UNet2DModel, of a pipeline that has one, or of a repository of either."""
+    return read_config(str(locate(source, tuple(f"{folder}config.json" for folder in FOLDERS))))
+
+
 def from_pretrained(source: str) -> tuple[dict, Config]:
-    """Parameters and Config of a diffusers UNet2DModel: a local folder (a pipeline's `unet` folder) or a repository.
+    """Parameters and Config of a diffusers UNet2DModel: a local folder (of the net or a pipeline) or a repository.
 
     Raises:
         WeightsError: nothing there, a net of another form, or tensors that do not fit, by name.
     """
-    cfg = config_of(read_config(source), source)
-    state = read(str(locate(source, ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))))
+    cfg = config_of(published_config(source), source)
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    state = read(str(locate(source, tuple(folder + name for folder in FOLDERS for name in names))))
     # Prefixes of DistributedDataParallel and of torch.compile.
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
     for old, new in OLDER.items():

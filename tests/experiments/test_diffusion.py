@@ -75,7 +75,7 @@ def test_watched_gradients(tmp_path, monkeypatch, capfd):
     assert all(value > 0 for name, value in norms.items() if name.startswith("gradients/time/"))
     assert is_png(seen / "gradients_by_time.png")
     for flags in (("--guidance", "2"), ("--label", "1")):
-        assert "was trained without --classes" in refused(capfd, "sample", "--run", "runs/diffusion/plain", *flags)
+        assert "has no classes" in refused(capfd, "sample", "--run", "runs/diffusion/plain", *flags)
 
 
 def test_losses_in_half_precision():
