@@ -104,7 +104,7 @@ def published(source: str, name: str) -> tuple[Trained, tree.Tree]:
 
     Args:
         source: "published", a file, a folder or a hub repository.
-        name: of the net.
+        name: preset of the net.
 
     Raises ValueError: they are of another net, or have no head.
     """
@@ -116,7 +116,7 @@ def published(source: str, name: str) -> tuple[Trained, tree.Tree]:
     if len(facts.mean) != cfg.channels:
         raise ValueError(f"--weights '{source}': {name} takes {cfg.channels} channels, their images {len(facts.mean)}")
     if facts.interpolation.upper() not in Image.Resampling.__members__:
-        raise ValueError(f"--weights '{source}' want images scaled by '{facts.interpolation}', which Pillow has not")
+        raise ValueError(f"--weights '{source}' want images scaled by '{facts.interpolation}', unknown to Pillow")
     for note in facts.notes:
         print(f"--weights '{source}': {note}")
     classes = torchvision_weights.class_names(facts, cfg.classes)

@@ -118,14 +118,14 @@ def published(source: str, device: str) -> Translator:
 
 
 def published_marks(source: str, cfg: transformer.Config) -> Marks:
-    """Those in the config.json beside Marian weights and, where there is one, in its generation_config.json."""
+    """The marks of Marian weights, by their config.json and, where there is one, generation_config.json."""
     settings = weights.read_config(source)
     try:
         settings |= weights.read_config(source, "generation_config.json")
     except weights.WeightsError:  # older repositories have config.json alone
         pass
     start, end = settings.get("decoder_start_token_id", cfg.padding_id), settings.get("eos_token_id", 0)
-    # Texts of several tokens among the forbidden ones are left: Marian's files have the padding alone.
+    # Forbidden sequences of several tokens are ignored: Marian's files forbid the padding alone.
     words = settings.get("bad_words_ids") or []
     forbidden = {cfg.padding_id, *(word[0] for word in words if len(word) == 1)}
     return Marks(start, end, tuple(sorted(forbidden)))
