@@ -98,7 +98,7 @@ def test_samples_are_those_of_diffusers(options, tmp_path):
 def test_command_writes_the_samples(here, capsys):
     """A pipeline, and its net and scheduler in one folder, as the first ones have it."""
     theirs = expected("weights", noise_of(3, (2, 8, 12), 5), 4, use_clipped_model_output=True)
-    flags = ("--steps", "4", "--count", "3", "--seed", "5", "--no-compile")
+    flags = ("--sampler-steps", "4", "--count", "3", "--seed", "5", "--no-compile")
     for folder in ("weights", "flat"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(diffusion, "draw", lambda *_: None)  # two channels make no picture
@@ -117,7 +117,7 @@ def test_pictures_of_a_net_with_classes(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     net = {"in_channels": 1, "out_channels": 1, "num_class_embeds": 4, "sample_size": 8}
     pipeline_of(net=net, num_train_timesteps=20).save_pretrained("weights")
-    flags = ("--weights", "weights", "--no-compile", "--steps", "2", "--count", "4", "--sampler", "ddpm")
+    flags = ("--weights", "weights", "--no-compile", "--sampler-steps", "2", "--count", "4", "--sampler", "ddpm")
     assert call("sample", *flags, "--label", "2", "--guidance", "2", "--out", "out") == 0
     assert is_png(Path("out/samples.png")) and np.load("out/samples.npy").shape == (4, 8, 8, 1)
     assert "--label is 3; expected 0 to 2" in refused(capfd, "sample", *flags, "--label", "3")
@@ -176,7 +176,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(spoil, message, here, m
         ([], "expected either --run DIR or --weights SOURCE"),
         (["--run", "weights", "--weights", "weights"], "expected either --run DIR or --weights SOURCE"),
         (["--weights", "weights", "--label", "1"], "--label is 1, but the net of 'weights' has no classes"),
-        (["--weights", "weights", "--steps", "1001"], "sampled in 1 to 1000 steps, got 1001"),
+        (["--weights", "weights", "--sampler-steps", "1001"], "sampled in 1 to 1000 steps, got 1001"),
         (["--weights", "weights", "--out", "weights"], "'weights' exists already; choose another --out"),
     ],
     ids=flag_id,
