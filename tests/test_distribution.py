@@ -1,4 +1,4 @@
-"""What is built, and what is installed from it: the source distribution, the wheel made of it, and a run of that."""
+"""The source distribution, the wheel that is built from it, and a run of what that installs."""
 
 import configparser
 import shutil
@@ -82,8 +82,8 @@ def test_source_distribution_has_the_sources_the_tests_and_the_pages(source):
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     inside = set().union(*(source_files(ROOT / folder) for folder in (*PACKAGES, "tests")))
     top = {path.name for path in ROOT.glob("*.md")} | set(FILES)
-    made = {"PKG-INFO", "setup.cfg"}
-    assert {name for name in names if not name.startswith("functree.egg-info/")} == inside | top | made
+    generated = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in names if not name.startswith("functree.egg-info/")} == inside | top | generated
 
 
 def test_wheel_has_the_packages_and_nothing_else(wheel):
