@@ -122,14 +122,14 @@ def _spread(dims: Any, arg: Tree, where: str, name: str = "") -> Tree:
     """in_dims of one argument as a full tree of its structure."""
     if dims is None or isinstance(dims, int):
         return tree.map(lambda _: dims, arg)
-    inner = tree.children(dims)
+    inner, outer = tree.children(dims), tree.children(arg)
     if inner is None:
         kind = type(dims).__name__
         raise TypeError(f"vmap: in_dims of {_leaf(where, name)} is {kind}; expected an int, None or a tree of them")
-    if tree.children(arg) is None:
+    if outer is None:
         kinds = f"is a {type(dims).__name__}, the argument a {type(arg).__name__}"
         raise ValueError(f"vmap: in_dims of {_leaf(where, name)} {kinds}; one entry per argument is a tuple")
-    here, named = dict(tree.children(arg)), dict(inner)
+    here, named = dict(outer), dict(inner)
     if set(here) != set(named):
         raise ValueError(f"vmap: in_dims of {_leaf(where, name)} has {sorted(named)}, the argument {sorted(here)}")
     parts = [_spread(named[key], here[key], where, f"{name}.{key}" if name else key) for key in here]
