@@ -102,7 +102,7 @@ def commands(text: str) -> Iterator[list[str]]:
                 words.append(word)
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 SOURCES = {page: read(page) for page in PAGES}
 SOURCES |= {f"{name}.py": ast.get_docstring(ast.parse(read(f"experiments/{name}.py")), clean=False) for name in SCRIPTS}
 ALL = [(page, words) for page, text in SOURCES.items() for words in commands(text)]
