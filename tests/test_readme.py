@@ -41,7 +41,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     torch._dynamo.reset()
     # The examples compile through inductor; here the tracing is what is of interest.
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "aot_eager"}))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "eager"}))
     names: dict = {}
     examples = blocks(page, "python")
     assert examples

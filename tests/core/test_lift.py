@@ -57,7 +57,9 @@ def loss(values, x, apply, train=True):
 
 
 # The cumulative average (momentum None) reads its count with float(), which torch itself does not compile.
-@pytest.mark.parametrize(("compile", "momentum"), [(False, 0.2), (True, 0.2), (False, None)])
+@pytest.mark.parametrize(
+    ("compile", "momentum"), [(False, 0.2), pytest.param(True, 0.2, marks=pytest.mark.slow), (False, None)]
+)
 def test_training_follows_the_module_for_several_steps(compile, momentum):
     module = conv_net(momentum)
     before = state_of(module)

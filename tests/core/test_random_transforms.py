@@ -49,7 +49,13 @@ def test_vmap_over_keys(name):
     assert_same_draw(name, torch.vmap(f)(rows), torch.stack([f(row) for row in rows]))
 
 
-@pytest.mark.parametrize("name", DRAWS | ONE_KEY_DRAWS)
+COMPILED = ("bits", "normal", "permutation")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in DRAWS | ONE_KEY_DRAWS],
+)
 def test_compile(name):
     f = (DRAWS | ONE_KEY_DRAWS)[name]
     torch._dynamo.reset()

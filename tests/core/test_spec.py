@@ -63,7 +63,7 @@ def test_adding_layers_changes_no_other_layer():
     assert_same(specs.init(KEY, {"head": model()["head"]})["head"], small["head"])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_vmapped_init_is_an_ensemble(compiled):
     spec, keys = model(1) if compiled else model(), random.split(KEY, 3)
 

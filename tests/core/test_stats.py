@@ -77,7 +77,12 @@ def nested_vmap_inside(params, running, xs):
 
 @pytest.mark.parametrize(
     ("several", "n", "compiled"),
-    [(two_uses, 2, False), (vmap_inside, 3, False), (nested_vmap_inside, 4, False), (nested_vmap_inside, 4, True)],
+    [
+        (two_uses, 2, False),
+        (vmap_inside, 3, False),
+        (nested_vmap_inside, 4, False),
+        pytest.param(nested_vmap_inside, 4, True, marks=pytest.mark.slow),
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_several_uses_in_one_loss_make_one_update_with_the_mean(several, n, compiled):

@@ -37,6 +37,7 @@ def test_gpt_writes_the_characters_it_read(tmp_path, needed, capsys):
     assert capsys.readouterr().out.startswith("今天")
 
 
+@pytest.mark.slow
 def test_translate_from_chinese_into_japanese(tmp_path, needed):
     lines = [f"{a} {i}\t{b} {i}\n" for i in range(20) for a, b in SENTENCES.items()]
     (tmp_path / "pairs.tsv").write_text("".join(lines), encoding="utf-8")

@@ -207,6 +207,7 @@ def test_evaluation(command, run, capsys):
     assert any(line.split() == ["run", "runs/diffusion/whole"] for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_gradients_by_time(run):
     """The means of groups against gradients of one example at a time."""
     assert study("gradients", *RUN, "--count", "10", "--times", "2") == 0

@@ -47,13 +47,13 @@ def test_samples(here, capsys):
 @pytest.mark.parametrize(
     ("gan", "pictures"),
     [
-        ("gan", ()),
+        slow("gan", ()),
         slow("cgan", ("classes",)),
         slow("dcgan", ()),
         slow("wgan", ()),
         slow("wgan-div", ()),
         slow("lsgan", ()),
-        ("ebgan", ()),
+        slow("ebgan", ()),
         slow("began", ()),
         slow("acgan", ("classes",)),
         ("infogan", ("categories", "code_1", "code_2")),
@@ -81,6 +81,7 @@ def test_mixture_of_several_seeds(tmp_path, monkeypatch):
     assert call("sample", "--run", "runs/gan/one", "--count", "50") == 0 and is_png(run / "sampled.png")
 
 
+@pytest.mark.slow
 def test_class_of_a_conditional_generator(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert call(*QUICK, "--gan", "cgan", "--name", "one") == 0
@@ -89,6 +90,7 @@ def test_class_of_a_conditional_generator(tmp_path, monkeypatch, capfd):
     assert "--label is 10; expected 0 to 9" in refused(capfd, "sample", "--run", "runs/gan/one", "--label", "10")
 
 
+@pytest.mark.slow
 def test_mixed_precision(here):
     assert call(*QUICK, *SMALL, "--dtype", "bfloat16", "--name", "half") == 0
     half, whole = (runs.metrics(here / "runs" / "gan" / name)[0] for name in ("half", "whole"))
@@ -131,6 +133,7 @@ def test_refused_in_one_line(flags, message, here, capfd):
     assert message in refused(capfd, *quick, *flags)
 
 
+@pytest.mark.slow
 def test_flat_folder_of_pictures(tmp_path, monkeypatch, capfd):
     """No classes are needed where none are used; a file that cannot be read is skipped and counted; a resumed run knows
     the pictures, wherever they lie."""

@@ -170,7 +170,10 @@ def replace_by_a_pickle(folder):
     torch.save({"w": torch.ones(3)}, folder / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("damage", [truncate, garble, forget_manifest, replace_by_a_pickle])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, *(pytest.param(f, marks=pytest.mark.slow) for f in (garble, forget_manifest, replace_by_a_pickle))],
+)
 def test_damaged_checkpoint(damage, here, capfd):
     damage(here / "runs/gpt/done/checkpoints/6")
     line = refused(capfd, "--resume", "--name", "done")

@@ -19,6 +19,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path / "runs" / "gpt"
 
 
+@pytest.mark.slow
 def test_watched_run_is_the_run_and_resumes(here):
     assert call(*FLAGS, "--name", "plain") == 0
     assert call(*FLAGS, "--name", "watched", "--watch-gradients") == 0

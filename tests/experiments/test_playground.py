@@ -10,6 +10,7 @@ from tests.registry.experiments.language import pairs
 QUICK = ("--lengths", "16", "32", "--rounds", "1", "--name", "one")
 
 
+@pytest.mark.slow
 def test_figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call("playground", *QUICK, "--steps", "300") == 0

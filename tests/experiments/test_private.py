@@ -63,8 +63,11 @@ def test_without_privacy_it_is_plain_descent(run, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--clipping", name) for name in ("automatic", "per_layer", "groups", "adaptive")]
-    + [("--sampling", "fixed", "--dtype", "bfloat16")],
+    [
+        ("--clipping", "adaptive"),
+        pytest.param(("--sampling", "fixed", "--dtype", "bfloat16"), marks=pytest.mark.slow),
+        *(pytest.param(("--clipping", name), marks=pytest.mark.slow) for name in ("automatic", "per_layer", "groups")),
+    ],
     ids=lambda flags: flags[1],
 )
 def test_ways_to_clip_and_to_sample(run, flags):

@@ -59,6 +59,7 @@ def test_sizes_of_a_preset(monkeypatch, capsys):
     assert "--size is 0; expected at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_mixed_precision(here):
     assert call(*QUICK, "--steps", "1", "--name", "float") == 0
     assert call(*QUICK, "--steps", "1", "--dtype", "bfloat16", "--name", "half") == 0

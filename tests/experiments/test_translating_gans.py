@@ -132,8 +132,8 @@ def test_mixed_precision(script, here):
     ("flags", "counts"),
     [
         (("--data", "halves", "--source", "right"), (6, 6)),
-        (("--data", "halves/train"), (5, 1)),
-        (("--data", "halves/train", "--objective", "hinge"), (5, 1)),
+        pytest.param(("--data", "halves/train"), (5, 1), marks=pytest.mark.slow),
+        pytest.param(("--data", "halves/train", "--objective", "hinge"), (5, 1), marks=pytest.mark.slow),
     ],
     ids=flag_id,
 )

@@ -99,7 +99,7 @@ def test_mean_image_against_distributions():
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model", "flags", "pictures"),
     [
@@ -123,6 +123,7 @@ def test_each(model, flags, pictures, dtype, tmp_path, monkeypatch, without_code
     assert all(leaf.dtype != torch.bfloat16 for leaf in final_state(run)["params"]["decoder"]["output"].values())
 
 
+@pytest.mark.slow
 def test_watched_gradients(tmp_path, monkeypatch, without_codes):
     """The same training, and the gradients of the images beside it."""
     monkeypatch.chdir(tmp_path)

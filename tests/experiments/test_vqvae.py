@@ -91,7 +91,7 @@ def test_prior_learns_longer_on_request(here, capsys):
     ("codebook", "dtype"),
     [
         ("ema", "float32"),
-        ("loss", "bfloat16"),
+        pytest.param("loss", "bfloat16", marks=pytest.mark.slow),
         pytest.param("loss", "float32", marks=pytest.mark.slow),
         pytest.param("ema", "bfloat16", marks=pytest.mark.slow),
     ],
@@ -110,6 +110,7 @@ def test_each_codebook(codebook, dtype, tmp_path, monkeypatch):
     assert is_png(run / "samples.png") and is_png(run / "usage.png")
 
 
+@pytest.mark.slow
 def test_watched_gradients(tmp_path, monkeypatch):
     """The same training, and the gradients of the images beside it."""
     monkeypatch.chdir(tmp_path)

@@ -83,7 +83,7 @@ class Reference(nn.Module):
         ("sgd", True, True),
         ("adamw", False, False),
         ("adamw", True, False),
-        ("adamw", False, True),
+        pytest.param("adamw", False, True, marks=pytest.mark.slow),
     ],
 )
 def test_equals_a_plain_torch_loop(name, compile, donate):

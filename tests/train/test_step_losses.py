@@ -44,7 +44,10 @@ def result(loss, tokens, state=None, **options):
 
 @pytest.mark.parametrize(
     ("micro_batches", "donate", "compile"),
-    [*((n, donate, False) for n in (2, 4, 8) for donate in (False, True)), (4, True, True)],
+    [
+        *((n, donate, False) for n in (2, 4, 8) for donate in (False, True)),
+        pytest.param(4, True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_micro_batches_of_a_mean_over_tokens(micro_batches, donate, compile):
     """The lengths differ from part to part: means of parts are not the mean (transformers#24725)."""

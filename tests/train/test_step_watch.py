@@ -31,7 +31,7 @@ def watch(reports):
     ("compile", "micro_batches", "donate"),
     [
         *((False, n, donate) for n in (1, 4) for donate in (False, True)),
-        (True, 4, True),
+        pytest.param(True, 4, True, marks=pytest.mark.slow),
         pytest.param(True, 1, False, marks=pytest.mark.slow),
     ],
 )

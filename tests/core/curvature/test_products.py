@@ -94,7 +94,7 @@ def compiled(f):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("fisher", "sampled") else name for name in PRODUCTS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "ggn" else name for name in PRODUCTS]
 )
 def test_compiled_and_mapped_product_is_the_same(name):
     product, directions = PRODUCTS[name], tree.stack([DIRECTION, PARAMS])

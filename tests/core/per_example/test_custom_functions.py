@@ -145,7 +145,12 @@ CALLS = {
     ("call", "name"),
     [
         *(("reports", name) for name in LOSSES if name != "of a parameter"),
-        *((call, "of activations") for call in CALLS if call != "reports"),
+        ("each", "of activations"),
+        *(
+            pytest.param(call, "of activations", marks=pytest.mark.slow)
+            for call in CALLS
+            if call not in ("reports", "each")
+        ),
         ("each", "of a parameter, untouched"),
     ],
 )

@@ -149,6 +149,7 @@ def test_smoothed_record_is_the_average_after_each_step():
     close(noise.smooth(tree.stack(steps), 0.9), tree.stack(averages), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_compiled_step_is_the_eager_one():
     torch._dynamo.reset()
 

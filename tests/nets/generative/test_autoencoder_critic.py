@@ -129,6 +129,7 @@ def test_presets(preset):
     assert tuple(out["scores"].shape) == (3,) and tuple(out["features"].shape) == (3, cfg.code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [EBGAN, BEGAN], ids=["ebgan", "began"])
 def test_penalty(cfg):
     cfg = dataclasses.replace(cfg, size=8, stages=1)

@@ -154,6 +154,7 @@ def test_presets(preset):
     assert tuple(out["scores"].shape) == (3,) and tuple(out["features"].shape) == (3, cfg.critic_widths[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", "layer", "instance"])
 def test_penalty(norm):
     options = {"attention": 4, "gamma": 0.5} if norm == "none" else {}

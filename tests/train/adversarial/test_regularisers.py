@@ -87,7 +87,9 @@ def test_gradient_inside_a_gradient_is_autograds(name):
         torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11, msg=lambda m, p=path: f"{p}: {m}")
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize(
+    "name", [name if name == "gradient-penalty" else pytest.param(name, marks=pytest.mark.slow) for name in VALUES]
+)
 def test_compiled_step_is_the_eager_one(name):
     torch._dynamo.reset()
 

@@ -35,7 +35,7 @@ def test_epsilon_of_one_gaussian_is_the_exact_one():
     assert actual == pytest.approx(delta, rel=2e-3)
 
 
-@pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
+@pytest.mark.parametrize("accountant", ["rdp", pytest.param("pld", marks=pytest.mark.slow)])
 def test_noise_for_epsilon_is_the_least(accountant):
     rate, steps, delta, epsilon = 0.01, 50, 1e-5, 1.0
     noise = accounting.noise_for_epsilon(epsilon, delta, rate, steps, accountant)
@@ -79,6 +79,7 @@ def test_fixed_size_of_all_examples_is_the_plain_gaussian_of_twice_the_sensitivi
     assert actual == pytest.approx(accounting.spent_epsilon(1.5, 1.0, 20, 1e-5, "rdp"), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_noise_for_a_fixed_size():
     noise = accounting.noise_for_epsilon(1.0, 1e-5, 0.5, 2, sampling="fixed")
     assert accounting.spent_epsilon(noise, 0.5, 2, 1e-5, sampling="fixed") <= 1

@@ -37,7 +37,7 @@ def record(log, steps, average):
     return average
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_watch_is_of_single_gradients(compile):
     torch._dynamo.reset()
     function = torch.compile(metrics_of, fullgraph=True, dynamic=False, backend="aot_eager") if compile else metrics_of

@@ -180,7 +180,7 @@ LONG = tuple(f"Canis lupus familiaris, the domestic dog, breed {i}" for i in ran
         (NAMES, 3, torch.uint8),
         (LONG[:2], 1, torch.float32),
         (tuple(f"class {i}" for i in range(16)), 3, torch.float32),
-        (tuple(f"class {i}" for i in range(60)), 3, torch.float32),
+        pytest.param(tuple(f"class {i}" for i in range(60)), 3, torch.float32, marks=pytest.mark.slow),
     ],
     ids=["bytes", "two", "sixteen", "sixty"],
 )

@@ -184,9 +184,9 @@ def test_pieces_end_before_white_space_or_a_mark():
 def test_text_without_white_space_takes_linear_time(text):
     """If it were quadratic, each of 4096 chunks would search and copy all before it: 10^10 characters."""
     chunk = (text * 20)[:1000]
-    started = time.perf_counter()
+    started = time.process_time()
     pieces = list(whole_words([chunk] * 4096))
-    assert time.perf_counter() - started < 10 and sum(map(len, pieces)) == 4096 * 1000
+    assert time.process_time() - started < 10 and sum(map(len, pieces)) == 4096 * 1000
     assert max(map(len, pieces)) <= text_files.LONGEST + 1000
 
 

@@ -37,9 +37,9 @@ def test_character_outside_the_vocabulary(text, character, position):
 def test_a_million_characters_take_a_moment():
     text = embedded_text() * 3
     tokenizer = CharTokenizer.from_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     ids = tokenizer.encode(text)
-    assert len(ids) == len(text) and time.perf_counter() - started < 2
+    assert len(ids) == len(text) and time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("chars", [(), ("a", "a"), ("ab",)])

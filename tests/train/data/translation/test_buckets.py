@@ -1,6 +1,5 @@
 import itertools
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -307,17 +306,14 @@ def test_a_sentence_larger_than_the_budget_is_a_batch_of_its_own():
 
 
 @needs_data
-def test_multi30k_is_tokenized_once(tmp_path):
+def test_multi30k_is_tokenized_once(tmp_path, monkeypatch):
     pairs = open_pairs(str(Path(DATA) / "multi30k_de_en")).train
     tokenizer = tokenizers.train_sentences((s for pair in pairs for s in pair), 8000)
-    started = time.perf_counter()
     first = open_corpus(pairs, tokenizer, tmp_path, progress=False)
-    took = [time.perf_counter() - started]
-    started = time.perf_counter()
+    monkeypatch.setattr(type(tokenizer), "encode_batch", None)
     corpus = open_corpus(pairs, tokenizer, tmp_path, progress=False)
     buckets = make_buckets(corpus, 4096, 256, shapes=8)
     batch_at(corpus, buckets, KEY, 0)
-    took.append(time.perf_counter() - started)
-    assert len(corpus) == len(first) == 29_000 and took[0] < 10 and took[1] < 2
+    assert len(corpus) == len(first) == 29_000
     assert buckets.efficiency > 0.85 and len(buckets.buckets) == 8
     assert sum(b.rows * (len(b.members) // b.rows) for b in buckets.buckets) > 28_900
