@@ -28,7 +28,7 @@ _WIKITEXT_2 = Download(
 )
 _LICENCE = "Wikipedia articles (Merity et al. 2016, arXiv:1609.07843), CC BY-SA 3.0"
 TEXTS = {
-    "shakespeare": NamedText("shakespeare", _SHAKESPEARE, "input.txt", "tiny Shakespeare (Karpathy), public domain"),
+    "shakespeare": NamedText("shakespeare", _SHAKESPEARE, "input.txt", "Karpathy's tiny Shakespeare, public domain"),
     "wikitext-2": NamedText("wikitext-2", _WIKITEXT_2, "wikitext-2-raw/wiki.train.raw", _LICENCE),
     "wikitext-2-valid": NamedText("wikitext-2", _WIKITEXT_2, "wikitext-2-raw/wiki.valid.raw", _LICENCE),
     "wikitext-2-test": NamedText("wikitext-2", _WIKITEXT_2, "wikitext-2-raw/wiki.test.raw", _LICENCE),
