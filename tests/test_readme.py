@@ -36,12 +36,15 @@ def test_examples_are_python(page):
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_examples_run(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_examples_run(page, traced, tmp_path, monkeypatch):
+    """As they stand, but without inductor: what they compile is traced, which takes most of the time, or is not."""
     monkeypatch.chdir(tmp_path)  # some write files
     torch._dynamo.reset()
-    # The examples compile through inductor; here the tracing is what is of interest.
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "eager"}))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile(f, **{**options, "backend": "aot_eager"}) if traced else f
+    )
     names: dict = {}
     examples = blocks(page, "python")
     assert examples
