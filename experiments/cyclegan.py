@@ -4,7 +4,7 @@ Zhu et al. 2017, "Unpaired Image-to-Image Translation using Cycle-Consistent Adv
 Two generators, a critic of each kind, and the cycle: what was translated there and back should be what it was. Without
 a flag it learns between white digits on black and yellow digits on blue, of which no two are the same, offline:
 
-    python experiments/cyclegan.py                                           9 minutes on a busy CPU core
+    python experiments/cyclegan.py                                           10 minutes on one CPU core
     python experiments/cyclegan.py --data photographs,paintings              two folders; a tenth of each is for testing
     python experiments/cyclegan.py --data FOLDER                             with trainA, trainB, testA and testB
     python experiments/cyclegan.py --preset paper-128 --data horse2zebra     the paper's sizes and set; downloaded once
