@@ -252,6 +252,7 @@ def train(args: Args) -> None:
 
 
 def finetune(args: Args) -> None:
+    """Train from published weights or from a run's, with a new head where the classes differ."""
     if args.weights is None:
         raise ValueError('finetune needs --weights: "published", a weights file, a hub repository or a run\'s folder')
     train(args)
@@ -263,6 +264,7 @@ def values_of(state, args: Args) -> tree.Tree:
 
 
 def evaluate(args: EvaluateArgs) -> None:
+    """Figures, report and pictures of a run's net on its test images, or on other images."""
     run, trained, values = classifier.opened(args)
     source, part = (run.read("args", Args).data, "split") if args.data is None else (args.data, "all")
     data = image_sets.open_images(source, part, classes=trained.classes)
@@ -279,6 +281,7 @@ def evaluate(args: EvaluateArgs) -> None:
 
 
 def predict(args: PredictArgs) -> None:
+    """The most probable classes of pictures, by a run's net or by published weights."""
     args.check()
     paths, skipped = folders.picture_paths(args.images)
     folder = unused(args.out, Path("predictions"))
@@ -289,12 +292,7 @@ def predict(args: PredictArgs) -> None:
     print(f"files in {folder}/")
 
 
+COMMANDS = {"finetune": (Args, finetune, finetuning), "evaluate": (EvaluateArgs, evaluate)}
+
 if __name__ == "__main__":
-    command_line.run(
-        __doc__,
-        (Args, train, presets),
-        root=RUNS,
-        finetune=(Args, finetune, finetuning),
-        evaluate=(EvaluateArgs, evaluate),
-        predict=(PredictArgs, predict),
-    )
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, predict=(PredictArgs, predict), **COMMANDS)

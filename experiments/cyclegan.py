@@ -247,6 +247,7 @@ def train(args: Args) -> None:
 
 
 def translate(args: EitherWayArgs) -> None:
+    """Translate pictures with a run's generators, from the first kind to the second, or back."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained, cfg = run.read("args", Args), run.read("net", cyclegan.Config)
     one = cyclegan.generator_spec(cfg)

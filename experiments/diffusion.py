@@ -229,6 +229,7 @@ def report(run: Run, model: Diffusion, params: tree.Tree, data: Data, sampler: S
 
 
 def sample(args: SampleArgs) -> None:
+    """Sample images with a run's net or with a published pipeline."""
     check_source(args)
     net = diffusion.from_run(args) if args.run else diffusion.published(args.weights, args.device)
     model, classes = net.model, net.model.cfg.classes

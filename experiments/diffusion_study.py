@@ -101,7 +101,7 @@ def no_label(run: Opened, count: int) -> Tensor | None:
 
 
 def evaluate(args: EvaluateArgs) -> None:
-    """Figures of samples by each sampler, beside those of the real images alone; bits per dimension."""
+    """Compare samplers by figures of their samples, beside those of the real images; bits per dimension."""
     run = diffusion.opened(args)
     model, key, total = run.model, random.key(args.seed, run.device), run.model.steps
     path = unused(args.out, run.folder / "result" / "evaluation.json")
@@ -163,7 +163,7 @@ def bits_of(run: Opened, args: EvaluateArgs, key: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def interpolate(args: InterpolateArgs) -> None:
-    """Images to noise by DDIM backwards, from noise to noise on a great circle, and back; of no class."""
+    """Interpolate between test images by way of their noise: DDIM backwards, a great circle, and DDIM; of no class."""
     run = diffusion.opened(args)
     schedule, predicts, images = run.model.schedule, run.model.process.predicts, run.data.test.images
     path = unused(args.out, run.folder / "interpolation.png")
@@ -192,7 +192,7 @@ def interpolate(args: InterpolateArgs) -> None:
 
 @torch.no_grad()
 def inpaint(args: InpaintArgs) -> None:
-    """The part of test images that a mask leaves free, filled in; of no class."""
+    """Fill in the part of test images that a mask leaves free; of no class."""
     run = diffusion.opened(args)
     images, path = run.data.test.images[: args.count], unused(args.out, run.folder / "inpainted.png")
     mask = inpainting.mask_of(args.mask, *images.shape[2:]).to(run.device)

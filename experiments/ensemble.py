@@ -201,6 +201,7 @@ def train(args: Args) -> None:
 
 
 def evaluate(args: FromRun) -> None:
+    """Figures of a run's members, and of their average, on the test images."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained = run.read("args", Args)
     images = read(trained.data)

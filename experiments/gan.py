@@ -285,10 +285,10 @@ def member(state: State, args: Args, i: int) -> State:
 
 
 def sample(args: SampleArgs) -> None:
+    """Sample images or points with a run's averaged generator."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained = run.read("args", Args)
-    data = read(trained)
-    model = gans.players(trained, line_of(trained), data)
+    model = gans.players(trained, line_of(trained), data := read(trained))
     path, key = unused(args.out, args.run / "sampled.png"), random.key(args.seed)
     z, labels = gans.noise(model, key.to(device), args.count, data, args.label)
     values = tree.move(gans.load(run, model, data, trained.seeds), device)

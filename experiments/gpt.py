@@ -225,6 +225,7 @@ def report(run: Run, params, cfg: gpt2.Config, tokenizer, baseline: float, valid
 
 
 def sample(args: SampleArgs) -> None:
+    """Continue a prompt with a run's net or with published weights."""
     check_source(args)
     device = command_line.device(args.device)
     if args.run:
@@ -247,6 +248,7 @@ def sample(args: SampleArgs) -> None:
 
 
 def evaluate(args: EvaluateArgs) -> None:
+    """Loss and perplexity of a run's net on the validation part of its text, or on another text."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained, cfg = run.read("args", Args), run.read("net", gpt2.Config)
     params = tree.move(run.restore(gpt2.spec(cfg), "params"), device)

@@ -190,6 +190,7 @@ def train(args: Args) -> None:
 
 
 def translate(args: TranslateArgs) -> None:
+    """Translate pictures with a run's generator."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained, cfg = run.read("args", Args), run.read("net", pix2pix.Config)
     values = tree.move(run.learned(pix2pix.generator_spec(cfg), "generator"), device)

@@ -224,6 +224,7 @@ def mix(path: Path, values: tree.Tree, cfg: stylegan.Config, level: int, key: Te
 
 @torch.no_grad()
 def sample(args: SampleArgs) -> None:
+    """Sample images with a run's averaged generator, truncated or with mixed styles."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
     trained, cfg = run.read("args", Args), run.read("net", stylegan.Config)
     path = unused(args.out, args.run / ("mixed.png" if args.mix else "sampled.png"))

@@ -224,6 +224,7 @@ def sentences_of(args: TranslateArgs, model: Translator) -> Iterable[list[str]]:
 
 
 def translate(args: TranslateArgs) -> None:
+    """Translate sentences with a run's net or with published Marian weights."""
     args.check()
     check_source(args)
     if args.temperature is None and args.n_best > args.beam:
@@ -251,6 +252,7 @@ def translate(args: TranslateArgs) -> None:
 
 
 def evaluate(args: EvaluateArgs) -> None:
+    """BLEU and chrF of a run's translations of a test set."""
     args.check()
     run = open_run(args.run, RUNS, args.checkpoint)
     trained, model = run.read("args", Args), translators.load(run, args.device)

@@ -153,6 +153,7 @@ def commands(root: Path, load: Load) -> dict[str, tuple]:
 
 
 def sample(root: Path, load: Load, args: SampleArgs) -> None:
+    """Sample images from a run's prior, of every class or of one."""
     run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
     model = load(run, device)
     if model.sample is None:
@@ -168,6 +169,7 @@ def sample(root: Path, load: Load, args: SampleArgs) -> None:
 
 
 def reconstruct(root: Path, load: Load, args: ReconstructArgs) -> None:
+    """Test images beside their reconstructions by a run's net."""
     run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
     test = test_images(run)
     if args.count > len(test.labels):
@@ -181,6 +183,7 @@ def reconstruct(root: Path, load: Load, args: ReconstructArgs) -> None:
 
 
 def interpolate(root: Path, load: Load, args: InterpolateArgs) -> None:
+    """From one test image to another through the codes of a run's net."""
     run, device = open_run(args.run, root, args.checkpoint), command_line.device(args.device)
     test, ends = test_images(run), args.indices
     if len(ends) < 2 or len(ends) % 2 or max(ends) >= len(test.labels):

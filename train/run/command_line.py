@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import signal
 import sys
 import typing
@@ -53,8 +54,11 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     argv = sys.argv[1:]
     name = argv[0] if argv and argv[0] in others else None
     command = Command(*(others[name] if name else default))
-    if others and not name:
-        description += "\n\nSub-commands (each has its own --help): " + ", ".join(others)
+    if name:
+        description = _of_command(description, name, command)
+    elif others:
+        lines = (f"    {other:12}{_summary(Command(*entry))}" for other, entry in others.items())
+        description += "\n\nSub-commands, each with a --help of its own:\n\n" + "\n".join(lines)
     words = (program() or os.path.basename(sys.argv[0])) + (f" {name}" if name else "")
     previous = {number: signal.getsignal(number) for number in _signals()}
     for number in previous:
@@ -82,6 +86,18 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         sys.exit(128 + getattr(interruption, "number", signal.SIGINT))
     finally:
         _restore(previous)
+
+
+def _summary(command: Command) -> str:
+    """The first paragraph of the docstring of what a command calls."""
+    function = getattr(command.function, "func", command.function)  # of a functools.partial
+    return " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _of_command(description: str, name: str, command: Command) -> str:
+    """The head of a sub-command's --help: its summary, and the lines of the script's examples that show it."""
+    lines = [line for line in description.splitlines() if re.match(rf" +python \S+ {name}\b", line)]
+    return "\n\n".join([_summary(command), "\n".join(lines)])
 
 
 def program() -> str | None:

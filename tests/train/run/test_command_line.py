@@ -92,7 +92,7 @@ def test_a_resumed_run_has_the_flags_it_was_started_with(monkeypatch, tmp_path, 
 def test_help_names_the_sub_commands(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert "A purpose." in out and "each has its own --help): show" in out and "--save-every" in out
+    assert "A purpose." in out and "    show    " in out and "--save-every" in out
     assert run(monkeypatch, "show", "--help") == 0
     assert "--word" in capsys.readouterr().out
 
@@ -207,3 +207,22 @@ print("stopped")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.stdout == "stopped\n" and "Error" not in result.stderr
+
+
+def test_sub_commands_have_words_of_their_own(tmp_path, monkeypatch, capsys):
+    def write(args: Other) -> None:
+        """Write on from a prompt.
+
+        More about it.
+        """
+
+    doc = "Everything.\n\n    python a.py --steps 2        train\n    python a.py write --steps 3  then write"
+    for argv, expected, other in (
+        (("write", "--help"), ("Write on from a prompt.", "python a.py write --steps 3"), ("Everything", "train")),
+        (("--help",), ("Everything.", "python a.py --steps 2", "write       Write on from a prompt."), ("More",)),
+    ):
+        monkeypatch.setattr("sys.argv", ["a.py", *argv])
+        with pytest.raises(SystemExit):
+            command_line.run(doc, (Args, print), write=(Other, write))
+        out = capsys.readouterr().out
+        assert all(text in out for text in expected) and not any(text in out for text in other)
