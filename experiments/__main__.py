@@ -9,6 +9,7 @@ Nothing heavy is imported before a script is chosen, so that the list is there a
 
 import ast
 import difflib
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -55,7 +56,11 @@ def main() -> None:
     """List the experiments, or start the one that the command line names as `python experiments/NAME.py` does."""
     name, *flags = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(listing())
+        try:
+            print(listing(), flush=True)
+        except BrokenPipeError:  # whoever read it has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
         return
     if name not in scripts():
         print(unknown(name), file=sys.stderr)

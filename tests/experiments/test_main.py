@@ -1,6 +1,7 @@
 """The command `functree`: its list of experiments, and the start of one."""
 
 import ast
+import os
 import subprocess
 import sys
 
@@ -118,3 +119,11 @@ def test_unknown_name(script, monkeypatch, capsys, name, hint):
     assert start(monkeypatch, name) == 2
     line = one_error(capsys.readouterr().err)
     assert line == f"error: '{name}' is no experiment; {hint} (see functree --help)"
+
+
+def test_list_into_a_closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "experiments"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
