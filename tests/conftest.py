@@ -5,6 +5,7 @@ OMP_NUM_THREADS says: `OMP_NUM_THREADS=2 pytest`. What inductor compiles is kept
 `ATEN_CPU_CAPABILITY=default pytest` (or avx2) computes with those kernels.
 """
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,8 @@ from tests import processes
 from train.run import compiler
 
 compiler.configure()
+# Tracing makes millions of objects, and what jax and transformers import is searched with them at each collection.
+gc.set_threshold(100_000, 10, 10)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
