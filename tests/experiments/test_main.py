@@ -93,9 +93,9 @@ def test_script_runs_as_from_its_path(script, monkeypatch, capsys):
 )
 def test_help_names_the_command(script, monkeypatch, capsys, program, words):
     assert start(monkeypatch, "small", "--help", program=program) == 0
-    assert capsys.readouterr().out.startswith(f"usage: {words} small [-h]")
+    assert f"\nusage: {words} small [-h]" in capsys.readouterr().out
     assert start(monkeypatch, "small", "other", "--help", program=program) == 0
-    assert capsys.readouterr().out.startswith(f"usage: {words} small other [-h]")
+    assert f"\nusage: {words} small other [-h]" in capsys.readouterr().out
     assert start(monkeypatch, "--help", program=program) == 0
     assert capsys.readouterr().out.startswith(f"usage: {words} EXPERIMENT [flags]")
 

@@ -6,8 +6,10 @@ import io
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,7 +158,9 @@ def _defaults(command: Command, argv: list[str], root: Path | None) -> Any:
 def _parse(kind: type, program: str, description: str, argv: list[str], default: Any) -> Any:
     import tyro
 
-    options = {"prog": program, "description": description, "args": argv}
+    if {"-h", "--help"} & set(argv):  # ahead of tyro's, which would not wrap it
+        print(_fitted(description, shutil.get_terminal_size().columns), end="\n\n")
+    options = {"prog": program, "description": " ", "args": argv}
     if default is not None:
         options["default"] = default
     errors = io.StringIO()
@@ -167,6 +171,24 @@ def _parse(kind: type, program: str, description: str, argv: list[str], default:
         if not stop.code:
             raise
     raise ValueError(_condensed(errors.getvalue()))
+
+
+def _fitted(text: str, width: int) -> str:
+    """A description in lines of up to `width` columns: prose is wrapped, and the remark beside an example, after two
+    spaces or more, goes to the next line where both are too long for one."""
+    lines = []
+    for paragraph in re.split(r"\n(?: *\n)+", text.strip("\n")):
+        if not paragraph.startswith(" "):
+            lines += [*textwrap.wrap(paragraph, width), ""]
+            continue
+        for line in paragraph.splitlines():
+            example, remark = re.fullmatch(r"( *\S.*?)(?: {2,}(\S.*))?", line).groups()
+            if len(line) <= width or not remark:
+                lines.append(line)
+            else:
+                lines += [example, *textwrap.wrap(remark, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+        lines.append("")
+    return "\n".join(lines).strip("\n")
 
 
 def _condensed(box: str) -> str:

@@ -226,3 +226,11 @@ def test_sub_commands_have_words_of_their_own(tmp_path, monkeypatch, capsys):
             command_line.run(doc, (Args, print), write=(Other, write))
         out = capsys.readouterr().out
         assert all(text in out for text in expected) and not any(text in out for text in other)
+
+
+def test_head_of_the_help_fits_the_terminal():
+    prose, remark = "Some words of a purpose. " * 9, "a remark that says more than fits beside the command"
+    text = f"{prose}\n\n    python a.py --steps 2  short\n    python a.py --steps 3000 --flag  {remark}"
+    lines = command_line._fitted(text, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert "    python a.py --steps 2  short" in lines and "    python a.py --steps 3000 --flag" in lines
