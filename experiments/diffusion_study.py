@@ -58,7 +58,7 @@ class StudyArgs(FromRun):
 class EvaluateArgs(StudyArgs):
     classifier: Path | None = None
     """Run of classify.py on the same data, whose features the figures compare; the pixels if None."""
-    count: Compared = 10_000
+    count: Compared = 500
     """Number of samples that the figures compare with as many images, or with all if there are fewer."""
     bits: Natural = 0
     """Number of test images whose bits per dimension are computed."""
