@@ -13,6 +13,8 @@ from torch.func import grad, grad_and_value, vmap
 from core import per_example, random, spec, stats, tree
 from tests.registry import NETS, PUBLISHED, Net
 
+# Variants of a net, "name, variant", share its layers: what takes long is tested with the first of each.
+PLAIN = [n for n in NETS if "," not in n]
 every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
@@ -262,13 +264,11 @@ def test_per_example_reports_equal_vmap_of_grad(net):
     check_reports(net)
 
 
-@every_net
-def test_per_example_reports_equal_gradients_of_batches_of_one(net):
-    assert per_example.verify(*reported(net), examples=2) <= 1e-10
+@pytest.mark.parametrize("name", [n if n in PLAIN else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
+def test_per_example_reports_equal_gradients_of_batches_of_one(name):
+    assert per_example.verify(*reported(NETS[name]), examples=2) <= 1e-10
 
 
-# Variants of a net, "name, variant", share its layers: reports are compiled for the first of each.
-PLAIN = [n for n in NETS if "," not in n]
 LONG = ("googlenet", "inception")  # two minutes each to trace: they have the most layers
 
 

@@ -52,6 +52,7 @@ def test_every_benchmark_is_here():
     assert programs == {command.split()[0] for command, _ in CASES}
 
 
+@pytest.mark.slow
 def test_torchvision_is_mended_where_it_is_imported():
     """The tests mend it themselves (tests/conftest.py); a program started by hand must, too."""
     packages = re.compile(r"^ *(?:from|import) (?:diffusers|torchvision|transformers)\b", re.MULTILINE)

@@ -31,7 +31,7 @@ def gpt2_loss(values, ids, apply, train=False):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("mode", ["eager", "compiled", "train"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "train"])
 def test_tied_transformer_has_the_modules_gradient(gpt2, mode):
     params, stats, apply = lift(gpt2)
     names = tree.names(params)

@@ -61,6 +61,7 @@ def test_figures_of_a_run(place):
     assert final_state(run)["history"]["counts"].sum() == 8  # losses in the history: two batches of 4
 
 
+@pytest.mark.slow
 def test_watched_gradients(tmp_path, monkeypatch, capfd):
     """The same run, and its log has the norms by the time. A net without classes takes no guidance."""
     monkeypatch.chdir(tmp_path)
@@ -94,6 +95,7 @@ def test_losses_in_half_precision():
     assert torch.equal(half, unweighted * weights)  # the weight is not rounded to 1
 
 
+@pytest.mark.slow
 def test_run_in_half_precision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs.undrawn(monkeypatch)

@@ -98,6 +98,7 @@ def test_each_member_trains_as_it_would_alone(place):
             torch.testing.assert_close(actual, dict(layer.state_dict()), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_compiled_run_is_one_graph_with_the_same_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ("--members", "2", "--widths", "--steps", "6")

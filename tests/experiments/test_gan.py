@@ -99,6 +99,7 @@ def test_mixed_precision(here):
     assert half["critic/grad_norm"] == pytest.approx(whole["critic/grad_norm"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_features_of_a_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--net", "lenet-digits", "--epochs", "1", "--batch", "100", "--no-compile")

@@ -28,6 +28,7 @@ def run(tmp_path, monkeypatch):
     return tmp_path / "runs" / "private" / "a"
 
 
+@pytest.mark.slow
 def test_epsilon_of_every_measurement_and_of_further_steps(run, capsys):
     assert call(*QUICK, "--steps", "8", "--eval-every", "4") == 0
     records = [record for record in metrics(run) if "test/epsilon" in record]

@@ -67,6 +67,7 @@ def test_exact_eigenvalues_are_those_of_torch(place):
     assert result(run)["sharpness"] == pytest.approx(float(exact[0]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_without_exact_the_rest_is_the_same(here, place):
     assert call(*QUICK, "--no-exact", "--name", "lanczos") == 0
     run, whole = here / "runs/spectrum/lanczos", place / "runs/spectrum/whole"

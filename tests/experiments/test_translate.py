@@ -109,6 +109,7 @@ def test_translation_and_evaluation(here, capsys):
     assert f"test: BLEU {figures['bleu']:.2f}, chrF {figures['chrf']:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_of_other_data(here, capsys):
     """All pairs that are named count, without any to train on."""
     for name in ("de", "en"):
@@ -173,6 +174,7 @@ def test_data_may_move_but_not_change(here, capfd):
     assert "cannot resume 'runs/translate/whole': its checkpoint has data" in line
 
 
+@pytest.mark.slow
 def test_sentences_longer_than_the_context_are_left_out_everywhere(here, capsys):
     for part in ("train", "val", "test"):
         for language in ("de", "en"):

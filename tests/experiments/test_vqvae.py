@@ -87,13 +87,14 @@ def test_prior_learns_longer_on_request(here, capsys):
     assert "resumed with --prior-steps 5 (it was started with 3)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codebook", "dtype"),
     [
         ("ema", "float32"),
-        pytest.param("loss", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("loss", "float32", marks=pytest.mark.slow),
-        pytest.param("ema", "bfloat16", marks=pytest.mark.slow),
+        ("loss", "bfloat16"),
+        ("loss", "float32"),
+        ("ema", "bfloat16"),
     ],
 )
 def test_each_codebook(codebook, dtype, tmp_path, monkeypatch):

@@ -138,7 +138,9 @@ def test_donated_equals_pure_up_to_rounding(name, micro_batches):
         assert ((y - x).abs() <= 2**-23 * (2 * p.abs() + 8 * (x - p).abs())).all()
 
 
-@pytest.mark.parametrize(("micro_batches", "compile"), [(2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(
+    ("micro_batches", "compile"), [(2, False), (4, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
 def test_micro_batches_give_the_update_of_the_whole_batch(micro_batches, compile):
     """Dropout's masks are those of the whole batch, so the updates agree to rounding."""
     torch._dynamo.reset()
@@ -215,7 +217,7 @@ def test_bfloat16_policy_keeps_master_values(micro_batches, donate):
         torch.testing.assert_close(state.stats, wide.stats, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("micro_batches", "donate"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("micro_batches", "donate"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)])
 def test_compiles_once(micro_batches, donate):
     torch._dynamo.reset()
     optimizer = optimizers.adamw(lambda count: 1e-2 / (1.0 + count))
@@ -234,7 +236,7 @@ def test_compiles_once(micro_batches, donate):
     torch.testing.assert_close(state, eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_pure_step_leaves_its_inputs_alone(compile):
     torch._dynamo.reset()
     optimizer = CASES["adamw"][0]

@@ -155,6 +155,7 @@ def test_spectral_density_has_the_moments_of_the_spectrum():
         torch.testing.assert_close((density.weights * density.nodes**power).sum(), moment, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_mean_over_probes_approaches_the_exact_density():
     exact = Density(VALUES, torch.full((COUNT,), 1 / COUNT, dtype=F64))
     grid = torch.linspace(float(VALUES[0]) - 1, float(VALUES[-1]) + 1, 1001, dtype=F64)
@@ -202,6 +203,7 @@ def test_estimates_are_those_of_numpy():
     assert ravel(exact.standard_error).max() < 1e-12
 
 
+@pytest.mark.slow
 def test_trace_compiles_and_has_a_gradient():
     def penalty(scale):
         return hutchinson_trace(lambda v: tree.map(lambda x: scale**2 * x, v), torch.ones(COUNT, dtype=F64), KEY, 2)[0]

@@ -78,6 +78,7 @@ def test_rule_of_a_chain_of_casts_sees_the_rounded_weight():
     torch.testing.assert_close(out.norm["v"], torch.zeros(N, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_compiled_chain_of_casts():
     def loss(p, x):
         return value(p["w"][0].bfloat16().double() * F.linear(x, p["v"].to(torch.int32).double()))

@@ -51,6 +51,7 @@ def test_compiled(name):
 SQUARE = {"a": torch.randn(4, 4).double(), "b": torch.randn(4, 4).double()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -84,9 +85,8 @@ def test_vmap_over_members(name):
         assert_reports(model, alone, params=member, tolerance=tolerance_of(model))
 
 
-@pytest.mark.parametrize(
-    "name", ["class_token", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cnn", "lstm", "tied"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["class_token", "cnn", "lstm", "tied"])
 def test_compiled_vmap_over_members(name):
     model = make(name)
     members, stacked, directions = ensemble(model)

@@ -194,6 +194,7 @@ def test_one_group_is_flat_clipping():
     assert all(torch.equal(w, flat.weights) for w in tree.leaves(grouped.weights))
 
 
+@pytest.mark.slow
 def test_compiled():
     """Aux, some of the parameters and groups, of a small net: as eager."""
     params = {"scale": P["scale"], "weight": DRAW(3, 4)}

@@ -100,6 +100,7 @@ def test_damping():
     close(scores.influence(losses, PARAMS, TRAIN, TEST, inverse), expected)
 
 
+@pytest.mark.slow
 def test_leaving_an_example_out():
     """The change of the losses after training again without each example in turn, and what is predicted."""
     before, changes, own = losses(PARAMS, TEST), [], []

@@ -175,6 +175,7 @@ def test_growth_is_the_published_schedule():
     assert stylegan.growth(0, 100, cfg, first=3) == (3, 1.0) == stylegan.growth(150, 100, cfg, first=3)
 
 
+@pytest.mark.slow
 def test_fading_does_not_recompile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -121,7 +121,9 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "donate"), COMPILED)
+@pytest.mark.parametrize(
+    ("name", "donate"), [*COMPILED[:2], *(pytest.param(*row, marks=pytest.mark.slow) for row in COMPILED[2:])]
+)
 def test_compiles_once(name, donate):
     torch._dynamo.reset()
     optimizer, params = ALL[name], {"blocks": start(F32)["blocks"][:1], "head": torch.ones(3)}
