@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-LIMIT = 300  # seconds that a test may wait for what it started
+LIMIT = 600  # seconds that a test may wait for what it started: twice what the longest takes
 HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 STARTED: list[subprocess.Popen] = []
 

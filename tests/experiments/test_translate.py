@@ -256,7 +256,7 @@ def test_run_without_its_tokenizer(here, capfd):
     assert "tokenizer.json" in refused(capfd, "translate", "--run", RUN, "a")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
     completed(tmp_path)
