@@ -37,8 +37,15 @@ def opening(tokenizer) -> list[int]:
 def write(
     net: ModuleType, params: Tree, cfg, tokenizer, prompt: str, tokens: int, show=None, *, key: Tensor, **options
 ) -> list[str]:
-    """The prompt and what the model writes after it, one text per key, by `net.stream`, which gets the options; `show`
-    gets the first text piece by piece."""
+    """The prompt and what the model writes after it, one text per key, (2,) or (texts, 2).
+
+    Args:
+        tokens: number of tokens after the prompt, at most.
+        show: called with each new piece of the first text.
+        options: those of `net.stream`, such as `temperature`, `top_k` and `end`.
+
+    Raises ValueError: the prompt has a character outside the vocabulary, or an option is outside its range.
+    """
     ids, keys, shown = tokenizer.encode(prompt) if prompt else opening(tokenizer), key.reshape(-1, 2), 0
     rows, ended = [list(ids) for _ in keys], [False] * len(keys)
     start = torch.tensor([ids], device=tree.leaves(params)[0].device)

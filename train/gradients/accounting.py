@@ -51,7 +51,7 @@ def spent_epsilon(
 
     Args:
         noise_multiplier: standard deviation of the noise over max_norm.
-        sampling_rate: probability that an example is in a batch; with "fixed" its size over that of the data.
+        sampling_rate: probability that an example is in a batch; with "fixed" the batch size over the examples.
         accountant: "pld" or "rdp"; by default the first that the sampling has.
         sampling: "poisson" or "fixed", see above.
 

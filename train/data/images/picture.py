@@ -140,8 +140,8 @@ def _middle(image: Image.Image, cut: Cut) -> Image.Image:
     if wide * tall > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"its {width}x{height} pixels are too narrow a strip")
     left, top = round((wide - size) / 2), round((tall - size) / 2)
-    filter = Image.Resampling[cut.interpolation.upper()]
-    return image.resize((wide, tall), filter).crop((left, top, left + size, top + size))
+    resampling = Image.Resampling[cut.interpolation.upper()]
+    return image.resize((wide, tall), resampling).crop((left, top, left + size, top + size))
 
 
 def _rectangle(image: Image.Image, cut: Cut, draws: np.ndarray) -> Image.Image:
