@@ -137,7 +137,7 @@ def picture_paths(inputs: Iterable[str | os.PathLike]) -> tuple[tuple[Path, ...]
     """(pictures, skipped) that the arguments of a command name: files, folders (all pictures below, in sorted order),
     a .txt file with a name per line, or "-" for names on standard input.
 
-    Raises DataError if there is none.
+    Raises DataError if there is none, or none of them exists.
     """
     inputs, paths, skipped = list(inputs), [], []
     for item in map(Path, inputs):
@@ -155,6 +155,8 @@ def picture_paths(inputs: Iterable[str | os.PathLike]) -> tuple[tuple[Path, ...]
         raise DataError("no picture is named; expected files, folders, a .txt file of names, or -")
     if not paths:
         raise DataError(f"no picture in {', '.join(map(str, inputs))}")
+    if not any(path.exists() for path in paths):  # said before any weights are fetched for them
+        raise DataError(f"{paths[0]} does not exist" + (f", nor does any of {len(paths)}" if paths[1:] else ""))
     return tuple(paths), tuple(skipped)
 
 

@@ -190,8 +190,11 @@ def test_picture_paths(tmp_path, monkeypatch):
     )
     assert names_of(tmp_path, paths) == ["f/2.png", "f/deep/1.png", "odd", "x.png", "f/2.png", "gone.png"]
     assert skipped == ((tmp_path / "f" / "loop", LINK),)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a.png\nb c.png\n"))
-    assert picture_paths(["-"])[0] == (Path("a.png"), Path("b c.png"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("x.png\nb c.png\n"))
+    assert picture_paths(["-"])[0] == (Path("x.png"), Path("b c.png"))
+    with pytest.raises(DataError, match="a.png does not exist, nor does any of 2"):
+        picture_paths(["a.png", "b.png"])
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no picture in .*none"):
         picture_paths([tmp_path / "none"])
