@@ -1,4 +1,4 @@
-"""Text and its tokens: the embedded text, the text of a path, the part held out, windows for language models."""
+"""Text and its tokens: embedded text, the text of a path, the part held out, windows and lanes for language models."""
 
 import logging
 import math
@@ -236,6 +236,45 @@ def _windows_at(tokens: Tensor | TokenFile, starts: Tensor, length: int) -> tupl
     starts = starts.to(getattr(tokens, "device", "cpu"))
     window = tokens[starts[:, None] + torch.arange(length + 1, device=starts.device)].long()  # (batch, length + 1)
     return window[:, :-1], window[:, 1:]  # each (batch, length)
+
+
+def lane_batch(
+    tokens: Tensor | TokenFile | Blocks, step: int | Tensor, batch: int, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows that continue those of the step before, for a net that carries a state; a pure function of the step.
+
+    The tokens are cut into `batch` lanes of n = count // batch tokens, one after the other (the rest of the text is not
+    used). Step t reads positions [t length, (t + 1) length) of each lane, modulo the `lane_steps` of a pass; up to
+    `length` tokens at the end of a lane fill no window and are not read as inputs.
+
+    A lane is one stretch of the tokens as they are. Where these are joined, from several files or from the training
+    blocks of `split`, a window may cross the joint, and the state is carried over it: 9 joints for 10 blocks.
+
+    Args:
+        tokens: (count,) integers, or those in a file.
+
+    Returns:
+        inputs (batch, length) and targets (batch, length) as in `token_batch`, and fresh (batch,) bool, on the same
+        device: True at the first step of a pass, where the state must begin anew (`train.carry.reset`).
+
+    Raises DataError if a lane has not `length + 1` tokens.
+    """
+    steps, position = lane_steps(tokens, batch, length), int(step)
+    starts = torch.arange(batch) * (len(tokens) // batch) + position % steps * length  # (batch,)
+    inputs, targets = _windows_at(tokens, starts, length)
+    return inputs, targets, torch.full((batch,), position % steps == 0, device=inputs.device)
+
+
+def lane_steps(tokens: Tensor | TokenFile | Blocks, batch: int, length: int) -> int:
+    """Steps of one pass of `lane_batch`: (count // batch - 1) // length. Raises DataError as there."""
+    _check(tokens, batch, length)
+    lane = len(tokens) // batch
+    if lane <= length:
+        raise DataError(
+            f"{len(tokens)} tokens in {batch} lanes are {lane} each, too few for windows of {length}: "
+            f"expected at least {batch * (length + 1)}"
+        )
+    return (lane - 1) // length
 
 
 def windows(tokens: Tensor | TokenFile, length: int, batch: int, whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
