@@ -1,6 +1,8 @@
 """The train step: a pure function `(state, batch) -> (state, metrics)`, compiled.
 
 g = ∇ loss(params, batch);   updates, opt_state = optimizer(g);   params + updates
+
+With `carry=True` a state goes from batch to batch: `(state, (batch, carry)) -> (state, metrics, carry)`.
 """
 
 import inspect
@@ -14,6 +16,8 @@ from core import random, spec, transforms, tree
 from core.per_example import Reports, combine, reports
 from core.stats import update as update_stats
 from core.tree import Tree
+from train.carry import detached
+from train.compiled import compiled
 from train.losses.weighted import WeightedLoss, positive
 from train.optimizers import Optimizer, apply_updates, donated_update
 from train.optimizers.protocol import check_optimizer
@@ -52,14 +56,15 @@ class Gradient(NamedTuple):
 
     part: `(state, batch, keys) -> contribution` of some examples, a tree. `keys` is (examples, 2).
     add: `(contribution, contribution) -> contribution` of both.
-    result: `(state, contribution of the whole batch) -> (gradient, stats, metrics)`.
+    result: `(state, contribution of the whole batch) -> (gradient, stats, metrics)`; a fourth value, a carried state,
+        comes out of the step after its metrics.
 
     `state` is a TrainState, perhaps without its optimizer state.
     """
 
     part: Callable[[TrainState, Tree, Tensor], Tree]
     add: Callable[[Tree, Tree], Tree]
-    result: Callable[[TrainState, Tree], tuple[Tree, Tree, dict[str, Tensor]]]
+    result: Callable[[TrainState, Tree], tuple]
 
 
 def create(key: Tensor, model: Tree, optimizer: Optimizer) -> TrainState:
@@ -86,57 +91,20 @@ def step_keys(key: Tensor, step: Tensor, examples: int, first: int | Tensor = 0)
     return random.fold_in(random.fold_in(key, step), indices)
 
 
-def compiled(f: Callable, backend: str = "inductor", *, channels_last: bool = False) -> Callable:
-    """`f` through torch.compile, one graph per set of shapes; exceptions raised by `f` while tracing pass unchanged.
-
-    channels_last: on a CPU, let inductor choose the memory layout of images. For an `f` without gradients: small U-Nets
-        are 7 to 15 percent faster by it (tests/benchmarks/diffusion_sampling.py).
-    """
-    graph = None
-
-    def run(*args):
-        nonlocal graph
-        if graph is None:
-            options = _options(backend, args, channels_last)
-            graph = torch.compile(f, fullgraph=True, dynamic=False, backend=backend, options=options)
-        try:
-            return graph(*args)
-        except torch._dynamo.exc.TorchDynamoException:
-            # Dynamo hides what f itself raises (a ValueError of the loss, say); called again, f raises it plainly.
-            f(*args)
-            raise
-
-    return run
-
-
-def _options(backend: str, args: tuple, channels_last: bool) -> dict | None:
-    if backend != "inductor" or not all(
-        leaf.device.type == "cpu" for leaf in tree.leaves(args) if isinstance(leaf, Tensor)
-    ):
-        return None
-    # On a CPU, inductor lays images out with their channels last. Parameters and their gradients come and go in the
-    # usual order, so in a train step the copies cost more than the layout gains (tests/benchmarks/classifiers.py);
-    # and torch 2.13 loses gradients in that layout, of diffusers' U-Net at least (tests/benchmarks/diffusion_unet.py).
-    # A value of more than 30 operations that is used twice it writes to a buffer; below that it copies the operations
-    # into both users, which in the rounds of a Threefry doubles and doubles again. From 16 on, the step of a small
-    # Transformer with dropout compiles in 91 s, not 190; from 8 on in 89 s, but in a profile of a U-Net's step the
-    # generated kernels (a tenth of it) then take a quarter longer.
-    return {"layout_optimization": channels_last, "realize_opcount_threshold": 16}
-
-
 def make_step(
     loss: Callable,
     optimizer: Optimizer,
     *,
     policy: Policy = FULL_PRECISION,
     micro_batches: int = 1,
+    carry: bool = False,
     donate: bool = False,
     update_norm: bool = True,
     watch: Callable[[Reports], dict[str, Tensor]] | None = None,
     want: tuple[str, ...] = ("norm",),
     compile: bool = True,
     backend: str = "inductor",
-) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Tensor]]]:
+) -> Callable[[TrainState, Tree], tuple]:
     """The train step of a loss and an optimizer.
 
     Args:
@@ -152,6 +120,10 @@ def make_step(
             gradient of the whole batch; metrics of the loss are averaged by the same weights. A scalar carries no
             weight: its result is the mean of the parts' means, another one where the parts differ in their numbers of
             tokens (`ignore_id`).
+        carry: truncated back-propagation through time. The loss is `loss(params, (batch, carry), keys) -> (value,
+            metrics, carry)`, where the carry is any tree of tensors with the examples leading, such as the state of a
+            recurrent net after the text so far. It has no gradient, and the policy casts neither: the new one must have
+            the shapes and dtypes of the old one. It is not donated. Not with `watch`.
         donate: the step may overwrite the state it is given (parameters, optimizer state), which must then not be
             used again. Fewer allocations and torch's fused kernels; the same values to the last ulp.
         update_norm: report the norm of the change of the parameters; costs a copy of them when donating.
@@ -163,23 +135,28 @@ def make_step(
 
     Returns:
         `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors, in float32 or wider: `loss`, `grad_norm`,
-        `update_norm`, and the loss's own, or those of `watch`.
+        `update_norm`, and the loss's own, or those of `watch`. With `carry`: `step(state, (batch, carry)) -> (state,
+        metrics, carry)`, the new carry a copy without gradient, which shares no memory.
 
     Raises:
         TypeError: a loss, optimizer or policy of another form; from the step: a state or a leaf of the batch.
         ValueError: from the step: the batch does not divide into the micro-batches, its leaves disagree in size, the
-            loss has another shape; Stats among the parameters, which would be trained; `watch` and the net has Stats.
+            loss has another shape; Stats among the parameters, which would be trained; `watch` and the net has Stats;
+            a leaf of the new carry has another shape or dtype than before, which is named.
         PerExampleError: from the step: `watch`, and a parameter has no exact per-example gradients; it is named.
     """
     if micro_batches < 1:
         raise ValueError(f"micro_batches is {micro_batches}; expected at least 1")
+
+    if carry and watch is not None:
+        raise ValueError("make_step: carry and watch exclude each other; expected one of them")
 
     def part_size(examples: int) -> int:
         if examples % micro_batches:
             raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
         return examples // micro_batches
 
-    evaluate = evaluation(loss, policy)
+    evaluate = evaluation(loss, policy, carry)
     gradient = mean_gradient(evaluate) if watch is None else per_example_gradient(evaluate, watch, want)
     size = None if micro_batches == 1 else part_size
     options = {"donate": donate, "update_norm": update_norm, "compile": compile, "backend": backend}
@@ -195,7 +172,7 @@ def step_of_gradient(
     update_norm: bool = True,
     compile: bool = True,
     backend: str = "inductor",
-) -> Callable[[TrainState, Tree], tuple[TrainState, dict[str, Tensor]]]:
+) -> Callable[[TrainState, Tree], tuple]:
     """The train step of a gradient and an optimizer.
 
     Args:
@@ -213,24 +190,24 @@ def step_of_gradient(
     def whole(state: TrainState, batch: Tree):
         return gradient.result(state, part(state, batch))
 
-    def update(state: TrainState, grads: Tree, stats: Tree, metrics: dict):
+    def update(state: TrainState, grads: Tree, stats: Tree, metrics: dict, *carry: Tree):
         state, updates = advance(optimizer, state, grads, stats)
         metrics = {**metrics, "grad_norm": tree.norm(grads)}
-        return state, {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics
+        return state, {**metrics, "update_norm": tree.norm(updates)} if update_norm else metrics, *carry
 
     overwrite = donated_update(optimizer)
 
-    def update_in_place(state: TrainState, grads: Tree, stats: Tree, metrics: dict):
+    def update_in_place(state: TrainState, grads: Tree, stats: Tree, metrics: dict, *carry: Tree):
         # Outside of the compiled region: inductor would fuse the norms into kernels that then run slower.
         metrics = {**metrics, "grad_norm": tree.norm(grads)}
         before = [x.clone() for x in tree.leaves(state.params)] if update_norm else []
         params, opt_state = overwrite(grads, state.opt_state, state.params)
         if update_norm:
             metrics["update_norm"] = tree.norm(torch._foreach_sub(tree.leaves(params), before))
-        return TrainState(params, stats, opt_state, state.key, state.step + 1), metrics
+        return TrainState(params, stats, opt_state, state.key, state.step + 1), metrics, *carry
 
     def finish(compute: Callable) -> Callable:
-        """`(state, x) -> (state, metrics)`, where `compute(state, x)` gives gradient, Stats and metrics."""
+        """`(state, x) -> (state, metrics, *carry)`; `compute(state, x)` gives gradient, Stats, metrics, *carry."""
         if not donate:
             return maybe_compiled(lambda state, x: update(state, *compute(state, x)))
         run = maybe_compiled(compute)
@@ -270,8 +247,11 @@ def advance(optimizer: Optimizer, state: TrainState, grads: Tree, stats: Tree) -
     return TrainState(params, stats, opt_state, state.key, state.step + 1), updates
 
 
-def evaluation(loss: Callable, policy: Policy) -> Callable[[Tree, Tree, Tree, Tensor], tuple]:
-    """`(params, stats, batch, keys) -> (value, metrics)` of a loss under a policy; both in float32 or wider."""
+def evaluation(loss: Callable, policy: Policy, carry: bool = False) -> Callable[[Tree, Tree, Tree, Tensor], tuple]:
+    """`(params, stats, batch, keys) -> (value, metrics, carries)` of a loss under a policy.
+
+    Value and metrics are in float32 or wider; `carries` is [] or, if the batch is (batch, carry), [the new carry].
+    """
     if not isinstance(policy, Policy) or not isinstance(policy.compute, torch.dtype | None):
         raise TypeError(f"the policy is {policy!r}; expected one such as Policy(torch.bfloat16)")
     if not callable(loss):
@@ -282,7 +262,16 @@ def evaluation(loss: Callable, policy: Policy) -> Callable[[Tree, Tree, Tree, Te
         raise TypeError(f"the loss must take (params, batch, keys): {error}") from None
 
     def evaluate(params: Tree, stats: Tree, batch: Tree, keys: Tensor):
-        out = loss(tree.merge(policy.cast(params), stats), policy.cast(batch), keys)
+        if carry and not (isinstance(batch, tuple) and len(batch) == 2):
+            raise TypeError(f"step: the batch is {type(batch).__name__}; with a carried state expected (batch, carry)")
+        inputs = (policy.cast(batch[0]), batch[1]) if carry else policy.cast(batch)
+        out, carries = loss(tree.merge(policy.cast(params), stats), inputs, keys), []
+        if carry:
+            if not isinstance(out, tuple) or len(out) != 3:
+                kinds = ", ".join(type(x).__name__ for x in out) if isinstance(out, tuple) else type(out).__name__
+                raise TypeError(f"the loss returned ({kinds}); expected (value, dict of metrics, carry)")
+            *out, after = out
+            out, carries = tuple(out), [detached(batch[1], after)]
         value, metrics = out if isinstance(out, tuple) and not isinstance(out, WeightedLoss) else (out, {})
         if not isinstance(metrics, dict):
             kinds = f"({type(value).__name__}, {type(metrics).__name__})"
@@ -291,7 +280,7 @@ def evaluation(loss: Callable, policy: Policy) -> Callable[[Tree, Tree, Tree, Te
             if not isinstance(metric, Tensor):
                 kind = type(metric).__name__
                 raise TypeError(f"the loss's metric '{name}' is {kind}; expected a 0-D tensor")
-        return tree.map(widen, (value, metrics))
+        return *tree.map(widen, (value, metrics)), carries
 
     return evaluate
 
@@ -300,30 +289,33 @@ def mean_gradient(evaluate: Callable) -> Gradient:
     """The gradient of a mean, by one backward pass per part; the mean over two parts is that of both by weight:
 
     g <- g_1 + w_2 / (w_1 + w_2) (g_2 - g_1),  so too the metrics and the increments of the Stats
+
+    The states that the parts carry are those of different examples, one part after the other.
     """
 
     def part(state: TrainState, batch: Tree, keys: Tensor):
         check_split(state)
 
         def objective(params: Tree, stats: Tree):
-            value, metrics = evaluate(params, stats, batch, keys)
+            value, metrics, carries = evaluate(params, stats, batch, keys)
             mean, weight = _mean(value, len(keys))
-            return mean, (metrics, weight)
+            return mean, (metrics, weight, carries)
 
-        (value, (metrics, weight)), (grads, increments) = transforms.value_and_grad(
+        (value, (metrics, weight, carries)), (grads, increments) = transforms.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.params, state.stats)
-        return weight, (grads, increments, {"loss": value, **metrics})
+        return weight, (grads, increments, {"loss": value, **metrics}), carries
 
     def add(one: Tree, other: Tree):
-        (first, means), (second, others) = one, other
+        (first, means, carries), (second, others, after) = one, other
         weight = first + second
         share = second / positive(weight)
-        return weight, tree.map(lambda x, y: torch.lerp(x, y, share.to(x.dtype)), means, others)
+        means = tree.map(lambda x, y: torch.lerp(x, y, share.to(x.dtype)), means, others)
+        return weight, means, tree.map(lambda x, y: torch.cat([x, y]), carries, after)
 
     def result(state: TrainState, contribution: Tree):
-        _, (grads, increments, metrics) = contribution
-        return grads, update_stats(state.stats, increments), metrics
+        _, (grads, increments, metrics), carries = contribution
+        return grads, update_stats(state.stats, increments), metrics, *carries
 
     return Gradient(part, add, result)
 
@@ -349,7 +341,7 @@ def losses_of(evaluate: Callable) -> Callable[[Tree, tuple], Tensor]:
     """`(params, (batch, keys)) -> (examples,)`, as `core.per_example` takes it, of a net without Stats."""
 
     def losses(params: Tree, inputs: tuple) -> Tensor:
-        value, _ = evaluate(params, {}, *inputs)
+        value, *_ = evaluate(params, {}, *inputs)
         if isinstance(value, WeightedLoss):
             raise ValueError("the loss has weights; per-example gradients are of (examples,), one loss per example")
         return value
