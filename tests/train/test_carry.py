@@ -189,6 +189,19 @@ def test_inputs_are_unchanged_and_the_carry_is_its_own(donate):
     assert new["h"].untyped_storage().nbytes() == new["h"].nbytes
 
 
+def test_the_new_carry_has_no_gradient():
+    """The loss of a step depends on the carry before it, the carry after it is a constant."""
+    step, (batch,) = make_step(make_loss(), CLIPPED_SGD, carry=True, compile=False), batches(1, 2)
+
+    def after(carry):
+        _, metrics, new = step(initial(), (batch, carry))
+        return metrics["loss"], new["h"].sum() + new["c"].sum()
+
+    carry = tree.map(torch.ones_like, zeros())
+    by_loss, by_carry = (torch.func.grad(lambda carry, i=i: after(carry)[i])(carry) for i in range(2))
+    assert by_loss["h"].abs().min() > 0 and not any(x.any() for x in tree.leaves(by_carry))
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_bfloat16_policy_leaves_the_carry_alone(micro_batches):
     dtypes = []
@@ -210,7 +223,7 @@ def test_bfloat16_policy_leaves_the_carry_alone(micro_batches):
 
 
 def test_the_carry_is_any_tree_of_tensors():
-    """Of one tensor, none, or integers and flags; a step of members under vmap carries those of each."""
+    """Integers and flags, or nothing; a step of members under vmap carries the state of each."""
 
     def loss(params, inputs, keys):
         x, (count, seen) = inputs
@@ -224,7 +237,8 @@ def test_the_carry_is_any_tree_of_tensors():
     step = make_step(loss, optimizers.sgd(0.1), carry=True, micro_batches=2, compile=False)
     carry = torch.zeros(BATCH, dtype=torch.int64), [torch.zeros(BATCH, dtype=torch.bool), torch.zeros(BATCH)]
     state = create(random.key(0), model, optimizers.sgd(0.1))
-    after, _, new = step(*step(state, (x, carry))[::2][:1], (-x, step(state, (x, carry))[2]))
+    after, _, new = step(state, (x, carry))
+    _, _, new = step(after, (-x, new))
     assert new[0].tolist() == [6] * BATCH and new[1][0].all()
     torch.testing.assert_close(new[1][1], torch.zeros(BATCH), rtol=0, atol=1e-6)
     states = [create(key, model, optimizers.sgd(0.1)) for key in random.split(random.key(0), 3)]
