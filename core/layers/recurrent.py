@@ -1,0 +1,348 @@
+"""Recurrent layers: Elman's, LSTM, GRU, LSTM with layer norm; in stacks, both directions, over ragged sequences.
+
+    state_t = cell(W_x x_t + b_x, state_{t-1})        cells and equations: `core.recurrence.cells`
+
+A state is a dict: "h" (batch, width), and of an LSTM "c" (batch, cells). Parameters have torch's names, `ih` and `hh`.
+
+Ragged sequences need no packing: what comes after an example's end is set to zero before the recursion and after it,
+and the state is read at the end. The recursion itself has no masks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.initializers import Initializer, uniform
+from core.layers.checks import INTEGERS, check_arguments, check_tensor
+from core.layers.linear import linear, linear_spec
+from core.layers.normalization import layer_norm, layer_norm_spec
+from core.recurrence.cells import layer_norm_lstm_cell, lstm_cell
+from core.recurrence.routes import recurrence, unroll
+from core.spec import Param
+from core.tree import Tree
+
+State = dict[str, Tensor]
+
+
+def rnn_spec(d_in: int, width: int, *, bias: bool = True, init: Initializer | None = None) -> Tree:
+    """`ih` (width, d_in) and `hh` (width, width), with a bias each; all from U(-1/sqrt(width), 1/sqrt(width)).
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    return _spec("rnn", 1, d_in, width, width, bias, init)
+
+
+def gru_spec(d_in: int, width: int, *, bias: bool = True, init: Initializer | None = None) -> Tree:
+    """As `rnn_spec`, with 3 width rows: r, z, n."""
+    return _spec("gru", 3, d_in, width, width, bias, init)
+
+
+def lstm_spec(
+    d_in: int,
+    width: int,
+    *,
+    bias: bool = True,
+    projection: int | None = None,
+    peephole: bool = False,
+    init: Initializer | None = None,
+) -> Tree:
+    """As `rnn_spec`, with 4 width rows: i, f, g, o.
+
+    Args:
+        width: number of cells.
+        projection: size of the hidden state, if it is to be smaller: `projection` (projection, width).
+        peephole: the gates see the cells: `peephole` (3, width).
+    """
+    init = _uniform(width) if init is None else init
+    spec = _spec("lstm", 4, d_in, width, width if projection is None else projection, bias, init)
+    if projection is not None:
+        spec["projection"] = linear_spec(width, projection, bias=False, init=init)
+    if peephole:
+        spec["peephole"] = Param((3, width), init, (None, "out"))
+    return dict(sorted(spec.items()))
+
+
+def layer_norm_lstm_spec(d_in: int, width: int, *, init: Initializer | None = None) -> Tree:
+    """As `lstm_spec`, with norms of the two products, whose biases are the only ones, and of the cells."""
+    norms = {f"norm_{part}": layer_norm_spec(rows) for part, rows in (("c", width), ("h", 4 * width), ("x", 4 * width))}
+    return {**_spec("layer_norm_lstm", 4, d_in, width, width, False, init), **norms}
+
+
+def _uniform(width: int) -> Initializer:
+    return uniform(-(width**-0.5), width**-0.5)
+
+
+def _spec(
+    name: str, gates: int, d_in: int, width: int, hidden: int, bias: bool, init: Initializer | None
+) -> dict[str, Any]:
+    for what, size in (("d_in", d_in), ("width", width), ("projection", hidden)):
+        if size < 1:
+            raise ValueError(f"{name}: {what} is {size}; expected at least 1")
+    init = _uniform(width) if init is None else init
+    return {
+        "hh": linear_spec(hidden, gates * width, bias=bias, init=init, bias_init=init),
+        "ih": linear_spec(d_in, gates * width, bias=bias, init=init, bias_init=init),
+    }
+
+
+def rnn(
+    p: Tree,
+    x: Tensor,
+    start: State | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    every_step: bool = False,
+    nonlinearity: str = "tanh",
+    method: str = "auto",
+) -> tuple[Tensor, State]:
+    """Elman's recurrent layer, as torch.nn.RNN with one layer. x: (batch, time, d_in).
+
+    Args:
+        start: the state before the first step, `{"h": (batch, width)}`; zeros if None.
+        lengths: (batch,) integer, from 0 to time: steps of each example. What comes after them is not looked at, and
+            the output there is 0; an example of length 0 keeps its start. All steps if None.
+        reverse: from the last step of each example to its first.
+        every_step: return the states after every step, (batch, time, n), in place of the last.
+        nonlinearity: "tanh" or "relu".
+        method: see `core.recurrence.recurrence`.
+
+    Returns:
+        The hidden states (batch, time, width), and the state after the last step (that of the first position if
+        reverse).
+
+    Raises:
+        TypeError: x or the parameters of a wrong kind.
+        ValueError: shapes that do not fit, lengths out of range; all are named.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"rnn: nonlinearity '{nonlinearity}' is unknown; expected tanh or relu")
+    return _run("rnn", nonlinearity, p, x, start, lengths, reverse, every_step, method)
+
+
+def gru(
+    p: Tree,
+    x: Tensor,
+    start: State | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    every_step: bool = False,
+    method: str = "auto",
+) -> tuple[Tensor, State]:
+    """Gated recurrent unit (Cho et al. 2014, arXiv:1406.1078), as torch.nn.GRU with one layer; see `rnn`."""
+    return _run("gru", "gru", p, x, start, lengths, reverse, every_step, method)
+
+
+def lstm(
+    p: Tree,
+    x: Tensor,
+    start: State | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    every_step: bool = False,
+    method: str = "auto",
+) -> tuple[Tensor, State]:
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), as torch.nn.LSTM with one layer; see `rnn`.
+
+    A state is `{"c": (batch, cells), "h": (batch, width)}`. With peepholes or a projection it is a loop.
+    """
+    return _run("lstm", "lstm", p, x, start, lengths, reverse, every_step, method)
+
+
+def layer_norm_lstm(
+    p: Tree,
+    x: Tensor,
+    start: State | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    every_step: bool = False,
+    method: str = "auto",
+) -> tuple[Tensor, State]:
+    """LSTM with layer norm (Ba et al. 2016, arXiv:1607.06450), a loop; see `rnn`."""
+    return _run("layer_norm_lstm", "layer_norm_lstm", p, x, start, lengths, reverse, every_step, method)
+
+
+def _run(
+    name: str,
+    kind: str,
+    p: Tree,
+    x: Tensor,
+    start: State | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    every_step: bool,
+    method: str,
+) -> tuple[Tensor, State]:
+    check_arguments(name, p, x, needs=("hh", "ih"))
+    if x.ndim != 3 or not x.shape[1]:
+        raise ValueError(f"{name}: expected x of shape (batch, time > 0, d_in), found {tuple(x.shape)}")
+    names = ("h", "c") if "lstm" in kind else ("h",)
+    first = _start(name, p, x, start, names)
+    if lengths is not None:
+        check_lengths(name, lengths, x)
+        live = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).unsqueeze(-1)  # (batch, time, 1)
+        x = torch.where(live, x, 0)  # a NaN behind the end would reach the weights' gradients as 0 * NaN
+    if reverse:
+        x = reversed_in_time(x, lengths)
+    xw = linear(p["ih"], x)  # (batch, time, gates)
+    if kind == "layer_norm_lstm":
+        states = unroll(layer_norm_lstm_cell, p, layer_norm(p["norm_x"], xw), first)
+    elif kind == "lstm" and ("projection" in p or "peephole" in p):
+        states = unroll(lstm_cell, p, xw, first)
+    else:
+        states = recurrence(kind, xw, p["hh"]["weight"], p["hh"].get("bias"), first, method=method)
+    if lengths is None:
+        ends = [state[:, -1] for state in states]  # (batch, n)
+    else:
+        ends = [_at_end(state, before, lengths) for state, before in zip(states, first, strict=True)]
+        states = tuple(torch.where(live, state, 0) for state in states)
+    if reverse:
+        states = tuple(reversed_in_time(state, lengths) for state in states)
+    return states[0], dict(sorted(zip(names, states if every_step else ends, strict=True)))
+
+
+def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The tensors of the first state, in the order of names."""
+    hidden = p["hh"]["weight"].shape[1]
+    cells = p["projection"]["weight"].shape[1] if "projection" in p else hidden
+    shapes = {"c": (len(x), cells), "h": (len(x), hidden)}
+    if start is None:
+        return tuple(x.new_zeros(shapes[part]) for part in names)
+    if not isinstance(start, dict) or sorted(start) != sorted(names):
+        parts = ", ".join(map(str, start)) if isinstance(start, dict) else type(start).__name__
+        raise ValueError(f"{name}: expected a state with {' and '.join(sorted(names))}, found {parts}")
+    for part in names:
+        if tuple(start[part].shape) != shapes[part]:
+            raise ValueError(
+                f"{name}: expected '{part}' of the state of shape {shapes[part]}, found {tuple(start[part].shape)}"
+            )
+    return tuple(start[part] for part in names)
+
+
+def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:
+    """Raise unless lengths is (batch,) integers from 0 to time; of values only where they can be read for free."""
+    check_tensor(name, lengths, "lengths")
+    if lengths.dtype not in INTEGERS or tuple(lengths.shape) != (len(x),):
+        kind = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
+        raise ValueError(f"{name}: expected lengths of integers, shape ({len(x)},), found {kind}")
+    plain = type(lengths) is Tensor and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not torch._C._functorch.is_functorch_wrapped_tensor(lengths) and len(lengths):
+        low, high = (int(value) for value in lengths.aminmax())
+        if low < 0 or high > x.shape[1]:
+            raise ValueError(f"{name}: lengths are from {low} to {high}; expected from 0 to the time of {x.shape[1]}")
+
+
+def _at_end(states: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+    """The states (batch, time, n) after `lengths` steps, (batch, n)."""
+    lengths = lengths.long()[:, None]  # (batch, 1)
+    index = (lengths - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])  # (batch, 1, n)
+    return torch.where(lengths > 0, states.gather(1, index).squeeze(1), start)
+
+
+def reversed_in_time(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The first `lengths` steps of each example in reverse order, later ones as they are. x: (batch, time, n)."""
+    if lengths is None:
+        return x.flip(1)
+    steps = torch.arange(x.shape[1], device=x.device)  # (time,)
+    mirrored = lengths.long()[:, None] - 1 - steps  # (batch, time)
+    index = torch.where(mirrored < 0, steps, mirrored)[..., None].expand_as(x)  # (batch, time, n)
+    return x.gather(1, index)
+
+
+SPECS = {"gru": gru_spec, "layer_norm_lstm": layer_norm_lstm_spec, "lstm": lstm_spec, "rnn": rnn_spec}
+LAYERS: dict[str, Callable] = {"gru": gru, "layer_norm_lstm": layer_norm_lstm, "lstm": lstm, "rnn": rnn}
+
+
+def recurrent_spec(
+    kind: str, d_in: int, width: int, *, layers: int = 1, bidirectional: bool = False, **options: Any
+) -> list:
+    """A stack of recurrent layers: a list, with `{"backward", "forward"}` at each place if bidirectional.
+
+    Args:
+        kind: "rnn", "gru", "lstm" or "layer_norm_lstm".
+        options: of the kind's own spec.
+
+    Raises:
+        ValueError: an unknown kind, a size below 1.
+    """
+    if kind not in SPECS:
+        raise ValueError(f"recurrent: kind '{kind}' is unknown; expected one of {', '.join(SPECS)}")
+    hidden = options.get("projection") or width
+    stack = []
+    for i in range(layers):
+        sizes = (d_in if i == 0 else hidden * (2 if bidirectional else 1), width)
+        layer = SPECS[kind](*sizes, **options)
+        stack.append({"backward": SPECS[kind](*sizes, **options), "forward": layer} if bidirectional else layer)
+    return stack
+
+
+def recurrent(
+    kind: str,
+    p: list,
+    x: Tensor,
+    start: list | None = None,
+    *,
+    lengths: Tensor | None = None,
+    drop: Callable[[int, Tensor], Tensor] | None = None,
+    every_step: bool = False,
+    **options: Any,
+) -> tuple[Tensor, list]:
+    """A stack of recurrent layers, as torch.nn.RNN, GRU and LSTM. x: (batch, time, d_in).
+
+    Args:
+        start: a state for each layer, in the structure of p; zeros if None.
+        drop: dropout between layers, `drop(i, x)` of the output of layer i, not of the last one's.
+        lengths, every_step, options: as in `rnn`.
+
+    Returns:
+        The last layer's hidden states, (batch, time, width), of both directions side by side if bidirectional: (batch,
+        time, 2 width), the forward one first; and a state for each layer.
+
+    Raises:
+        ValueError: an unknown kind, a start of another number of layers; else as `rnn`.
+    """
+    if kind not in LAYERS:
+        raise ValueError(f"recurrent: kind '{kind}' is unknown; expected one of {', '.join(LAYERS)}")
+    if start is not None and len(start) != len(p):
+        raise ValueError(f"recurrent: {len(p)} layers, but a state of {len(start)}")
+    states = []
+    for i, layer in enumerate(p):
+        first, options_of_all = None if start is None else start[i], {"lengths": lengths, "every_step": every_step}
+        if "forward" in layer:
+            parts = {
+                direction: LAYERS[kind](
+                    layer[direction],
+                    x,
+                    None if first is None else first[direction],
+                    reverse=direction == "backward",
+                    **options_of_all,
+                    **options,
+                )
+                for direction in ("backward", "forward")
+            }
+            x = torch.cat([parts["forward"][0], parts["backward"][0]], -1)  # (batch, time, 2 width)
+            states.append({direction: state for direction, (_, state) in parts.items()})
+        else:
+            x, state = LAYERS[kind](layer, x, first, **options_of_all, **options)  # (batch, time, width)
+            states.append(state)
+        if drop is not None and i < len(p) - 1:
+            x = drop(i, x)
+    return x, states
+
+
+def empty_state(kind: str, p: list, batch: int, dtype: torch.dtype = torch.float32, device=None) -> list:
+    """Zeros to start a stack from, for p, its parameters or its spec."""
+
+    def zeros(layer: dict) -> State:
+        hidden = layer["hh"]["weight"].shape[1]
+        cells = layer["projection"]["weight"].shape[1] if "projection" in layer else hidden
+        sizes = {"c": cells, "h": hidden} if "lstm" in kind else {"h": hidden}
+        return {part: torch.zeros(batch, n, dtype=dtype, device=device) for part, n in sizes.items()}
+
+    return [{d: zeros(layer[d]) for d in layer} if "forward" in layer else zeros(layer) for layer in p]
