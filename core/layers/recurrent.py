@@ -204,7 +204,8 @@ def _run(
         states = tuple(torch.where(live, state, 0) for state in states)
     if reverse:
         states = tuple(reversed_in_time(state, lengths) for state in states)
-    return states[0], dict(sorted(zip(names, states if every_step else ends, strict=True)))
+    parts = dict(zip(names, states if every_step else ends, strict=True))
+    return states[0], {part: parts[part] for part in sorted(names)}
 
 
 def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from core.per_example.backward_rules import Sizes
 from core.per_example.errors import PerExampleError
 from core.per_example.leaves import Copies, Parameter, contents_in, plain
 from core.per_example.mapped import spread_call
+from core.per_example.recurrence_rules import RULES as RECURRENCE_RULES
 
 
 def apply(session, function: Callable, *args) -> Any:
@@ -293,6 +294,7 @@ _OF_SHAPE = (
 )
 
 RULES: dict[Callable, Callable] = {
+    **RECURRENCE_RULES,
     F.batch_norm: _batch_norm,
     F.embedding: _embedding,
     F.group_norm: _group_norm,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,9 +69,17 @@ def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State,
         raise ValueError(f"recurrence: method '{method}' is unknown; expected one of {', '.join(METHODS)}")
     if method == "loop" or (method == "auto" and beyond_first_derivatives()):
         return unroll(CELLS[kind], {"hh": {"weight": w} if b is None else {"bias": b, "weight": w}}, xw, start)
-    h, c = start if kind == "lstm" else (start[0], start[0][:, :0])
-    hs, cs, _ = _recurrence(kind, xw, w, xw.new_zeros(len(w)) if b is None else b, h, c)
+    hs, cs, _ = _recurrence(kind, *_all_arguments(kind, xw, w, b, start))
     return (hs, cs) if kind == "lstm" else (hs,)
+
+
+def _start(kind: str, start: State) -> tuple[Tensor, Tensor]:
+    """(h, c), the cells of width 0 where there are none."""
+    return (start[0], start[1] if kind == "lstm" else start[0][:, :0])
+
+
+def _all_arguments(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State) -> tuple[Tensor, ...]:
+    return xw, w, xw.new_zeros(len(w)) if b is None else b, *_start(kind, start)
 
 
 def check(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State) -> None:
@@ -162,11 +171,82 @@ def _loop_backward(kind: str, xw, w, b, h, c, dhs, dcs):
 
 def weight_gradients(d: Tensor, h: Tensor, hs: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of w and b from the cotangents d (batch, time, gates) of w h + b, all steps in one product."""
-    before = torch.cat([h.unsqueeze(1), hs[:, :-1]], 1)  # (batch, time, width)
-    return torch.einsum("btg,bth->gh", d, before), d.sum((0, 1))
+    return torch.einsum("btg,bth->gh", d, states_before(h, hs)), d.sum((0, 1))
+
+
+def states_before(start: Tensor, states: Tensor) -> Tensor:
+    """The state before each step, from those after each. start: (batch, n), states: (batch, time, n)."""
+    return torch.cat([start.unsqueeze(1), states[:, :-1]], 1)  # (batch, time, n)
 
 
 # One opaque node, whose backward Dynamo does not lose: see core/tap.py.
 @allow_in_graph
 def _recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor, h: Tensor, c: Tensor):
     return _Recurrence.apply(kind, xw, w, b, h, c)
+
+
+class Known(NamedTuple):
+    """All states of a recurrence, and what the operator's backward pass needs besides."""
+
+    states: tuple[Tensor, Tensor]
+    gates: Tensor
+
+
+def without_graph(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State) -> Known:
+    """The states of `recurrence` as constants."""
+    check(kind, xw, w, b, start)
+    arguments = _all_arguments(kind, xw, w, b, start)
+    hs, cs, gates = (x.detach() for x in _recurrence(kind, *(x.detach() for x in arguments)))
+    return Known((hs, cs), gates)
+
+
+def teacher_forced(kind: str, xw: Tensor, hw: Tensor, w: Tensor, start: State, known: Known) -> State:
+    """The known states; their cotangents run back through time to xw, to hw and to start.
+
+    hw: (batch, time, gates), the product w h + b of every known state with the weights, from which these get their
+    gradients. First derivatives only.
+    """
+    h, c = _start(kind, start)
+    states = _teacher_forced(kind, xw, hw, w, h, c, *known.states, known.gates)
+    return states if kind == "lstm" else states[:1]
+
+
+class _TeacherForced(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kind, xw, hw, w, h, c, hs, cs, gates):
+        return hs.view_as(hs), cs.view_as(cs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.kind, _, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dhs, dcs):
+        d_xw, d_hw, dh, dc = _Cotangents.apply(ctx.kind, *ctx.saved_tensors, dhs, dcs)
+        return None, d_xw, d_hw if ctx.kind == "gru" else d_xw, None, dh, dc, None, None, None
+
+
+class _Cotangents(torch.autograd.Function):
+    """`operators.backward`, which torch.func takes inside a backward pass only so."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kind, w, h, c, hs, cs, gates, dhs, dcs):
+        return operators.backward(kind, w, h, c, hs, cs, gates, dhs, dcs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("the reports of a recurrence have first derivatives only")
+
+
+@allow_in_graph
+def _teacher_forced(kind, xw, hw, w, h, c, hs, cs, gates):
+    return _TeacherForced.apply(kind, xw, hw, w, h, c, hs, cs, gates)
