@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from core.initializers import Initializer, uniform
 from core.layers.checks import INTEGERS, check_arguments, check_tensor
 from core.layers.linear import linear, linear_spec
 from core.layers.normalization import layer_norm, layer_norm_spec
+from core.recurrence import fused as kernels
 from core.recurrence.cells import layer_norm_lstm_cell, lstm_cell
-from core.recurrence.routes import recurrence, unroll
+from core.recurrence.routes import mapped_or_beyond_first_derivatives, recurrence
+from core.recurrence.unroll import unroll
 from core.spec import Param
 from core.tree import Tree
 
@@ -190,22 +193,58 @@ def _run(
         x = torch.where(live, x, 0)  # a NaN behind the end would reach the weights' gradients as 0 * NaN
     if reverse:
         x = reversed_in_time(x, lengths)
-    xw = linear(p["ih"], x)  # (batch, time, gates)
-    if kind == "layer_norm_lstm":
-        states = unroll(layer_norm_lstm_cell, p, layer_norm(p["norm_x"], xw), first)
-    elif kind == "lstm" and ("projection" in p or "peephole" in p):
-        states = unroll(lstm_cell, p, xw, first)
+    states: tuple[Tensor, ...]
+    last: list[Tensor] = []
+    if kind == "lstm" and _takes_kernels(p, x, first, every_step, method):
+        hidden, cells = _by_kernels(p, x, first, None if lengths is None else live)
+        states, last = (hidden,), [cells]
     else:
-        states = recurrence(kind, xw, p["hh"]["weight"], p["hh"].get("bias"), first, method=method)
+        states = _every_state(kind, p, x, first, method)
     if lengths is None:
         ends = [state[:, -1] for state in states]  # (batch, n)
     else:
-        ends = [_at_end(state, before, lengths) for state, before in zip(states, first, strict=True)]
+        ends = [_at_end(state, before, lengths) for state, before in zip(states, first, strict=False)]
         states = tuple(torch.where(live, state, 0) for state in states)
+    ends = [*ends, *last]
     if reverse:
         states = tuple(reversed_in_time(state, lengths) for state in states)
     parts = dict(zip(names, states if every_step else ends, strict=True))
     return states[0], {part: parts[part] for part in sorted(names)}
+
+
+def _every_state(kind: str, p: Tree, x: Tensor, start: tuple[Tensor, ...], method: str) -> tuple[Tensor, ...]:
+    """The states after every step, (batch, time, n)."""
+    xw = linear(p["ih"], x)  # (batch, time, gates)
+    if kind == "layer_norm_lstm":
+        return unroll(layer_norm_lstm_cell, p, layer_norm(p["norm_x"], xw), start)
+    if "projection" in p or "peephole" in p:
+        return unroll(lstm_cell, p, xw, start)
+    return recurrence(kind, xw, p["hh"]["weight"], p["hh"].get("bias"), start, method=method)
+
+
+def _takes_kernels(p: Tree, x: Tensor, start: tuple[Tensor, ...], every_step: bool, method: str) -> bool:
+    """True where oneDNN's kernels compute an LSTM: one that they can, where they are fastest."""
+    if every_step or method != "auto" or x.shape[1] == 1 or "projection" in p or "peephole" in p:
+        return False
+    tensors = (x, *p["hh"].values(), *p["ih"].values(), *start)
+    if has_torch_function(tensors):  # in a loss of core.per_example
+        return False
+    return kernels.available(*tensors) and not mapped_or_beyond_first_derivatives()
+
+
+_CLOSED = 1e4  # the sigmoid of it is 1, of minus it 0, whatever a state adds
+
+
+def _by_kernels(p: Tree, x: Tensor, start: tuple[Tensor, ...], live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The hidden states (batch, time, width) and the cells (batch, width) of the end of each example."""
+    w_ih, w_hh = p["ih"]["weight"], p["hh"]["weight"]
+    if live is not None:
+        # After the end, i = o = 0 and f = 1: the cells stay what they were there.
+        gates = x.new_tensor([-_CLOSED, _CLOSED, 0.0, -_CLOSED])[:, None].expand(4, w_hh.shape[1])  # (4, width)
+        w_ih = torch.cat([w_ih, gates.reshape(-1, 1)], 1)  # (4 width, d_in + 1)
+        x = torch.cat([x, (~live).to(x.dtype)], 2)  # (batch, time, d_in + 1)
+    b = p["ih"]["bias"] + p["hh"]["bias"] if "bias" in p["ih"] else x.new_zeros(len(w_ih))
+    return kernels.lstm(x, w_ih, w_hh, b, *start)
 
 
 def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:

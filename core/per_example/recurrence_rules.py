@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import tree
+from core.compiling import allow_in_graph
+from core.per_example.backward_rules import Sizes
 from core.per_example.leaves import Parameter, contents_in, plain, watched
-from core.recurrence.routes import recurrence, states_before, teacher_forced, unroll, without_graph
+from core.recurrence.routes import recurrence, states_before, teacher_forced, without_graph
+from core.recurrence.unroll import unroll
 from core.tree import Tree
 
 
@@ -24,8 +27,43 @@ def recurrence_rule(session, kind: str, xw: Any, w: Any, b: Any, start: Any, met
     if not _steps_are_batched(session, (w, b), xw, start):
         return NotImplemented
     known = without_graph(kind, xw, plain(w), None if b is None else plain(b), start)
-    hw = session.call(F.linear, (states_before(start[0], known.states[0]), w, b), {})  # (N, time, gates)
+    before = states_before(start[0], known.states[0]).detach()  # (N, time, width)
+    if isinstance(w, Parameter):
+        hw = _product(session, before, w)  # (N, time, gates)
+        hw = hw if b is None else session.call(Tensor.add, (hw, b), {}) if isinstance(b, Parameter) else hw + b
+    else:
+        hw = session.call(F.linear, (before, w, b), {})
     return teacher_forced(kind, xw, hw, plain(w).detach(), start, known)
+
+
+def _product(session, x: Tensor, w: Parameter) -> Tensor:
+    """Stands for x Wᵀ, whose value nobody needs: the states are known. x: (N, time, d)."""
+    p, d = w.base.shape
+    y = _without_value(x, session.operand(w))
+    return session.record(w, "linear", "recurrence", (w.transposed,), Sizes(x.shape[1], 1, p, d), y, x)
+
+
+class _WithoutValue(torch.autograd.Function):
+    """The gradient of x Wᵀ by W; its value is 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], len(w))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return None, torch.einsum("btp,btd->pd", cotangent, *ctx.saved_tensors)
+
+
+@allow_in_graph
+def _without_value(x: Tensor, w: Tensor) -> Tensor:
+    return _WithoutValue.apply(x, w)
 
 
 def unroll_rule(session, cell: Callable, p: Tree, xw: Any, start: Any) -> Any:

@@ -1,6 +1,5 @@
 """A recurrence over time, by one of several routes to the same values."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -10,37 +9,13 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from core import tree
 from core.compiling import allow_in_graph, assume_constant_result
 from core.recurrence import operators
 from core.recurrence.cells import State, gru_cell, lstm_cell, relu_cell, tanh_cell
-from core.tree import Tree
+from core.recurrence.unroll import unroll
 
 CELLS = {"tanh": tanh_cell, "relu": relu_cell, "lstm": lstm_cell, "gru": gru_cell}
 METHODS = ("auto", "loop", "op")
-
-
-def unroll(cell: Callable, p: Tree, xw: Tensor, start: State) -> State:
-    """The states after every step of a loop over time, `state = cell(p, xw[:, t], state)`.
-
-    A graph of torch.compile holds every step, and takes as long to build: where there is one, use `recurrence`.
-
-    Args:
-        cell: see `core.recurrence.cells`.
-        xw: (batch, time, gates); time > 0.
-        start: the tensors (batch, n) before the first step.
-
-    Returns:
-        A tuple like start, each (batch, time, n).
-    """
-    leaves = tree.leaves(p)
-    if has_torch_function(leaves):  # in a loss of core.per_example
-        return handle_torch_function(unroll, leaves, cell, p, xw, start)
-    states, state = [], start
-    for x in xw.unbind(1):  # slices xw[:, t] would make the backward pass quadratic in time
-        state = cell(p, x, state)
-        states.append(state)
-    return tuple(torch.stack(steps, 1) for steps in zip(*states, strict=True))  # (batch, time, n)
 
 
 def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State, *, method: str = "auto") -> State:
@@ -52,8 +27,8 @@ def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State,
         w, b: (gates, width) and (gates,) or None, of the product with the hidden state.
         start: (h,), or (h, c) of an LSTM: (batch, width), before the first step.
         method: "op" is one operator in the graph, forwards and backwards, which vmap folds; "loop" is plain torch, with
-            derivatives of any order and in forward mode. "auto" is the loop in forward mode and where a gradient is
-            taken inside another one, else the operator. (The operator's second derivatives run the loop.)
+            derivatives of any order and in forward mode. "auto" is the loop in forward mode, where a gradient is taken
+            inside another one and for a single step, else the operator. (Its second derivatives run the loop.)
 
     Returns:
         A tuple like start, each (batch, time, width).
@@ -67,7 +42,7 @@ def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State,
     check(kind, xw, w, b, start)
     if method not in METHODS:
         raise ValueError(f"recurrence: method '{method}' is unknown; expected one of {', '.join(METHODS)}")
-    if method == "loop" or (method == "auto" and beyond_first_derivatives()):
+    if method == "loop" or (method == "auto" and (xw.shape[1] == 1 or beyond_first_derivatives())):
         return unroll(CELLS[kind], {"hh": {"weight": w} if b is None else {"bias": b, "weight": w}}, xw, start)
     hs, cs, _ = _recurrence(kind, *_all_arguments(kind, xw, w, b, start))
     return (hs, cs) if kind == "lstm" else (hs,)
@@ -111,9 +86,20 @@ def beyond_first_derivatives() -> bool:
     return forward_ad._current_level >= 0 or open_transforms().count(TransformType.Grad) > 1
 
 
+@assume_constant_result
+def mapped_or_beyond_first_derivatives() -> bool:
+    """True under vmap, in forward mode, and in a gradient inside a gradient (of torch.func)."""
+    return TransformType.Vmap in open_transforms() or beyond_first_derivatives()
+
+
 def open_transforms() -> list:
     """The kinds of the torch.func transforms that are active."""
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+
+
+def zeros_if_none(cotangent: Tensor | None, x: Tensor) -> Tensor:
+    """The cotangent of x: zeros where x is not used."""
+    return torch.zeros_like(x) if cotangent is None else cotangent
 
 
 class _Recurrence(torch.autograd.Function):
@@ -127,10 +113,13 @@ class _Recurrence(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         ctx.kind, *tensors = inputs
         ctx.mark_non_differentiable(outputs[2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *outputs)
 
     @staticmethod
     def backward(ctx, dhs, dcs, _):
+        hs, cs, _ = ctx.saved_tensors[5:]
+        dhs, dcs = zeros_if_none(dhs, hs), zeros_if_none(dcs, cs)
         return None, *_Backward.apply(ctx.kind, *ctx.saved_tensors, dhs, dcs)
 
 
