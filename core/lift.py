@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from core import tree
 from core.per_example import PerExampleError
 from core.per_example.leaves import Watched, call
+from core.recurrent_modules import Cell, Recurrent, replaced
 from core.tap import tap
 from core.tree import Tree
 
@@ -76,6 +77,8 @@ def lift(module: nn.Module) -> Lifted:
         train: [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer, train)]
         for train in (False, True)
     }
+    module = replaced(module)
+    recurrent = any(isinstance(layer, (Cell, Recurrent)) for layer in module.modules())
 
     def apply(values: Tree, *args, train: bool = False, **kwargs):
         # Inside a loss of core.per_example, which maps the whole call over the examples.
@@ -86,7 +89,7 @@ def lift(module: nn.Module) -> Lifted:
                 f"lift: layer '{mixing[train][0]}' {mode} mixes the examples of a batch, so no example has a gradient "
                 f"of its own; {advice}"
             )
-        if watched:
+        if watched and (dtypes or not recurrent):  # a recurrence has rules, which leave it whole
             return call(apply, (values, *args), {"train": train, **kwargs})
         if train and drawing:
             raise ValueError(

@@ -56,7 +56,7 @@ def lstm_spec(
 
     Args:
         width: number of cells.
-        projection: size of the hidden state, if it is to be smaller: `projection` (projection, width).
+        projection: size of the hidden state, if smaller: `projection` (projection, width).
         peephole: the gates see the cells: `peephole` (3, width).
     """
     init = _uniform(width) if init is None else init
