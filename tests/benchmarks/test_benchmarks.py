@@ -38,6 +38,7 @@ CASES = [
     ("per_example_tools --nets mlp --wants norms --rounds 1", "functree, compiled / loop"),
     ("private --data mnist --batch 8 --physical-batch 8 --steps 1 --rounds 1", "functree / opacus, ghost clipping"),
     ("random_bits --rounds 1", "dropout / F.dropout"),
+    ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("train_step --batch 1 --rounds 1", "functree, donated / jax + optax, jit"),
     ("translation_step --preset tiny --tokens 50 --vocabulary 20 --rounds 1", "functree / torch.nn.Transformer"),
