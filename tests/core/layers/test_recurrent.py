@@ -85,7 +85,7 @@ def test_outputs_states_and_gradients_equal_torchs(case, bidirectional, ragged):
         stacked = {part: torchs_state(states, part) for part in ends}
         return out.square().sum() + sum(end.sin().sum() for end in stacked.values()), (out, stacked)
 
-    if ragged:  # whatever lies behind an end, it reaches nothing
+    if ragged:  # what comes after an end reaches nothing
         x = torch.where(torch.arange(TIME)[:, None] < LENGTHS[:, None, None], x, torch.nan)
     (of_p, our_x), (our_out, our_ends) = grad(loss, (0, 1), has_aux=True)(p, x)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_every_transform_of_a_float32_lstm(transform, compile):
 
 
 def test_second_derivatives_of_the_kernels():
-    """Of plain autograd, where no transform is open that could choose another route."""
+    """By plain autograd, where no transform is open that could choose another route."""
     p, x = spec.init(random.key(0), recurrent_spec("lstm", D_IN, WIDTH)), values().float()
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in tree.flatten(p).items()}
 

@@ -209,6 +209,6 @@ def test_without_bias():
 )
 def test_errors(changes, message):
     xw, w, b, *state = arguments("gru")
-    given = {"kind": "gru", "xw": xw, "w": w, "b": b, "state": tuple(state), "method": "auto"} | changes
+    call = {"kind": "gru", "xw": xw, "w": w, "b": b, "state": tuple(state), "method": "auto"} | changes
     with pytest.raises(ValueError, match=message):
-        recurrence(given["kind"], given["xw"], given["w"], given["b"], given["state"], method=given["method"])
+        recurrence(call["kind"], call["xw"], call["w"], call["b"], call["state"], method=call["method"])
