@@ -78,26 +78,54 @@ def locate(source: str, names: tuple[str, ...] = FILES) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(source, name, local_files_only=unreachable is not None))
         except LocalEntryNotFoundError as error:
-            unreachable = error  # not in the cache; another of the files may be there
+            unreachable = unreachable or error  # not in the cache; another of the files may be there
         except EntryNotFoundError:
             continue
-        except Exception as error:  # a malformed or unknown repository id, a refused connection, no space left
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise WeightsError(f"'{source}' is no local file or directory, nor a repository: {reason}") from error
+        except Exception as error:  # a malformed or unknown repository id, no access to it, no space left
+            raise WeightsError(_refusal(source, error)) from error
     if unreachable is not None:
-        reason = "it is not in the local cache, and the hub cannot be reached"
+        why = _first_line(unreachable.__cause__ or unreachable).partition(". ")[0]
+        reason = f"it is not in the local cache, and the hub cannot be reached: {why}"
         raise WeightsError(f"'{source}' is no local file or directory; {reason}") from unreachable
     raise WeightsError(f"repository '{source}' has none of the files {', '.join(names)}")
 
 
-def read_config(source: str, name: str = "config.json") -> dict:
-    """A JSON file beside published weights.
+def _refusal(source: str, error: Exception) -> str:
+    """The line for a repository that is not there, or not for everyone. The hub answers 401 to both."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"repository '{source}' is gated: accept its terms on its page, and {login}"
+    nothing = f"'{source}' is no local file or directory, nor a repository"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{nothing} that everyone may read; if it is a private one, {login}"
+    return f"{nothing}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def beside(source: str) -> str:
+    """Where the other files of published weights are: the folder of a file; a directory or repository itself."""
+    path = Path(source)
+    return str(path.parent) if path.is_file() else source
+
+
+def read_config(source: str, name: str = "config.json", optional: bool = False) -> dict:
+    """A JSON file beside published weights; {} where an optional one is missing.
 
     Raises:
         WeightsError: it is missing or not a JSON object.
     """
-    path = Path(source)
-    return _read_json(locate(str(path.parent) if path.is_file() else source, (name,)))
+    try:
+        path = locate(beside(source), (name,))
+    except WeightsError:  # if it is the source that is not there, reading the weights will say so
+        if optional:
+            return {}
+        raise
+    return _read_json(path)
 
 
 def _read_json(path: Path) -> dict:
@@ -148,7 +176,7 @@ def _reason(error: Exception) -> str:
         return f"it is a program in TorchScript; {alone}"
     if "weights_only" in text:
         return "it is damaged, or torch.save did not write it"
-    return text.splitlines()[0] if text else type(error).__name__
+    return _first_line(error)
 
 
 def listing(names: Iterable[str], most: int = 3) -> str:

@@ -149,14 +149,11 @@ def published(source: str, device: str) -> Generator:
     Raises ValueError naming what is missing, or what is not computed here.
     """
     place = command_line.device(device)
-    try:
-        parts = weights.read_config(source, "model_index.json")
-    except weights.WeightsError:  # a net and a scheduler alone will do
-        parts = {}
+    parts = weights.read_config(source, "model_index.json", optional=True)  # a net and a scheduler alone will do
     for name, part in parts.items():
         if isinstance(part, list) and any(part) and name not in ("unet", "scheduler"):
             raise ValueError(f"'{source}' is a pipeline with a part '{name}'; expected unet and scheduler alone")
-    side, path = unet.published_config(source).get("sample_size"), weights.locate(source, SCHEDULERS)
+    side, path = unet.published_config(source).get("sample_size"), weights.locate(weights.beside(source), SCHEDULERS)
     sides = [side, side] if isinstance(side, int) else side
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise ValueError(f"'{source}': sample_size is {side!r}; expected the pixels per side of an image")

@@ -14,8 +14,12 @@ from train.data.text import tokenizers
 
 def published_tokenizer(source: str) -> Any:
     """The tokenizer of published weights: tokenizer.json, or vocab.json and merges.txt, beside them."""
-    path = weights.locate(source, ("tokenizer.json", "vocab.json"))
-    return tokenizers.load(path if path.name == "tokenizer.json" else path.parent)
+    folder = weights.beside(source)
+    path = weights.locate(folder, ("tokenizer.json", "vocab.json"))
+    if path.name == "tokenizer.json":
+        return tokenizers.load(path)
+    weights.locate(folder, ("merges.txt",))  # of a repository, fetched beside the other
+    return tokenizers.load(path.parent)
 
 
 def check_vocabulary(tokenizer, cfg) -> None:

@@ -109,7 +109,7 @@ def published(source: str, device: str) -> Translator:
     params, cfg = marian.from_pretrained(source)
     if not cfg.shared:
         raise ValueError(f"'{source}' has a vocabulary for each language; expected one for both")
-    files = (weights.locate(source, (name,)) for name in ("source.spm", "vocab.json"))
+    files = (weights.locate(weights.beside(source), (name,)) for name in ("source.spm", "vocab.json"))
     tokenizer = marian_tokenizer.load(*files)
     if tokenizer.vocabulary_size > cfg.source_vocabulary:
         size = f"the tokenizer of '{source}' has {tokenizer.vocabulary_size} tokens"
@@ -119,11 +119,8 @@ def published(source: str, device: str) -> Translator:
 
 def published_marks(source: str, cfg: transformer.Config) -> Marks:
     """The marks of Marian weights, by their config.json and, where there is one, generation_config.json."""
-    settings = weights.read_config(source)
-    try:
-        settings |= weights.read_config(source, "generation_config.json")
-    except weights.WeightsError:  # older repositories have config.json alone
-        pass
+    # Older repositories have config.json alone.
+    settings = weights.read_config(source) | weights.read_config(source, "generation_config.json", optional=True)
     start, end = settings.get("decoder_start_token_id", cfg.padding_id), settings.get("eos_token_id", 0)
     # Forbidden sequences of several tokens are ignored: Marian's files forbid the padding alone.
     words = settings.get("bad_words_ids") or []

@@ -23,7 +23,7 @@ from core.tree import Tree
 from nets.blocks.conv_norm import fill_published
 from nets.classifiers import vit
 from nets.classifiers.by_name import find
-from nets.weights import Rename, WeightsError, listing, locate, read, read_config, strip_prefixes
+from nets.weights import Rename, WeightsError, listing, read, read_config, strip_prefixes
 
 URL = "https://download.pytorch.org/models/"
 
@@ -189,7 +189,7 @@ def from_pretrained(
         source = str(download(name, base_url=base_url))
     else:
         source = source or REPOSITORIES[name]
-        description = _description(source, "config.json")
+        description = read_config(source, "config.json", optional=True)
         published = _preparation(source, description, PUBLISHED.get(name, Published(source)))
     cfg = _described(source, name, cfg, description)
     if net is vit:
@@ -215,7 +215,7 @@ def class_names(published: Published, count: int) -> tuple[str, ...]:
     """
     source = published.source
     downloaded = any(source == other.source for other in PUBLISHED.values())
-    description = {} if downloaded else _description(source, "config.json")
+    description = {} if downloaded else read_config(source, "config.json", optional=True)
     names = description.get("id2label") or description.get("label_names") or {}
     if isinstance(names, list):
         names = {str(i): name for i, name in enumerate(names)}
@@ -269,16 +269,6 @@ def _prefix_of_head(table: dict[str, Rename]) -> str:
     parts = table["head.weight"].theirs.split(".")
     prefixes = [".".join(parts[:depth]) + "." for depth in range(1, len(parts))]
     return next(prefix for prefix in prefixes if not any(name.startswith(prefix) for name in others))
-
-
-def _description(source: str, file: str) -> dict:
-    """A JSON file beside the weights, {} if there is none."""
-    folder = str(Path(source).parent) if Path(source).is_file() else source
-    try:
-        locate(folder, (file,))
-    except WeightsError:  # if it is the source that is not there, reading the weights will say so
-        return {}
-    return read_config(folder, file)
 
 
 FIXED = {
@@ -352,9 +342,8 @@ def _preparation(source: str, description: dict, usual: Published) -> Published:
     by_timm = "pretrained_cfg" in description
     file = "config.json" if by_timm else "preprocessor_config.json"
     try:
-        steps = (
-            _timm_steps(description["pretrained_cfg"]) if by_timm else _transformers_steps(_description(source, file))
-        )
+        preparation = {} if by_timm else read_config(source, file, optional=True)
+        steps = _timm_steps(description["pretrained_cfg"]) if by_timm else _transformers_steps(preparation)
     except (KeyError, TypeError, IndexError) as error:
         raise WeightsError(f"'{source}': its {file} does not say how images are prepared: {error!r}") from error
     except ValueError as error:

@@ -96,18 +96,18 @@ def test_samples_are_those_of_diffusers(options, tmp_path):
 
 
 def test_command_writes_the_samples(here, capsys):
-    """A pipeline, and its net and scheduler in one folder, as the first ones have it."""
+    """A pipeline, and its net and scheduler in one folder, as the first ones have it; the file of the net there."""
     theirs = expected("weights", noise_of(3, (2, 8, 12), 5), 4, use_clipped_model_output=True)
     flags = ("--sampler-steps", "4", "--count", "3", "--seed", "5", "--no-compile")
-    for folder in ("weights", "flat"):
+    for source in ("weights", "flat", "flat/diffusion_pytorch_model.safetensors"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(diffusion, "draw", lambda *_: None)  # two channels make no picture
-            assert call("sample", "--weights", folder, *flags) == 0
-        name = {"weights": "sampled", "flat": "sampled_2"}[folder]
+            assert call("sample", "--weights", source, *flags) == 0
+        name = {"weights": "sampled", "flat": "sampled_2"}.get(source, "sampled_3")
         samples = np.load(f"{name}/samples.npy")
         assert np.abs(samples - theirs * 255).max() < 0.51 + 0.03
         assert f"3 samples by ddim in 4 steps in {name}/" in capsys.readouterr().out
-        if folder == "weights":
+        if source == "weights":
             Path("flat").mkdir()
             for path in (*Path("weights/unet").iterdir(), Path("weights/scheduler/scheduler_config.json")):
                 shutil.copy(path, "flat")

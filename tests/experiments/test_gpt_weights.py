@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from experiments.parts import language_model
 from tests.experiments.gpt_runs import QUICK, TEXT, call, state_of
 from tests.experiments.runs import contents, one_error, result, same_bits
 from train.data.text import tokenizers
@@ -44,6 +47,21 @@ def here(published, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("files", [{"tokenizer.json"}, {"vocab.json", "merges.txt"}], ids=["one", "two"])
+def test_tokenizer_of_a_repository(files, published, tmp_path, monkeypatch):
+    """Each of its files is fetched by itself."""
+
+    def download(repository, name, **_):
+        if name not in files:
+            raise EntryNotFoundError(name)
+        return shutil.copy(published / name, tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    tokenizer = language_model.published_tokenizer("someone/weights")
+    expected = language_model.published_tokenizer(str(published / "model.safetensors"))
+    assert tokenizer.encode(TEXT) == expected.encode(TEXT) and {path.name for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.json"])
