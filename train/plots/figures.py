@@ -374,9 +374,15 @@ def axes_for(path: Any, width: float, height: float, xlabel: str, ylabel: str, t
 
 
 @contextmanager
-def _without_missing_letters():
-    """Letters that no font has are boxes, of which `fonts.use` has warned; matplotlib need not do so for each."""
-    with warnings.catch_warnings():
+def _plain_text(figure: "Figure") -> Iterator[None]:
+    """Text without LaTeX, whatever matplotlibrc says. Letters that no font has are boxes, of which `fonts.use` has
+    warned; matplotlib need not do so for each."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_usetex(False)
+    with warnings.catch_warnings(), rc_context({"text.usetex": False}):  # ticks are made while drawing
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -386,5 +392,5 @@ def write(path: Any, figure: "Figure") -> None:
     if _is_axes(path):
         return
     fonts.use(figure)
-    with replacing(path) as temporary, _without_missing_letters():
+    with replacing(path) as temporary, _plain_text(figure):
         figure.savefig(temporary, format="png", facecolor="white")

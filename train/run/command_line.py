@@ -19,6 +19,9 @@ import torch
 
 from train.run import compiler, flags, resume
 
+PLACES = ("data", "tokenizer", "weights")
+"""Flags of a name or a path, "SOURCE,TARGET" too."""
+
 
 class Command(NamedTuple):
     """A dataclass that a command line is parsed into, and the function that it calls.
@@ -53,6 +56,8 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     with FUNCTREE_DEBUG=1 in the environment they keep their traceback. Outside of a `Stop`, SIGINT, SIGTERM and SIGHUP
     exit with 130, 143 and 129.
     """
+    print_any_text()
+    os.environ["MPLBACKEND"] = "agg"  # a script draws files; a notebook's backend, inherited from it, is not to be had
     argv = sys.argv[1:]
     name = argv[0] if argv and argv[0] in others else None
     command = Command(*(others[name] if name else default))
@@ -69,7 +74,7 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         if argv and not name and others and not argv[0].startswith("-"):
             raise ValueError(f"'{argv[0]}' is unknown; expected flags, or one of the sub-commands {', '.join(others)}")
         argv = argv[1:] if name else argv
-        _check_paths(command.args, argv)
+        argv = _with_paths(command.args, argv)
         args = _parse(command.args, words, description, argv, _defaults(command, argv, root))
         flags.check(args)
         if getattr(getattr(args, "common", args), "compile", False):
@@ -88,6 +93,13 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         sys.exit(128 + getattr(interruption, "number", signal.SIGINT))
     finally:
         _restore(previous)
+
+
+def print_any_text() -> None:
+    """Letters that the encoding of stdout lacks (under LC_ALL=C, or PYTHONIOENCODING) are printed as \\u4eca."""
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and (out.errors == "strict" or out.encoding.lower() != "utf-8"):
+        out.reconfigure(errors="backslashreplace")
 
 
 def _summary(command: Command) -> str:
@@ -122,14 +134,23 @@ def _interrupt(number, frame):
     raise Interrupted(number)
 
 
-def _check_paths(kind: type, argv: list[str]) -> None:
-    """Raise ValueError for a path that is empty, as an unset variable of a shell is: it would be the current folder."""
-    hints = typing.get_type_hints(kind)
-    for word, following in itertools.pairwise([*argv, "--"]):
+def _with_paths(kind: type, argv: list[str]) -> list[str]:
+    """The command line with the home folder in place of `~`, which a shell leaves alone after `=`, `,` and in quotes.
+
+    Raises ValueError for a path that is empty, as an unset variable of a shell is: it would be the current folder.
+    """
+    hints, out = typing.get_type_hints(kind), [*argv, "--"]
+    for i, (word, following) in enumerate(itertools.pairwise(out)):
         flag, equals, value = word.partition("=")
-        hint = hints.get(flag[2:].replace("-", "_"))
-        if flag.startswith("--") and not (value if equals else following) and Path in (hint, *typing.get_args(hint)):
+        name, value = flag[2:].replace("-", "_"), value if equals else following
+        is_path = Path in (hints.get(name), *typing.get_args(hints.get(name)))
+        if not flag.startswith("--") or not (is_path or name in PLACES):
+            continue
+        if is_path and not value:
             raise ValueError(f"{flag} is empty; expected a path")
+        home = ",".join(map(os.path.expanduser, [value] if is_path else value.split(",")))
+        out[i if equals else i + 1] = f"{flag}={home}" if equals else home
+    return out[:-1]
 
 
 def _words(argv: list[str]) -> dict[str, str]:

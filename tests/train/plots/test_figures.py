@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from PIL import Image
 
 from train import plots
@@ -32,6 +33,14 @@ def test_curves_draw_every_line(log, tmp_path):
     assert amount(picture, plots.COLOURS[0]) > 400 and amount(picture, plots.COLOURS[2]) > 60
     assert 0 < amount(picture, plots.COLOURS[1]) < 120  # in the legend only: the gap at nan leaves no segment
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["c.png"]
+
+
+def test_a_matplotlibrc_that_wants_latex(tmp_path):
+    lines = {"a_b": ([1, 2], [1.0, 1e4]), "50 %": ([1], [1.0])}
+    with rc_context({"text.usetex": True}), plots.panels(tmp_path / "a.png", 1, 2) as (left, right):
+        plots.curves(left, lines, ylabel="loss_a", title="$x", log=True)
+        plots.matrix(right, torch.eye(3), ["#", "&", "\\"])
+    assert amount(pixels(tmp_path / "a.png"), plots.COLOURS[0]) > 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import errno
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +34,10 @@ PRESETS = {"large": Args("large", 1000)}
 class Other:
     word: str = "none"
     """A word."""
+    data: str = "none"
+    """A name, a path or two."""
+    out: Path | None = None
+    """A path."""
 
 
 def run(monkeypatch, *argv, train=print, show=print, presets=PRESETS, root=None) -> int:
@@ -51,6 +57,50 @@ def failing(error):
 
 
 # --- run
+
+
+@pytest.mark.parametrize(
+    ("argv", "other"),
+    [
+        (["--out=~/a,~/b", "--word=~/a"], Other("~/a", out=Path("/home/me/a,~/b"))),
+        (["--out", "~", "--data", "~/a,~/b"], Other(out=Path("/home/me"), data="/home/me/a,/home/me/b")),
+        (["--data=a~,b/~"], Other(data="a~,b/~")),
+    ],
+)
+def test_home_folder_in_paths(argv, other, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    calls = []
+    assert run(monkeypatch, "show", *argv, show=calls.append) == 0 and calls == [other]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "expected"),
+    [
+        ("ascii", "strict", rb"\u4eca\u5929 caf\xe9 \udcff"),
+        ("ascii", "surrogateescape", rb"\u4eca\u5929 caf\xe9 \udcff"),
+        ("latin-1", "strict", b"\\u4eca\\u5929 caf\xe9 \\udcff"),
+        ("utf-8", "strict", "今天 café ".encode() + rb"\udcff"),
+        ("utf-8", "surrogateescape", "今天 café ".encode() + b"\xff"),  # the byte of a file name
+    ],
+)
+def test_any_text_is_printed(encoding, errors, expected, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(monkeypatch, "--no-compile", train=lambda _: print("今天 café \udcff", end="", flush=True)) == 0
+    assert stream.buffer.getvalue() == expected
+
+
+def test_pictures_need_no_backend_of_matplotlib(monkeypatch):
+    """Notebooks leave theirs to the processes that they start, whose Python may not have it."""
+    import matplotlib
+
+    def draw(args):
+        matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]  # as matplotlib does where it is first imported
+
+    backend = matplotlib.get_backend()
+    monkeypatch.setenv("MPLBACKEND", "nowhere")
+    assert run(monkeypatch, "--no-compile", train=draw) == 0
+    matplotlib.rcParams["backend"] = backend
 
 
 def test_sub_commands(monkeypatch):
