@@ -60,7 +60,8 @@ def fetch(address: str, checksum: str | None, folder: Path, members: tuple[str, 
         checksum: "md5:..." or "sha256:..."; None for that of the first download.
         members: files of an archive (tar or zip) that are unpacked beside it: none if empty, all if None.
 
-    Raises DataError: no connection, another checksum, or a damaged archive.
+    Raises DataError: no connection, a folder that cannot be written, another checksum, a page of HTML in place of a
+    file that has none, or a damaged archive.
     """
     import pooch
 
@@ -70,8 +71,17 @@ def fetch(address: str, checksum: str | None, folder: Path, members: tuple[str, 
     expected = f"sha256:{record.read_text().split()[0]}" if checksum is None and not first else checksum
 
     def unpack(path: str, action: str, _) -> str:
-        if members != ():
-            _unpack(Path(path), folder, members, again=action != "fetch")
+        fresh = action != "fetch"
+        try:
+            if first and fresh:
+                _check_no_page(address, Path(path))
+            if members != ():
+                _unpack(Path(path), folder, members, again=fresh)
+        except DataError as error:
+            if fresh:  # another run fetches it again; what somebody put there stays
+                Path(path).unlink()
+                raise
+            raise DataError(f"{error}; remove it to fetch it again") from None
         return path
 
     try:
@@ -83,12 +93,23 @@ def fetch(address: str, checksum: str | None, folder: Path, members: tuple[str, 
         sum_of = {"md5": "MD5", "sha256": "SHA-256"}[kind]
         which = "the published file" if checksum else f"the file that was fetched first ({record})"
         raise DataError(f"{address} is not {which}: its {sum_of} sum differs from {value}") from None
-    except Exception as error:  # the network library raises anything
+    except Exception as error:  # the network library raises anything, OSErrors without a strerror too
+        if isinstance(error, OSError) and error.strerror and not isinstance(error, (ConnectionError, TimeoutError)):
+            place = f"cannot write {name} into {folder}: {error.strerror}"
+            raise DataError(f"{place}; XDG_CACHE_HOME names another folder for downloads") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot fetch {address}: {reason}; without a connection, put {name} into {folder}") from None
     if first:
         with replacing(record) as temporary:
             temporary.write_text(f"{pooch.file_hash(path)}  {name}\n")
+
+
+def _check_no_page(address: str, path: Path) -> None:
+    """Raise DataError for a page in place of a file without a published checksum, as a network's log-in sends it."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{address} is a page of HTML; expected {path.name}. Does this network want a log-in?")
 
 
 def _unpack(archive: Path, folder: Path, members: tuple[str, ...] | None, again: bool) -> None:
@@ -116,4 +137,4 @@ def _unpack(archive: Path, folder: Path, members: tuple[str, ...] | None, again:
                         target.parent.mkdir(parents=True, exist_ok=True)
                         os.replace(path, target)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{archive} is truncated or garbled: {error}; remove it to fetch it again") from None
+        raise DataError(f"{archive} is truncated or garbled: {error}") from None

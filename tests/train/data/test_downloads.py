@@ -96,9 +96,38 @@ def test_archives_are_unpacked(name, served, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["set.tar.gz", "set.zip"])
 def test_a_damaged_archive_is_one_line(name, served, tmp_path):
-    content = (served / name).read_bytes()
+    """Fetched, it is removed; put there by hand, it stays."""
+    content, cache = (served / name).read_bytes(), tmp_path / "cache"
     (served / name).write_bytes(content[: len(content) // 2])
-    message = f"cache/{name} is truncated or garbled: .*; remove it to fetch it again"
-    with serve(served) as url, pytest.raises(DataError, match=message) as caught:
-        fetch(f"{url}/{name}", None, tmp_path / "cache", None)
-    assert "\n" not in str(caught.value) and files(tmp_path / "cache") == {name}
+    with serve(served) as url, pytest.raises(DataError, match=f"cache/{name} is truncated or garbled: ") as caught:
+        fetch(f"{url}/{name}", None, cache, None)
+    assert "\n" not in str(caught.value) and files(cache) == set()
+    (served / name).rename(cache / name)
+    with pytest.raises(DataError, match=f"cache/{name} is truncated or garbled: .*; remove it to fetch it again"):
+        fetch(f"{NOWHERE}/{name}", None, cache, None)
+    assert files(cache) == {name}
+
+
+@pytest.mark.parametrize(("name", "members"), [("text.txt", ()), ("set.tar.gz", None)])
+def test_a_page_in_place_of_the_file(name, members, served, tmp_path):
+    """A network that wants a log-in answers 200 to everything."""
+    cache = tmp_path / "cache"
+    with serve(served, status=200) as url:
+        with pytest.raises(DataError, match=f"{name} is a page of HTML; expected {name}"):
+            fetch(f"{url}/{name}", None, cache, members)
+        with pytest.raises(DataError, match=f"{name} is not the published file"):
+            fetch(f"{url}/{name}", f"sha256:{'0' * 64}", cache, members)
+    assert files(cache) == set()
+
+
+@pytest.mark.parametrize("status", [403, 404, 407, 503])
+def test_a_server_that_refuses(status, served, tmp_path):
+    with serve(served, status=status) as url, pytest.raises(DataError, match=f"cannot fetch {url}/text.txt: {status} "):
+        fetch(f"{url}/text.txt", None, tmp_path / "cache")
+    assert files(tmp_path / "cache") == set()
+
+
+def test_a_folder_that_cannot_be_written(served, tmp_path):
+    with serve(served) as url:
+        with pytest.raises(DataError, match="cannot write text.txt into .*: Not a directory; XDG_CACHE_HOME names "):
+            fetch(f"{url}/text.txt", None, served / "text.txt")
