@@ -61,6 +61,10 @@ def main() -> None:
         except BrokenPipeError:  # whoever read it has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
+        except OSError as error:  # a full disk
+            print(f"error: cannot write: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(2)
         return
     if name not in scripts():
         print(unknown(name), file=sys.stderr)

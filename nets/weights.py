@@ -97,6 +97,9 @@ def _refusal(source: str, error: Exception) -> str:
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         return f"repository '{source}' is gated: accept its terms on its page, and {login}"
+    if isinstance(error, OSError) and error.strerror:  # those of the network have none
+        place = f"'{error.filename}'" if error.filename else "the local cache"
+        return f"'{source}': cannot write {place}: {error.strerror}; HF_HOME names another folder for downloads"
     nothing = f"'{source}' is no local file or directory, nor a repository"
     if isinstance(error, RepositoryNotFoundError):
         return f"{nothing} that everyone may read; if it is a private one, {login}"

@@ -127,3 +127,10 @@ def test_list_into_a_closed_pipe():
     done = subprocess.run([sys.executable, "-m", "experiments"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, which is a full disk, on this system")
+def test_list_onto_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "experiments"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, b"error: cannot write: No space left on device\n")

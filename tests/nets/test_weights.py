@@ -29,7 +29,6 @@ from nets.weights import (
     read_config,
     strip_prefixes,
 )
-from tests.local_server import serve
 
 SPEC = {"head": linear_spec(3, 2), "norm": batch_norm_spec(3)}
 TABLE = {
@@ -129,34 +128,6 @@ def test_an_unknown_repository_offline(source, message, monkeypatch):
         with pytest.raises(WeightsError, match=f"^'{source}' is no local file or directory.*{message}") as raised:
             f(source)
         assert "\n" not in str(raised.value)
-
-
-GATED, UNKNOWN, EMPTY = ({"X-Error-Code": code} for code in ("GatedRepo", "RepoNotFound", "EntryNotFound"))
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "message"),
-    [
-        (401, GATED, f"repository 'someone/weights' is gated: accept its terms on its page, and {LOGIN}"),
-        (403, GATED, f"repository 'someone/weights' is gated: accept its terms on its page, and {LOGIN}"),
-        (401, UNKNOWN, f"nor a repository that everyone may read; if it is a private one, {LOGIN}"),
-        (403, {}, "it is not in the local cache, and the hub cannot be reached: 403 Forbidden"),
-        (200, {}, "the hub cannot be reached: Response from .* does not seem to be served by a Hugging Face Hub"),
-        (404, EMPTY, "repository 'someone/weights' has none of the files model.safetensors, "),
-    ],
-    ids=["gated", "not-on-the-list", "unknown", "proxy", "page", "empty"],
-)
-def test_a_hub_that_refuses(status, headers, message, monkeypatch, tmp_path):
-    download = huggingface_hub.hf_hub_download
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with serve(tmp_path, status=status, headers=headers) as url:
-        options = {"endpoint": url, "cache_dir": tmp_path}
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: download(*a, **options, **k))
-        with pytest.raises(WeightsError, match=message) as raised:
-            read("someone/weights")
-        assert "\n" not in str(raised.value)
-        assert read_config("someone/weights", optional=True) == {}
 
 
 def test_offline_takes_what_is_in_the_cache(monkeypatch, tmp_path):

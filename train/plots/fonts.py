@@ -32,7 +32,7 @@ def width(text: str) -> float:
 def use(figure: "Figure") -> None:
     """Give each text of a figure the fonts that its letters need, after its own.
 
-    Letters that no installed font has are logged once, with the package to install, and drawn as boxes.
+    Letters that no installed font has are logged once per package to install, and drawn as boxes.
     """
     from matplotlib.text import Text
 
@@ -112,13 +112,26 @@ def _add_new_fonts() -> bool:
 
 def _warn(letters: Iterable[str]) -> None:
     """Log, once per package that would help, that no font has these letters."""
-    package = "fonts-noto-cjk" if any(map(_is_wide, letters)) else "fonts-noto"
-    if package not in WARNED:
-        WARNED.add(package)
-        some = "".join(sorted(letters)[:8])
-        log.warning(
-            "no font here has the letters %s: pictures show boxes instead; install one, such as %s", some, package
-        )
+    by_package: dict[str, str] = {}
+    for letter in sorted(letters):
+        package = _package(letter)
+        by_package[package] = by_package.get(package, "") + letter
+    for package, some in by_package.items():
+        if package not in WARNED:
+            WARNED.add(package)
+            log.warning(
+                "no font here has the letters %s: pictures show boxes instead; install one, such as %s",
+                some[:8],
+                package,
+            )
+
+
+def _package(letter: str) -> str:
+    """The package of Debian and Ubuntu with a font for a letter. Emoji are wide too, and no letters; matplotlib draws
+    outlines, not the coloured bitmaps of other fonts."""
+    if unicodedata.category(letter).startswith("S"):
+        return "fonts-symbola"
+    return "fonts-noto-cjk" if _is_wide(letter) else "fonts-noto"
 
 
 def _is_wide(letter: str) -> bool:

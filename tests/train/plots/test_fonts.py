@@ -72,7 +72,14 @@ def test_a_font_with_the_letters_is_used(installed, tmp_path, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("texts", "package"), [(CLASSES, "fonts-noto-cjk"), (["\U0001e900", "b", "c"], "fonts-noto")])
+@pytest.mark.parametrize(
+    ("texts", "package"),
+    [
+        (CLASSES, "fonts-noto-cjk"),
+        (["\U0001e900", "b", "c"], "fonts-noto"),
+        (["\U0001f468\u200d\U0001f469\u2764\ufe0f", "b", "c"], "fonts-symbola"),
+    ],
+)
 def test_without_one_a_line_says_which_to_install(installed, tmp_path, caplog, texts, package):
     with caplog.at_level(logging.WARNING):
         for name in "ab":
@@ -80,7 +87,14 @@ def test_without_one_a_line_says_which_to_install(installed, tmp_path, caplog, t
     (record,) = caplog.records
     message = record.getMessage()
     assert message.endswith(f"such as {package}") and "\n" not in message
-    assert all(letter in message for letter in texts[0])
+    assert all(letter in message for letter in fonts.lacking(texts[0])) and fonts.lacking(texts[0])
+
+
+def test_each_kind_of_letters_has_its_package(installed, tmp_path, caplog):
+    plots.matrix(tmp_path / "a.png", torch.eye(3), ["\U0001f469", "猫？", "แมว"])
+    packages = {message.rpartition(" ")[2]: message for message in caplog.messages}
+    assert sorted(packages) == ["fonts-noto", "fonts-noto-cjk", "fonts-symbola"]
+    assert "猫？" in packages["fonts-noto-cjk"] and "猫" not in packages["fonts-noto"]
 
 
 def test_every_picture_with_classes_takes_them(installed, tmp_path, caplog):
