@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.experiments.gpt_runs import QUICK, TEXT
 from tests.experiments.runs import ENVIRONMENT
@@ -23,6 +24,9 @@ PACKAGES = ("core", "nets", "train", "experiments")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "constraints.txt")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+OTHERS = ["python3.13"]
+"""Interpreters that are tested too where they are on the PATH, beside the one that runs the tests."""
+CPU = "https://download.pytorch.org/whl/cpu"
 
 
 def run(*command, **options) -> str:
@@ -111,14 +115,18 @@ def test_installed_packages_are_imported(installed, environment):
     assert out.splitlines() == [str(installed / name / "__init__.py") for name in PACKAGES]
 
 
-def test_every_installed_module_is_imported(installed, environment):
+def code_that_imports(folder: Path) -> str:
+    """Code that imports every module of the packages in a folder."""
     modules = [
-        ".".join(path.relative_to(installed).with_suffix("").parts).removesuffix(".__init__")
+        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         for name in PACKAGES
-        for path in sorted((installed / name).rglob("*.py"))
+        for path in sorted((folder / name).rglob("*.py"))
     ]
-    code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
-    run(sys.executable, "-c", code, env=environment)
+    return f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+
+
+def test_every_installed_module_is_imported(installed, environment):
+    run(sys.executable, "-c", code_that_imports(installed), env=environment)
 
 
 def test_installed_command_lists_and_trains(installed, environment, tmp_path):
@@ -127,3 +135,46 @@ def test_installed_command_lists_and_trains(installed, environment, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     out = run(*command, "gpt", *QUICK, "--steps", "3", "--name", "a", env=environment)
     assert "step 3/3" in out and (tmp_path / "runs/gpt/a/result.json").exists()
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request, wheel, tmp_path_factory):
+    """The folder of another interpreter's new environment, which has the wheel and nothing else."""
+    program = shutil.which(request.param)
+    if program is None or subprocess.run([program, "-c", "import ensurepip, venv"], capture_output=True).returncode:
+        pytest.skip(f"no {request.param} that makes environments on the PATH")
+    folder = tmp_path_factory.mktemp("other")
+    run(program, "-m", "venv", folder)
+    run(folder / "bin" / "python", *PIP[1:], "install", "--no-index", "--no-deps", "--no-compile", wheel)
+    return folder
+
+
+def without_path() -> dict[str, str]:
+    """The environment of a process that finds what is installed beside its interpreter."""
+    return {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+
+
+def test_another_python_compiles_every_module_and_lists_the_experiments(other, tmp_path):
+    (site,) = other.glob("lib/python3.*/site-packages")
+    folders = [site / name for name in PACKAGES]
+    run(other / "bin" / "python", "-W", "error", "-m", "compileall", "-q", *folders, cwd=tmp_path)
+    assert all(any(folder.rglob("*.pyc")) for folder in folders)
+    listing = run(other / "bin" / "functree", env=without_path(), cwd=tmp_path)
+    assert all(f"  {path.stem} " in listing for path in site.glob("experiments/[a-z]*.py"))
+
+
+@pytest.mark.long
+def test_another_python_trains(other, wheel, tmp_path):
+    """With all that the wheel requires and this torch, some of which pip has to download."""
+    pip, version = (other / "bin" / "python", *PIP[1:]), torch.__version__.partition("+")[0]
+    command = (*pip, "install", "--extra-index-url", CPU, f"torch=={version}", wheel)
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if "No matching distribution found" in process.stderr and "(from versions: none)" in process.stderr:
+        pytest.skip(f"no connection to download from: {process.stderr.splitlines()[-1]}")
+    assert process.returncode == 0, process.stderr
+    run(*pip, "check")
+    (site,) = other.glob("lib/python3.*/site-packages")
+    run(other / "bin" / "python", "-c", code_that_imports(site), env=without_path(), cwd=tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    flags = ("gpt", *QUICK, "--steps", "3", "--name", "a")
+    assert "step 3/3" in run(other / "bin" / "functree", *flags, env=without_path(), cwd=tmp_path)

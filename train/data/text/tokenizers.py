@@ -25,6 +25,11 @@ PAD, BOS, EOS, UNK = range(4)
 """Ids of the tokens that fill up a batch, begin a translation, end a sentence, and replace an unknown word."""
 KINDS = {"BPE": "byte pairs", "WordPiece": "WordPiece", "Unigram": "unigram", "WordLevel": "words"}
 """Models of the `tokenizers` library."""
+_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTES = {chr(byte): byte for byte in _VISIBLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_VISIBLE)))
+}
+"""The byte of each letter in GPT-2's byte pairs: a visible one of Latin-1 stands for itself."""
 PROBES = ("A cat.", "the 1st  of\n\n\tJune", "naïve Ünïcode", "你好，世界", "🙂 \u2028")
 """Texts that a tokenizer of any text gives back as they are."""
 
@@ -183,8 +188,18 @@ class SentenceTokenizer(BytePairTokenizer):
         return " <unk>".join(self.tokenizer.decode(part) for part in known).removeprefix(" ")
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id, special tokens included: labels for the rows and columns of attention."""
-        return [SPECIAL[i] if i <= UNK else self.tokenizer.decode([i]).strip() for i in _as_list(ids)]
+        """The text of each id, special tokens included: labels for the rows and columns of attention.
+
+        Bytes of a character that is in several tokens, as rare Chinese ones are, become `\\xe4\\xbd`; a space alone
+        becomes `␣`.
+        """
+        return [SPECIAL[i] if i <= UNK else self._label(i) for i in _as_list(ids)]
+
+    def _label(self, i: int) -> str:
+        text, letters = self.tokenizer.decode([i]), self.tokenizer.id_to_token(i)
+        if "\ufffd" in text and all(letter in BYTES for letter in letters):
+            text = bytes(BYTES[letter] for letter in letters).decode(errors="backslashreplace")
+        return text.strip() or "␣" * bool(text)
 
 
 def _is_for_sentences(tokenizer: Any) -> bool:

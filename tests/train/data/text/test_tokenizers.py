@@ -235,6 +235,13 @@ def test_unknown_words_are_shown():
     assert few.vocabulary_size == 10 and UNK in few.encode(SENTENCES[0])
 
 
+def test_labels_of_bytes_and_spaces():
+    """A character in several tokens has its bytes as labels; one in a single token, and U+FFFD itself, as it is."""
+    tokenizer = tokenizers.train_sentences(["你 \ufffd é "] * 9 + ["a b"], 280)
+    labels = tokenizer.tokens(tokenizer.encode("你 \ufffd é 好â"))
+    assert labels == ["你", "\ufffd", "é", "␣", *(f"\\x{byte:02x}" for byte in "好â".encode())]
+
+
 def test_byte_pairs_of_sentences_encode_anything():
     tokenizer = tokenizers.train_sentences(SENTENCES, 270)
     for text in ("naïve 你好 🙂", "no such words", "<unk>", "two  spaces and a tab\t."):
