@@ -23,6 +23,10 @@ PLACES = ("data", "tokenizer", "weights")
 """Flags of a name or a path, "SOURCE,TARGET" too."""
 
 
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"
+"""What typesetting makes of hyphens, in a command that was copied from a page."""
+
+
 class Command(NamedTuple):
     """A dataclass that a command line is parsed into, and the function that it calls.
 
@@ -72,7 +76,9 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         signal.signal(number, _interrupt)
     try:
         if argv and not name and others and not argv[0].startswith("-"):
-            raise ValueError(f"'{argv[0]}' is unknown; expected flags, or one of the sub-commands {', '.join(others)}")
+            dash = "; flags begin with two hyphens" if argv[0][0] in DASHES else ""
+            commands = f"expected flags, or one of the sub-commands {', '.join(others)}"
+            raise ValueError(f"'{argv[0]}' is unknown; {commands}{dash}")
         argv = argv[1:] if name else argv
         argv = _with_paths(command.args, argv)
         args = _parse(command.args, words, description, argv, _defaults(command, argv, root))
@@ -191,7 +197,10 @@ def _parse(kind: type, program: str, description: str, argv: list[str], default:
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise ValueError(_condensed(errors.getvalue()))
+    error = _condensed(errors.getvalue())
+    if error in ("Unrecognized options: True", "Unrecognized options: False"):
+        error += "; a switch has no value: --NAME switches it on, --no-NAME off"
+    raise ValueError(error)
 
 
 def _fitted(text: str, width: int) -> str:

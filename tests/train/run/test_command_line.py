@@ -196,6 +196,15 @@ def test_interruption_outside_of_stop(number, monkeypatch, capsys):
         (["--steps", "0"], "error: --steps is 0; expected at least 1"),
         (["--preset", "huge"], "error: invalid choice 'huge' for argument '--preset'"),
         (["shwo"], "error: 'shwo' is unknown; expected flags, or one of the sub-commands show"),
+        (
+            ["–steps", "3"],
+            "error: '–steps' is unknown; expected flags, or one of the sub-commands show; flags begin with",
+        ),
+        (
+            ["--compile=False"],
+            "error: Unrecognized options: False; a switch has no value: --NAME switches it on, --no-",
+        ),
+        (["--no-compile", "True"], "error: Unrecognized options: True; a switch has no value: --NAME switches it on"),
         (["show", "--wrod", "x"], "error: Unrecognized options: --wrod, x"),
     ],
 )
