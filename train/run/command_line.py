@@ -24,7 +24,7 @@ PLACES = ("data", "tokenizer", "weights")
 
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"
-"""What typesetting makes of hyphens, in a command that was copied from a page."""
+"""Typeset hyphens, of a command that was copied from a page."""
 
 
 class Command(NamedTuple):
