@@ -173,22 +173,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _without_copies(state: dict[str, Tensor], cfg: Any, family: Family) -> dict[str, Tensor]:
-    """The tensors with one bias of the output layer and, where it is tied, without its weight."""
+    """The tensors with one bias of the output layer and, where it is tied, without its weight.
+
+    In transformers an output layer of its own has a bias of its own too, and the other one is not used.
+    """
     state, what, table = dict(state), f"{family.name} weights", family.table(cfg)
     if "masked_tokens.bias" not in table:
         return state
-    bias, copy = table["masked_tokens.bias"].names[0], f"{family.decoder}.bias"
-    if bias != copy and copy in state:
-        other = state.pop(copy)
-        if not _same(state.setdefault(bias, other), other):
-            raise WeightsError(f"{what}: '{copy}' differs from '{bias}'; the two are one here")
-    if cfg.tied and f"{family.decoder}.weight" in state:
-        tokens = state.get(table["tokens.weight"].names[0])
-        if tokens is not None and not _same(state.pop(f"{family.decoder}.weight"), tokens):
-            raise WeightsError(
-                f"{what}: '{family.decoder}.weight' differs from the token embedding; the two are one with tied=True"
-            )
-    return state
+    tokens, bias = (table[name].names[0] for name in ("tokens.weight", "masked_tokens.bias"))
+    weight, copy = f"{family.decoder}.weight", f"{family.decoder}.bias"
+    if cfg.tied and weight in state and not _same(state.pop(weight), state.get(tokens, torch.zeros(0))):
+        raise WeightsError(f"{what}: '{weight}' differs from the token embedding; the two are one with tied=True")
+    if bias == copy or copy not in state:
+        return state
+    other = state.pop(copy)
+    if not _same(state.setdefault(bias, other), other):
+        if cfg.tied:
+            raise WeightsError(f"{what}: '{copy}' differs from '{bias}'; the two are one with tied=True")
+        log.warning("%s: '%s' differs from '%s', which is not used", what, copy, bias)
+    return state | {bias: other}
 
 
 def fit(
