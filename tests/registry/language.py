@@ -1,6 +1,8 @@
 """Nets that read and write tokens."""
 
-from nets.language import gpt2, transformer
+from dataclasses import replace
+
+from nets.language import bert, distilbert, gpt2, roberta, transformer
 from tests.registry.face import both, net, published, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
@@ -35,3 +37,29 @@ SEPARATE = transformer.Config(**SENTENCES, dropout=0.0, activation="silu", final
 net("transformer, separate embeddings", transformer, SEPARATE, both(tokens(13, 7), tokens(11, 5)))
 # The paper's table 3 has 65 and 213 million for a shared vocabulary of "about 37,000" tokens, which are counted here.
 published(transformer, {"base": 63_082_496, "big": 214_245_376})
+
+# Token 0 (of RoBERTa: 1) is padding, here also between others.
+TEXT = {"vocabulary": 13, "context": 8, "layers": 1, "heads": 2, "width": 8, "hidden": 12}
+PLAIN = bert.Config(**TEXT, head="pretraining", dropout=0.0, attention_dropout=0.0)
+TYPED = both(tokens(13, 7), tokens(2, 7))
+net("bert", bert, PLAIN, TYPED)
+net("bert, dropout", bert, bert.Config(**TEXT, head="pretraining"), TYPED, draws=True)
+net("bert, pooler", bert, replace(PLAIN, head="pooler", activation="relu"), tokens(13, 7))
+net("bert, next sentence", bert, replace(PLAIN, head="next_sentence"), TYPED)
+net("bert, tokens", bert, replace(PLAIN, head="tokens", classes=3, head_dropout=0.2), TYPED, draws=True)
+net("bert, spans", bert, replace(PLAIN, head="spans"), TYPED)
+net("bert, own output layer", bert, replace(PLAIN, head="masked_tokens", tied=False), TYPED)
+PUBLISHED_BERTS = {"tiny": 4_385_920, "mini": 11_170_560, "small": 28_763_648, "medium": 41_373_184}
+PUBLISHED_BERTS |= {"base": 109_482_240, "large": 335_141_888, "chinese-base": 102_267_648, "rbt3": 38_476_800}
+published(bert, PUBLISHED_BERTS)
+
+DISTIL = replace(PLAIN, types=0, head="features", pooler_activation="relu")
+net("distilbert", distilbert, DISTIL, tokens(13, 7))
+net("distilbert, sequence", distilbert, replace(DISTIL, head="sequence", head_dropout=0.2), tokens(13, 7), draws=True)
+published(distilbert, {"distilbert": 66_362_880})
+
+ROBERTA = replace(PLAIN, types=1, head="masked_tokens", padding_id=1, positions="tokens")
+net("roberta", roberta, ROBERTA, tokens(13, 7))
+SEQUENCE = replace(ROBERTA, head="sequence", pooler_dropout=0.2, head_dropout=0.2)
+net("roberta, sequence", roberta, SEQUENCE, tokens(13, 7), draws=True)
+published(roberta, {"roberta-base": 124_645_632})
