@@ -15,6 +15,7 @@ NOT_RUN = {
         "params, cfg = gpt2.from_pretrained(",  # downloads
         "from nets.classifiers import torchvision_weights\n",
         "from nets.language import marian\n",
+        "params, cfg = bert.from_pretrained(",  # downloads
         'net("name", ',  # rows of tests/registry for a net that is still to be written
         'parity("name", ',
     ]

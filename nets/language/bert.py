@@ -196,16 +196,18 @@ def _embed(params: dict, tokens: Tensor, types: Tensor | None, cfg: Config) -> T
     return x + (params["types"]["weight"][0] if types is None else embedding(params["types"], types))
 
 
-def _head_dropout(cfg: Config) -> float:
+def _head_dropout(cfg: Config) -> tuple[float, float]:
+    """Dropout rates before the pooler and before the last layer."""
     if cfg.head not in ("sequence", "spans", "tokens"):
-        return 0.0
+        return 0.0, 0.0
     default = 0.0 if cfg.head == "spans" else cfg.dropout
-    return default if cfg.head_dropout is None else cfg.head_dropout
+    first = cfg.pooler_dropout if cfg.head == "sequence" else 0.0
+    return first, default if cfg.head_dropout is None else cfg.head_dropout
 
 
-def _keys(key: Tensor | None, train: bool) -> list[Tensor | None]:
+def _keys(key: Tensor | None, drops: bool) -> list[Tensor | None]:
     """One key per kind of dropout: attention weights, values, before the pooler, before the last layer."""
-    return [None] * 4 if key is None or not train else list(random.sites(key, 4).unbind(0))
+    return [None] * 4 if key is None or not drops else list(random.sites(key, 4).unbind(0))
 
 
 def hidden_states(
@@ -219,23 +221,24 @@ def hidden_states(
 ) -> list[Tensor]:
     """The embeddings and the output of each block: layers + 1 tensors (batch, time, width). Arguments as in `apply`."""
     tokens, types, mask = _check(x, mask, cfg)
-    if train and key is None and (cfg.dropout or cfg.attention_dropout):
+    drops = train and (cfg.dropout > 0 or cfg.attention_dropout > 0)
+    if drops and key is None:
         rates = f"dropout {cfg.dropout} and attention_dropout {cfg.attention_dropout}"
         raise ValueError(f"bert: training with {rates} draws random numbers; pass key=")
-    (batch, time), n, (weights_key, values_key, *_) = tokens.shape, cfg.layers, _keys(key, train)
+    (batch, time), n, (weights_key, values_key, *_) = tokens.shape, cfg.layers, _keys(key, drops)
     first, *on_values = [identity] * (1 + 2 * n)
     on_weights = [None] * n
     if values_key is not None and cfg.dropout:
         first, *on_values = dropout_sites(values_key, 1 + 2 * n, (batch, time, cfg.width), cfg.dropout)
     if weights_key is not None and cfg.attention_dropout:
         on_weights = dropout_sites(weights_key, n, (batch, cfg.heads, time, time), cfg.attention_dropout)
-    drops = zip(on_weights, on_values[0::2], on_values[1::2], strict=True)
+    each = zip(params["blocks"], on_weights, on_values[0::2], on_values[1::2], strict=True)
 
     states = [first(layer_norm(params["norm"], _embed(params, tokens, types, cfg), eps=cfg.eps))]
     options = {"norm_first": False, "activation": cfg.activation, "eps": cfg.eps, "method": cfg.attention}
     options["mask"] = mask[:, None, None, :]  # (batch, 1, 1, time): every query sees the same keys
-    for p, drop in zip(params["blocks"], drops, strict=True):
-        states.append(block(p, states[-1], cfg.heads, drops=drop, **options))
+    for p, *functions in each:
+        states.append(block(p, states[-1], cfg.heads, drops=tuple(functions), **options))
     return states
 
 
@@ -286,17 +289,16 @@ def apply(
     Raises:
         ValueError: tokens, types or mask of another shape, more tokens than the context, no key where one is needed.
     """
-    x, (*_, first_key, last_key) = features(params, x, cfg, mask=mask, key=key, train=train), _keys(key, train)
-    rate = _head_dropout(cfg)
+    x = features(params, x, cfg, mask=mask, key=key, train=train)  # (batch, time, width)
+    first_rate, rate = _head_dropout(cfg)
+    *_, first_key, last_key = _keys(key, train and first_rate + rate > 0)
     if cfg.head == "features":
         return x
     if cfg.head == "masked_tokens":
         return token_logits(params, x, cfg)
     if cfg.head in ("spans", "tokens"):
         return linear(params["spans" if cfg.head == "spans" else "classifier"], dropout(x, rate, last_key, train))
-    first = x[:, 0]  # (batch, width)
-    if cfg.head == "sequence":
-        first = dropout(first, cfg.pooler_dropout, first_key, train)
+    first = dropout(x[:, 0], first_rate, first_key, train)  # (batch, width)
     pooled = activation(cfg.pooler_activation)(linear(params["pooler"], first))  # tanh(W h + b), (batch, width)
     if cfg.head == "pooler":
         return {"features": x, "pooled": pooled}

@@ -165,9 +165,9 @@ def test_head_that_is_missing_is_drawn_by_a_key(name, states, tmp_path, caplog):
     caplog.clear()
     params, cfg = module.from_pretrained(folder, "sequence", classes=5, key=random.key(3))
     assert cfg.head == "sequence" and cfg.classes == 5
-    drawn, unused = caplog.messages
-    assert "the file has no classifier and pooler for the head 'sequence'; drawn anew" in drawn
-    assert "not used for the head 'sequence'" in unused
+    first, second = caplog.messages
+    assert "the file has no classifier and pooler for the head 'sequence'; drawn anew" in first
+    assert "not used for the head 'sequence'" in second
     fresh, before = spec.init(random.key(3), module.spec(cfg)), module.from_pretrained(folder)[0]
     assert_same({n: params[n] for n in ("classifier", "pooler")}, {n: fresh[n] for n in ("classifier", "pooler")})
     assert_same(params["blocks"], before["blocks"])
