@@ -238,10 +238,10 @@ def load(
     what, config = f"{family.name} weights", read_config(source)
     if head is not None and head not in family.heads:
         raise WeightsError(f"{what}: no head '{head}'; there are {', '.join(family.heads)}")
-    cfg = family.config(config)
+    cfg = family.config(config, head)
     state = _normalised(read(source), family)
     file_head, fullest = _architecture(config, family), _head_of(state, cfg, family)
-    if file_head is None or family.heads[file_head] == "Model":
+    if file_head is None or family.heads[file_head] == "Model":  # the tensors say more
         if head is None and file_head is None and config.get("architectures"):
             names, known = listing(map(str, config["architectures"])), ", ".join(family.heads)
             raise WeightsError(f"{what}: the architecture {names} has no known head; pass head=, one of {known}")

@@ -80,6 +80,24 @@ def test_forms_of_a_file(form, states, tmp_path, caplog):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["distilbert", "roberta"])
+def test_relatives_with_copies_and_a_pooler(name, states, tmp_path, caplog):
+    """As the first files were: the output layer twice, positions; RoBERTa's also has a pooler that no head uses."""
+    config, state = states(name, "masked_tokens")
+    expected, cfg = output(name, write(tmp_path, config, state))
+    more = {
+        f"{DECODER[name]}.weight": state[f"{name}.embeddings.word_embeddings.weight"].clone(),
+        f"{name}.embeddings.position_ids": torch.arange(24)[None],
+    }
+    if name == "roberta":
+        more |= {"lm_head.decoder.bias": state["lm_head.bias"].clone()}
+        more |= {"roberta.pooler.dense.weight": torch.ones(16, 16), "roberta.pooler.dense.bias": torch.ones(16)}
+    actual, again = output(name, write(tmp_path, config, state | more))
+    assert again == cfg and len(caplog.messages) == (name == "roberta")
+    assert all("not used for the head 'masked_tokens': 'pooler.dense.bias'" in line for line in caplog.messages)
+    assert_same(actual, expected)
+
+
 def test_pickled_and_sharded_files(states, tmp_path):
     config, state = states("bert", "masked_tokens")
     expected, _ = output("bert", write(tmp_path, config, state))
@@ -195,6 +213,9 @@ def test_unknown_heads_and_architectures(states, tmp_path):
     with pytest.raises(WeightsError, match="architecture 'BertForMultipleChoice' has no known head; pass head=, one"):
         bert.from_pretrained(folder)
     assert bert.from_pretrained(folder, "sequence")[1].head == "sequence"
+    config, state = states("roberta", "masked_tokens")
+    folder = write(tmp_path, config | {"hidden_act": "relu"}, state)  # masked_tokens alone refuses it
+    assert FAMILIES["roberta"].module.from_pretrained(folder, "features")[1].activation == "relu"
     with pytest.raises(WeightsError, match="no head 'mlm'; there are pooler, features, masked_tokens"):
         bert.from_pretrained(folder, "mlm")
 
