@@ -210,7 +210,7 @@ def start(params: dict, memory: dict, cfg: Config) -> dict:
     if cfg.attention == "bahdanau":
         shared["keys"] = attention.additive_keys(p["attention"], h)  # (batch, source time, width)
         shared["gates"] = linear(p["context"], h)  # W h_j, (batch, source time, gates)
-    return {"past": past, "shared": dict(sorted(shared.items()))}
+    return {"past": past, "shared": {part: shared[part] for part in sorted(shared)}}
 
 
 def _attend(p: dict, query: Tensor, shared: dict, cfg: Config, of: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nets.language import bert, distilbert, gpt2, roberta, transformer
+from nets.language import bert, distilbert, gpt2, roberta, seq2seq, transformer
 from tests.registry.face import both, net, published, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
@@ -62,3 +62,16 @@ net("roberta", roberta, ROBERTA, tokens(13, 7))
 SEQUENCE = replace(ROBERTA, head="sequence", pooler_dropout=0.2, head_dropout=0.2)
 net("roberta, sequence", roberta, SEQUENCE, tokens(13, 7), draws=True)
 published(roberta, {"roberta-base": 124_645_632})
+# A source ends with its last token that is not 0.
+SENTENCES = {"source_vocabulary": 13, "target_vocabulary": 11, "embedding": 5, "width": 8, "encoder_width": 4}
+PAIRS = both(tokens(13, 6), tokens(11, 4))
+net("seq2seq", seq2seq, seq2seq.Config(**SENTENCES, dropout=0.2), PAIRS, draws=True)
+LAYERS = {"layers": 2, "kind": "lstm", "dropout": 0.2}
+GENERAL = seq2seq.Config(**SENTENCES, **LAYERS, attention="general", readout="linear")
+net("seq2seq, general", seq2seq, GENERAL, PAIRS, draws=True)
+FEEDING = seq2seq.Config(**SENTENCES, **LAYERS, attention="dot", input_feeding=True)
+net("seq2seq, input feeding", seq2seq, FEEDING, PAIRS, draws=True)
+SENTENCES |= {"encoder_width": 8, "bidirectional": False}
+net("seq2seq, no attention", seq2seq, seq2seq.Config(**SENTENCES, attention="none"), PAIRS)
+# The tutorial prints it; its vocabularies are those of a version of the data.
+published(seq2seq, {"multi30k": 20_518_917})
