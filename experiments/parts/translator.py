@@ -1,4 +1,4 @@
-"""A translator that `experiments/translate.py` has trained, or a published one, to be used: sentences in, translations
+"""A translator that translate.py or seq2seq.py has trained, or a published one, to be used: sentences in, translations
 out, their figures, and pictures of where its attention looks."""
 
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from core import random, tree
 from nets import weights
-from nets.language import marian, transformer
+from nets.language import marian, seq2seq, transformer
 from nets.language.beam_search import beam_search
 from nets.language.decoding import Decoded, greedy, sample
 from train import plots
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 RUNS = Path("runs/translate")
 DECODED = 4000  # tokens of sentences that are translated at once
+NETS: dict[type, ModuleType] = {transformer.Config: transformer, seq2seq.Config: seq2seq}
 LONGER = 50  # tokens by which a translation may be longer than its source (section 6.1 of the paper)
 
 
@@ -44,7 +46,7 @@ class Marks(NamedTuple):
 
 class Translator(NamedTuple):
     params: tree.Tree
-    cfg: transformer.Config
+    cfg: transformer.Config | seq2seq.Config
     tokenizer: SentenceTokenizer | MarianTokenizer
     marks: Marks = Marks()
 
@@ -82,15 +84,17 @@ class Decoder:
 GREEDY = Decoder(beam=1)
 
 
-def load(run: SavedRun, device: str, average_checkpoints: int | None = None) -> Translator:
+def load(
+    run: SavedRun, device: str, average_checkpoints: int | None = None, net: ModuleType = transformer
+) -> Translator:
     """The translator of a run, its parameters averaged over the last checkpoints up to that of `run` (section 6.1).
 
     average_checkpoints: how many; what the run's --average-checkpoints says if None.
 
     Raises ValueError: there is no tokenizer, a checkpoint is of another net or damaged, or the run of an older form.
     """
-    place, cfg = command_line.device(device), run.read("net", transformer.Config)
-    tokenizer, model = tokenizers.load(run.folder / "tokenizer.json"), transformer.spec(cfg)
+    place, cfg = command_line.device(device), run.read("net", net.Config)
+    tokenizer, model = tokenizers.load(run.folder / "tokenizer.json"), net.spec(cfg)
     saved, count = run.folder / "checkpoints", average_checkpoints or run.config["args"].get("average_checkpoints")
     if count is None:
         raise ValueError(f"the configuration of '{run.folder}' does not fit: it has no average_checkpoints")
@@ -143,7 +147,7 @@ def avoiding(step: Callable, forbidden: tuple[int, ...]) -> Callable:
 @torch.no_grad()
 def decode(
     params: tree.Tree,
-    cfg: transformer.Config,
+    cfg: transformer.Config | seq2seq.Config,
     source: Tensor,
     decoder: Decoder,
     n_best: int = 1,
@@ -154,14 +158,18 @@ def decode(
 
     keys: (batch, 2), to sample with a temperature.
     """
-    mask = source != cfg.padding_id
-    memory = transformer.encode(params, source, cfg, mask=mask)
     most = min(cfg.context, source.shape[1] + LONGER)
-    cache = transformer.start(params, memory, mask, cfg, min(16, most))
-    first = torch.full((len(source),), marks.start, device=source.device)
-    step = avoiding(transformer.stepper(params, cfg, partial(transformer.step, donate=True)), marks.forbidden)
     options = {"max_length": most, "end": marks.end, "padding": cfg.padding_id}
-    options |= {"shared": cache["shared"], "positions_axis": 2}
+    if isinstance(cfg, seq2seq.Config):
+        cache, step = seq2seq.start(params, seq2seq.encode(params, source, cfg), cfg), seq2seq.stepper(params, cfg)
+    else:
+        mask = source != cfg.padding_id
+        memory = transformer.encode(params, source, cfg, mask=mask)
+        cache = transformer.start(params, memory, mask, cfg, min(16, most))
+        step = transformer.stepper(params, cfg, partial(transformer.step, donate=True))
+        options["positions_axis"] = 2
+    first = torch.full((len(source),), marks.start, device=source.device)
+    step, options["shared"] = avoiding(step, marks.forbidden), cache["shared"]
     if decoder.temperature is None and decoder.beam > 1:
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
         return beam_search(step, cache["past"], first, **options)
@@ -246,21 +254,21 @@ BLEU|{bleu_signature}"""
 
 
 def maps(translator: Translator, sentence: str, ids: list[int]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """(`transformer.attention_maps` of one pair, its source tokens, its target tokens), each with the end token."""
+    """(The net's `attention_maps` of one pair, its source tokens, its target tokens), each with the end token."""
     params, cfg, tokenizer, marks = translator
     source, target = [*tokenizer.encode(sentence), marks.end], ids[: cfg.context - 1]
     x = torch.tensor([source]), torch.tensor([[marks.start, *target]])
-    maps = transformer.attention_maps(tree.move(params, "cpu"), x, cfg)
+    maps = NETS[type(cfg)].attention_maps(tree.move(params, "cpu"), x, cfg)
     return maps, tokenizer.tokens(source), tokenizer.tokens([*target, marks.end])
 
 
 def draw_attention(folder: Path, translator: Translator, sentence: str, ids: list[int]) -> None:
-    """`encoder.png`, `decoder.png` and `cross.png`, each as `draw_maps`."""
+    """`cross.png`, and of a transformer `encoder.png` and `decoder.png`, each as `draw_maps`."""
     layers, read, written = maps(translator, sentence, ids)
+    sides = {"encoder": (read, read), "decoder": (written, ["<bos>", *written[:-1]]), "cross": (written, read)}
     folder.mkdir(parents=True, exist_ok=True)
-    draw_maps(folder / "encoder.png", layers["encoder"], read, read)
-    draw_maps(folder / "decoder.png", layers["decoder"], written, ["<bos>", *written[:-1]])
-    draw_maps(folder / "cross.png", layers["cross"], written, read)
+    for name, of_layers in layers.items():
+        draw_maps(folder / f"{name}.png", of_layers, *sides[name])
 
 
 def draw_maps(path: Path, weights: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of translations: BLEU, chrF, exact matches, token accuracy, divergence from smoothed targets."""
+"""Metrics of translations: BLEU, chrF, exact matches, token accuracy, perplexity, divergence from smoothed targets."""
 
 import math
 from collections.abc import Sequence
@@ -57,8 +57,7 @@ def scores(translations: Sequence[str], references: Sequence[str], language: str
     if len(translations) != len(references) or not translations:
         counts = f"{len(translations)} and {len(references)}"
         raise ValueError(f"expected as many translations as references, found {counts}")
-    name = language.lower().replace("_", "-").partition("-")[0]
-    bleu, chrf = BLEU(tokenize=TOKENIZERS.get(name, "13a")), CHRF()
+    bleu, chrf = BLEU(tokenize=_tokenizer(language)), CHRF()
     return {
         "bleu": bleu.corpus_score(list(translations), [list(references)]).score,
         "chrf": chrf.corpus_score(list(translations), [list(references)]).score,
@@ -66,3 +65,21 @@ def scores(translations: Sequence[str], references: Sequence[str], language: str
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
     }
+
+
+def word_perplexity(nats: float, references: Sequence[str], language: str = "") -> float:
+    """exp(nats / words): the same for any division of the sentences into tokens.
+
+    Args:
+        nats: cross-entropy of all sentences together, their ends included.
+        references: the sentences; words as BLEU has them (punctuation apart), and one end per sentence.
+        language: as in `scores`.
+    """
+    from sacrebleu.metrics import BLEU
+
+    tokenizer = BLEU(tokenize=_tokenizer(language)).tokenizer
+    return math.exp(nats / sum(len(tokenizer(sentence).split()) + 1 for sentence in references))
+
+
+def _tokenizer(language: str) -> str:
+    return TOKENIZERS.get(language.lower().replace("_", "-").partition("-")[0], "13a")
