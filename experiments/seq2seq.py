@@ -63,10 +63,10 @@ class Args:
     """Parts that a batch is cut into to save memory (gradient accumulation)."""
     shapes: Count = 4
     """Shapes of batches, by length, at most: more of them pad less. With --compile, each is a graph."""
-    rate: Positive = 4e-3
-    """Peak learning rate of Adam; it falls to 0 as a cosine."""
+    learning_rate: Positive = 4e-3
+    """Peak learning rate of Adam, which falls to 0 as a cosine."""
     warmup: Natural = 100
-    """Steps in which the learning rate rises."""
+    """Steps in which the learning rate rises; up to a tenth of all."""
     clip: Positive = 1.0
     """Maximal norm of the gradient."""
     dropout: Rate = 0.0
@@ -75,7 +75,7 @@ class Args:
     """Probability of each target token that is spread over the vocabulary."""
     teacher_forcing: Share = 1.0
     """Probability, at the end, that the net reads the target's token, not its own; it falls from 1 with the steps."""
-    average_checkpoints: Count = 3
+    average_checkpoints: Count = 1
     """Checkpoints, of the last three, over which the parameters are averaged at the end."""
     eval_every: Count = 250
     """Steps between evaluations on the validation sentences."""
@@ -83,12 +83,12 @@ class Args:
     common: Shared = Common(save_every=100, compile=False)
 
 
-MULTI30K = {"vocabulary": 4000, "steps": 3000, "tokens": 2000, "shapes": 6, "rate": 2e-3, "warmup": 200}
+MULTI30K = {"vocabulary": 4000, "steps": 3000, "tokens": 2000, "shapes": 6, "learning_rate": 2e-3, "warmup": 200}
 LUONG = {"kind": "lstm", "attention": "general", "input_feeding": True, "vocabulary": 37_000, "shapes": 12}
 PRESETS = {
     "small": Args("small", **MULTI30K, dropout=0.3),
     "multi30k": Args("multi30k", **MULTI30K, dropout=0.5),
-    "luong": Args("luong", **LUONG, steps=100_000, tokens=5000, rate=1e-3, dropout=0.2),
+    "luong": Args("luong", **LUONG, steps=100_000, tokens=5000, learning_rate=1e-3, dropout=0.2),
 }
 
 
@@ -118,12 +118,13 @@ def net_of(args: Args, vocabulary: int) -> seq2seq.Config:
 
 
 def train(args: Args) -> None:
-    free = ("data", "steps", "tokens", "micro_batches", "shapes", "rate", "warmup", "clip", "eval_every")
+    free = ("data", "steps", "tokens", "micro_batches", "shapes", "learning_rate", "warmup", "clip", "eval_every")
     run = begin(RUNS, args, free=(*free, "average_checkpoints", "teacher_forcing"))
     task = runs.open_task(args, run, RUNS, functools.partial(net_of, args))
 
     init_key, run_key, order_key = random.split(random.key(args.common.seed), 3).unbind(0)
-    model, rate = seq2seq.spec(task.cfg), schedules.warmup_cosine(args.rate, args.warmup, args.steps)
+    model, warmup = seq2seq.spec(task.cfg), min(args.warmup, args.steps // 10)
+    rate = schedules.warmup_cosine(args.learning_rate, warmup, args.steps)
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(args.clip), optimizers.adam(rate))
     state = start(run_key.to(run.device), spec.init(init_key.to(run.device), model), model, optimizer)
     state = run.restore(state, task.config(), args.steps)

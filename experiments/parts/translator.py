@@ -98,7 +98,10 @@ def load(
     saved, count = run.folder / "checkpoints", average_checkpoints or run.config["args"].get("average_checkpoints")
     if count is None:
         raise ValueError(f"the configuration of '{run.folder}' does not fit: it has no average_checkpoints")
-    steps = [step for step in checkpoints.steps(saved) if step <= run.step][-count:]
+    every = run.config["args"].get("common", {}).get("save_every", 1)
+    # A stop saves one between the others, which the same run without a stop does not have.
+    regular = [step for step in checkpoints.steps(saved) if step == run.step or not step % every]
+    steps = [step for step in regular if step <= run.step][-count:]
     parts = [checkpoints.restore(saved, model, step, part="params") for step in steps]
     params = tree.map(lambda *leaves: torch.stack(leaves).mean(0), *parts)
     return Translator(tree.move(params, place), cfg, tokenizer)
@@ -279,7 +282,7 @@ def draw_maps(path: Path, weights: Tensor, rows: Sequence[str], columns: Sequenc
         for i, panel in enumerate(axes):
             layer, head = divmod(i, heads)
             names = rows if head == 0 else None, columns if layer == layers - 1 else None
-            title = f"layer {layer + 1}, head {head + 1}"
+            title = f"layer {layer + 1}, head {head + 1}" if layers * heads > 1 else "attention weights"
             plots.matrix(panel, weights[0, layer, head], *names, title=title, numbers=False)
             if head:
                 panel.set_yticks([])

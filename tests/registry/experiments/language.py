@@ -85,6 +85,30 @@ ROWS = [
         ),
     ),
     Experiment(
+        "seq2seq",
+        ("--data", "pairs", "--vocabulary", "300", "--tokens", "300", "--steps", "12", "--save-every", "6")
+        + ("--eval-every", "6", "--dropout", "0.2", "--teacher-forcing", "0.5"),
+        12,
+        pictures=("loss.png", "attention/cross.png"),
+        files=("samples.txt", "tokenizer.json"),
+        inputs=pairs,
+        baseline="copy_bleu",
+        refusals=(
+            (("--kind", "rnn"), "--kind"),
+            (("--attention", "luong"), "--attention"),
+            (("--input-feeding",), "input_feeding needs attention dot or general"),
+            (("--data", "nowhere"), "'nowhere' does not exist"),
+            (("--teacher-forcing", "1.5"), "--teacher-forcing is 1.5; expected a number in [0, 1]"),
+            (("--data", "pairs", "--vocabulary", "100"), "a vocabulary of 100 is too small: expected at least 260"),
+            (("--resume", "--name", "a", "--attention", "dot"), "with --attention dot: it was started with bahdanau"),
+        ),
+        commands=(
+            (("translate", "Der Bus", "--beam", "2", "--n-best", "2"), ()),
+            (("translate", "Der Bus", "--temperature", "1", "--checkpoint", "6"), ()),
+            (("evaluate", "--beam", "1"), ()),
+        ),
+    ),
+    Experiment(
         "playground",
         ("--lengths", "16", "32", "--rounds", "1", "--steps", "20", "--save-every", "10"),
         20,

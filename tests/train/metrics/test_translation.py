@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -56,3 +58,10 @@ def test_refusals():
         translation.scores(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="found 0 and 0"):
         translation.scores([], [])
+
+
+def test_word_perplexity_counts_words_punctuation_and_ends():
+    """Two sentences of 4 and 2 tokens, and an end each; of Chinese, characters."""
+    nats = 8 * math.log(10)
+    assert translation.word_perplexity(nats, ["Stop, you two", "Go!"]) == pytest.approx(10)
+    assert translation.word_perplexity(nats, ["你好吗", "去吧"], "zh-CN") == pytest.approx(math.exp(nats / 7))
