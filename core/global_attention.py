@@ -88,10 +88,9 @@ def attend(scores: Tensor, values: Tensor, mask: Tensor | None = None) -> tuple[
         raise ValueError(f"global_attention: scores and values of shapes {shapes} do not fit each other")
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape != values.shape[:2]:
-            found = f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise ValueError(
-                f"global_attention: expected a mask {tuple(values.shape[:2])} of torch.bool, found {found}"
-            )
+            kind = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            expected = f"expected a mask {tuple(values.shape[:2])} of torch.bool"
+            raise ValueError(f"global_attention: {expected}, found {kind}")
         mask = mask.unsqueeze(1)  # (batch, 1, time)
         # Not -inf: a row without any token would be NaN, and so would its gradient.
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)

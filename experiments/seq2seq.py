@@ -83,7 +83,7 @@ class Args:
     common: Shared = Common(save_every=100, compile=False)
 
 
-MULTI30K = {"vocabulary": 4000, "steps": 3000, "tokens": 2000, "shapes": 6, "learning_rate": 2e-3, "warmup": 200}
+MULTI30K = {"vocabulary": 4000, "steps": 3600, "tokens": 2000, "shapes": 6, "learning_rate": 2e-3, "warmup": 200}
 LUONG = {"kind": "lstm", "attention": "general", "input_feeding": True, "vocabulary": 37_000, "shapes": 12}
 PRESETS = {
     "small": Args("small", **MULTI30K, dropout=0.3),
@@ -93,7 +93,7 @@ PRESETS = {
 
 
 def loss(params, batch, keys, cfg: seq2seq.Config, smoothing: float):
-    """Of a batch (source, target), or (source, target, rates of teacher forcing, one per example)."""
+    """Divergence of a batch (source, target), perhaps with a rate of teacher forcing per example."""
     source, target, *rates = batch
     inputs, labels, forced = target[:, :-1], target[:, 1:], None
     dropout_keys, forcing_keys = random.sites(keys, 2).unbind(0)  # each (examples, 2)

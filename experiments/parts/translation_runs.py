@@ -64,7 +64,7 @@ class EvaluateArgs(Decoder, FromRun):
 
 
 class Task(NamedTuple):
-    """What a run learns from: sentences, their tokens, the shapes of batches, the first test set; the net's sizes."""
+    """Sentences and tokens of a run, the shapes of its batches, the name of its first test set, its net."""
 
     data: pair_sets.ParallelSet
     tokenizer: SentenceTokenizer

@@ -79,8 +79,8 @@ class Config:
             widths = f"the decoder's width {self.width} and the annotations' {self.annotation_width}"
             raise ValueError(f"seq2seq: attention 'dot' needs equal widths, found {widths}")
         if self.input_feeding and not (self.attention in ("dot", "general") and self.readout == "tanh"):
-            found = f"attention '{self.attention}' and readout '{self.readout}'"
-            raise ValueError(f"seq2seq: input_feeding needs attention dot or general and readout tanh, found {found}")
+            parts = f"attention '{self.attention}' and readout '{self.readout}'"
+            raise ValueError(f"seq2seq: input_feeding needs attention dot or general and readout tanh, found {parts}")
 
     @property
     def annotation_width(self) -> int:

@@ -57,7 +57,7 @@ def test_translation_with_beams_and_pictures(here, capsys):
 
 
 def test_rate_of_teacher_forcing_falls():
-    """Of the arguments, in equal steps; at a rate of 0 the loss is that of a net that reads its own tokens alone."""
+    """In equal steps; at a rate of 0 the loss is that of a net that reads its own tokens alone."""
     args, (source, target) = script.Args(teacher_forcing=0.2, steps=100), torch.randint(3, 9, (2, 4, 7)).unbind(0)
     assert len(script.batch_of(source, target, 50, script.Args())) == 2
     rates = [script.batch_of(source, target, at, args)[2] for at in (0, 50, 100)]
