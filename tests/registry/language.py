@@ -2,8 +2,12 @@
 
 from dataclasses import replace
 
-from nets.language import bert, distilbert, gpt2, roberta, seq2seq, transformer
-from tests.registry.face import both, net, published, tokens
+from torch import Tensor
+
+from core import random
+from core.tree import Tree
+from nets.language import bert, distilbert, gpt2, rnn, roberta, seq2seq, transformer
+from tests.registry.face import Net, both, net, published, register, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
 net("gpt2", gpt2, gpt2.Config(**GPT, dropout=0.2), tokens(31, 10), draws=True)
@@ -23,6 +27,33 @@ published(
         "nanogpt-gpu": 10_745_088,
     },
 )
+
+RNN = {"vocabulary": 13, "embedding": 6, "width": 5, "layers": 2}
+IDS = tokens(13, 7)
+net("rnn", rnn, rnn.Config(**RNN, dropout=0.2), IDS, draws=True)
+net("rnn, tanh", rnn, rnn.Config(**RNN, dropout=0.0, kind="rnn"), IDS)
+net("rnn, gru", rnn, rnn.Config(**RNN, dropout=0.3, variational=True, kind="gru"), IDS, draws=True)
+net("rnn, layer norm", rnn, rnn.Config(**RNN, dropout=0.0, kind="layer_norm_lstm"), IDS)
+net("rnn, one-hot", rnn, rnn.Config(**RNN | {"embedding": None}, dropout=0.2), IDS, draws=True)
+
+
+def carried(cfg: rnn.Config) -> Net:
+    """Goes on from a state, over rows of different lengths."""
+
+    def batch(key: Tensor, n: int) -> dict:
+        keys = random.split(key, 3).unbind(0)
+        state = [{part: 0.5 * random.normal(k, (n, cfg.width)) for part in ("c", "h")} for k in keys[: cfg.layers]]
+        return {"lengths": random.randint(keys[2], (n,), 1, 8), "state": state, "tokens": IDS(key, n)}
+
+    def apply(params: Tree, x: dict, key: Tensor | None, train: bool) -> Tree:
+        return rnn.apply(params, x["tokens"], cfg, state=x["state"], lengths=x["lengths"], key=key, train=train)
+
+    return Net("rnn, carried and ragged", rnn.spec(cfg), apply, batch)
+
+
+register(carried(rnn.Config(**RNN | {"embedding": 5}, dropout=0.0, tied=True)))
+# char-rnn's own script prints its number of parameters for tiny Shakespeare's 65 characters.
+published(rnn, {"char-rnn": 240_321})
 
 # Token 0 is padding, here also between others.
 SENTENCES = {"source_vocabulary": 13, "target_vocabulary": 13, "heads": 2, "width": 8, "hidden": 12, "context": 9}
