@@ -40,13 +40,14 @@ CASES = [
     ("private --data mnist --batch 8 --physical-batch 8 --steps 1 --rounds 1", "functree / opacus, ghost clipping"),
     ("random_bits --rounds 1", "dropout / F.dropout"),
     ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
+    ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("train_step --batch 1 --rounds 1", "functree, donated / jax + optax, jit"),
     ("translation_step --preset tiny --tokens 50 --vocabulary 20 --rounds 1", "functree / torch.nn.Transformer"),
     ("vae_step --epochs 1 --images 128", "time without"),
     ("watch_gradients --preset tiny --batch 2 --rounds 1", "watched step / plain step"),
 ]
-HELPERS = {"memory", "module_gpt", "timing", "torchvision_operators"}
+HELPERS = {"memory", "module_gpt", "module_rnn", "timing", "torchvision_operators"}
 
 
 def test_every_benchmark_is_here():
