@@ -236,15 +236,8 @@ def sample(args: SampleArgs) -> None:
         params, cfg = gpt2.from_pretrained(args.weights)
         tokenizer = language_model.published_tokenizer(args.weights)
     language_model.check_vocabulary(tokenizer, cfg)
-    end = None if args.end is None else tokenizer.encode(args.end)
-    if end is not None and len(end) != 1:
-        raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-    options |= {"end": end and end[0], "key": random.split(random.key(args.seed, device), args.count)}
-    show = functools.partial(print, end="", flush=True)
     params = tree.move(params, device)
-    texts = language_model.write(gpt2, params, cfg, tokenizer, args.prompt, args.max_new_tokens, show, **options)
-    print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))
+    language_model.write_samples(gpt2, params, cfg, tokenizer, args)
 
 
 def evaluate(args: EvaluateArgs) -> None:

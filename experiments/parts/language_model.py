@@ -1,12 +1,13 @@
 """Parts of the experiments with language models: published tokenizers, and texts that go on from a prompt."""
 
+import functools
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core import tree
+from core import random, tree
 from core.tree import Tree
 from nets import weights
 from train.data.text import tokenizers
@@ -63,3 +64,18 @@ def write(
             show(written[shown:])
             shown = len(written)
     return [tokenizer.decode(row) for row in rows]
+
+
+def write_samples(net: ModuleType, params: Tree, cfg, tokenizer, args) -> None:
+    """Print what `net` writes after a prompt, the first text while it is written; the flags are those of `sample`."""
+    end = None if args.end is None else tokenizer.encode(args.end)
+    if end is not None and len(end) != 1:
+        raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    options |= {
+        "end": end and end[0],
+        "key": random.split(random.key(args.seed, tree.leaves(params)[0].device), args.count),
+    }
+    show = functools.partial(print, end="", flush=True)
+    texts = write(net, params, cfg, tokenizer, args.prompt, args.max_new_tokens, show, **options)
+    print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))

@@ -44,6 +44,27 @@ ROWS = [
         ),
     ),
     Experiment(
+        "char_rnn",
+        ("--text", "text.txt", "--batch", "2", "--window", "16", "--width", "16", "--steps", "20")
+        + ("--eval-every", "4", "--save-every", "8", "--dropout", "0.1"),
+        20,
+        pictures=("loss.png", "cells.png"),
+        files=("cells.html", "sample.txt", "tokenizer.json"),
+        inputs=text,
+        baseline="unigram_entropy",
+        refusals=(
+            (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
+            (("--text", "text.txt", "--window", "2000"), "expected at least"),
+            (("--text", "text.txt", "--tokenizer", "words", "--vocabulary", "3"), "a vocabulary of 3 is too small"),
+            (("--resume", "--name", "a", "--batch", "4"), "with --batch 4: it was started with 2"),
+        ),
+        commands=(
+            (("sample", "--max-new-tokens", "5", "--count", "2"), ()),
+            (("sample", "--max-new-tokens", "5", "--checkpoint", "best"), ()),
+            (("evaluate", "--text", "text.txt"), ()),
+        ),
+    ),
+    Experiment(
         "noise_scale",
         ("--text", "text.txt", "--batch", "4", "--steps", "12", "--save-every", "6"),
         12,

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -57,9 +57,10 @@ class Text(NamedTuple):
 
 def open_text(
     path: "str | os.PathLike | None",
-    tokenizer: "Tokenizer | None",
+    tokenizer: "Tokenizer | Callable[[Iterable[str]], Tokenizer] | None",
     cache: "str | os.PathLike",
     progress: bool = True,
+    lossy: bool = False,
 ) -> Text:
     """The tokens of a file, plain or gzipped, of all text files below a folder in sorted order, of a stream such as
     /dev/stdin, of a text of `sets.TEXTS` by its name, or of the embedded text if `path` is None.
@@ -67,15 +68,16 @@ def open_text(
     Between two files of a folder comes the end-of-text token, or a blank line if the tokenizer has none.
 
     Args:
-        tokenizer: None for the characters of the text itself.
+        tokenizer: None for the characters of the text itself; or a function that learns one from the texts.
         cache: folder in which byte pairs are stored, under a name made from the fingerprints of text and tokenizer, so
             that the next run only maps them. Of a stream or the embedded text nothing is stored.
+        lossy: accept a tokenizer that does not reproduce every text, such as one of words; one that is learned may.
 
     Raises DataError: there is no text, it cannot be downloaded, it is not UTF-8, or the tokenizer cannot reproduce it.
     """
     from train.data.text.tokenizers import CharTokenizer, loss_of
 
-    problem = loss_of(tokenizer)
+    problem = None if lossy or callable(tokenizer) else loss_of(tokenizer)
     if problem:
         raise DataError(f"the tokenizer does not reproduce text: {problem}; expected byte-level byte pairs")
     if path is None:
@@ -93,6 +95,8 @@ def open_text(
     if files.characters < 2:
         raise DataError(f"{path} has {files.characters} characters, expected at least 2")
     about = (name, files.characters, files.paths, files.skipped)
+    if callable(tokenizer):
+        tokenizer = tokenizer(read_text(file) for file in files.paths)
     if tokenizer is None or isinstance(tokenizer, CharTokenizer):
         text = separator(tokenizer).join(read_text(file) for file in files.paths)
         return Text(*_in_memory(text, tokenizer, "")[:2], *about)
@@ -109,10 +113,11 @@ def open_text(
     return Text(tokens, tokenizer, *about)
 
 
-def _in_memory(text: str, tokenizer: "Tokenizer | None", name: str) -> Text:
+def _in_memory(text: str, tokenizer: "Tokenizer | Callable | None", name: str) -> Text:
     from train.data.text.tokenizers import CharTokenizer
 
     tokenizer = CharTokenizer.from_text(text) if tokenizer is None else tokenizer
+    tokenizer = tokenizer([text]) if callable(tokenizer) else tokenizer
     return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), tokenizer, name, len(text))
 
 
