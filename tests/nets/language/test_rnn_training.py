@@ -10,7 +10,6 @@ from core import random, spec, tree
 from nets.language import rnn
 from tests.benchmarks.module_rnn import LAYERS, module_of, module_step
 from train import optimizers
-from train.carry import reset
 from train.data.text import text
 from train.losses import cross_entropy
 from train.step import make_step, start
@@ -59,14 +58,6 @@ def test_losses_equal_those_of_modules(kind):
     compare(cfg, tokens, 5.0, 5, 7, 40, torch.float64, 1e-12, compile=False)
 
 
-def test_state_begins_anew_where_a_pass_does():
-    cfg = rnn.Config(vocabulary=29, embedding=12, width=12, dropout=0.0)
-    state = tree.map(lambda x: x + 1, rnn.empty_state(cfg, 3))
-    after = reset(state, torch.tensor([True, False, True]))
-    for x in tree.leaves(after):
-        assert x.sum(1).tolist() == [0.0, 12.0, 0.0]
-
-
 def words(path):
     """Ids of the words of a file in order of appearance, with one for the end of each line."""
     lines = (line.split() + ["<eos>"] for line in path.read_text(encoding="utf-8").splitlines())
@@ -75,11 +66,19 @@ def words(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("FUNCTREE_DATA" not in os.environ, reason="needs FUNCTREE_DATA with lm_wikitext2_valid_test")
-def test_losses_on_wikitext_equal_those_of_modules():
+@pytest.mark.skipif("FUNCTREE_DATA" not in os.environ, reason="FUNCTREE_DATA does not name the folder of data sets")
+@pytest.mark.parametrize(
+    ("rate", "steps", "dtype", "tolerance"), [(1.0, 200, torch.float32, 1e-5), (20.0, 40, torch.float64, 1e-9)]
+)
+def test_losses_on_wikitext_equal_those_of_modules(rate, steps, dtype, tolerance):
+    """Two tied LSTM layers of 200; compiled in single precision.
+
+    At the published rate of 20 the loss jumps at first (9.9, 9.6, 8.4, 17.5, 9.0 ...) and rounding errors grow about
+    400 times in 20 steps: torch.nn in single precision is off by 1e-3 from itself in double precision after 3 steps.
+    """
     path = Path(os.environ["FUNCTREE_DATA"]) / "lm_wikitext2_valid_test" / "wiki.valid.raw"
     if not path.exists():
         pytest.skip(f"{path} is not there")
     tokens, vocabulary = words(path)
     cfg = rnn.Config(vocabulary, tied=True, dropout=0.0)
-    compare(cfg, tokens, 20.0, 20, 35, 200, torch.float32, 1e-5, donate=True)
+    compare(cfg, tokens, rate, 20, 35, steps, dtype, tolerance, compile=dtype == torch.float32, donate=True)
