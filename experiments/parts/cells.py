@@ -1,4 +1,4 @@
-"""What the cells of a recurrent language model do along a text: the cell that goes with each of a few features.
+"""Cells of a recurrent language model along a text: the cell that goes with each of a few features.
 
 Karpathy et al. 2015, "Visualizing and understanding recurrent networks" (arXiv:1506.02078), section 4.2, looked for
 such cells by hand. Here the cell is the one whose value correlates most with the feature.
@@ -17,7 +17,7 @@ from train.data.text.tokenizers import CharTokenizer
 from train.plots import coloured_text
 from train.plots.coloured_text import Passage
 
-MOST = 20_000
+MOST = 40_000
 """Tokens that are looked at."""
 SHOWN, ON_PAGE = 320, 1500
 """Letters of a passage in the picture, and on the page."""
@@ -79,27 +79,30 @@ def correlations(cells: Tensor, feature: Tensor) -> Tensor:
 def draw(folder: Path, params: Tree, cfg: rnn.Config, tokenizer, tokens) -> list[str]:
     """Write cells.png and cells.html, and return a line for each feature.
 
-    The cell is found on the first half of `tokens`, its correlation is that on the second half, which is drawn. A
-    feature that the text does not have is left out.
+    The cell is found on the first half of `tokens`, its correlation is that on the second half, which is drawn; the
+    strongest comes first. A cell that falls where the feature rises is turned over. A feature that the text does not
+    have is left out.
     """
     device = params["head"]["bias"].device
     ids = tokens[torch.arange(min(MOST, len(tokens)))].long().to(device)
     pieces, half = pieces_of(tokenizer, ids.tolist()), len(ids) // 2
     cells = cells_along(params, cfg, ids).cpu()  # (time, cells)
     last = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1  # (time,): of each token's last character
-    lines, small, large = [], [], []
+    rows = []
     for name, of_characters in features("".join(pieces)).items():
         feature = of_characters[last.clamp(min=0)]  # (time,)
-        found, judged = (correlations(cells[part], feature[part]) for part in (slice(half), slice(half, None)))
-        if not (found.any() and judged.any()):
-            continue
-        best = int(found.abs().argmax())
-        layer, number = divmod(best, cfg.width)
-        title = f"{name}: cell {number} of layer {layer + 1}, correlation {float(judged[best]):.2f}"
-        lines.append(title)
+        of_first, of_second = (correlations(cells[part], feature[part]) for part in (slice(half), slice(half, None)))
+        if of_first.any() and of_second.any():
+            best = int(of_first.abs().argmax())
+            sign = of_first[best].sign()
+            rows.append((float(sign * of_second[best]), name, best, feature, sign))
+    lines, small, large = [], [], []
+    for correlation, name, best, feature, sign in sorted(rows, key=lambda row: -row[0]):
+        cell = f"cell {best % cfg.width} of layer {best // cfg.width + 1}{' turned over' if sign < 0 else ''}"
+        lines.append(f"{name}: {cell}, correlation {correlation:.2f}")
         for passages, letters in ((small, SHOWN), (large, ON_PAGE)):
             part = _passage(pieces, feature, half, letters)
-            passages.append(Passage(title, pieces[part], cells[part, best] * torch.sign(found[best])))
+            passages.append(Passage(lines[-1], pieces[part], sign * cells[part, best]))
     if lines:
         coloured_text.picture(folder / "cells.png", small)
         coloured_text.page(folder / "cells.html", large, "Cells of a recurrent net along a text")
@@ -107,16 +110,14 @@ def draw(folder: Path, params: Tree, cfg: rnn.Config, tokenizer, tokens) -> list
 
 
 def _passage(pieces: list[str], feature: Tensor, first: int, letters: int) -> slice:
-    """Tokens from `first` on, of about so many letters from the start of a line, where the feature varies most."""
-    text, ends = "", []
-    for piece in pieces[first:]:
-        text += piece
-        ends.append(len(text))
-    ends = torch.tensor(ends)
-    starts = [match.end() for match in re.finditer(r"\n", text) if match.end() + letters <= len(text)] or [0]
+    """Tokens from `first` on, whole lines of up to `letters` letters where the feature varies most."""
+    ends = torch.tensor([0] + [len(piece) for piece in pieces[first:]]).cumsum(0)  # (tokens + 1,)
+    text = "".join(pieces[first:])
     best, most = slice(first, None), -1.0
-    for start in starts:
-        a, b = (int(torch.searchsorted(ends, at, right=True)) for at in (start, start + letters))
+    for line in re.finditer(r"(?<=\n)[^\n]", text[: max(0, len(text) - letters)]):
+        stop = text.rfind("\n", line.start(), line.start() + letters)
+        stop = len(text[:stop].rstrip()) if stop > line.start() + letters // 2 else line.start() + letters
+        a, b = (int(torch.searchsorted(ends, at)) for at in (line.start(), stop))
         spread = float(feature[first + a : first + b].std(correction=0)) if b > a else -1.0
         if spread > most:
             best, most = slice(first + a, first + b), spread

@@ -138,7 +138,7 @@ def test_features_of_a_text():
 
 
 def test_the_cell_that_counts_is_found(tmp_path, monkeypatch):
-    """Of 40 cells of noise, one follows the line, upside down."""
+    """One of 40 cells of noise follows the line, upside down."""
     source = "".join(f"{'x' * (n % 37)} (the end of it)\n" for n in range(60))
     characters = tokenizers.CharTokenizer.from_text(source)
     ids = torch.tensor(characters.encode(source))
@@ -149,11 +149,11 @@ def test_the_cell_that_counts_is_found(tmp_path, monkeypatch):
     runs.undrawn(monkeypatch)
     params = {"head": {"bias": torch.zeros(1)}}
     lines = cells.draw(tmp_path, params, rnn.Config(width=20, layers=2), characters, ids)
-    (found,) = (line for line in lines if line.startswith("position in the line"))
-    assert re.fullmatch(r"position in the line: cell 7 of layer 1, correlation -0\.9\d", found)
+    (shown,) = (line for line in lines if line.startswith("position in the line"))
+    assert re.fullmatch(r"position in the line: cell 7 of layer 1 turned over, correlation 0\.9\d", shown)
     assert not any(line.startswith("inside quotes") for line in lines)  # there are none
     page = (tmp_path / "cells.html").read_text(encoding="utf-8")
-    assert found in page and (tmp_path / "cells.png").exists()
+    assert shown in page and (tmp_path / "cells.png").exists()
 
 
 @pytest.mark.parametrize("kind", rnn.SPECS)

@@ -33,7 +33,7 @@ def colours(values: Any) -> np.ndarray:
     return np.rint(255 + np.abs(x) * (ends - 255)).astype(np.uint8)
 
 
-def picture(path: str | os.PathLike, passages: Sequence[Passage], columns: int = 96) -> None:
+def picture(path: str | os.PathLike, passages: Sequence[Passage], columns: int = 88) -> None:
     """The passages below each other, in lines as in the text; a line longer than `columns` is broken."""
     laid = [_lines(passage, columns) for passage in passages]
     rows = sum(len(lines) + 2 for lines in laid)

@@ -261,3 +261,25 @@ def test_tokens_of_keeps_byte_pairs_on_disk(tmp_path):
     assert first[everything].tolist() == again[everything].tolist() == pairs.encode(path.read_text())
     characters, by_characters = token_files.tokens_of(path, None, tmp_path / "cache")
     assert by_characters.decode(characters) == path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_tokenizer_learned_from_the_texts(kind, tmp_path):
+    """Words with an <unk>, which a tokenizer given from outside may have with `lossy` alone."""
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"some words and some words, {name}\n" * 9, encoding="utf-8")
+    path = tmp_path / "texts" / ("a.txt" if kind == "file" else "")
+
+    def learn(texts):
+        return tokenizers.train_sentences(texts, 9, words=True)
+
+    def ids(data):
+        return data.tokens[torch.arange(len(data.tokens))].long()
+
+    data = open_text(path, learn, cache=tmp_path)
+    assert data.tokenizer.vocabulary_size == 9 and data.tokenizer.decode(ids(data)[:2]) == "some words"
+    assert (ids(data) == tokenizers.UNK).any()
+    with pytest.raises(DataError, match="does not reproduce text: .*<unk>"):
+        open_text(path, data.tokenizer, cache=tmp_path)
+    assert torch.equal(ids(open_text(path, data.tokenizer, cache=tmp_path, lossy=True)), ids(data))
