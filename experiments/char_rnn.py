@@ -29,7 +29,6 @@ from train.carry import reset
 from train.data.fingerprint import fingerprint
 from train.data.text import text, tokenizers
 from train.data.understood import understood
-from train.losses import cross_entropy
 from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
 from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared
@@ -64,6 +63,9 @@ class Args:
     """One dropout mask for all steps of a window, not one per step."""
     tied: bool = False
     """The matrix of the logits is that of the tokens' vectors."""
+    cutoffs: tuple[Count, ...] = ()
+    """Adaptive softmax for --tokenizer words, whose tokens are in order of frequency: the first token of each cluster
+    of rarer ones, such as 2000 10000."""
     steps: Count = 1000
     """Training steps; the learning rate falls to nearly 0 over all of them."""
     batch: Count = 32
@@ -118,8 +120,8 @@ def losses(params, inputs, keys, cfg: rnn.Config, fresh: float):
     (tokens, targets, begins), carry = inputs
     reset_keys, keys = random.split(keys).unbind(-2)  # each (lanes, 2)
     begins = begins | random.bernoulli(reset_keys, fresh)
-    logits, carry = rnn.apply(params, tokens, cfg, state=reset(carry, begins), key=keys, train=True)
-    return cross_entropy(logits, targets, reduction="none").mean(1), {}, carry
+    h, carry = rnn.features(params, tokens, cfg, state=reset(carry, begins), key=keys, train=True)
+    return rnn.cross_entropy(params, h, targets).mean(1), {}, carry
 
 
 @torch.no_grad()
@@ -131,8 +133,8 @@ def validate(params, cfg: rnn.Config, tokens, window: int, limit: int | None = N
     total, count, device = 0.0, 0, tree.leaves(params)[0].device
     every = max(1, len(tokens) // (EVALUATED * window * limit)) if limit else 1
     for inputs, targets in itertools.islice(text.windows(tokens, window, EVALUATED), 0, None, every):
-        logits, _ = rnn.apply(params, inputs.to(device), cfg)
-        total += float(cross_entropy(logits, targets.to(device), reduction="sum"))
+        h, _ = rnn.features(params, inputs.to(device), cfg)
+        total += float(rnn.cross_entropy(params, h, targets.to(device)).sum())
         count += targets.numel()
     return total / count
 
@@ -144,8 +146,8 @@ def validate_carried(params, cfg: rnn.Config, tokens, window: int) -> float:
     lanes = max(1, min(EVALUATED, len(tokens) // (8 * window)))
     for i in range(text.lane_steps(tokens, lanes, window)):
         inputs, targets, _ = tree.move(text.lane_batch(tokens, i, lanes, window), device)
-        logits, state = rnn.apply(params, inputs, cfg, state=state)
-        total += float(cross_entropy(logits, targets, reduction="sum"))
+        h, state = rnn.features(params, inputs, cfg, state=state)
+        total += float(rnn.cross_entropy(params, h, targets).sum())
         count += targets.numel()
     return total / count
 
@@ -161,7 +163,7 @@ def model_and_data(args: Args, folder: Path | None) -> tuple[rnn.Config, text.Te
         tokenizer = tokenizers.load(args.tokenizer)
     data = text.open_text(args.text, tokenizer, cache=RUNS / "tokens", lossy=args.tokenizer == "words")
     kind, vocabulary = args.net.replace("-", "_"), data.tokenizer.vocabulary_size
-    options = {"dropout": args.dropout, "variational": args.variational, "tied": args.tied}
+    options = {name: getattr(args, name) for name in ("dropout", "variational", "tied", "cutoffs")}
     return rnn.Config(vocabulary, args.width, args.width, args.layers, kind, **options), data
 
 

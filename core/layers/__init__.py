@@ -1,6 +1,7 @@
 """Layers: pairs of a spec and a pure function, `linear_spec(d_in, d_out)` and `linear(p, x)`."""
 
 from core.layers.activations import ACTIVATIONS, activation, geglu, prelu, prelu_spec, swiglu
+from core.layers.adaptive_softmax import adaptive_cross_entropy, adaptive_log_softmax, adaptive_softmax_spec
 from core.layers.convolution import conv, conv_spec, conv_transpose
 from core.layers.dropout import dropout, dropout_channels, dropout_sites, stochastic_depth
 from core.layers.embedding import embedding, embedding_spec
@@ -43,7 +44,10 @@ __all__ = [
     "ACTIVATIONS",
     "activation",
     "adaptive_average_pool",
+    "adaptive_cross_entropy",
+    "adaptive_log_softmax",
     "adaptive_max_pool",
+    "adaptive_softmax_spec",
     "average_pool",
     "batch_norm",
     "batch_norm_spec",

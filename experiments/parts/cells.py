@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core import tree
 from core.tree import Tree
 from nets.language import rnn
 from train.data.text.tokenizers import CharTokenizer
@@ -83,7 +84,7 @@ def draw(folder: Path, params: Tree, cfg: rnn.Config, tokenizer, tokens) -> list
     strongest comes first. A cell that falls where the feature rises is turned over. A feature that the text does not
     have is left out.
     """
-    device = params["head"]["bias"].device
+    device = tree.leaves(params)[0].device
     ids = tokens[torch.arange(min(MOST, len(tokens)))].long().to(device)
     pieces, half = pieces_of(tokenizer, ids.tolist()), len(ids) // 2
     cells = cells_along(params, cfg, ids).cpu()  # (time, cells)

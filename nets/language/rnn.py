@@ -5,8 +5,9 @@ in the form of pytorch/examples' word_language_model, or of char-rnn (Karpathy 2
 
     x_t = tokens[id_t];   h_t, state_t = layers(x_t, state_{t-1});   logits_t = W h_t + b
 
-`tied`: W is the embedding (Press & Wolf 2017, arXiv:1608.05859; Inan et al. 2017, arXiv:1611.01462). A text of any
-length is read and written in pieces, each from the state after the one before.
+`tied`: W is the embedding (Press & Wolf 2017, arXiv:1608.05859; Inan et al. 2017, arXiv:1611.01462). `cutoffs`: an
+adaptive softmax in place of W. A text of any length is read and written in pieces, each from the state after the one
+before.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 
 from core import initializers, random, tree
-from core.layers import dropout_sites, embedding, embedding_spec, linear, linear_spec, recurrent, recurrent_spec
+from core.layers import (
+    adaptive_cross_entropy,
+    adaptive_log_softmax,
+    adaptive_softmax_spec,
+    dropout_sites,
+    embedding,
+    embedding_spec,
+    linear,
+    linear_spec,
+    recurrent,
+    recurrent_spec,
+)
 from core.layers import empty_state as empty_layers
 from core.layers.checks import check_tensor
 from core.layers.recurrent import SPECS
@@ -45,6 +57,8 @@ class Config:
     layer hands to itself is not dropped."""
     tied: bool = False
     """The matrix of the logits is the embedding."""
+    cutoffs: tuple[int, ...] = ()
+    """Adaptive softmax, for tokens in order of frequency: first token of each cluster of rarer ones."""
 
     def __post_init__(self):
         for name in ("vocabulary", "embedding", "width", "layers"):
@@ -57,6 +71,10 @@ class Config:
             raise ValueError(f"rnn: dropout {self.dropout} is outside [0, 1)")
         if self.tied and self.embedding != self.width:
             raise ValueError(f"rnn: tied needs embedding = width, found {self.embedding} and {self.width}")
+        if self.tied and self.cutoffs:
+            raise ValueError(
+                "rnn: tied and cutoffs exclude each other; an adaptive softmax has no matrix of all tokens"
+            )
 
 
 MEDIUM, LARGE = {"embedding": 650, "width": 650, "dropout": 0.5}, {"embedding": 1500, "width": 1500, "dropout": 0.65}
@@ -75,6 +93,8 @@ PRESETS = {
 def spec(cfg: Config) -> dict:
     """U(-0.1, 0.1) for the embedding and the matrix of the logits, whose bias is 0; layers as in `core.layers`."""
     head = linear_spec(cfg.width, cfg.vocabulary, init=UNIFORM, axes=("vocabulary", "in"))
+    if cfg.cutoffs:
+        head = adaptive_softmax_spec(cfg.width, cfg.vocabulary, cfg.cutoffs)
     d_in = cfg.vocabulary if cfg.embedding is None else cfg.embedding
     parts = {
         "head": {"bias": head["bias"]} if cfg.tied else head,
@@ -90,7 +110,7 @@ def embed(params: dict, tokens: Tensor, cfg: Config) -> Tensor:
     if cfg.embedding is not None:
         return embedding(params["tokens"], tokens)
     one_hot = tokens[..., None] == torch.arange(cfg.vocabulary, device=tokens.device)  # (..., vocabulary)
-    return one_hot.to(params["head"]["weight"].dtype)
+    return one_hot.to(params["layers"][0]["hh"]["weight"].dtype)
 
 
 def features(
@@ -133,9 +153,22 @@ def features(
 
 
 def logits(params: dict, x: Tensor) -> Tensor:
-    """Logits of the next token: hidden states (..., width) -> (..., vocabulary)."""
+    """Logits of the next token: hidden states (..., width) -> (..., vocabulary); log-probabilities with cutoffs."""
     head = params["head"]
+    if "tails" in head:
+        return adaptive_log_softmax(head, x)
     return linear(head if "weight" in head else {**head, "weight": params["tokens"]["weight"]}, x)
+
+
+def cross_entropy(params: dict, x: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of hidden states, in nats: (..., width), integers (...) -> (...).
+
+    That of the logits; with cutoffs faster, as only the targets' log-probabilities are computed.
+    """
+    if "tails" in params["head"]:
+        return adaptive_cross_entropy(params["head"], x, targets)
+    log_p = torch.log_softmax(logits(params, x), -1)  # (..., vocabulary)
+    return -log_p.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def apply(
@@ -256,10 +289,11 @@ def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, **options) -
 def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> those of the RNNModel of pytorch/examples, whose layers are torch.nn's.
 
-    Raises WeightsError: a layer that torch.nn does not have.
+    Raises WeightsError: a part that this model does not have.
     """
-    if cfg.kind == "layer_norm_lstm":
-        raise WeightsError("rnn weights: torch.nn has no layer_norm_lstm; expected rnn, gru or lstm")
+    if cfg.kind == "layer_norm_lstm" or cfg.cutoffs:
+        part = "an adaptive softmax" if cfg.cutoffs else cfg.kind
+        raise WeightsError(f"rnn weights: that model has no {part}; expected rnn, gru or lstm, without cutoffs")
     table = {"head.bias": Rename("decoder.bias")}
     table |= {} if cfg.tied else {"head.weight": Rename("decoder.weight")}
     table |= {} if cfg.embedding is None else {"tokens.weight": Rename("encoder.weight")}

@@ -97,12 +97,26 @@ def test_lanes_go_on_from_their_states_or_begin_anew(fresh):
 
 
 def test_words(here, capsys):
-    flags = ("--tokenizer", "words", "--vocabulary", "19", "--net", "gru", "--tied", "--window", "4", "--width", "8")
+    flags = (
+        "--tokenizer",
+        "words",
+        "--vocabulary",
+        "19",
+        "--net",
+        "gru",
+        "--cutoffs",
+        "8",
+        "14",
+        "--window",
+        "4",
+        "--width",
+        "8",
+    )
     assert call(*QUICK, *flags, "--steps", "3", "--name", "words") == 0
     assert "tokenizer          words\nvocabulary         19\n" in capsys.readouterr().out
     run = here / "runs/char_rnn/words"
     net = config(run)["net"]
-    assert (net["vocabulary"], net["kind"], net["tied"]) == (19, "gru", True)
+    assert (net["vocabulary"], net["kind"], net["cutoffs"]) == (19, "gru", [8, 14])
     assert call("sample", "--run", run, "--prompt", "quick zebra brown", "--max-new-tokens", "20") == 0
     out = capsys.readouterr().out
     assert out.startswith("quick <unk> brown")

@@ -35,6 +35,7 @@ net("rnn, tanh", rnn, rnn.Config(**RNN, dropout=0.0, kind="rnn"), IDS)
 net("rnn, gru", rnn, rnn.Config(**RNN, dropout=0.3, variational=True, kind="gru"), IDS, draws=True)
 net("rnn, layer norm", rnn, rnn.Config(**RNN, dropout=0.0, kind="layer_norm_lstm"), IDS)
 net("rnn, one-hot", rnn, rnn.Config(**RNN | {"embedding": None}, dropout=0.2), IDS, draws=True)
+net("rnn, adaptive", rnn, rnn.Config(**RNN | {"width": 16}, dropout=0.0, cutoffs=(4, 8)), IDS)
 
 
 def carried(cfg: rnn.Config) -> Net:

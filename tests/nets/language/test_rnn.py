@@ -99,7 +99,7 @@ def test_state_dict_that_does_not_fit_is_named():
         rnn.published_config({"decoder.weight": state["decoder.weight"]})
     with pytest.raises(WeightsError, match="has shape .*expected 1, 3 or 4 gates"):
         rnn.published_config(state | {"rnn.weight_hh_l0": torch.zeros(24, 12)})
-    with pytest.raises(WeightsError, match="no layer_norm_lstm"):
+    with pytest.raises(WeightsError, match="no layer_norm_lstm; expected rnn, gru or lstm"):
         rnn.rename_table(rnn.Config(kind="layer_norm_lstm"))
 
 
@@ -133,6 +133,19 @@ def test_one_hot_is_a_table_without_a_matrix():
     expected = rnn.apply(embedded, tokens, other)
     for a, b in zip(tree.leaves(rnn.apply(params, tokens, cfg)), tree.leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cutoffs", [(), (4, 8)])
+def test_cross_entropy_is_that_of_the_logits(cutoffs):
+    cfg = rnn.Config(**SIZES | {"width": 16}, dropout=0.0, cutoffs=cutoffs)
+    params = spec.init(random.key(5), rnn.spec(cfg), torch.float64)
+    tokens, targets = ids(3, 7), ids(3, 7, seed=3)
+    h, _ = rnn.features(params, tokens, cfg)
+    logits, _ = rnn.apply(params, tokens, cfg)
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(rnn.cross_entropy(params, h, targets), expected, rtol=1e-12, atol=1e-12)
+    # Log-probabilities of all tokens serve as logits.
+    assert rnn.generate(params, tokens, cfg, 5, key=random.key(4), top_k=5).shape == (3, 5)
 
 
 # --- states and lengths
@@ -254,6 +267,7 @@ def test_repetition_is_penalised():
         ({"kind": "lstmm"}, "kind 'lstmm' is unknown; expected one of gru, layer_norm_lstm, lstm, rnn"),
         ({"tied": True, "width": 7}, "tied needs embedding = width, found 12 and 7"),
         ({"tied": True, "embedding": None}, "tied needs embedding = width, found None and 12"),
+        ({"tied": True, "cutoffs": (3,)}, "tied and cutoffs exclude each other"),
         ({"layers": 0}, "layers is 0; expected at least 1"),
         ({"embedding": 0}, "embedding is 0; expected at least 1"),
         ({"dropout": 1.0}, r"dropout 1.0 is outside \[0, 1\)"),

@@ -56,6 +56,7 @@ ROWS = [
             (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
             (("--text", "text.txt", "--window", "2000"), "expected at least"),
             (("--text", "text.txt", "--tokenizer", "words", "--vocabulary", "3"), "a vocabulary of 3 is too small"),
+            (("--text", "text.txt", "--cutoffs", "5", "3"), "expected cutoffs that rise from 1 to"),
             (("--resume", "--name", "a", "--batch", "4"), "with --batch 4: it was started with 2"),
         ),
         commands=(
