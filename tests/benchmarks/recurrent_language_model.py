@@ -5,11 +5,12 @@ batch. Ours is compiled; theirs runs eagerly, as its script does (torch.compile 
 what is around it). The vocabulary is that of WikiText-2's training part, the words here are drawn. Both start from the
 same weights and are first compared: the loss after five steps must agree.
 
-    python tests/benchmarks/recurrent_language_model.py [--rounds 30] [--kind gru]
+    python tests/benchmarks/recurrent_language_model.py [--rounds 30] [--kind gru] [--cpu-time]
 """
 
 import argparse
 import functools
+import time
 
 import torch
 from module_rnn import LAYERS, module_of, module_step
@@ -51,8 +52,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=33278)
     parser.add_argument("--width", type=int, default=200)
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where other work runs beside it")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if args.cpu_time else 2)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     sizes = {"embedding": args.width, "width": args.width, "dropout": args.dropout, "tied": True}
     cfg = rnn.Config(args.vocabulary, kind=args.kind, **sizes)
     params = spec.init(random.key(0), rnn.spec(cfg))
@@ -66,7 +69,9 @@ def main() -> None:
     losses = {name: [float(step(batch)) for _ in range(5)][-1] for name, step in steps.items()}
     print("loss after 5 steps:", {name: round(value, 5) for name, value in losses.items()})
     assert args.dropout or max(losses.values()) - min(losses.values()) < 1e-3, losses
-    medians = interleaved({name: functools.partial(step, batch) for name, step in steps.items()}, args.rounds)
+    medians = interleaved(
+        {name: functools.partial(step, batch) for name, step in steps.items()}, args.rounds, clock=clock
+    )
     title = f"one train step, {args.kind}, 2 layers of {args.width}, {args.vocabulary} words, {BATCH} x {TIME}"
     report(title, medians, "functree, donated", {"torch.nn, eager": 0.9})
 
