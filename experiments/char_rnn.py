@@ -50,7 +50,8 @@ class Args:
     blocks: Count = 10
     """Stretches of the text, the last tenth of each held out for validation; 1 holds out the end."""
     tokenizer: str = "characters"
-    """"characters", "words", or a file or folder with a tokenizer (tokenizer.json, or vocab.json and merges.txt)."""
+    """"characters", "words" (with other defaults below), or a file or folder with a tokenizer (tokenizer.json, or
+    vocab.json and merges.txt)."""
     vocabulary: Count = 10_000
     """With --tokenizer words: number of the most frequent words, all others being <unk>."""
     width: Count = 256
@@ -85,6 +86,13 @@ class Args:
     eval_every: Count = 250
     """Steps between evaluations on the validation text."""
     common: Shared = Common()
+
+
+WORDS = Args(tokenizer="words", dropout=0.3, window=35, learning_rate=2e-3)
+
+
+def presets(words: dict[str, str]) -> Args | None:
+    return WORDS if words.get("tokenizer") == "words" else None
 
 
 @dataclass(frozen=True)
@@ -253,4 +261,6 @@ def evaluate(args: EvaluateArgs) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train), root=RUNS, sample=(SampleArgs, sample), evaluate=(EvaluateArgs, evaluate))
+    command_line.run(
+        __doc__, (Args, train, presets), root=RUNS, sample=(SampleArgs, sample), evaluate=(EvaluateArgs, evaluate)
+    )
