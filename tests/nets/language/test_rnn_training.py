@@ -65,7 +65,7 @@ def words(path):
     return torch.tensor([table.setdefault(word, len(table)) for line in lines for word in line]), len(table)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("FUNCTREE_DATA" not in os.environ, reason="FUNCTREE_DATA does not name the folder of data sets")
 @pytest.mark.parametrize(
     ("rate", "steps", "dtype", "tolerance"), [(1.0, 200, torch.float32, 1e-5), (20.0, 20, torch.float64, 1e-12)]
