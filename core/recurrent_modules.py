@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from core.layers.recurrent import recurrent
+from core.layers.recurrent_stack import recurrent
 from core.recurrence import CELLS
 
 
@@ -96,7 +96,11 @@ class Recurrent(nn.Module):
         return p
 
     def _starts(self, kind: str, hx: Any) -> list:
-        named = {"h": hx[0], "c": hx[1]} if kind == "lstm" else {"h": hx}
+        states = hx if isinstance(hx, (list, tuple)) else (hx,)
+        if len(states) != (2 if kind == "lstm" else 1):
+            expected = "(h, c)" if kind == "lstm" else "h"
+            raise ValueError(f"the lifted {self.mode}: expected a first state {expected}, found {len(states)} tensors")
+        named = {"h": states[0], "c": states[1]} if kind == "lstm" else {"h": states[0]}
         starts = [
             {part: x[i] for part, x in named.items()} for i in range(self.num_layers * (2 if self.bidirectional else 1))
         ]

@@ -27,18 +27,16 @@ from core.layers.pooling import (
     max_pool,
 )
 from core.layers.recurrent import (
-    empty_state,
     gru,
     gru_spec,
     layer_norm_lstm,
     layer_norm_lstm_spec,
     lstm,
     lstm_spec,
-    recurrent,
-    recurrent_spec,
     rnn,
     rnn_spec,
 )
+from core.layers.recurrent_stack import empty_state, recurrent, recurrent_spec
 
 __all__ = [
     "ACTIVATIONS",

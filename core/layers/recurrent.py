@@ -185,6 +185,9 @@ def _run(
     check_arguments(name, p, x, needs=("hh", "ih"))
     if x.ndim != 3 or not x.shape[1]:
         raise ValueError(f"{name}: expected x of shape (batch, time > 0, d_in), found {tuple(x.shape)}")
+    d_in = p["ih"]["weight"].shape[1]
+    if x.shape[2] != d_in:  # the kernels would read beyond the end of x
+        raise ValueError(f"{name}: expected a last axis of {d_in}, found x of shape {tuple(x.shape)}")
     names = ("h", "c") if "lstm" in kind else ("h",)
     first = _start(name, p, x, start, names)
     if lengths is not None:
@@ -214,7 +217,7 @@ def _run(
 
 def _every_state(kind: str, p: Tree, x: Tensor, start: tuple[Tensor, ...], method: str) -> tuple[Tensor, ...]:
     """The states after every step, (batch, time, n)."""
-    xw = linear(p["ih"], x)  # (batch, time, gates)
+    xw = linear(p["ih"], x).to(start[0].dtype)  # (batch, time, gates); autocast narrows this product alone
     if kind == "layer_norm_lstm":
         return unroll(layer_norm_lstm_cell, p, layer_norm(p["norm_x"], xw), start)
     if "projection" in p or "peephole" in p:
@@ -224,7 +227,8 @@ def _every_state(kind: str, p: Tree, x: Tensor, start: tuple[Tensor, ...], metho
 
 def _takes_kernels(p: Tree, x: Tensor, start: tuple[Tensor, ...], every_step: bool, method: str) -> bool:
     """True where oneDNN's kernels compute an LSTM: one that they can, where they are fastest."""
-    if every_step or method != "auto" or x.shape[1] == 1 or "projection" in p or "peephole" in p:
+    whole = "projection" not in p and "peephole" not in p and len(x) > 0 and x.shape[1] > 1
+    if every_step or method != "auto" or not whole or torch.is_autocast_enabled("cpu"):
         return False
     tensors = (x, *p["hh"].values(), *p["ih"].values(), *start)
     if has_torch_function(tensors):  # in a loss of core.per_example
@@ -251,17 +255,18 @@ def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str,
     """The tensors of the first state, in the order of names."""
     hidden = p["hh"]["weight"].shape[1]
     cells = p["projection"]["weight"].shape[1] if "projection" in p else hidden
-    shapes = {"c": (len(x), cells), "h": (len(x), hidden)}
+    shapes, dtype = {"c": (len(x), cells), "h": (len(x), hidden)}, p["hh"]["weight"].dtype
     if start is None:
-        return tuple(x.new_zeros(shapes[part]) for part in names)
+        return tuple(x.new_zeros(shapes[part], dtype=dtype) for part in names)
     if not isinstance(start, dict) or sorted(start) != sorted(names):
         parts = ", ".join(map(str, start)) if isinstance(start, dict) else type(start).__name__
         raise ValueError(f"{name}: expected a state with {' and '.join(sorted(names))}, found {parts}")
     for part in names:
-        if tuple(start[part].shape) != shapes[part]:
-            raise ValueError(
-                f"{name}: expected '{part}' of the state of shape {shapes[part]}, found {tuple(start[part].shape)}"
-            )
+        shape = tuple(start[part].shape)
+        if shape != shapes[part]:
+            raise ValueError(f"{name}: expected '{part}' of the state of shape {shapes[part]}, found {shape}")
+        if start[part].dtype != dtype:
+            raise ValueError(f"{name}: the state is {start[part].dtype}, the parameters are {dtype}")
     return tuple(start[part] for part in names)
 
 
@@ -297,92 +302,3 @@ def reversed_in_time(x: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 SPECS = {"gru": gru_spec, "layer_norm_lstm": layer_norm_lstm_spec, "lstm": lstm_spec, "rnn": rnn_spec}
 LAYERS: dict[str, Callable] = {"gru": gru, "layer_norm_lstm": layer_norm_lstm, "lstm": lstm, "rnn": rnn}
-
-
-def recurrent_spec(
-    kind: str, d_in: int, width: int, *, layers: int = 1, bidirectional: bool = False, **options: Any
-) -> list:
-    """A stack of recurrent layers: a list, with `{"backward", "forward"}` at each place if bidirectional.
-
-    Args:
-        kind: "rnn", "gru", "lstm" or "layer_norm_lstm".
-        options: of the kind's own spec.
-
-    Raises:
-        ValueError: an unknown kind, a size below 1.
-    """
-    if kind not in SPECS:
-        raise ValueError(f"recurrent: kind '{kind}' is unknown; expected one of {', '.join(SPECS)}")
-    hidden = options.get("projection") or width
-    stack = []
-    for i in range(layers):
-        sizes = (d_in if i == 0 else hidden * (2 if bidirectional else 1), width)
-        layer = SPECS[kind](*sizes, **options)
-        stack.append({"backward": SPECS[kind](*sizes, **options), "forward": layer} if bidirectional else layer)
-    return stack
-
-
-def recurrent(
-    kind: str,
-    p: list,
-    x: Tensor,
-    start: list | None = None,
-    *,
-    lengths: Tensor | None = None,
-    drop: Callable[[int, Tensor], Tensor] | None = None,
-    every_step: bool = False,
-    **options: Any,
-) -> tuple[Tensor, list]:
-    """A stack of recurrent layers, as torch.nn.RNN, GRU and LSTM. x: (batch, time, d_in).
-
-    Args:
-        start: a state for each layer, in the structure of p; zeros if None.
-        drop: dropout between layers, `drop(i, x)` of the output of layer i, not of the last one's.
-        lengths, every_step, options: as in `rnn`.
-
-    Returns:
-        The last layer's hidden states, (batch, time, width), of both directions side by side if bidirectional: (batch,
-        time, 2 width), the forward one first; and a state for each layer.
-
-    Raises:
-        ValueError: an unknown kind, a start of another number of layers; else as `rnn`.
-    """
-    if kind not in LAYERS:
-        raise ValueError(f"recurrent: kind '{kind}' is unknown; expected one of {', '.join(LAYERS)}")
-    if start is not None and len(start) != len(p):
-        raise ValueError(f"recurrent: {len(p)} layers, but a state of {len(start)}")
-    states = []
-    for i, layer in enumerate(p):
-        first, options_of_all = None if start is None else start[i], {"lengths": lengths, "every_step": every_step}
-        if "forward" in layer:
-            parts = {
-                direction: LAYERS[kind](
-                    layer[direction],
-                    x,
-                    None if first is None else first[direction],
-                    reverse=direction == "backward",
-                    **options_of_all,
-                    **options,
-                )
-                for direction in ("backward", "forward")
-            }
-            x = torch.cat([parts["forward"][0], parts["backward"][0]], -1)  # (batch, time, 2 width)
-            states.append({direction: state for direction, (_, state) in parts.items()})
-        else:
-            x, state = LAYERS[kind](layer, x, first, **options_of_all, **options)  # (batch, time, width)
-            states.append(state)
-        if drop is not None and i < len(p) - 1:
-            x = drop(i, x)
-    return x, states
-
-
-def empty_state(kind: str, p: list, batch: int, dtype: torch.dtype = torch.float32, device=None) -> list:
-    """Zeros to start a stack from, for p, its parameters or its spec."""
-
-    def zeros(layer: dict) -> State:
-        hidden = layer["hh"]["weight"].shape[1]
-        cells = layer["projection"]["weight"].shape[1] if "projection" in layer else hidden
-        sizes = {"c": cells, "h": hidden} if "lstm" in kind else {"h": hidden}
-        return {part: torch.zeros(batch, n, dtype=dtype, device=device) for part, n in sizes.items()}
-
-    return [{d: zeros(layer[d]) for d in layer} if "forward" in layer else zeros(layer) for layer in p]

@@ -83,7 +83,8 @@ def forward(kind: str, xw: Tensor, w: Tensor, b: Tensor, h: Tensor, c: Tensor) -
     """(hidden states, cells, gates) after each step, from the state (h, c) before the first."""
     hs, cs, gates = _states(kind, xw, h, c)
     bias = b.unsqueeze(-2)  # (1, gates), or one per member
-    _FORWARD[kind](_by_step(xw), w, bias, h, c, _by_step(hs), _by_step(cs), _by_step(gates))
+    with torch.autocast(xw.device.type, enabled=False):
+        _FORWARD[kind](_by_step(xw), w, bias, h, c, _by_step(hs), _by_step(cs), _by_step(gates))
     return hs, cs, gates
 
 
@@ -164,7 +165,8 @@ def backward(
 
     Those of the two products differ for a GRU alone; else the second has the width 0.
     """
-    return _BACKWARD[kind](kind, w, h, c, hs, cs, gates, dhs, dcs)
+    with torch.autocast(hs.device.type, enabled=False):
+        return _BACKWARD[kind](kind, w, h, c, hs, cs, gates, dhs, dcs)
 
 
 @backward.register_fake

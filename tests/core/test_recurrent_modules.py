@@ -133,6 +133,19 @@ def test_cells(cell):
     torch.testing.assert_close(members[1], module(x).detach(), rtol=0, atol=1e-12)
 
 
+def test_a_first_state_of_another_kind():
+    params, _, apply = lift(nn.LSTM(5, 6))
+    with pytest.raises(ValueError, match=r"the lifted LSTM: expected a first state \(h, c\), found 1 tensors"):
+        apply(params, torch.ones(7, 3, 5), torch.zeros(1, 3, 6))
+
+
+def test_hooks_of_a_layer_run():
+    module = tagger("lstm")
+    module.memory.register_forward_hook(lambda layer, inputs, out: (out[0] * 2, out[1]))
+    params, _, apply = lift(module)
+    torch.testing.assert_close(apply(params, TOKENS), module(TOKENS), rtol=0, atol=1e-12)
+
+
 def test_the_module_is_unchanged():
     module = tagger("lstm")
     layers = dict(module.named_modules())

@@ -7,7 +7,7 @@ from torch.func import grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from core import random, spec, tree
-from core.layers import empty_state, gru, layer_norm_lstm, lstm, recurrent, recurrent_spec, rnn, rnn_spec
+from core.layers import empty_state, gru, layer_norm_lstm, lstm, lstm_spec, recurrent, recurrent_spec, rnn, rnn_spec
 from core.layers.recurrent import reversed_in_time
 from core.recurrence import lstm_cell
 
@@ -230,6 +230,30 @@ def test_an_example_of_length_zero_keeps_its_start(kind, dtype):
     assert all(torch.equal(g, torch.ones_like(g)) for g in tree.leaves(grads[1]))
 
 
+@pytest.mark.parametrize("kind", ["gru", "layer_norm_lstm", "lstm", "rnn"])
+def test_no_examples(kind):
+    p = spec.init(random.key(0), recurrent_spec(kind, D_IN, WIDTH))
+    x = torch.zeros(0, TIME, D_IN)
+    grads, out = grad(lambda p: (recurrent(kind, p, x)[0].sum(), recurrent(kind, p, x)[0]), has_aux=True)(p)
+    assert out.shape == (0, TIME, WIDTH)
+    assert not any(g.any() for g in tree.leaves(grads))
+
+
+@pytest.mark.parametrize("kind", ["gru", "layer_norm_lstm", "lstm", "rnn"])
+def test_autocast(kind):
+    """Products in bfloat16, sums over time in float32: to a few roundings of 2^-8."""
+    p, x = spec.init(random.key(0), recurrent_spec(kind, D_IN, WIDTH)), values().float()
+
+    def loss(p):
+        return recurrent(kind, p, x)[0].float().square().mean()
+
+    expected = grad(loss)(p)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = grad(loss)(p)
+    for g, e in zip(tree.leaves(narrow), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=0.1 * float(e.abs().max()))
+
+
 def test_dropout_is_between_layers_only():
     p = spec.init(random.key(0), recurrent_spec("gru", D_IN, WIDTH, layers=3))
     sites = []
@@ -252,6 +276,8 @@ def test_initial_values_are_torchs():
 
 
 P = spec.init(random.key(0), rnn_spec(D_IN, WIDTH), torch.float64)
+FLOAT = spec.init(random.key(0), lstm_spec(D_IN, WIDTH))
+BOTH = [{"backward": P, "forward": P}]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +285,8 @@ P = spec.init(random.key(0), rnn_spec(D_IN, WIDTH), torch.float64)
     [
         (lambda: rnn(P, values()[0]), r"rnn: expected x of shape \(batch, time > 0, d_in\), found \(7, 5\)"),
         (lambda: rnn(P, values()[:, :0]), r"found \(5, 0, 5\)"),
-        (lambda: rnn(P, values(d_in=4)), "linear: expected a last axis of 5"),
+        (lambda: rnn(P, values(d_in=4)), "rnn: expected a last axis of 5"),
+        (lambda: lstm(FLOAT, values(d_in=4).float()), "lstm: expected a last axis of 5"),
         (lambda: gru(P, values()), r"expected \(batch, time > 0, 3 width\) .* found xw of shape \(5, 7, 6\)"),
         (
             lambda: rnn(P, values(), lengths=torch.tensor([8, 1, 1, 1, 1])),
@@ -277,8 +304,16 @@ P = spec.init(random.key(0), rnn_spec(D_IN, WIDTH), torch.float64)
         (lambda: recurrent_spec("lstn", 1, 1), "recurrent: kind 'lstn' is unknown"),
         (lambda: recurrent_spec("gru", 1, 0), "gru: width is 0; expected at least 1"),
         (lambda: recurrent_spec("lstm", 1, 2, projection=0), "lstm: projection is 0; expected at least 1"),
-        (lambda: recurrent("rnn", [P], values(), []), "recurrent: 1 layers, but a state of 0"),
-        (lambda: rnn(P, values(), {"h": torch.zeros(5, 6)}), "the state is torch.float32, the input torch.float64"),
+        (lambda: recurrent("rnn", [P], values(), []), "expected a list with a state for each of 1 layers, found 0"),
+        (lambda: recurrent("rnn", [P], values(), torch.zeros(1, 5, 6)), "each of 1 layers, found Tensor"),
+        (
+            lambda: recurrent("rnn", BOTH, values(), [{"h": torch.zeros(5, 6)}]),
+            "backward and forward in the .* found h",
+        ),
+        (
+            lambda: rnn(P, values(), {"h": torch.zeros(5, 6)}),
+            "is torch.float32, the parameters are torch.float64",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -283,7 +283,7 @@ def test_arguments_that_do_not_fit():
     for call, error in (
         (lambda: rnn.apply(params, ids(1, 3)[0], cfg), r"expected tokens of shape \(batch, time\), found \(3,\)"),
         (lambda: rnn.apply(params, ids(2, 3), cfg, state=states(cfg, 3)), r"of shape \(2, 12\), found \(3, 12\)"),
-        (lambda: rnn.apply(params, ids(2, 3), cfg, state=states(cfg, 2)[:1]), "2 layers, but a state of 1"),
+        (lambda: rnn.apply(params, ids(2, 3), cfg, state=states(cfg, 2)[:1]), "each of 2 layers, found 1"),
         (lambda: rnn.apply(params, ids(2, 3), cfg, lengths=torch.tensor([4, 1])), "lengths are from 1 to 4"),
         (lambda: rnn.generate(params, ids(2, 3)[:, :0], cfg, 1), "at least one token"),
         (lambda: rnn.generate(params, ids(2, 3), cfg, 1, lengths=torch.tensor([0, 1])), "at least one token"),
