@@ -109,6 +109,10 @@ def tokens(vocabulary: int, time: int) -> Batch:
     return lambda key, n: random.randint(key, (n, time), 0, vocabulary).long()
 
 
+def sequences(time: int, width: int) -> Batch:
+    return lambda key, n: random.normal(key, (n, time, width))
+
+
 def labels(classes: int) -> Batch:
     return lambda key, n: random.randint(key, (n,), 0, classes).long()
 

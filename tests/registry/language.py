@@ -6,8 +6,8 @@ from torch import Tensor
 
 from core import random
 from core.tree import Tree
-from nets.language import bert, distilbert, gpt2, rnn, roberta, seq2seq, transformer
-from tests.registry.face import Net, both, net, published, register, tokens
+from nets.language import bert, distilbert, gpt2, rnn, roberta, seq2seq, sequence_classifier, transformer
+from tests.registry.face import Net, both, labels, net, published, register, sequences, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
 net("gpt2", gpt2, gpt2.Config(**GPT, dropout=0.2), tokens(31, 10), draws=True)
@@ -107,3 +107,16 @@ SENTENCES |= {"encoder_width": 8, "bidirectional": False}
 net("seq2seq, no attention", seq2seq, seq2seq.Config(**SENTENCES, attention="none"), PAIRS)
 # The tutorial prints it; its vocabularies are those of a version of the data.
 published(seq2seq, {"multi30k": 20_518_917})
+
+# Sequences of 0 to 6 steps.
+CLASSES = {"vocabulary": 13, "d_in": 5, "width": 4, "outputs": 3}
+RAGGED = both(tokens(13, 6), labels(7))
+LSTM = sequence_classifier.Config(**CLASSES)
+net("sequence classifier", sequence_classifier, LSTM, RAGGED)
+DEEP = sequence_classifier.Config(**CLASSES, layers=2, bidirectional=True, pooling="mean", dropout=0.2)
+net("sequence classifier, bidirectional", sequence_classifier, DEEP, RAGGED, draws=True)
+VALUES = {"d_in": 2, "width": 4}
+GRU = sequence_classifier.Config(**VALUES, kind="gru", bidirectional=True, pooling="max")
+net("sequence classifier, gru of values", sequence_classifier, GRU, both(sequences(6, 2), labels(7)))
+RNN = sequence_classifier.Config(**VALUES, kind="rnn", layers=2, outputs=4, dropout=0.3)
+net("sequence classifier, rnn of values", sequence_classifier, RNN, both(sequences(6, 2), labels(7)), draws=True)
