@@ -1,6 +1,5 @@
 """Batches of sentence pairs of similar length, in a few fixed shapes: a compiled step sees as many graphs."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import random
-from train.data import DataError
+from train.data import DataError, batching
 from train.data.text.tokenizers import BOS, EOS, PAD
 from train.data.translation.corpus import Corpus, exceeds
 
@@ -101,14 +99,10 @@ def batch_at(
         source (rows, length), the sentence and <eos>, and target (rows, length), <bos>, the sentence and <eos>, int64
         on the CPU, filled up with <pad>. Teacher forcing feeds `target[:, :-1]` and compares with `target[:, 1:]`.
     """
-    counts = tuple(len(bucket.members) for bucket in buckets.buckets)
-    per_bucket = tuple(count // bucket.rows for count, bucket in zip(counts, buckets.buckets, strict=True))
-    epoch, position = divmod(int(step), sum(per_bucket))
-    order, pairs = _epoch(tuple(key.tolist()), epoch, per_bucket, counts)
-    batch = int(order[position])
-    number = int(np.searchsorted(np.cumsum(per_bucket), batch, side="right"))
-    bucket, first = buckets.buckets[number], batch - sum(per_bucket[:number])
-    indices = bucket.members[pairs[number][first * bucket.rows : (first + 1) * bucket.rows]]
+    counts, rows = zip(*((len(bucket.members), bucket.rows) for bucket in buckets.buckets), strict=True)
+    number, positions = batching.bucket_batch(key, step, counts, rows)
+    bucket = buckets.buckets[number]
+    indices = bucket.members[positions]
     return _padded(corpus, indices, -(-bucket.rows // parts) * parts, bucket.source, bucket.target)
 
 
@@ -188,17 +182,6 @@ def _cuts(widths: np.ndarray, tokens: int, shapes: int) -> np.ndarray:
         j = before[k][j]
         cuts.append(int(starts[j]))
     return np.array(cuts[-2::-1], np.int64)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(
-    words: tuple[int, int], epoch: int, per_bucket: tuple[int, ...], counts: tuple[int, ...]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The order of an epoch's batches and of the pairs of each bucket; cached, as it costs as much as many steps."""
-    key = random.fold_in(torch.tensor(words, dtype=torch.int32), epoch)
-    keys = random.split(key, 1 + len(counts))
-    order = random.permutation(keys[0], sum(per_bucket)).numpy()
-    return order, [random.permutation(keys[1 + i], count).numpy() for i, count in enumerate(counts)]
 
 
 def _padded(corpus: Corpus, indices: np.ndarray, rows: int, source: int, target: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,243 @@
+"""Texts with a label each, for classification: files of many forms, and the part held out where there is none.
+
+A line is `label<TAB>text` or `text<TAB>label` (which of the two the file itself shows), `label text` where there is no
+tab, or a row of a CSV; a first line such as `text<TAB>label` names the columns. One bad line is named, skipped and
+counted; more than a tenth of them is an error.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from core import random
+from train.data import DataError
+from train.data.text.brackets import CLASSES, brackets
+from train.data.text.files import unpacked
+from train.files import shown
+
+LABELS = frozenset("label labels class category target sentiment polarity y 标签 类别".split())
+TEXTS = frozenset("text texts sentence review title content comment phrase document 文本 内容 标题".split())
+VALIDATIONS = ("dev", "valid", "val", "validation")
+NAMES = ("class.txt", "classes.txt", "labels.txt")
+"""Files beside the data in which line i + 1 is the name of the label i."""
+HELD = 10
+"""Of ten records in a row one is for testing and one for validation, where there are no such files."""
+
+Skipped = tuple[str, str]
+"""A record that is not used, and the reason."""
+
+
+class Records(NamedTuple):
+    """Texts and the name of the class of each; the form they were in, and the records `skipped`."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    form: str = ""
+    skipped: tuple[Skipped, ...] = ()
+
+    def some(self, indices: Sequence[int]) -> "Records":
+        return self._replace(
+            texts=tuple(self.texts[i] for i in indices), labels=tuple(self.labels[i] for i in indices), skipped=()
+        )
+
+
+class LabelledSet(NamedTuple):
+    """Texts for training, validation and testing; `origin` says where the last two come from."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Records
+    validation: Records
+    test: Records
+    origin: str
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Records]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def read(path: Path) -> Records:
+    """The records of a file. Raises DataError: it cannot be read, is in no known form, or a tenth of it is unusable."""
+    with unpacked(path, "a file with a labelled text per line") as file:
+        lines, foreign = _decoded(file.read())
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        rows, separator = [(r.line_num, row) for r in [csv.reader(lines)] for row in r], "a comma"
+    elif any("\t" in line for line in lines[:100]):
+        rows, separator = [(i, line.split("\t")) for i, line in enumerate(lines, 1)], "a tab"
+    else:
+        rows, separator = [(i, line.split(maxsplit=1)) for i, line in enumerate(lines, 1)], "a space"
+    rows = [(i, cells) for i, cells in rows if any(cell.strip() for cell in cells)]
+    if not rows:
+        raise DataError(f"{path} is empty, expected a labelled text per line")
+    label, text, header = _columns(path, rows, separator)
+    form = f"label in column {label + 1}, text in column {text + 1}, separated by {separator}"
+    form += f"; the first line names them: {', '.join(rows[0][1])}" if header else "; no header"
+    form += f"; {foreign} lines are not UTF-8, read as Latin-1" if foreign else ""
+    records, skipped = [], []
+    for i, cells in rows[1:] if header else rows:
+        problem = None
+        if max(label, text) >= len(cells):
+            problem = f"has {len(cells)} column{'s' * (len(cells) > 1)}, expected at least {max(label, text) + 1}"
+        elif not cells[label].strip():
+            problem = "has no label"
+        elif not cells[text].strip():
+            problem = "has no text"
+        if problem:
+            skipped.append((f"{shown(path.name)} line {i}", problem))
+        else:
+            records.append((cells[text].strip(), cells[label].strip()))
+    if len(skipped) * HELD > len(rows):
+        (where, problem), more = skipped[0], len(skipped) - 1
+        rest = f" (and {more} more lines)" if more else ""
+        raise DataError(f"{where} {problem}{rest}; more than a tenth of the lines")
+    texts, labels = zip(*records, strict=True)
+    return Records(texts, labels, form, tuple(skipped))
+
+
+def _decoded(content: bytes) -> tuple[list[str], int]:
+    """The lines, ended by line feeds alone, and the number of those that are not UTF-8."""
+    lines, foreign = [], 0
+    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        try:
+            lines.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError:
+            foreign += 1
+            lines.append(line.decode("latin-1").rstrip("\r"))
+    return lines, foreign
+
+
+def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> tuple[int, int, bool]:
+    """(column of the label, column of the text, whether the first line names them)."""
+    first = [cell.strip().lower() for cell in rows[0][1]]
+    named = [next((i for i, cell in enumerate(first) if cell in names), None) for names in (LABELS, TEXTS)]
+    if None not in named and separator != "a space":
+        return *named, True
+    if separator == "a space":
+        return 0, 1, False
+    (width, _), *_ = Counter(len(cells) for _, cells in rows).most_common(1)
+    if width != 2:
+        problem = f"has {width} column{'s' * (width > 1)} and no header that names a label and a text"
+        raise DataError(f"{path} {problem}; expected label{'<TAB>' if separator == 'a tab' else ','}text")
+    # Labels recur, texts do not.
+    kinds = [len({cells[i] for _, cells in rows if len(cells) == 2}) for i in (0, 1)]
+    return (0, 1, False) if kinds[0] <= kinds[1] else (1, 0, False)
+
+
+def open_labelled(data: str, validation: str | None = None, test: str | None = None) -> LabelledSet:
+    """The texts of `--data`: "brackets" (generated), a file, or a folder with one training file.
+
+    Files for validation and testing are those named, or lie beside a file with "train" in its name and have "dev",
+    "valid", "val" or "validation", and "test" there; a part that has none is held out, one record of ten.
+
+    Raises DataError: as `read`; there is one class only; several training files.
+    """
+    if data == "brackets" and not Path(data).exists():
+        return _generated()
+    path = _training_file(Path(data))
+    beside = {"validation": validation or _beside(path, VALIDATIONS), "test": test or _beside(path, ("test",))}
+    parts = {name: read(Path(other)) for name, other in {"train": path, **beside}.items() if other}
+    skipped = [entry for part in parts.values() for entry in part.skipped]
+    origins = [f"{name} in {shown(Path(other).name)}" for name, other in beside.items() if other]
+    everything, taken = parts["train"], set()
+    for first, name in ((HELD - 2, "validation"), (HELD - 1, "test")):
+        if not beside[name]:
+            rows = range(first, len(everything.texts), HELD)
+            parts[name] = everything.some(rows)
+            taken |= set(rows)
+            origins.append(f"{name} held out, every tenth record from number {first + 1} on")
+    parts["train"] = everything.some([i for i in range(len(everything.texts)) if i not in taken])
+    labels = sorted(set(parts["train"].labels), key=lambda label: (not label.isdigit(), label.zfill(8)))
+    if len(labels) < 2:
+        raise DataError(f"{path}: all records have the label '{labels[0]}'; expected at least two classes")
+    for name in ("validation", "test"):
+        parts[name], unknown = known(parts[name], labels, name)
+        skipped += unknown
+    names = _names(path, labels)
+    parts = {
+        part: records._replace(labels=tuple(names[label] for label in records.labels))
+        for part, records in parts.items()
+    }
+    classes = tuple(names[label] for label in labels)
+    return LabelledSet(shown(data), classes, **parts, origin=", ".join(origins), skipped=tuple(skipped))
+
+
+def known(records: Records, labels: Sequence[str], name: str) -> tuple[Records, list[Skipped]]:
+    """The records with one of the labels, and the others. Raises DataError if none is left, or more than a tenth is not
+    known."""
+    unknown = [i for i, label in enumerate(records.labels) if label not in labels]
+    skipped = [(f"{name} record {i + 1}", f"has the unknown label '{shown(records.labels[i])}'") for i in unknown]
+    if len(unknown) * HELD > len(records.labels) or not records.labels:
+        if not records.labels:
+            raise DataError(f"there is no record for {name}; expected at least one")
+        (where, problem), expected = skipped[0], ", ".join(map(shown, labels[:8]))
+        raise DataError(f"{where} {problem} (and {len(unknown) - 1} more records); expected {expected}")
+    rest = sorted(set(range(len(records.labels))) - set(unknown))
+    return records.some(rest), skipped
+
+
+def _training_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.is_file() and _has(file.name, "train"))
+    if len(files) == 1:
+        return files[0]
+    names = f": {', '.join(shown(file.name) for file in files)}" if files else ""
+    raise DataError(f"{path} has {len(files)} files with 'train' in their names{names}; expected one, or name a file")
+
+
+def _has(name: str, part: str) -> bool:
+    return re.search(rf"(?<![a-zA-Z]){part}(?![a-zA-Z])", name) is not None
+
+
+def _beside(path: Path, names: tuple[str, ...]) -> Path | None:
+    """The file of another part beside a training file: train.tsv -> dev.tsv, a.train -> a.dev."""
+    if not _has(path.name, "train"):
+        return None
+    others = (path.with_name(re.sub(r"(?<![a-zA-Z])train(?![a-zA-Z])", name, path.name)) for name in names)
+    return next((other for other in others if other.is_file()), None)
+
+
+def _names(path: Path, labels: Sequence[str]) -> dict[str, str]:
+    """Label -> name of the class: its line in a file beside the data, if labels are numbers; else itself."""
+    for name in NAMES:
+        file = path.with_name(name)
+        if file.is_file() and all(label.isdigit() for label in labels):
+            lines = _decoded(file.read_bytes())[0]
+            if all(int(label) < len(lines) and lines[int(label)].strip() for label in labels):
+                return {label: lines[int(label)].strip() for label in labels}
+    return {label: label for label in labels}
+
+
+def _generated() -> LabelledSet:
+    """10,000 sequences of brackets to learn from, and 1000 and 2000 others of which none occurs among them."""
+    train_key, other_key = random.split(random.key(0)).unbind(0)
+    taken: set[str] = set()
+
+    def records(key: Tensor, count: int) -> Records:
+        pairs = [(t, CLASSES[y]) for t, y in zip(*brackets(key, 2 * count), strict=True) if t not in taken]
+        texts, labels = zip(*pairs[:count], strict=True)
+        return Records(texts, labels)
+
+    train = records(train_key, 10_000)
+    taken |= set(train.texts)
+    rest = records(other_key, 3000)
+    origin = "other sequences, of which none occurs in training"
+    return LabelledSet("brackets", CLASSES, train, rest.some(range(1000)), rest.some(range(1000, 3000)), origin)
+
+
+def facts(data: LabelledSet) -> dict[str, Any]:
+    """Names and values of a set, for `train.data.understood`."""
+    return {
+        "data": data.name,
+        "form": data.train.form,
+        "classes": list(data.classes),
+        "records": {name: len(part.texts) for name, part in data.parts.items()},
+        "other parts": data.origin,
+        "skipped": list(data.skipped),
+    }

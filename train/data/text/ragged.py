@@ -1,0 +1,92 @@
+"""Sequences of tokens of different lengths, a label each: batches in a few fixed shapes, for a compiled step."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.data import DataError, batching
+from train.data.text.labelled import Records
+from train.data.text.tokenizers import SentenceTokenizer, train_sentences
+
+
+class Ragged(NamedTuple):
+    """tokens (count, longest), filled up with 0; lengths (count,); labels (count,); all int64."""
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+class Bucket(NamedTuple):
+    """Sequences of similar length: their largest length, and their numbers (count,), ascending in length."""
+
+    width: int
+    members: Tensor
+
+
+def spaced(text: str, kind: str) -> str:
+    """The text as the tokenizer of this kind takes it: for "characters" each one is a word."""
+    return " ".join(c for c in text if not c.isspace()) if kind == "characters" else text
+
+
+def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str) -> SentenceTokenizer:
+    """A tokenizer of the most frequent words, characters or byte pairs ("words", "characters", "bpe").
+
+    Raises DataError: no room for the special tokens.
+    """
+    return train_sentences((spaced(text, kind) for text in texts), vocabulary, words=kind != "bpe")
+
+
+def encode(texts: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> tuple[Tensor, Tensor]:
+    """tokens (count, longest of the texts) and lengths (count,); of a longer text only its first `longest` tokens."""
+    rows = [ids[:longest] for ids in tokenizer.encode_batch([spaced(text, kind) for text in texts])]
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+    width = max([1, *lengths.tolist()])
+    table = [ids + [0] * (width - len(ids)) for ids in rows]
+    return torch.tensor(table, dtype=torch.int64).reshape(len(rows), width), lengths
+
+
+def encoded(records: Records, classes: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> Ragged:
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([numbers[name] for name in records.labels], dtype=torch.int64)
+    return Ragged(*encode(records.texts, tokenizer, kind, longest), labels)
+
+
+def make_buckets(lengths: Tensor, shapes: int, batch: int) -> list[Bucket]:
+    """Sequences divided by length into up to `shapes` equal parts, each large enough for a batch.
+
+    Raises DataError: there are fewer sequences than a batch has.
+    """
+    if len(lengths) < batch:
+        raise DataError(f"a batch of {batch} is more than the {len(lengths)} sequences to learn from")
+    order = lengths.argsort(stable=True)
+    parts = order.tensor_split(min(shapes, len(lengths) // batch))
+    return [Bucket(max(1, int(lengths[part].max())), part) for part in parts]
+
+
+def steps_per_epoch(buckets: Sequence[Bucket], batch: int) -> int:
+    return sum(len(bucket.members) // batch for bucket in buckets)
+
+
+def batch_at(data: Ragged, buckets: Sequence[Bucket], key: Tensor, step: int, batch: int) -> Ragged:
+    """The batch of a step, a pure function of key and step: tokens (batch, width of its bucket), lengths, labels.
+
+    Every epoch goes through the batches of all buckets in an order of its own, and through the sequences of a bucket in
+    an order of its own; the sequences that fill no batch are left out of that epoch.
+    """
+    counts = tuple(len(bucket.members) for bucket in buckets)
+    number, positions = batching.bucket_batch(key, step, counts, (batch,) * len(buckets))
+    bucket = buckets[number]
+    rows = bucket.members[positions]
+    return Ragged(data.tokens[rows, : bucket.width], data.lengths[rows], data.labels[rows])
+
+
+def evaluation_batches(
+    tokens: Tensor, lengths: Tensor, batch: int = 256
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """(their numbers, (tokens, lengths)) of all sequences, short ones first, each batch as wide as its longest."""
+    order = lengths.argsort(stable=True)
+    for rows in order.split(batch):
+        yield rows, (tokens[rows, : max(1, int(lengths[rows].max()))], lengths[rows])
