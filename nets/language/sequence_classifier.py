@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core import random
+from core import initializers, random
 from core.layers import dropout, embedding, embedding_spec, linear, linear_spec
 from core.layers.checks import check_tensor
 from core.layers.recurrent import LAYERS, check_lengths, recurrent, recurrent_spec
@@ -25,6 +25,8 @@ class Config:
     """Tokens of the embedding; 0 for real values."""
     d_in: int = 100
     """Size of an embedding, or number of real values per step."""
+    embedding_std: float = 1.0
+    """Standard deviation of the embeddings' initial values. With 0.1, rare words soon move away from theirs."""
     width: int = 100
     """Size of a hidden state, per direction."""
     layers: int = 1
@@ -59,10 +61,14 @@ class Config:
 
 
 def spec(cfg: Config) -> dict:
-    """Initial values as in torch.nn: embeddings N(0, 1), all others uniform."""
+    """Initial values as in torch.nn: uniform, but for the embeddings."""
     stack = recurrent_spec(cfg.kind, cfg.d_in, cfg.width, layers=cfg.layers, bidirectional=cfg.bidirectional)
     parts = {"head": linear_spec(cfg.pooled, cfg.outputs), "layers": stack}
-    return {**parts, "tokens": embedding_spec(cfg.vocabulary, cfg.d_in)} if cfg.vocabulary else parts
+    return (
+        {**parts, "tokens": embedding_spec(cfg.vocabulary, cfg.d_in, init=initializers.normal(cfg.embedding_std))}
+        if cfg.vocabulary
+        else parts
+    )
 
 
 def features(

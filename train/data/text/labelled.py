@@ -181,6 +181,17 @@ def known(records: Records, labels: Sequence[str], name: str) -> tuple[Records, 
     return records.some(rest), skipped
 
 
+def open_test(data: str, classes: Sequence[str]) -> tuple[Records, tuple[Skipped, ...]]:
+    """All records of a file with one of these classes, and those that are not used. Raises DataError as `read` does, or
+    if more than a tenth has another class."""
+    path = Path(data)
+    records = read(path)
+    names = _names(path, sorted(set(records.labels)))
+    records = records._replace(labels=tuple(names[label] for label in records.labels))
+    usable, unknown = known(records, classes, shown(path.name))
+    return usable, (*records.skipped, *unknown)
+
+
 def _training_file(path: Path) -> Path:
     if not path.is_dir():
         return path

@@ -90,3 +90,33 @@ def evaluation_batches(
     order = lengths.argsort(stable=True)
     for rows in order.split(batch):
         yield rows, (tokens[rows, : max(1, int(lengths[rows].max()))], lengths[rows])
+
+
+def baselines(parts: dict[str, Ragged], vocabulary: int) -> dict[str, float]:
+    """Test accuracies without a net: of always the commonest class, and of logistic regression on the numbers of each
+    token, without their order (its penalty is the best of three on the validation part).
+
+    Args:
+        parts: train, validation and test.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    bags = {name: _bag_of_words(part, vocabulary) for name, part in parts.items()}
+    labels = {name: part.labels.numpy() for name, part in parts.items()}
+    regressions = [LogisticRegression(C=c, max_iter=2000).fit(bags["train"], labels["train"]) for c in (0.01, 0.1, 1.0)]
+    best = max(regressions, key=lambda model: model.score(bags["validation"], labels["validation"]))
+    commonest = parts["train"].labels.mode().values
+    return {
+        "commonest_class_accuracy": float((parts["test"].labels == commonest).float().mean()),
+        "bag_of_words_accuracy": float(best.score(bags["test"], labels["test"])),
+    }
+
+
+def _bag_of_words(data: Ragged, vocabulary: int):
+    """Counts (sequences, vocabulary), a sparse matrix of scipy."""
+    from scipy.sparse import csr_matrix
+
+    live = torch.arange(data.tokens.shape[1]) < data.lengths[:, None]  # (sequences, time)
+    rows = live.nonzero()[:, 0].numpy()
+    ids = data.tokens[live].numpy()
+    return csr_matrix(([1.0] * len(ids), (rows, ids)), shape=(len(data.labels), vocabulary))
