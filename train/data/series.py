@@ -75,10 +75,10 @@ def read_column(path: Path, column: str | None) -> Series:
     Raises DataError: no such column; a text among the numbers (its row is named); more than a tenth are gaps.
     """
     with unpacked(path, "a CSV file") as file:
-        lines = file.read().decode("utf-8-sig", "replace").splitlines()
+        lines = file.read().decode("utf-8-sig", "replace").strip("\r\n").splitlines()
     separator = max(",;\t", key=lambda mark: lines[0].count(mark)) if lines else ","
-    rows = [(reader.line_num, row) for reader in [csv.reader(lines, delimiter=separator)] for row in reader if row]
-    if len(rows) < 2:
+    rows = [(reader.line_num, row) for reader in [csv.reader(lines, delimiter=separator)] for row in reader]
+    if len(rows) < 2 or not rows[1][1]:
         raise DataError(f"{path} has no rows, expected a CSV with a header")
     names = [name.strip() for name in rows[0][1]]
     if column is None:
@@ -91,6 +91,8 @@ def read_column(path: Path, column: str | None) -> Series:
         raise DataError(f"{path} has no column '{column}'; there are {', '.join(map(shown, names))}")
     at, values, first_gap = names.index(column), [], ""
     for line, row in rows[1:]:
+        if not row and len(names) > 1:
+            continue  # in one column alone, an empty line is a gap
         cell = row[at].strip() if at < len(row) else ""
         value = _number(cell)
         if value is None and cell.lower() not in GAPS:

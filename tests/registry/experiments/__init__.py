@@ -3,7 +3,7 @@
 Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, baseline="unigram_entropy", ...)
 """
 
-from tests.registry.experiments import classification, generative, language
+from tests.registry.experiments import classification, generative, language, sequences
 from tests.registry.experiments.experiment import Experiment
 
-EXPERIMENTS: list[Experiment] = [*classification.ROWS, *language.ROWS, *generative.ROWS]
+EXPERIMENTS: list[Experiment] = [*classification.ROWS, *language.ROWS, *sequences.ROWS, *generative.ROWS]
