@@ -101,7 +101,11 @@ class Args:
     common: Shared = Common()
 
 
-TEXTS = {"tokenizer": "words", "vocabulary": 16_000, "embedding": 100, "embedding_std": 0.1}
+TEXTS = {
+    **{"tokenizer": "words", "vocabulary": 16_000, "embedding": 100, "embedding_std": 0.1},
+    **{"width": 100, "bidirectional": True, "pooling": "max", "dropout": 0.5},
+    **{"epochs": 4.0, "batch": 32, "shapes": 2, "learning_rate": 2e-3},
+}
 SERIES = {"task": "forecast", "epochs": 6.0, "batch": 32, "learning_rate": 1e-2, "weight_decay": 0.01}
 
 
@@ -110,7 +114,7 @@ def presets(words: dict[str, str]) -> Args:
         return Args(**SERIES, data="seasons")
     if words.get("data", "brackets") == "brackets":
         return Args()
-    return Args(**TEXTS, width=100, bidirectional=True, dropout=0.5, epochs=5.0, batch=32, shapes=2, learning_rate=2e-3)
+    return Args(**TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,11 +78,15 @@ def read_column(path: Path, column: str | None) -> Series:
         lines = file.read().decode("utf-8-sig", "replace").strip("\r\n").splitlines()
     separator = max(",;\t", key=lambda mark: lines[0].count(mark)) if lines else ","
     rows = [(reader.line_num, row) for reader in [csv.reader(lines, delimiter=separator)] for row in reader]
-    if len(rows) < 2 or not rows[1][1]:
+    if len(rows) < 2:
         raise DataError(f"{path} has no rows, expected a CSV with a header")
     names = [name.strip() for name in rows[0][1]]
     if column is None:
-        numeric = [name for i, name in enumerate(names) if i < len(rows[1][1]) and _number(rows[1][1][i]) is not None]
+        numeric = [
+            name
+            for i, name in enumerate(names)
+            if any(_number(row[i]) is not None for _, row in rows[1:3] if i < len(row))
+        ]
         if len(numeric) != 1:
             found = f"{len(numeric)} columns of numbers" + (f": {', '.join(map(shown, numeric))}" if numeric else "")
             raise DataError(f"{path} has {found}; name one with --column")

@@ -48,7 +48,7 @@ ROWS = [
             (("--data", "reviews.tsv", "--batch", "100"), "a batch of 100 is more than the 48 sequences to learn from"),
             (("--net", "transformer"), "--net"),
             ((*FORECAST, "--data", "text.csv", "--column", "load"), "row 92: 'much' in column 'load' is not a number"),
-            ((*FORECAST, "--data", "gaps.csv"), "50 of 100 values of 'load' are gaps, the first in row 3"),
+            ((*FORECAST, "--data", "gaps.csv"), "49 of 99 values of 'load' are gaps, the first in row 3"),
             (
                 (*FORECAST, "--data", "load.csv"),
                 "load.csv has 2 columns of numbers: hour, load; name one with --column",

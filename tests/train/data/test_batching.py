@@ -3,7 +3,7 @@ import torch
 
 from core import random
 from train.data import DataError
-from train.data.batching import epoch_batch, evaluation_batches
+from train.data.batching import bucket_batch, epoch_batch, evaluation_batches
 
 KEY = random.key(5)
 
@@ -40,3 +40,13 @@ def test_evaluation_covers_all_in_order(count, batch):
     parts = [torch.arange(count)[part] for part in evaluation_batches(count, batch)]
     assert torch.equal(torch.cat([torch.arange(0), *parts]), torch.arange(count))
     assert all(len(part) == batch for part in parts[:-1])
+
+
+def test_bucket_batches_go_through_all_members_once_per_epoch():
+    key, counts, rows = random.key(3), (7, 4), (2, 4)
+    epoch = [bucket_batch(key, step, counts, rows) for step in range(4)]
+    assert sorted(number for number, _ in epoch) == [0, 0, 0, 1]
+    members = [sorted(int(i) for number, part in epoch if number == n for i in part) for n in (0, 1)]
+    assert len(set(members[0])) == 6 and members[1] == [0, 1, 2, 3]
+    number, part = bucket_batch(key, torch.tensor(2), counts, rows)
+    assert number == epoch[2][0] and part.tolist() == epoch[2][1].tolist()

