@@ -64,7 +64,8 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     learn, validation, test = parts.values()
     sizes = {"d_in": args.embedding, "embedding_std": args.embedding_std, "outputs": len(data.classes)}
     cfg = net_of(args, vocabulary=size, **sizes)
-    buckets, baselines = ragged.make_buckets(learn.lengths, args.shapes, args.batch), ragged.baselines(parts, size)
+    buckets = ragged.make_buckets(learn.lengths, args.shapes, args.batch)
+    baselines = ragged.baselines(learn, test, size)
     facts = {"tokenizer": kind, "vocabulary": size, "widths of batches": [bucket.width for bucket in buckets]}
     long = sum(int((part.lengths == args.longest).sum()) for part in parts.values())
     facts |= {"cut": f"{long:,} texts may be longer than --longest {args.longest}"} if long else {}

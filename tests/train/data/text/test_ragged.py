@@ -63,7 +63,7 @@ def test_baselines():
     def figures(texts):
         records = Records(tuple(texts), tuple(labels))
         part = ragged.encoded(records, ("x", "y"), tokenizer, "words", 9)
-        return ragged.baselines({"train": part, "validation": part, "test": part}, tokenizer.vocabulary_size)
+        return ragged.baselines(part, part, tokenizer.vocabulary_size)
 
     assert figures(texts) == {"commonest_class_accuracy": pytest.approx(0.6), "bag_of_words_accuracy": 1.0}
     order = [" ".join(("good", "bad") if label == "x" else ("bad", "good")) for label in labels]
