@@ -9,7 +9,7 @@ state, for each example by itself:
 
     python experiments/gradient_flow.py                    two minutes on 2 CPU cores
     python experiments/gradient_flow.py --forget-bias 1    an LSTM that keeps what it has from the beginning
-    python experiments/gradient_flow.py --time 100 --epochs 60
+    python experiments/gradient_flow.py --time 100 --steps 3000
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip

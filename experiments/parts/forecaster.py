@@ -139,7 +139,7 @@ def losses(params: tree.Tree, batch: tuple[Tensor, Tensor], keys: Tensor, cfg: n
 
 @torch.no_grad()
 def forecast(model: Forecaster, x: Tensor) -> Forecast:
-    """Of windows (windows, steps, patch), in units of the scale about the level; on the CPU.
+    """The ensemble's forecast of windows (windows, steps, patch), in units of the scale about the level; on the CPU.
 
     mean = 1/M sum m_i,   variance = 1/M sum (v_i + m_i^2) - mean^2
     """

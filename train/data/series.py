@@ -88,8 +88,8 @@ def read_column(path: Path, column: str | None) -> Series:
             if any(_number(row[i]) is not None for _, row in rows[1:3] if i < len(row))
         ]
         if len(numeric) != 1:
-            found = f"{len(numeric)} columns of numbers" + (f": {', '.join(map(shown, numeric))}" if numeric else "")
-            raise DataError(f"{path} has {found}; name one with --column")
+            there = f"{len(numeric)} columns of numbers" + (f": {', '.join(map(shown, numeric))}" if numeric else "")
+            raise DataError(f"{path} has {there}; name one with --column")
         (column,) = numeric
     if column not in names:
         raise DataError(f"{path} has no column '{column}'; there are {', '.join(map(shown, names))}")

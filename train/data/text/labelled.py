@@ -26,7 +26,7 @@ VALIDATIONS = ("dev", "valid", "val", "validation")
 NAMES = ("class.txt", "classes.txt", "labels.txt")
 """Files beside the data in which line i + 1 is the name of the label i."""
 HELD = 10
-"""Of ten records in a row one is for testing and one for validation, where there are no such files."""
+"""Where there are no files for validation and testing, each gets one of ten records in a row."""
 
 Skipped = tuple[str, str]
 """A record that is not used, and the reason."""
