@@ -6,8 +6,8 @@ A batch is a function of key and step, so that a resumed run sees the batches th
 - `fingerprint`: the identity of data, a hash of its content, whatever kind it is and wherever it lies.
 - `understood`: prints the facts that each kind of data gives (`facts`) at the start of a script.
 - `text/`: `files` (UTF-8 files, gzipped files, folders, streams), `text` (the embedded text, `open_text`, the split,
-  windows for language models, the unigram baseline), `token_files` (ids on disk), `tokenizers`; `labelled` (texts with a
-  class each), `brackets` (generated ones), `ragged` (their batches).
+  windows for language models, the unigram baseline), `token_files` (ids on disk), `tokenizers`; `labelled` (texts with
+  a class each), `brackets` (generated ones), `ragged` (their batches).
 - `images/`: `sets` (`open_images`: whatever `--data` names), `arrays` (digits, MNIST's files, downloads), `cifar`,
   `folders` (the pictures of a folder, its classes and splits), `files` (batches decoded by worker processes, built on
   `workers`), `picture` (one file decoded), `pairs` (for image-to-image translation), `augment`, `colours`,
