@@ -7,9 +7,11 @@ state, for each example by itself:
 
     h_t = cell(x_t, h_(t-1)) + e_t,   dL / de_t at e = 0
 
-    python experiments/gradient_flow.py                    two minutes on 2 CPU cores
+    python experiments/gradient_flow.py                    about a minute on 2 CPU cores
     python experiments/gradient_flow.py --forget-bias 1    an LSTM that keeps what it has from the beginning
-    python experiments/gradient_flow.py --time 100 --steps 3000
+    python experiments/gradient_flow.py --shortest 40      all sequences long: none of the nets learns it
+
+Expected: all three nets right; of the gradient the trained GRU keeps 0.99 per step, the LSTM 0.70, the RNN 0.37.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
