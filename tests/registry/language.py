@@ -118,5 +118,5 @@ net("sequence classifier, bidirectional", sequence_classifier, DEEP, RAGGED, dra
 VALUES = {"d_in": 2, "width": 4}
 GRU = sequence_classifier.Config(**VALUES, kind="gru", bidirectional=True, pooling="max")
 net("sequence classifier, gru of values", sequence_classifier, GRU, both(sequences(6, 2), labels(7)))
-RNN = sequence_classifier.Config(**VALUES, kind="rnn", layers=2, outputs=4, dropout=0.3)
-net("sequence classifier, rnn of values", sequence_classifier, RNN, both(sequences(6, 2), labels(7)), draws=True)
+ELMAN = sequence_classifier.Config(**VALUES, kind="rnn", layers=2, outputs=4, dropout=0.3)
+net("sequence classifier, rnn of values", sequence_classifier, ELMAN, both(sequences(6, 2), labels(7)), draws=True)
