@@ -4,8 +4,8 @@ Bahdanau et al. 2015, "Neural Machine Translation by Jointly Learning to Align a
 et al. 2015 (arXiv:1508.04025). Data, flags and figures are those of translate.py, so that the nets can be compared:
 
     python experiments/seq2seq.py                                                 a few minutes on 2 CPU cores
-    python experiments/seq2seq.py --attention none                                all that is read in one vector
-    python experiments/seq2seq.py --attention general --kind lstm --input-feeding
+    python experiments/seq2seq.py --scores none                                   all that is read in one vector
+    python experiments/seq2seq.py --scores general --kind lstm --input-feeding
     python experiments/seq2seq.py --data multi30k --preset small                  29,000 captions, downloaded once
     python experiments/seq2seq.py translate --run runs/seq2seq/NAME "Der dritte Mai ist ein Montag."
     python experiments/seq2seq.py evaluate --run runs/seq2seq/NAME --beam 5
@@ -41,7 +41,7 @@ class Args:
     """Sizes of the net, and the defaults of what follows (this help shows those of the preset on its command line)."""
     kind: Literal["gru", "lstm"] = "gru"
     """Cells of encoder and decoder."""
-    attention: Literal["none", "bahdanau", "dot", "general"] = "bahdanau"
+    scores: Literal["none", "bahdanau", "dot", "general"] = "bahdanau"
     """Attention of the decoder to the source: none, Bahdanau's, or Luong's dot or general."""
     input_feeding: bool = False
     """Feed the readout of each step to the next (with Luong's attention)."""
@@ -84,7 +84,7 @@ class Args:
 
 
 MULTI30K = {"vocabulary": 4000, "steps": 3600, "tokens": 2000, "shapes": 6, "learning_rate": 2e-3, "warmup": 200}
-LUONG = {"kind": "lstm", "attention": "general", "input_feeding": True, "vocabulary": 37_000, "shapes": 12}
+LUONG = {"kind": "lstm", "scores": "general", "input_feeding": True, "vocabulary": 37_000, "shapes": 12}
 PRESETS = {
     "small": Args("small", **MULTI30K, dropout=0.3),
     "multi30k": Args("multi30k", **MULTI30K, dropout=0.5),
@@ -112,7 +112,7 @@ def batch_of(source: Tensor, target: Tensor, at: int, args: Args) -> tuple[Tenso
 
 
 def net_of(args: Args, vocabulary: int) -> seq2seq.Config:
-    options = {name: getattr(args, name) for name in ("kind", "attention", "input_feeding", "dropout")}
+    options = {name: getattr(args, name) for name in ("kind", "input_feeding", "dropout")} | {"attention": args.scores}
     options |= {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
     return dataclasses.replace(seq2seq.PRESETS[args.preset], **options)
 

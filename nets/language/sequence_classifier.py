@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from core import initializers, random
-from core.layers import dropout, embedding, embedding_spec, linear, linear_spec
+from core.layers import dropout, embedding, embedding_spec, linear, linear_spec, recurrent, recurrent_spec
 from core.layers.checks import check_tensor
-from core.layers.recurrent import LAYERS, check_lengths, recurrent, recurrent_spec
+from core.layers.recurrent import LAYERS, check_lengths
 
 POOLINGS = ("last", "max", "mean")
 

@@ -191,7 +191,7 @@ def test_pieces_of_words_make_the_text():
 # --- slow: the whole thing
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise: a few minutes, compiled, on the embedded text."""
     runs.completed("char_rnn", tmp_path)

@@ -51,7 +51,7 @@ def test_first_step_is_that_of_single_gradients(tmp_path, monkeypatch):
     assert "spread_every_example" in figures and "spread_every_example" not in parts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The noise scale grows past the batch, and one small batch is a far more uncertain estimate than all examples."""
     completed(tmp_path)

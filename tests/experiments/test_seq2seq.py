@@ -76,9 +76,9 @@ def test_rate_of_teacher_forcing_falls():
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--attention", "none", "--kind", "lstm"),
-        ("--attention", "general", "--dtype", "bfloat16"),
-        ("--attention", "dot", "--input-feeding", "--micro-batches", "2"),
+        ("--scores", "none", "--kind", "lstm"),
+        ("--scores", "general", "--dtype", "bfloat16"),
+        ("--scores", "dot", "--input-feeding", "--micro-batches", "2"),
     ],
     ids=str,
 )

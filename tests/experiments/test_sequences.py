@@ -139,7 +139,7 @@ def test_default_forecast_is_better_than_those_without_a_net(tmp_path, monkeypat
     assert result["rmse_over_sigma"] < 1.72 and math.isclose(result["band_coverage"], 0.9, abs_tol=0.04)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("FUNCTREE_DATA"), reason="FUNCTREE_DATA names no folder of public data")
 def test_sst2_from_scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -81,7 +81,7 @@ def test_divergence_is_named(here, capfd):
     assert "is not finite (loss " in runs.one_error(capfd.readouterr().err)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise."""
     completed(tmp_path)

@@ -170,7 +170,7 @@ def test_temperature_of_the_prior():
     torch.testing.assert_close(model.sample(random.key(2), labels[:2], 1.0), warm[:2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise."""
     runs.completed("vqvae", tmp_path)

@@ -105,7 +105,7 @@ FEEDING = seq2seq.Config(**SENTENCES, **LAYERS, attention="dot", input_feeding=T
 net("seq2seq, input feeding", seq2seq, FEEDING, PAIRS, draws=True)
 SENTENCES |= {"encoder_width": 8, "bidirectional": False}
 net("seq2seq, no attention", seq2seq, seq2seq.Config(**SENTENCES, attention="none"), PAIRS)
-# The tutorial prints it; its vocabularies are those of a version of the data.
+# Counted by layers, for the vocabularies that a version of the data has.
 published(seq2seq, {"multi30k": 20_518_917})
 
 # Sequences of 0 to 6 steps.

@@ -117,12 +117,12 @@ ROWS = [
         baseline="copy_bleu",
         refusals=(
             (("--kind", "rnn"), "--kind"),
-            (("--attention", "luong"), "--attention"),
+            (("--scores", "luong"), "--scores"),
             (("--input-feeding",), "input_feeding needs attention dot or general"),
             (("--data", "nowhere"), "'nowhere' does not exist"),
             (("--teacher-forcing", "1.5"), "--teacher-forcing is 1.5; expected a number in [0, 1]"),
             (("--data", "pairs", "--vocabulary", "100"), "a vocabulary of 100 is too small: expected at least 260"),
-            (("--resume", "--name", "a", "--attention", "dot"), "with --attention dot: it was started with bahdanau"),
+            (("--resume", "--name", "a", "--scores", "dot"), "with --scores dot: it was started with bahdanau"),
         ),
         commands=(
             (("translate", "Der Bus", "--beam", "2", "--n-best", "2"), ()),
