@@ -43,6 +43,7 @@ def attention(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    bias: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
     scale: float | None = None,
     method: str = "auto",
@@ -54,6 +55,7 @@ def attention(
         k, v: (batch, key-value heads, keys, depth); their heads divide those of q.
         mask: boolean, broadcastable to (batch, heads, queries, keys). A query that may see no key at all gets zeros.
         causal: query i sees the keys up to i (aligned at the end, as in `causal_mask`); combines with mask.
+        bias: added to the scaled scores, broadcastable to (batch, heads, queries, keys), such as relative positions.
         drop: applied to the weights (batch, heads, queries, keys), such as one of `core.layers.dropout_sites`.
         scale: factor on the scores; by default 1 / sqrt(depth).
         method: "explicit" is matmul, softmax, matmul: differentiable to any order and in forward mode, vmaps.
@@ -68,14 +70,14 @@ def attention(
         TypeError: q, k or v is not a tensor.
         ValueError: shapes that do not fit, a mask that is not boolean, an unknown method.
     """
-    _check(q, k, v, mask)
+    _check(q, k, v, mask, bias)
     if method not in ("auto", "explicit", "fused"):
         raise ValueError(f"attention: method '{method}' is unknown; expected auto, explicit or fused")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     fused = method == "fused" or (method == "auto" and q.device.type not in ("cpu", "meta"))
     if fused and drop is None and not _beyond_first_derivatives():
-        return _fused(q, k, v, mask, causal, scale)
-    return _explicit(q, k, v, mask, causal, drop, scale)
+        return _fused(q, k, v, mask, causal, bias, scale)
+    return _explicit(q, k, v, mask, causal, bias, drop, scale)
 
 
 @assume_constant_result
@@ -85,7 +87,7 @@ def _beyond_first_derivatives() -> bool:
     return forward_ad._current_level >= 0 or transforms.count(TransformType.Grad) > 1
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
     for what, x in (("q", q), ("k", k), ("v", v)):
         check_tensor("attention", x, what)
     shapes = tuple(tuple(x.shape) for x in (q, k, v))
@@ -95,20 +97,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"attention: q, k and v of shapes {shapes} do not fit each other")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads do not divide into {k.shape[1]} key-value heads")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
+    if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"attention: the mask must be boolean, True where a query may look, found {mask.dtype}")
     scores = (*q.shape[:3], k.shape[2])
-    if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], scores[::-1], strict=False)):
-        raise ValueError(f"attention: a mask of shape {tuple(mask.shape)} does not broadcast to {scores}")
+    for what, added in (("mask", mask), ("bias", bias)):
+        shape = () if added is None else tuple(added.shape)
+        if len(shape) > 4 or any(m not in (1, n) for m, n in zip(shape[::-1], scores[::-1], strict=False)):
+            raise ValueError(f"attention: a {what} of shape {shape} does not broadcast to {scores}")
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, bias: Tensor | None, scale: float
+) -> Tensor:
     # torch aligns its causal mask at the start, so where lengths differ the mask is explicit.
-    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+    if causal and (mask is not None or bias is not None or q.shape[2] != k.shape[2]):
         triangle = causal_mask(q.shape[2], k.shape[2], q.device)
         mask, causal = (triangle if mask is None else mask & triangle), False
+    if bias is not None:  # torch adds a mask of numbers to the scores; a row of -inf gives zeros
+        mask = bias.to(q.dtype) if mask is None else torch.where(mask, bias.to(q.dtype), -torch.inf)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
@@ -119,6 +125,7 @@ def _explicit(
     v: Tensor,
     mask: Tensor | None,
     causal: bool,
+    bias: Tensor | None,
     drop: Callable[[Tensor], Tensor] | None,
     scale: float,
 ) -> Tensor:
@@ -128,6 +135,7 @@ def _explicit(
     grouped = q.reshape(batch, shared, heads // shared * queries, depth)  # (batch, shared, group * queries, depth)
     scores = (grouped * scale) @ k.transpose(-2, -1)  # Q Kᵀ / sqrt(d), (batch, shared, group * queries, keys)
     scores = scores.reshape(batch, heads, queries, keys)  # (batch, heads, queries, keys)
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
     all_see = mask is None and queries <= keys  # at least one key each
     if causal:
         triangle = causal_mask(queries, keys, q.device)  # (queries, keys)
@@ -158,31 +166,43 @@ def self_attention_spec(
     heads: int,
     *,
     kv_heads: int | None = None,
+    depth: int | None = None,
     bias: bool = True,
+    proj_bias: bool | None = None,
     init: initializers.Initializer | None = None,
     proj_init: initializers.Initializer | None = None,
 ) -> dict:
-    """Spec of self-attention: `qkv` (queries, keys and values in one matrix) and `proj`."""
-    if width % heads:
+    """Spec of self-attention: `qkv` (queries, keys and values in one matrix) and `proj`.
+
+    Args:
+        depth: size of a head. Default: width / heads.
+        bias, proj_bias: biases of `qkv`, and of `proj` where it differs.
+    """
+    if depth is None and width % heads:
         raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
         raise ValueError(f"attention: {heads} query heads do not divide into {kv_heads} key-value heads")
-    depth = width // heads
+    depth, proj_bias = width // heads if depth is None else depth, bias if proj_bias is None else proj_bias
     init = initializers.xavier_uniform() if init is None else init
-    rows = width + 2 * depth * (heads if kv_heads is None else kv_heads)
+    rows = depth * (heads + 2 * (heads if kv_heads is None else kv_heads))
     return {
-        "proj": linear_spec(width, width, bias=bias, init=proj_init or init, axes=("embed", "heads")),
+        "proj": linear_spec(depth * heads, width, bias=proj_bias, init=proj_init or init, axes=("embed", "heads")),
         "qkv": linear_spec(width, rows, bias=bias, init=init, axes=("heads", "embed")),
     }
 
 
-def _queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None) -> list[Tensor]:
-    """q (batch, heads, time, depth); k and v (batch, key-value heads, time, depth)."""
+def queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None = None) -> list[Tensor]:
+    """q (batch, heads, time, depth); k and v (batch, key-value heads, time, depth) of self-attention. x: (batch, time,
+    width).
+
+    Raises:
+        ValueError: numbers of heads that do not fit the matrices of `self_attention_spec`.
+    """
     check_arguments("self_attention", p, x)
     shared = heads if kv_heads is None else kv_heads
-    depth = x.shape[-1] // heads
-    rows = p["qkv"]["weight"].shape[0]
-    if x.ndim != 3 or x.shape[-1] % heads or rows != (heads + 2 * shared) * depth:
+    (rows, width), columns = p["qkv"]["weight"].shape, p["proj"]["weight"].shape[1]  # heads * depth columns
+    depth = columns // heads
+    if x.ndim != 3 or x.shape[-1] != width or columns % heads or rows != (heads + 2 * shared) * depth:
         raise ValueError(
             f"attention: x of shape {tuple(x.shape)}, {heads} heads and {shared} key-value heads do not fit a qkv "
             f"matrix of {rows} rows"
@@ -204,7 +224,7 @@ def self_attention(
     method: str = "auto",
 ) -> Tensor:
     """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
-    q, k, v = _queries_keys_values(p, x, heads, kv_heads)
+    q, k, v = queries_keys_values(p, x, heads, kv_heads)
     y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)  # (batch, heads, time, depth)
     return linear(p["proj"], merge_heads(y))  # (batch, time, width)
 
@@ -249,7 +269,9 @@ def cross_attention(
     heads: int,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
+    scale: float | None = None,
     method: str = "auto",
 ) -> Tensor:
     """Multi-head attention of x (batch, time, width) to memory -> shape of x.
@@ -257,7 +279,7 @@ def cross_attention(
     Args:
         memory: (batch, memory time, width), or its `cross_keys_values`. It may have fewer rows than x: then equal
             numbers of consecutive rows of x share each (the beams of a sentence), and mask and drop have its batch.
-        mask, drop, method: as in `attention`.
+        mask, bias, drop, scale, method: as in `attention`.
 
     Raises:
         ValueError: the number of rows of x is not a multiple of that of memory.
@@ -270,7 +292,7 @@ def cross_attention(
             raise ValueError(f"attention: {x.shape[0]} rows do not divide by the {k.shape[0]} of memory")
         # The rows that share a memory become consecutive queries.
         q = q.reshape(k.shape[0], -1, q.shape[-1])  # (memory batch, beams * time, width)
-    y = attention(split_heads(q, heads), k, v, mask=mask, drop=drop, method=method)
+    y = attention(split_heads(q, heads), k, v, mask=mask, bias=bias, drop=drop, scale=scale, method=method)
     return linear(p["proj"], merge_heads(y)).reshape(x.shape)  # (batch, time, width)
 
 
@@ -280,6 +302,31 @@ def empty_cache(
     """A cache with room for `positions` tokens per example."""
     shape = (batch, heads, positions, depth)
     return Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+def extend_cache(cache: Cache, k: Tensor, v: Tensor, position: Tensor, *, donate: bool = False) -> tuple[Cache, Tensor]:
+    """The cache with new keys and values, and who sees whom in it: (batch, 1, time, positions), causal.
+
+    Args:
+        k, v: (batch, key-value heads, time, depth), those of the new tokens.
+        position, donate: as in `cached_self_attention`.
+
+    Raises:
+        ValueError: a cache of another shape or dtype than the new keys, or one with less room than there are tokens.
+    """
+    room = cache.keys.shape
+    if (*room[:2], *room[3:]) != (*k.shape[:2], *k.shape[3:]) or room[2] < k.shape[2] or cache.keys.dtype != k.dtype:
+        kind = f"of shape {tuple(room)} and {cache.keys.dtype}"
+        raise ValueError(f"attention: a cache {kind} does not take keys {tuple(k.shape)} and {k.dtype}")
+    positions = position[:, None] + torch.arange(k.shape[2], device=k.device)  # (batch, time)
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (batch, 1)
+    updated = []
+    for old, new in ((cache.keys, k), (cache.values, v)):
+        by_position = old.transpose(1, 2)  # (batch, room, heads, depth)
+        write = by_position.index_put_ if donate else by_position.index_put
+        updated.append(write((rows, positions), new.transpose(1, 2)).transpose(1, 2))  # (batch, heads, room, depth)
+    visible = torch.arange(room[2], device=k.device) <= positions[:, :, None]  # (batch, time, room)
+    return Cache(*updated), visible[:, None]
 
 
 def cached_self_attention(
@@ -309,19 +356,7 @@ def cached_self_attention(
     Raises:
         ValueError: a cache of another shape or dtype than the new keys, or one with less room than x has tokens.
     """
-    q, k, v = _queries_keys_values(p, x, heads, kv_heads)
-    room = cache.keys.shape
-    if (*room[:2], *room[3:]) != (*k.shape[:2], *k.shape[3:]) or room[2] < k.shape[2] or cache.keys.dtype != k.dtype:
-        kind = f"of shape {tuple(room)} and {cache.keys.dtype}"
-        raise ValueError(f"attention: a cache {kind} does not take keys {tuple(k.shape)} and {k.dtype}")
-    positions = position[:, None] + torch.arange(x.shape[1], device=x.device)  # (batch, time)
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (batch, 1)
-    updated = []
-    for old, new in ((cache.keys, k), (cache.values, v)):
-        by_position = old.transpose(1, 2)  # (batch, room, heads, depth)
-        write = by_position.index_put_ if donate else by_position.index_put
-        updated.append(write((rows, positions), new.transpose(1, 2)).transpose(1, 2))  # (batch, heads, room, depth)
-    cache = Cache(*updated)
-    visible = torch.arange(cache.keys.shape[2], device=x.device) <= positions[:, :, None]  # (batch, time, room)
-    y = attention(q, cache.keys, cache.values, mask=visible[:, None], method=method)  # (batch, heads, time, depth)
+    q, k, v = queries_keys_values(p, x, heads, kv_heads)
+    cache, visible = extend_cache(cache, k, v, position, donate=donate)
+    y = attention(q, cache.keys, cache.values, mask=visible, method=method)  # (batch, heads, time, depth)
     return linear(p["proj"], merge_heads(y)), cache

@@ -20,7 +20,7 @@ from core.attention import Cache, empty_cache
 from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
 from core.layers.checks import check_tensor
 from nets.blocks.transformer_block import block, block_spec, cached_block
-from nets.language.decoding import choose, occurrences, penalise_repetition
+from nets.language import generation
 from nets.weights import Rename, WeightsError, fill, read, read_config
 
 
@@ -172,108 +172,19 @@ def decode(
     return logits(params, x), updated
 
 
-def _restart(history: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """The last tokens of each example, up to `room`, moved to the front, (batch, room), and their number, (batch,)."""
-    count = lengths.clamp(max=room)
-    index = (lengths - count)[:, None] + torch.arange(room, device=history.device)  # (batch, room)
-    return history.gather(1, index.clamp(max=history.shape[1] - 1)), count
-
-
 def stream(
-    params: dict,
-    prompt: Tensor,
-    cfg: Config,
-    steps: int,
-    *,
-    lengths: Tensor | None = None,
-    key: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    end: int | None = None,
-    padding: int = 0,
-    decode: Callable = decode,
+    params: dict, prompt: Tensor, cfg: Config, steps: int, *, decode: Callable = decode, **options
 ) -> Iterator[Tensor]:
-    """Yield the next token of each example, up to `steps` times, through a key-value cache.
+    """Yield the next token of each example, (batch,), up to `steps` times: `nets.language.generation.stream`.
 
-    When the longest example has filled the context, the last half of each (more, if few tokens are to come) is read
-    again as a new prompt, so a text may go on for longer than the context. Up to there an example gets the same tokens
-    in a batch of any size; past it, this depends on the longest one.
-
-    Args:
-        prompt: (batch, time) integers, at least one per row; of one longer than the context, the end is read. One row
-            (1, time) with several keys (n, 2) is sampled n times.
-        lengths: (batch,) length of each row's prompt, by default all of the row; what follows it is ignored.
-        key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key per example, (batch, 2).
-        temperature, top_k, top_p: as in `nets.language.decoding.choose`; temperature 0 is greedy.
-        repetition_penalty: penalty of tokens that the prompt or the text so far contains, as in
-            `nets.language.decoding.penalise_repetition`. Default 1, none.
-        end: id of the token that ends a text; the stream stops once every example has ended. Default None: after
-            `steps` tokens.
-        padding: token id that fills positions after `end`. Default 0.
-        decode: this module's `decode`, or a compiled form of it.
-
-    Yields:
-        (batch,) int64.
-
-    Raises:
-        ValueError: at the first token: an empty prompt, lengths that do not fit it, or an option outside its range.
+    decode: this module's `decode`, or a compiled form of it.
     """
-    _check_tokens(prompt)
-    if end is not None and not 0 <= end < cfg.vocabulary:
-        raise ValueError(f"gpt2: the end token is {end}; expected an id below {cfg.vocabulary}, or None")
-    if key is not None and key.ndim == 2 and len(prompt) == 1:
-        prompt = prompt.expand(len(key), -1)  # (n, time)
-        lengths = lengths.expand(len(key)) if lengths is not None and len(lengths) == 1 else lengths
-    batch, time = prompt.shape
-    lengths = torch.full((batch,), time, device=prompt.device) if lengths is None else lengths.to(torch.int64)
-    if lengths.shape != (batch,) or int(lengths.max()) > time:
-        raise ValueError(f"gpt2: expected {batch} lengths up to {time}, found {lengths.tolist()}")
-    if int(lengths.min()) < 1:
-        raise ValueError("gpt2: generation needs a prompt of at least one token")
-    prompt = prompt.to(torch.int64)
-    history = torch.cat([prompt, prompt.new_zeros(batch, steps)], dim=1)  # (batch, time + steps)
-    rows = torch.arange(batch, device=prompt.device)
-    done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    present = None if repetition_penalty == 1.0 else occurrences(prompt, lengths, cfg.vocabulary)
-    # The last token that is drawn is never read, so it needs no position.
-    positions = min(cfg.context, time + steps - 1)
-    room = positions - min(steps - 1, positions // 2)  # how much of the past fits beside the tokens to come
-    restarts = time + steps - 1 > positions
-    token, longest = prompt[:, 0], positions  # as if the cache were full, so that the prompt is read first
-    for t in range(steps):
-        if longest == positions:
-            window, position = (prompt, lengths) if t == 0 and time <= positions else _restart(history, lengths, room)
-            start = torch.zeros_like(position)
-            caches = empty_caches(params, cfg, batch, positions)
-            scores, caches = decode(params, window, caches, start, cfg, donate=True)
-            scores, longest = scores[rows, position - 1], int(position.max())  # (batch, vocabulary)
-        else:
-            scores, caches = decode(params, token[:, None], caches, position, cfg, donate=True)
-            scores, position, longest = scores[:, -1], position + 1, longest + 1  # (batch, vocabulary)
-        if present is not None:
-            scores = penalise_repetition(scores, present, repetition_penalty)
-        step_key = None if key is None else random.fold_in(key, t)
-        token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)  # (batch,)
-        if end is not None:
-            token = torch.where(done, padding, token)
-            done = done | (token == end)
-        if present is not None:
-            present = present.scatter(1, token[:, None], True)
-        if restarts:
-            history[rows, lengths] = token
-            lengths = lengths + 1
-        yield token
-        if end is not None and bool(done.all()):
-            return
+    return generation.stream(decode, empty_caches, params, prompt, cfg, steps, **options)
 
 
-def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, **options) -> Tensor:
+def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, *, decode: Callable = decode, **options) -> Tensor:
     """New tokens, (batch, steps), or with `end` as many as the longest text has. The options are those of `stream`."""
-    if steps < 1:
-        raise ValueError(f"gpt2: steps is {steps}; expected at least 1")
-    return torch.stack(list(stream(params, prompt, cfg, steps, **options)), dim=1)  # (batch, steps)
+    return generation.generate(decode, empty_caches, params, prompt, cfg, steps, **options)
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from core import random
 from core.tree import Tree
-from nets.language import bert, distilbert, gpt2, rnn, roberta, seq2seq, sequence_classifier, transformer
+from nets.language import bert, distilbert, gpt2, llama, rnn, roberta, seq2seq, sequence_classifier, transformer
 from tests.registry.face import Net, both, labels, net, published, register, sequences, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
@@ -25,6 +25,23 @@ published(
         # nanoGPT prints 0.80M and 10.65M, in which the positions are not counted.
         "nanogpt-cpu": 804_096,
         "nanogpt-gpu": 10_745_088,
+    },
+)
+
+LLAMA = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 4, "kv_heads": 2, "width": 8, "hidden": 12}
+net("llama", llama, llama.Config(**LLAMA), tokens(31, 10))
+OPTIONS = {"depth": 4, "qkv_bias": True, "tied": True, "window": 4, "rope_factor": 4.0, "dropout": 0.2}
+net("llama, all options", llama, llama.Config(**LLAMA, **OPTIONS), tokens(31, 10), draws=True)
+published(
+    llama,
+    {
+        # As in the published weights (tests/nets/language/test_llama.py).
+        "llama-2-7b": 6_738_415_616,
+        "llama-3.2-1b": 1_235_814_400,
+        "mistral-7b": 7_241_732_096,
+        "qwen2-0.5b": 494_032_768,
+        "smollm2-135m": 134_515_008,
+        "tinyllama-1.1b": 1_100_048_384,
     },
 )
 
