@@ -6,7 +6,7 @@ from torch import Tensor
 
 from core import random
 from core.tree import Tree
-from nets.language import bert, distilbert, gpt2, llama, rnn, roberta, seq2seq, sequence_classifier, transformer
+from nets.language import bert, distilbert, gpt2, llama, rnn, roberta, seq2seq, sequence_classifier, t5, transformer
 from tests.registry.face import Net, both, labels, net, published, register, sequences, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
@@ -86,6 +86,14 @@ SEPARATE = transformer.Config(**SENTENCES, dropout=0.0, activation="silu", final
 net("transformer, separate embeddings", transformer, SEPARATE, both(tokens(13, 7), tokens(11, 5)))
 # The paper's table 3 has 65 and 213 million for a shared vocabulary of "about 37,000" tokens, which are counted here.
 published(transformer, {"base": 63_082_496, "big": 214_245_376})
+
+T5 = {"vocabulary": 13, "layers": 2, "decoder_layers": 1, "heads": 2, "depth": 3, "width": 8, "hidden": 12}
+FEW = {"buckets": 4, "farthest": 5}  # so that each bucket is used
+net("t5", t5, t5.Config(**T5, **FEW, dropout=0.0), PAIRS)
+V1_1 = t5.Config(**T5, **FEW, activation="gelu_tanh", gated=True, tied=False, scale=False, dropout=0.2)
+net("t5, version 1.1", t5, V1_1, PAIRS, draws=True)
+# As in the published weights (tests/nets/language/test_t5.py).
+published(t5, {"base": 222_903_552, "small": 60_506_624, "v1.1-base": 247_577_856, "v1.1-small": 76_961_152})
 
 # Token 0 (of RoBERTa: 1) is padding, here also between others.
 TEXT = {"vocabulary": 13, "context": 8, "layers": 1, "heads": 2, "width": 8, "hidden": 12}
