@@ -1,10 +1,11 @@
-"""GPT on characters or byte pairs: train it, then let it write.
+"""GPT or Llama on characters or byte pairs: train it, then let it write.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Without a flag it trains a small
 character-level GPT on the language reference that every Python installation carries:
 
     python experiments/gpt.py                                                  about 2 minutes on 2 CPU cores
     python experiments/gpt.py --preset nanogpt-cpu --text shakespeare          nanoGPT's CPU setting (tiny Shakespeare)
+    python experiments/gpt.py --preset llama-tiny                              a Llama of the same size
     python experiments/gpt.py --weights openai-community/gpt2 --text my.txt    fine-tune published weights
     python experiments/gpt.py sample --run runs/gpt/NAME --prompt "The "       write on from a prompt
     python experiments/gpt.py sample --weights openai-community/gpt2 --prompt "The "     the same with published weights
@@ -24,7 +25,7 @@ import torch
 
 from core import random, spec, tree
 from experiments.parts import language_model
-from nets.language import gpt2
+from nets.language import gpt2, llama
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
 from train.data.text import text, tokenizers
@@ -38,11 +39,12 @@ from train.run.logs import read_curves
 from train.step import make_step, start
 
 RUNS = Path("runs/gpt")
+Config = gpt2.Config | llama.Config
 
 
 @dataclass(frozen=True)
 class Args:
-    preset: Literal[tuple(gpt2.PRESETS)] = "tiny"
+    preset: Literal[tuple(language_model.PRESETS)] = "tiny"
     """Sizes of the net, and the defaults of what follows (this help shows those of the preset on its command line)."""
     text: Path | None = None
     """UTF-8 text to learn from: a file (.gz too), a folder of them, or shakespeare or wikitext-2 (downloaded
@@ -52,7 +54,8 @@ class Args:
     tokenizer: str = "characters"
     """"characters", or a file or folder with a byte-pair tokenizer (tokenizer.json, or vocab.json and merges.txt)."""
     weights: str | None = None
-    """Start from published GPT weights (folder or Hugging Face repository), with their tokenizer and sizes."""
+    """Start from published weights of a GPT or Llama (folder or Hugging Face repository), with their tokenizer and
+    sizes."""
     steps: Count = 1500
     """Training steps; the learning rate falls to a tenth of its peak over all of them."""
     batch: Count = 16
@@ -81,6 +84,7 @@ PRESETS = {
     "nanogpt-cpu": Args("nanogpt-cpu", steps=2000, batch=12),
     "nanogpt-gpu": Args("nanogpt-gpu", steps=5000, batch=64, learning_rate=1e-3, dropout=0.2, beta2=0.95),
     **{name: Args(name, **LARGE, dropout=0.1) for name in ("gpt", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    **{name: Args(name, **LARGE) for name in llama.PRESETS if name != "tiny"},
 }
 FINETUNE = Args(steps=200, batch=8, learning_rate=3e-5, warmup=20, beta2=0.95, dropout=0.1)
 
@@ -96,7 +100,7 @@ class SampleArgs:
     checkpoint: str = "latest"
     """Which checkpoint of the run: latest, best (the lowest validation loss) or a step."""
     weights: str | None = None
-    """Published GPT weights instead: a folder (model.safetensors, config.json, the tokenizer) or a repository."""
+    """Published weights instead: a folder (model.safetensors, config.json, the tokenizer) or a repository."""
     prompt: str = ""
     """The text to continue; the start of a text if empty."""
     max_new_tokens: Count = 300
@@ -125,29 +129,30 @@ class EvaluateArgs(FromRun):
     """Text to evaluate, all of it, such as wikitext-2-test; the validation part of the run's own text if None."""
 
 
-def losses(params, batch, keys, cfg: gpt2.Config):
+def losses(params, batch, keys, cfg: Config):
     """(examples,): the mean cross-entropy of each example's tokens, in nats."""
     tokens, targets = batch
-    return cross_entropy(gpt2.apply(params, tokens, cfg, key=keys, train=True), targets, reduction="none").mean(1)
+    logits = language_model.net_of(cfg).apply(params, tokens, cfg, key=keys, train=True)  # (examples, time, vocabulary)
+    return cross_entropy(logits, targets, reduction="none").mean(1)
 
 
 @torch.no_grad()
-def validate(params, cfg: gpt2.Config, tokens, limit: int | None = None) -> float:
+def validate(params, cfg: Config, tokens, limit: int | None = None) -> float:
     """Mean cross-entropy in nats per token, over all windows or `limit` batches of 32 of them from all of the text."""
     total, count, device = 0.0, 0, params["tokens"]["weight"].device
     every = max(1, len(tokens) // (32 * cfg.context * limit)) if limit else 1
     for inputs, targets in itertools.islice(text.windows(tokens, cfg.context, 32), 0, None, every):
-        logits = gpt2.apply(params, inputs.to(device), cfg)
+        logits = language_model.net_of(cfg).apply(params, inputs.to(device), cfg)
         total += float(cross_entropy(logits, targets.to(device), reduction="sum"))
         count += targets.numel()
     return total / count
 
 
-def model_and_data(args: Args, folder: Path | None) -> tuple[gpt2.Config, text.Text, tree.Tree | None]:
+def model_and_data(args: Args, folder: Path | None) -> tuple[Config, text.Text, tree.Tree | None]:
     """(net, text, published weights or None) of the flags; a resumed run keeps its tokenizer."""
-    cfg, params, tokenizer = gpt2.PRESETS[args.preset], None, None
+    cfg, params, tokenizer = language_model.PRESETS[args.preset], None, None
     if args.weights:
-        params, cfg = gpt2.from_pretrained(args.weights)
+        params, cfg = language_model.from_pretrained(args.weights)
         tokenizer = language_model.published_tokenizer(args.weights)
     if args.tokenizer != "characters":
         tokenizer = tokenizers.load(args.tokenizer)
@@ -181,7 +186,7 @@ def train(args: Args) -> None:
         raise ValueError(f"{size}; a context of {cfg.context} needs over {10 * cfg.context:,}")
 
     init_key, run_key, data_key, sample_key = random.split(random.key(args.common.seed), 4).unbind(0)
-    model, optimizer = gpt2.spec(cfg), optimizer_of(args)
+    model, optimizer = language_model.net_of(cfg).spec(cfg), optimizer_of(args)
     params = tree.move(published, run.device) if published else spec.init(init_key.to(run.device), model)
     state = start(run_key.to(run.device), params, model, optimizer)
     state = run.restore(state, {"net": cfg, "data": fingerprint(data.tokens)}, args.steps)
@@ -208,7 +213,7 @@ def train(args: Args) -> None:
         report(run, state.params, cfg, data.tokenizer, text.unigram_entropy(*parts), validation_tokens, sample_key)
 
 
-def report(run: Run, params, cfg: gpt2.Config, tokenizer, baseline: float, validation_tokens, key) -> None:
+def report(run: Run, params, cfg: Config, tokenizer, baseline: float, validation_tokens, key) -> None:
     """The final figures, the curves, and a text by the model."""
     val_loss = validate(params, cfg, validation_tokens)
     lines = read_curves(run.folder, "train/loss", "validation/loss")
@@ -218,7 +223,8 @@ def report(run: Run, params, cfg: gpt2.Config, tokenizer, baseline: float, valid
     run.result({**figures, **speed})
     watch.draw(run.folder)
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
-    (sample,) = language_model.write(gpt2, params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
+    net = language_model.net_of(cfg)
+    (sample,) = language_model.write(net, params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
     (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} nats per token", end=" ")
     print(f"(unigram entropy: {baseline:.4f}) after {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
@@ -230,21 +236,21 @@ def sample(args: SampleArgs) -> None:
     device = command_line.device(args.device)
     if args.run:
         run = open_run(args.run, RUNS, args.checkpoint)
-        cfg, tokenizer = run.read("net", gpt2.Config), tokenizers.load(args.run / "tokenizer.json")
-        params = run.restore(gpt2.spec(cfg), "params")
+        (net, cfg), tokenizer = language_model.net_of_run(run), tokenizers.load(args.run / "tokenizer.json")
+        params = run.restore(net.spec(cfg), "params")
     else:
-        params, cfg = gpt2.from_pretrained(args.weights)
+        params, cfg = language_model.from_pretrained(args.weights)
         tokenizer = language_model.published_tokenizer(args.weights)
     language_model.check_vocabulary(tokenizer, cfg)
     params = tree.move(params, device)
-    language_model.write_samples(gpt2, params, cfg, tokenizer, args)
+    language_model.write_samples(language_model.net_of(cfg), params, cfg, tokenizer, args)
 
 
 def evaluate(args: EvaluateArgs) -> None:
     """Loss and perplexity of a run's net on the validation part of its text, or on another text."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
-    trained, cfg = run.read("args", Args), run.read("net", gpt2.Config)
-    params = tree.move(run.restore(gpt2.spec(cfg), "params"), device)
+    trained, (net, cfg) = run.read("args", Args), language_model.net_of_run(run)
+    params = tree.move(run.restore(net.spec(cfg), "params"), device)
     data = text.open_text(args.text or trained.text, tokenizers.load(args.run / "tokenizer.json"), RUNS / "tokens")
     understood(print, text.facts(data))
     parts = [data.tokens] * 2 if args.text else text.split(data.tokens, blocks=trained.blocks, least=4 * cfg.context)

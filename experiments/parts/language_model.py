@@ -1,4 +1,4 @@
-"""Parts of the experiments with language models: published tokenizers, and texts that go on from a prompt."""
+"""Parts of the experiments with language models: nets of a preset, run or file, and texts that go on from a prompt."""
 
 import functools
 from types import ModuleType
@@ -10,7 +10,33 @@ from torch import Tensor
 from core import random, tree
 from core.tree import Tree
 from nets import weights
+from nets.language import gpt2, llama
 from train.data.text import tokenizers
+from train.run import SavedRun
+
+PRESETS = gpt2.PRESETS | {"llama-tiny" if name == "tiny" else name: cfg for name, cfg in llama.PRESETS.items()}
+"""Every decoder that `experiments/gpt.py` trains."""
+
+
+def net_of(cfg: gpt2.Config | llama.Config) -> ModuleType:
+    """The module of a configuration."""
+    return llama if isinstance(cfg, llama.Config) else gpt2
+
+
+def net_of_run(run: SavedRun) -> tuple[ModuleType, Any]:
+    """(module, configuration) of a run of `experiments/gpt.py`."""
+    stored = run.config.get("net") if isinstance(run.config, dict) else None
+    net = llama if isinstance(stored, dict) and "kv_heads" in stored else gpt2
+    return net, run.read("net", net.Config)
+
+
+def from_pretrained(source: str) -> tuple[Tree, Any]:
+    """(params, configuration) of a published GPT, Llama or kin of theirs, as its `config.json` says."""
+    kind = weights.read_config(source).get("model_type")
+    known = {"gpt2": gpt2, "openai-gpt": gpt2} | dict.fromkeys(llama.KINDS, llama)
+    if kind not in known:
+        raise weights.WeightsError(f"the configuration is of model_type '{kind}', expected one of {', '.join(known)}")
+    return known[kind].from_pretrained(source)
 
 
 def published_tokenizer(source: str) -> Any:

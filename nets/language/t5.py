@@ -200,8 +200,8 @@ def _check(name: str, ids: Tensor, mask: Tensor | None = None) -> None:
 
 def _check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> None:
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-        found = f"found {tuple(mask.shape)} of {mask.dtype}"
-        raise ValueError(f"t5: expected a mask of shape {tuple(shape)} of torch.bool, {found}")
+        actual = f"{tuple(mask.shape)} of {mask.dtype}"
+        raise ValueError(f"t5: expected a mask of shape {tuple(shape)} of torch.bool, found {actual}")
 
 
 def _check_memory(memory: Tensor, batch: int, mask: Tensor | None, cfg: Config) -> None:

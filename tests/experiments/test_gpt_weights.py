@@ -155,7 +155,7 @@ FIRST, QKV = "transformer.wte.weight", "transformer.h.1.attn.c_attn.weight"
         (forget("tokenizer.json", "vocab.json"), "'weights' has none of the files tokenizer.json, vocab.json"),
         (write("config.json", b"{"), "config.json' is not readable as JSON"),
         (write("config.json", b"[1]"), "config.json' holds no JSON object"),
-        (set_config(model_type="llama"), "the configuration is of model_type 'llama', expected 'gpt2'"),
+        (set_config(model_type="bert"), "the configuration is of model_type 'bert', expected one of gpt2, openai-gpt"),
         (set_config(n_layer="two"), "the configuration has n_layer='two'; expected a number"),
         (set_config(n_head=3), "width 16 is not divisible by 3 heads"),
         (set_config(n_layer=3), "'h.2.attn.c_proj.bias' is missing"),
