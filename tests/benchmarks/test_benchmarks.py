@@ -30,6 +30,7 @@ CASES = [
     ("gan_step --game dcgan --batch 2 --rounds 1", "functree / nn.Module, compiled, fused Adam"),
     ("gan_step --batch 2 --rounds 1", "functree / nn.Module, eager, create_graph"),
     ("generation --widths 16 --vocabulary 20 --tokens 4 --rounds 1", "functree, compiled / transformers"),
+    ("generation --net llama --widths 32 --vocabulary 20 --tokens 4 --rounds 1", "share of the bandwidth limit"),
     ("gpt2_bf16 --device cpu --preset tiny --batch 1 --rounds 1", "functree / nn.Module, torch.compile"),
     ("image_pipeline --data pictures.zip --batch 4 --workers 0 --rounds 1", "functree / DataLoader and Pillow"),
     ("nanogpt --steps 1 --no-compile", "validation loss after 1 steps"),
