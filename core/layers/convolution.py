@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from core.initializers import Initializer, zeros
 from core.layers.checks import check_arguments
 from core.layers.linear import LECUN_NORMAL
+from core.layers.low_rank import LowRank, low_rank
 from core.spec import Param
 from core.tree import Tree
 
@@ -87,9 +88,18 @@ def conv(
         raise ValueError(f"conv: padding 'same' needs stride 1, found {stride}")
     pads = _pads(padding, weight.shape[2:], _per_axis(dilation, dims, "dilation"))
     if padding_mode == "zeros" and all(left == right for left, right in pads):
-        return _CONV[dims](x, weight, p.get("bias"), stride, tuple(left for left, _ in pads), dilation, groups)
-    x = _pad(x, pads, padding_mode)  # (batch, d_in, *(left + space + right))
-    return _CONV[dims](x, weight, p.get("bias"), stride, 0, dilation, groups)  # (batch, d_out, *space')
+        padding = tuple(left for left, _ in pads)
+    else:
+        x, padding = _pad(x, pads, padding_mode), 0  # (batch, d_in, *(left + space + right))
+    if isinstance(weight, LowRank):
+
+        def low(a: Tensor, b: Tensor) -> Tensor:
+            a = _per_group(a, groups)
+            return _combine(b, _CONV[dims](x.to(a.dtype), a, None, stride, padding, dilation, groups), groups)
+
+        y = low_rank(weight, lambda w: _CONV[dims](x, w, None, stride, padding, dilation, groups), low, 1)
+        return _plus_bias(y, p)  # (batch, d_out, *space')
+    return _CONV[dims](x, weight, p.get("bias"), stride, padding, dilation, groups)  # (batch, d_out, *space')
 
 
 def conv_transpose(
@@ -113,7 +123,32 @@ def conv_transpose(
     """
     check_arguments("conv_transpose", p, x, needs=("weight",))
     dims = _check("conv_transpose", x, p["weight"], p["weight"].shape[0])
-    return _CONV_TRANSPOSE[dims](x, p["weight"], p.get("bias"), stride, padding, output_padding, groups, dilation)
+    sizes = (stride, padding, output_padding, groups, dilation)
+    if isinstance(weight := p["weight"], LowRank):
+
+        def low(a: Tensor, b: Tensor) -> Tensor:
+            b = b.unflatten(0, (groups, -1)).mT.flatten(0, 1)  # (groups * rank, d_in / groups)
+            return _CONV_TRANSPOSE[dims](_combine(b, x.to(b.dtype), groups), _per_group(a, groups), None, *sizes)
+
+        y = low_rank(weight, lambda w: _CONV_TRANSPOSE[dims](x, w, None, *sizes), low, 1, rows_axis=1)
+        return _plus_bias(y, p)  # (batch, d_out, *space')
+    return _CONV_TRANSPOSE[dims](x, weight, p.get("bias"), *sizes)
+
+
+def _per_group(a: Tensor, groups: int) -> Tensor:
+    """The kernels of A for every group: (rank, d_in / groups, *kernel) -> (groups * rank, ...)."""
+    return a if groups == 1 else a.repeat(groups, *(1,) * (a.ndim - 1))
+
+
+def _combine(b: Tensor, u: Tensor, groups: int) -> Tensor:
+    """B u at every position: b (d_out, rank), u (batch, groups * rank, *space) -> (batch, d_out, *space)."""
+    if groups == 1:
+        return F.linear(u.movedim(1, -1), b).movedim(-1, 1)
+    return _CONV[u.ndim - 2](u, b.reshape(*b.shape, *(1,) * (u.ndim - 2)), groups=groups)
+
+
+def _plus_bias(y: Tensor, p: Tree) -> Tensor:
+    return y + p["bias"].reshape(-1, *(1,) * (y.ndim - 2)) if "bias" in p else y
 
 
 def _check(name: str, x: Tensor, weight: Tensor, d_in: int) -> int:
