@@ -191,6 +191,13 @@ def unmerge(params: Tree, adapters: Tree, scale: float | Tensor) -> Tree:
     return _at_weights(without, params, adapters)[0]
 
 
+def items(params: Tree, adapters: Tree) -> list[tuple[str, Any, Tree]]:
+    """(name, weight, adapter) of each adapted weight of parameters or a spec, checked. Raises as `adapted`."""
+    rows: list[tuple[str, Any, Tree]] = []
+    _at_weights(lambda name, weight, adapter: rows.append((name, weight, adapter)), params, adapters)
+    return rows
+
+
 def _at_weights(f: Callable[[str, Tensor, Tree], Any], params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
     """(params with f(name, weight, adapter) at each adapted weight, and these values alone, as the adapters are)."""
 

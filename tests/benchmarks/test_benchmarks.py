@@ -33,6 +33,7 @@ CASES = [
     ("generation --net llama --widths 32 --vocabulary 20 --tokens 4 --rounds 1", "share of the bandwidth limit"),
     ("gpt2_bf16 --device cpu --preset tiny --batch 1 --rounds 1", "functree / nn.Module, torch.compile"),
     ("image_pipeline --data pictures.zip --batch 4 --workers 0 --rounds 1", "functree / DataLoader and Pillow"),
+    ("lora --adapters 2 --width 16 --tokens 4 --layers 1 --rounds 1", "an adapter each / peft, adapter_names"),
     ("nanogpt --steps 1 --no-compile", "validation loss after 1 steps"),
     ("per_example_gpt --batch 2 --rounds 1", "functree / plain gradient"),
     ("per_example_gpt --batch 2 --memory", "of the plain gradient"),

@@ -1,0 +1,47 @@
+"""Training the adapters of a net that stays as it is."""
+
+import torch
+
+from core import lora, random, spec, tree
+from nets.language import gpt2
+from train import optimizers
+from train.losses import cross_entropy
+from train.step import make_step, start
+
+CFG = gpt2.Config(vocabulary=11, context=8, layers=2, heads=2, width=16, dropout=0.1)
+MODEL = gpt2.spec(CFG)
+TARGETS = {"attn.qkv.weight": ((0, 16), (32, 48)), "mlp.up.weight": None}
+
+
+def test_steps_change_the_adapters_alone():
+    base = spec.init(random.key(0), MODEL)
+    before = tree.map(torch.clone, base)
+    adapters = lora.spec(MODEL, TARGETS, 4, magnitudes=True)
+    values = lora.init(random.key(1), adapters, base)
+    batch = random.randint(random.key(2), (8, 8), 0, 11).long()
+
+    def loss_by(form):
+        def loss(adapters, batch, keys):
+            params = form(base, adapters, lora.scale(4, 8))
+            logits = gpt2.apply(params, batch[:, :-1], CFG, key=keys, train=True)
+            return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+        return loss
+
+    optimizer = optimizers.adamw(1e-1)
+    states = []
+    for form in (lora.adapted, lora.merge):
+        step = make_step(loss_by(form), optimizer, compile=False)
+        state = start(random.key(3), values, adapters, optimizer)
+        losses = []
+        for _ in range(20):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < 0.9 * losses[0]
+        states.append(state)
+    for name, leaf in tree.items(states[0].params):
+        assert not torch.equal(leaf, tree.get(values, name)), name
+    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), base, before)
+    # Adam enlarges what rounding leaves between the two forms.
+    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3), *(s.params for s in states))
+    assert tree.count(states[0].opt_state) < tree.count(base)
