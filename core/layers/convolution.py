@@ -142,8 +142,6 @@ def _per_group(a: Tensor, groups: int) -> Tensor:
 
 def _combine(b: Tensor, u: Tensor, groups: int) -> Tensor:
     """B u at every position: b (d_out, rank), u (batch, groups * rank, *space) -> (batch, d_out, *space)."""
-    if groups == 1:
-        return F.linear(u.movedim(1, -1), b).movedim(-1, 1)
     return _CONV[u.ndim - 2](u, b.reshape(*b.shape, *(1,) * (u.ndim - 2)), groups=groups)
 
 

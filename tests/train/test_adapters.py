@@ -28,7 +28,7 @@ def test_steps_change_the_adapters_alone():
 
         return loss
 
-    optimizer = optimizers.adamw(1e-1)
+    optimizer = optimizers.adamw(1e-2)
     states = []
     for form in (lora.adapted, lora.merge):
         step = make_step(loss_by(form), optimizer, compile=False)
@@ -37,7 +37,7 @@ def test_steps_change_the_adapters_alone():
         for _ in range(20):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        assert losses[-1] < 0.9 * losses[0]
+        assert losses[-1] < losses[0] - 0.05
         states.append(state)
     for name, leaf in tree.items(states[0].params):
         assert not torch.equal(leaf, tree.get(values, name)), name
