@@ -6,7 +6,7 @@ arXiv:1804.10959) have probabilities. Each is learned from nine tenths of the te
 measured on the rest, blocks from all over it. Without --text, the text is the language reference of Python:
 
     python experiments/compare_tokenizers.py                               about 20 seconds on 2 CPU cores
-    python experiments/compare_tokenizers.py --text FILE --sentence "..." --vocabulary 8000
+    python experiments/compare_tokenizers.py --text FILE --sentence "Any words." --vocabulary 8000
 
 It leaves the tokenizers (byte_pairs.json also for gpt.py --tokenizer), and pictures: how words are merged, the pieces
 of a sentence, tokens per word by the size of the vocabulary.
