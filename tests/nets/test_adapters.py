@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.func import grad
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
 from core import lora, random, spec, tree
 from nets.adapters import overlay, read_peft, write_peft
 from nets.classifiers import vit
-from nets.language import gpt2
+from nets.language import bert, gpt2
 from nets.weights import Rename, WeightsError, fill
 from tests.nets.language.gpt2_cases import SMALL, distance, ids, model_of
 
@@ -191,6 +191,26 @@ def test_row_blocks_convolutions_and_heads_of_a_vision_transformer(dora, tmp_pat
         write_peft(str(tmp_path / "ours"), read.adapters, read.scale, model, VIT_TABLE, modules=read.modules)
         again = peft.PeftModel.from_pretrained(vision()[0], str(tmp_path / "ours")).eval()
         assert distance(again(x).logits, expected) < 1e-6
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key", "dense", "word_embeddings"]])
+def test_berts_adapters(targets, tmp_path):
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 12}
+    torch.manual_seed(2)
+    model = BertModel(BertConfig(**sizes)).eval()
+    cfg = bert.published_config(model.config.to_dict() | {"architectures": ["BertModel"]})
+    params = bert.from_published(dict(model.state_dict()), cfg)
+    theirs = adapt(model, target_modules=targets)
+    theirs.save_pretrained(tmp_path)
+    adapters, scale, _ = read_peft(str(tmp_path), bert.spec(cfg), bert.rename_table(cfg))
+    x = ids(time=12)
+    with torch.no_grad():
+        expected = theirs(x, attention_mask=(x != 0).long())
+        out = bert.apply(lora.adapted(params, adapters, scale), x, cfg)
+    assert distance(out["features"], expected.last_hidden_state) < 1e-6
+    assert distance(out["pooled"], expected.pooler_output) < 1e-6
+    assert distance(bert.features(params, x, cfg), expected.last_hidden_state) > 0.01
 
 
 def test_an_adapter_over_joined_modules_is_cut_between_them(tmp_path):
