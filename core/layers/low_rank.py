@@ -113,6 +113,11 @@ class LowRank:
         return func(*tree.map(dense, list(args)), **tree.map(dense, kwargs or {}))
 
 
+def formed(params: Tree) -> Tree:
+    """The parameters with every `LowRank` formed."""
+    return tree.map(lambda leaf: leaf.dense() if isinstance(leaf, LowRank) else leaf, params)
+
+
 def low_rank(weight: LowRank, product: Callable[[Tensor], Tensor], low: Callable, axis: int, rows_axis: int = 0):
     """The product with a LowRank, without bias.
 

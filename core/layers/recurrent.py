@@ -18,6 +18,7 @@ from torch.overrides import has_torch_function
 from core.initializers import Initializer, uniform
 from core.layers.checks import INTEGERS, check_arguments, check_tensor
 from core.layers.linear import linear, linear_spec
+from core.layers.low_rank import formed
 from core.layers.normalization import layer_norm, layer_norm_spec
 from core.recurrence import fused as kernels
 from core.recurrence.cells import layer_norm_lstm_cell, lstm_cell
@@ -183,6 +184,7 @@ def _run(
     method: str,
 ) -> tuple[Tensor, State]:
     check_arguments(name, p, x, needs=("hh", "ih"))
+    p = formed(p)  # once, and not at every step
     if x.ndim != 3 or not x.shape[1]:
         raise ValueError(f"{name}: expected x of shape (batch, time > 0, d_in), found {tuple(x.shape)}")
     d_in = p["ih"]["weight"].shape[1]

@@ -94,7 +94,7 @@ def test_reports_per_example_through_adapters_equal_vmap_of_grad(name):
     for norm, expected in zip(
         tree.leaves(per_example.reports(loss, adapters, examples).norm), tree.leaves(norms), strict=True
     ):
-        assert float(((norm - expected) / total).abs().max()) <= 1e-10
+        assert float((norm - expected).abs().max() / total.max()) <= 1e-10  # an empty text has none
     assert per_example.verify(loss, adapters, examples, examples=2) <= 1e-10
 
 
