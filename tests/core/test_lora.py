@@ -77,7 +77,7 @@ def test_many_adapters_in_one_batch_equal_one_by_one(name):
 SOME = ("mlp", "resnet", "gpt2", "dcgan generator", "sagan critic")
 
 
-@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN])
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in PLAIN])
 def test_reports_per_example_through_adapters_equal_vmap_of_grad(name):
     net = NETS[name]
     params, running, adapters = adapters_of(net)
@@ -98,7 +98,13 @@ def test_reports_per_example_through_adapters_equal_vmap_of_grad(name):
     assert per_example.verify(loss, adapters, examples, examples=2) <= 1e-10
 
 
-@pytest.mark.parametrize("name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN])
+# mlp by default, those of SOME slow, all others long.
+COMPILED = [
+    pytest.param(n, marks=[] if n == "mlp" else pytest.mark.slow if n in SOME else pytest.mark.long) for n in PLAIN
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_gradients_by_adapters_compile_to_one_graph(name):
     torch._dynamo.reset()
     net = NETS[name]
