@@ -6,7 +6,8 @@ Such a net is here a pure function
 
 of the last token of each row (rows,), its position (one for all, or one per row) and a cache, a tree of tensors with a
 leading axis of rows: keys and values, the state of a recurrent net, or all tokens so far. The logits (rows, vocabulary)
-are those of the next token. `greedy` and `sample` are here, beams in `nets.language.beam_search`.
+are those of the next token. `greedy` and `sample` are here, beams in `nets.language.beam_search`, and the choice of one
+token in `nets.language.sampling`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core import random, tree
+from core import tree
 from core.tree import Tree
+from nets.language.sampling import (
+    Options,
+    begin,
+    check_ends,
+    check_key,
+    next_token,
+    occurrences,
+    options_of,
+)
 
 Step = Callable[..., tuple[Tensor, Tree]]
 
@@ -35,107 +45,9 @@ class Decoded(NamedTuple):
     scores: Tensor
 
 
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Logits over the temperature, with every token that may not be drawn at -inf.
-
-    Args:
-        logits: (..., vocabulary).
-        temperature: divisor of the logits; above 0.
-        top_k: keep the k most probable tokens only (Fan et al. 2018, arXiv:1805.04833).
-        top_p: of these, keep only the smallest set of most probable tokens whose probabilities add up to p (Holtzman et
-            al. 2020, arXiv:1904.09751).
-
-    Raises:
-        ValueError: an option outside its range.
-    """
-    if not temperature > 0.0:
-        raise ValueError(f"temperature {temperature} is not above 0; the limit of 0 is greedy decoding")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} is not at least 1")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p {top_p} is outside (0, 1]")
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]  # (..., 1)
-        logits = torch.where(logits < least, -torch.inf, logits)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = torch.softmax(ordered, dim=-1)
-        # A token stays if the tokens before it have not yet reached p; so the best one always does.
-        ordered = torch.where(probabilities.cumsum(-1) - probabilities < top_p, ordered, -torch.inf)
-        logits = ordered.gather(-1, order.argsort(dim=-1))
-    return logits
-
-
-def occurrences(tokens: Tensor, lengths: Tensor, vocabulary: int) -> Tensor:
-    """Tokens that occur in each text: ids (batch, time) -> boolean (batch, vocabulary).
-
-    lengths: (batch,); what follows the first `lengths[i]` tokens of row i is ignored.
-    """
-    counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (batch, time)
-    counts = torch.zeros(len(tokens), vocabulary, dtype=torch.int32, device=tokens.device)
-    return counts.scatter_add(1, tokens, counted.to(torch.int32)) > 0  # (batch, vocabulary)
-
-
-def penalise_repetition(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
-    """Penalised sampling: smaller logits of tokens that occurred already. Keskar et al. 2019, arXiv:1909.05858, 4.1.
-
-        x_i / penalty where x_i > 0,   x_i penalty where x_i < 0,   for every token i in `present`
-
-    The paper divides both kinds, which makes a token with a negative logit more probable; this is transformers' form.
-
-    Args:
-        logits: (..., vocabulary).
-        present: boolean, of the same shape; see `occurrences`.
-        penalty: 1 changes nothing, the paper takes 1.2; below 1 it rewards repetition.
-
-    Raises:
-        ValueError: a penalty that is not above 0.
-    """
-    if not penalty > 0.0:
-        raise ValueError(f"repetition_penalty {penalty} is not above 0")
-    return torch.where(present, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def choose(
-    logits: Tensor,
-    key: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
-    """Next token of each example: the most probable at temperature 0, otherwise sampled from the filtered logits.
-
-    Args:
-        logits: (batch, vocabulary).
-        key: (2,); example i draws from `fold_in(key, i)`, so that it gets the same token in a batch of any size. Or one
-            key per example, (batch, 2).
-        temperature, top_k, top_p: as in `filter_logits`.
-
-    Returns:
-        (batch,) int64.
-
-    Raises:
-        ValueError: no key, or keys of another shape, at a temperature above 0; an option outside its range.
-    """
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    if key is None:
-        raise ValueError("drawing a token at a temperature above 0 needs key=")
-    if key.ndim > 2 or (key.ndim == 2 and key.shape[0] != logits.shape[0]):
-        raise ValueError(f"expected a key (2,) or ({logits.shape[0]}, 2), found {tuple(key.shape)}")
-    keys = random.sites(key, logits.shape[0]) if key.ndim == 1 else key  # (batch, 2)
-    # argmax(logits + Gumbel noise) is a sample of softmax(logits).
-    noise = random.gumbel(keys, (logits.shape[-1],), torch.float32)  # (batch, vocabulary)
-    return (filter_logits(logits.float(), temperature, top_k, top_p) + noise).argmax(-1)
-
-
 def greedy(step: Step, cache: Tree, first: Tensor, **options) -> Decoded:
     """The most probable token at each position. Arguments and errors as in `sample`, without a key and its filters."""
-    return _write(step, cache, first, lambda logits, t, examples: logits.argmax(-1), **options)
+    return sample(step, cache, first, **(options | {"temperature": 0.0}))
 
 
 def sample(
@@ -144,12 +56,17 @@ def sample(
     first: Tensor,
     key: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    **options,
+    max_length: int,
+    min_length: int = 0,
+    position: int | Tensor = 0,
+    shared: Tree = None,
+    positions_axis: int | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    present: Tensor | None = None,
+    options: Options = Options(),  # noqa: B008 # immutable
+    **overrides,
 ) -> Decoded:
-    """Sample tokens one after the other, until each example has written `end` or `max_length` tokens.
+    """Sample tokens one after the other, until each example has ended or written `max_length` tokens.
 
     Finished examples leave the batch. An example gets the same tokens in a batch of any size.
 
@@ -159,11 +76,8 @@ def sample(
         first: (batch,) integers, the token each example goes on from: a start token, or the last one of its prompt.
         key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key per example, (batch, 2):
             `fold_in(key[i], t)`.
-        temperature, top_k, top_p: as in `filter_logits`; temperature 0 is greedy.
-        end: id of the token that ends a text; None for none.
         max_length: maximal number of new tokens, with the end token.
         min_length: number of tokens before which no text ends. Default 0.
-        padding: token id that fills positions after `end`. Default 0.
         position: position of `first`, a number or (batch,). The step gets it plus t. Default 0.
         shared: tree of tensors (batch, ...) that the step reads and does not change, such as the keys and values of
             an encoder's output: its fourth argument.
@@ -171,66 +85,44 @@ def sample(
             cache had at first are added; so it starts short and its attention is never much longer than the text.
         batch_sizes: sizes to which the batch may shrink, so that a step compiled for fixed shapes meets few. Default
             any.
+        present: (batch, vocabulary) boolean, tokens under the repetition penalty before any is written; `first` if
+            None. See `nets.language.sampling.occurrences`.
+        options, overrides: `nets.language.sampling.Options`, or its fields by name: temperature, end and others.
 
     Raises:
         ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
     """
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-
-    def pick(logits: Tensor, t: int, examples: Tensor) -> Tensor:
-        if temperature == 0.0 or key is None:  # `choose` raises on the latter
-            return choose(logits, None, **filters)
-        keys = random.fold_in(random.fold_in(key, t), examples) if key.ndim == 1 else random.fold_in(key[examples], t)
-        return choose(logits, keys, **filters)
-
-    if key is not None and tuple(key.shape) not in ((2,), (first.shape[0], 2)):
-        raise ValueError(f"sample: expected a key (2,) or ({first.shape[0]}, 2), found {tuple(key.shape)}")
-    return _write(step, cache, first, pick, **options)
-
-
-def _write(
-    step: Step,
-    cache: Tree,
-    first: Tensor,
-    pick: Callable,
-    *,
-    end: int | None,
-    max_length: int,
-    min_length: int = 0,
-    padding: int = 0,
-    position: int | Tensor = 0,
-    shared: Tree = None,
-    positions_axis: int | None = None,
-    batch_sizes: Sequence[int] | None = None,
-) -> Decoded:
-    """Decode with `pick(logits, t, examples) -> tokens`; `examples` are the indices of the rows that go on."""
-    check_start(cache, shared, first, end, max_length, min_length)
+    options = options_of(options, overrides)
+    check_start(cache, shared, first, options.end, max_length, min_length)
     batch, device = first.shape[0], first.device
+    check_key(key, batch, options)
     position, farthest, chunk = starting_positions(position, first, cache, positions_axis)
     token, examples = first.long(), torch.arange(batch, device=device)
-    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    progress = begin(options, batch, device, present)
     columns, lengths, scores = [], torch.zeros_like(examples), None
     for t in range(max_length if batch else 0):
         cache = with_room(cache, positions_axis, farthest + t + 1, chunk)
         logits, cache = call(step, cache, token, position + t, shared)  # (rows, vocabulary)
-        allowed = without_end(logits, end if t < min_length else None)
-        token = torch.where(done, padding, pick(allowed, t, examples))  # (rows,)
+        if t == 0:
+            check_ends(options, logits.shape[-1], "decoding")
+            scores = logits.new_zeros(batch)
+            if options.repetition_penalty != 1.0 and present is None:
+                ones = torch.ones_like(first)
+                progress = progress._replace(present=occurrences(token[:, None], ones, logits.shape[-1]))
+        allowed, done = without_end(logits, options.end if t < min_length else None), progress.done
+        token, progress = next_token(allowed, progress, options, key, t, examples, ending=t >= min_length)  # (rows,)
         log_p = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]  # (rows,)
-        if scores is None:
-            scores = log_p.new_zeros(batch)
         scores = scores.index_add(0, examples, torch.where(done, 0.0, log_p))  # (batch,)
         lengths = lengths.index_add(0, examples, (~done).long())
-        columns.append(token.new_full((batch,), padding).index_copy(0, examples, token))
-        done = done | (token == end) if end is not None else done
-        rows = remaining(done, batch_sizes)
+        columns.append(token.new_full((batch,), options.padding).index_copy(0, examples, token))
+        rows = remaining(progress.done, batch_sizes)
         if rows is not None:
             if not len(rows):
                 break
-            cache, shared, token, done, examples = take((cache, shared, token, done, examples), rows)
+            cache, shared, token, progress, examples = take((cache, shared, token, progress, examples), rows)
             position = position[rows] if position.ndim else position
     if not columns:
         return Decoded(first.new_zeros(batch, 0).long(), lengths, torch.zeros(batch, device=device))
-    check_scores(scores)
     return Decoded(torch.stack(columns, dim=1), lengths, scores)
 
 

@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import random
 from core.attention import Cache
-from nets.language.decoding import choose, occurrences, penalise_repetition
+from nets.language.sampling import (
+    Options,
+    Progress,
+    all_done,
+    begin,
+    check_ends,
+    check_key,
+    next_token,
+    occurrences,
+    options_of,
+)
 
 
 def check_tokens(tokens: Tensor) -> None:
@@ -37,6 +46,24 @@ def check_prompt(prompt: Tensor, lengths: Tensor | None) -> Tensor:
     return lengths
 
 
+def open_texts(
+    prompt: Tensor, lengths: Tensor | None, key: Tensor | None, options: Options, vocabulary: int
+) -> tuple[Tensor, Tensor, Progress]:
+    """The beginning of every text: prompts (batch, time) int64, their lengths (batch,), and the progress.
+
+    One prompt with several keys (n, 2) is repeated n times.
+    """
+    check_tokens(prompt)
+    check_ends(options, vocabulary)
+    if key is not None and key.ndim == 2 and len(prompt) == 1:
+        prompt = prompt.expand(len(key), -1)  # (n, time)
+        lengths = lengths.expand(len(key)) if lengths is not None and len(lengths) == 1 else lengths
+    lengths, prompt = check_prompt(prompt, lengths), prompt.to(torch.int64)
+    check_key(key, len(prompt), options)
+    present = None if options.repetition_penalty == 1.0 else occurrences(prompt, lengths, vocabulary)
+    return prompt, lengths, begin(options, len(prompt), prompt.device, present)
+
+
 def _restart(history: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """The last tokens of each example, up to `room`, moved to the front, (batch, room), and their number, (batch,)."""
     count = lengths.clamp(max=room)
@@ -54,12 +81,8 @@ def stream(
     *,
     lengths: Tensor | None = None,
     key: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    end: int | None = None,
-    padding: int = 0,
+    options: Options = Options(),  # noqa: B008 # immutable
+    **overrides,
 ) -> Iterator[Tensor]:
     """Yield the next token of each example, up to `steps` times, through a key-value cache.
 
@@ -74,31 +97,21 @@ def stream(
         cfg: configuration of the net, with its `context` and `vocabulary`.
         lengths: (batch,) length of each row's prompt, by default all of the row; what follows it is ignored.
         key: (2,); token t of example i is drawn from `fold_in(fold_in(key, t), i)`. Or one key per example, (batch, 2).
-        temperature, top_k, top_p: as in `nets.language.decoding.choose`; temperature 0 is greedy.
-        repetition_penalty: penalty of tokens that the prompt or the text so far contains, as in
-            `nets.language.decoding.penalise_repetition`. Default 1, none.
-        end: id of the token that ends a text; the stream stops once every example has ended. Default None: after
-            `steps` tokens.
-        padding: token id that fills positions after `end`. Default 0.
+        options, overrides: `nets.language.sampling.Options`, or its fields by name, such as temperature and end. Once
+            every example has ended, the stream stops.
 
     Yields:
         (batch,) int64.
 
     Raises:
-        ValueError: at the first token: an empty prompt, lengths that do not fit it, or an option outside its range.
+        ValueError: at the first token: an empty prompt, lengths that do not fit it, or an option outside its range; at
+            any: logits with NaN.
     """
-    check_tokens(prompt)
-    if end is not None and not 0 <= end < cfg.vocabulary:
-        raise ValueError(f"generation: the end token is {end}; expected an id below {cfg.vocabulary}, or None")
-    if key is not None and key.ndim == 2 and len(prompt) == 1:
-        prompt = prompt.expand(len(key), -1)  # (n, time)
-        lengths = lengths.expand(len(key)) if lengths is not None and len(lengths) == 1 else lengths
-    lengths, (batch, time) = check_prompt(prompt, lengths), prompt.shape
-    prompt = prompt.to(torch.int64)
+    options = options_of(options, overrides)
+    prompt, lengths, progress = open_texts(prompt, lengths, key, options, cfg.vocabulary)
+    batch, time = prompt.shape
     history = torch.cat([prompt, prompt.new_zeros(batch, steps)], dim=1)  # (batch, time + steps)
     rows = torch.arange(batch, device=prompt.device)
-    done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    present = None if repetition_penalty == 1.0 else occurrences(prompt, lengths, cfg.vocabulary)
     # The last token that is drawn is never read, so it needs no position.
     positions = min(cfg.context, time + steps - 1)
     room = positions - min(steps - 1, positions // 2)  # how much of the past fits beside the tokens to come
@@ -114,27 +127,19 @@ def stream(
         else:
             scores, caches = decode(params, token[:, None], caches, position, cfg, donate=True)
             scores, position, longest = scores[:, -1], position + 1, longest + 1  # (batch, vocabulary)
-        if present is not None:
-            scores = penalise_repetition(scores, present, repetition_penalty)
-        step_key = None if key is None else random.fold_in(key, t)
-        token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)  # (batch,)
-        if end is not None:
-            token = torch.where(done, padding, token)
-            done = done | (token == end)
-        if present is not None:
-            present = present.scatter(1, token[:, None], True)
+        token, progress = next_token(scores, progress, options, key, t)  # (batch,)
         if restarts:
             history[rows, lengths] = token
             lengths = lengths + 1
         yield token
-        if end is not None and bool(done.all()):
+        if all_done(progress, options):
             return
 
 
 def generate(
     decode: Callable, empty_caches: Callable, params: dict, prompt: Tensor, cfg: Any, steps: int, **options
 ) -> Tensor:
-    """New tokens, (batch, steps), or with `end` as many as the longest text has. The options are those of `stream`."""
+    """New tokens, (batch, steps), or as many as the longest text has. The options are those of `stream`."""
     if steps < 1:
         raise ValueError(f"generation: steps is {steps}; expected at least 1")
     return torch.stack(list(stream(decode, empty_caches, params, prompt, cfg, steps, **options)), dim=1)

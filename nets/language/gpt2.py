@@ -183,7 +183,7 @@ def stream(
 
 
 def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, *, decode: Callable = decode, **options) -> Tensor:
-    """New tokens, (batch, steps), or with `end` as many as the longest text has. The options are those of `stream`."""
+    """New tokens, (batch, steps), or as many as the longest text has. The options are those of `stream`."""
     return generation.generate(decode, empty_caches, params, prompt, cfg, steps, **options)
 
 

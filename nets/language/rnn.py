@@ -32,7 +32,8 @@ from core.layers import (
 from core.layers import empty_state as empty_layers
 from core.layers.checks import check_tensor
 from core.layers.recurrent import SPECS
-from nets.language.decoding import choose, occurrences, penalise_repetition
+from nets.language.generation import open_texts
+from nets.language.sampling import Options, all_done, next_token, options_of
 from nets.weights import Rename, WeightsError, fill
 
 UNIFORM = initializers.uniform(-0.1, 0.1)
@@ -224,13 +225,9 @@ def stream(
     state: list | None = None,
     lengths: Tensor | None = None,
     key: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    end: int | None = None,
-    padding: int = 0,
     step: Callable = step,
+    options: Options = Options(),  # noqa: B008 # immutable
+    **overrides,
 ) -> Iterator[Tensor]:
     """Yield the next token of each example, up to `steps` times; a text may be of any length.
 
@@ -238,7 +235,7 @@ def stream(
         prompt: (batch, time) integers, at least one per row. One row (1, time) with several keys (n, 2) is sampled n
             times.
         state: before the prompt. Default: the beginning of a text.
-        lengths, key, temperature, top_k, top_p, repetition_penalty, end, padding: as in `nets.language.gpt2.stream`.
+        lengths, key, options, overrides: as in `nets.language.generation.stream`.
         step: this module's `step`, or a compiled form of it.
 
     Yields:
@@ -247,40 +244,24 @@ def stream(
     Raises:
         ValueError: at the first token: an empty prompt, lengths that do not fit it, or an option outside its range.
     """
-    if prompt.ndim != 2 or not prompt.shape[1] or (lengths is not None and int(lengths.min()) < 1):
-        raise ValueError("rnn: generation needs a prompt (batch, time) of at least one token in each row")
-    if end is not None and not 0 <= end < cfg.vocabulary:
-        raise ValueError(f"rnn: the end token is {end}; expected an id below {cfg.vocabulary}, or None")
-    if key is not None and key.ndim == 2 and len(prompt) == 1:
-        prompt = prompt.expand(len(key), -1)  # (n, time)
-        lengths = lengths.expand(len(key)) if lengths is not None and len(lengths) == 1 else lengths
-        state = tree.map(lambda x: x.expand(len(key), -1) if len(x) == 1 else x, state)
-    batch, time = prompt.shape
-    x, state = features(params, prompt, cfg, state=state, lengths=lengths)  # (batch, time, width)
-    ends = torch.full((batch,), time, device=prompt.device) if lengths is None else lengths.long()
-    scores = logits(params, x[torch.arange(batch, device=prompt.device), ends - 1])  # (batch, vocabulary)
-    present = None if repetition_penalty == 1.0 else occurrences(prompt.long(), ends, cfg.vocabulary)
-    done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    options = options_of(options, overrides)
+    prompt, ends, progress = open_texts(prompt, lengths, key, options, cfg.vocabulary)
+    state = tree.map(lambda x: x.expand(len(prompt), -1) if len(x) == 1 else x, state)
+    of_rows = None if lengths is None else ends
+    x, state = features(params, prompt, cfg, state=state, lengths=of_rows)  # (batch, time, width)
+    scores = logits(params, x[torch.arange(len(prompt), device=prompt.device), ends - 1])  # (batch, vocabulary)
     token = None
     for t in range(steps):
         if token is not None:
             scores, state = step(params, state, token, None, cfg)
-        if present is not None:
-            scores = penalise_repetition(scores, present, repetition_penalty)
-        step_key = None if key is None else random.fold_in(key, t)
-        token = choose(scores, step_key, temperature=temperature, top_k=top_k, top_p=top_p)  # (batch,)
-        if end is not None:
-            token = torch.where(done, padding, token)
-            done = done | (token == end)
-        if present is not None:
-            present = present.scatter(1, token[:, None], True)
+        token, progress = next_token(scores, progress, options, key, t)  # (batch,)
         yield token
-        if end is not None and bool(done.all()):
+        if all_done(progress, options):
             return
 
 
 def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, **options) -> Tensor:
-    """New tokens, (batch, steps), or with `end` as many as the longest text has. The options are those of `stream`."""
+    """New tokens, (batch, steps), or as many as the longest text has. The options are those of `stream`."""
     if steps < 1:
         raise ValueError(f"rnn: steps is {steps}; expected at least 1")
     return torch.stack(list(stream(params, prompt, cfg, steps, **options)), dim=1)  # (batch, steps)

@@ -7,6 +7,7 @@ import torch
 from torch.func import vmap
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -16,7 +17,8 @@ from transformers import (
 from core import random, tree
 from core.spec import init
 from nets.language import gpt2
-from nets.language.decoding import choose, filter_logits, greedy, occurrences, penalise_repetition, sample
+from nets.language.decoding import greedy, sample
+from nets.language.sampling import choose, filter_logits, occurrences, penalise_repetition
 
 FILTERS = [
     {},
@@ -29,6 +31,9 @@ FILTERS = [
     {"top_p": 1.0},
     {"temperature": 1.7, "top_k": 20, "top_p": 0.9},
     {"temperature": 0.3, "top_k": 5, "top_p": 0.5},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"temperature": 1.5, "top_k": 30, "top_p": 0.95, "min_p": 0.1},
 ]
 
 
@@ -36,12 +41,14 @@ def scores(batch=6, vocabulary=50, seed=0):
     return 2 * random.normal(random.key(seed), (batch, vocabulary))
 
 
-def transformers_filter(logits, temperature=1.0, top_k=None, top_p=None):
+def transformers_filter(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None:
         warpers.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        warpers.append(MinPLogitsWarper(min_p))
     return warpers(None, logits)
 
 
@@ -70,6 +77,8 @@ def test_filter_keeps_ties_at_the_kth_place_and_the_best_token():
         ({"top_k": 0}, "top_k 0 is not at least 1"),
         ({"top_p": 0.0}, "top_p 0.0 is outside"),
         ({"top_p": 1.5}, "top_p 1.5 is outside"),
+        ({"min_p": 0.0}, "min_p 0.0 is outside"),
+        ({"min_p": float("nan")}, "min_p nan is outside"),
     ],
 )
 def test_options_are_checked(options, message):
