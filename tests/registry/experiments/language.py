@@ -66,6 +66,26 @@ ROWS = [
         ),
     ),
     Experiment(
+        "generate",
+        ("--text", "text.txt", "--batch", "2", "--layers", "2", "--draft-layers", "1", "--width", "32")
+        + ("--context", "32", "--steps", "20", "--save-every", "8", "--ahead", "1", "3", "--rounds", "1"),
+        20,
+        pictures=("speed.png",),
+        files=("sample.txt", "tokenizer.json"),
+        inputs=text,
+        baseline="unigram_entropy",
+        refusals=(
+            (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
+            (("--width", "48"), "--width is 48; expected a multiple of 32"),
+            (("--ahead", "130"), "--ahead is [130]; expected numbers of tokens that fit --context 128"),
+            (("--text", "text.txt", "--context", "1000"), "a context of 1000 needs more"),
+        ),
+        commands=(
+            (("sample", "--max-new-tokens", "5", "--count", "2", "--min-p", "0.1"), ()),
+            (("sample", "--max-new-tokens", "5", "--draft", "runs/generate/a", "--ahead", "2"), ()),
+        ),
+    ),
+    Experiment(
         "noise_scale",
         ("--text", "text.txt", "--batch", "4", "--steps", "12", "--save-every", "6"),
         12,

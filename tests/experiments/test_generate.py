@@ -1,0 +1,191 @@
+"""experiments/generate.py sample: runs and published weights of every kind, prompts, stop texts, drafts, speed."""
+
+import functools
+import io
+import json
+import re
+import string
+import types
+
+import pytest
+import torch
+
+from experiments.parts import writer
+from tests.experiments import runs
+from tests.experiments.gpt_runs import TEXT
+from tests.nets.language import gpt2_cases, llama_cases, t5_cases
+from tests.nets.language.test_marian import model_of as marian_of
+from tests.train.data.text.sentencepiece_files import write_model
+
+call, refused = (functools.partial(function, "generate") for function in (runs.call, runs.refused))
+SHORT = ("--max-new-tokens", "8", "--temperature", "0")
+
+
+def save_tokenizer(path, out, special, around):
+    """tokenizer.json with special tokens around a prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    out.add_special_tokens(special)
+    out.post_processor = TemplateProcessing(single=around, special_tokens=[(t, out.token_to_id(t)) for t in special])
+    out.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Weights of a Llama whose texts begin with <s>, a GPT-2 of its vocabulary, a T5 and a Marian."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("weights")
+    llama_cases.model_of("llama", vocab_size=300, eos_token_id=1).save_pretrained(folder / "llama")
+    gpt2_cases.model_of("gpt2", vocab_size=300).save_pretrained(folder / "gpt2")
+    special = ["<s>", "</s>"]
+    pairs = tokenizers.ByteLevelBPETokenizer()
+    pairs.train_from_iterator([TEXT.lower()], vocab_size=300, special_tokens=special, show_progress=False)
+    for name in ("llama", "gpt2"):
+        save_tokenizer(folder / name / "tokenizer.json", pairs._tokenizer, special, "<s> $A")
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = [(piece, -3.0) for piece in (*special, "▁", *string.ascii_lowercase)]
+    letters = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    letters.pre_tokenizer, letters.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    (folder / "t5").mkdir()
+    t5_cases.write(folder / "t5", "1.1")
+    save_tokenizer(folder / "t5" / "tokenizer.json", letters, special, "$A </s>")
+    (folder / "marian").mkdir()
+    pieces = {"<unk>": (0.0, 2), "<s>": (0.0, 3), "</s>": (0.0, 3)} | {piece: -3.0 for piece in ("▁", *"abcdefgh")}
+    write_model(folder / "marian" / "source.spm", pieces)
+    ids = {token: i for i, token in enumerate(["</s>", "<unk>", "▁", *"abcdefgh", "<pad>"])}
+    (folder / "marian" / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    marks = {name: len(ids) - 1 for name in ("pad_token_id", "decoder_start_token_id")}
+    marian_of(vocab_size=len(ids), bos_token_id=0, max_position_embeddings=64, **marks).save_pretrained(
+        folder / "marian"
+    )
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def sampled(capsys, *flags):
+    """(texts, the lines after them) of the command."""
+    capsys.readouterr()
+    assert call("sample", *flags) == 0
+    _, *texts = re.split(r"--- sample \d\n", capsys.readouterr().out)
+    texts[-1], speed = re.split(r"\n\n(?=[\d.]+ tokens per second)", texts[-1])
+    return [text.removesuffix("\n\n") for text in texts], speed.splitlines()
+
+
+def test_a_llama_begins_with_its_first_token(here, capsys):
+    from transformers import LlamaForCausalLM
+
+    net = writer.of_weights("llama")
+    ids = writer.ids_of(net, "the fox")
+    assert net.tokenizer.tokenizer.id_to_token(ids[0]) == "<s>" and ids[1:] == net.tokenizer.encode("the fox")
+    model = LlamaForCausalLM.from_pretrained("llama").eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)[0].tolist()
+    (text,), lines = sampled(capsys, "--weights", "llama", "--prompt", "the fox", *SHORT)
+    assert text == net.tokenizer.tokenizer.decode(expected) and text.startswith("the fox") and len(text) > 9
+    assert len(lines) == 1 and re.search(r"0\.\d+ of the limit by memory bandwidth, \d+ \(\d\.\d MB per step", lines[0])
+
+
+def test_t5_and_marian_answer_as_those_of_transformers(here, capsys):
+    from transformers import MarianMTModel
+
+    for folder, model in (("t5", t5_cases.model_in("t5")), ("marian", MarianMTModel.from_pretrained("marian").eval())):
+        net = writer.of_weights(folder)
+        ids = writer.ids_of(net, "a bad dog")
+        assert ids[-1:] == list(net.ends)
+        source = torch.tensor([ids])
+        options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1, "use_cache": False}
+        options |= {"forced_eos_token_id": None}
+        if folder == "marian":
+            options["bad_words_ids"] = [[net.cfg.padding_id]]
+        expected = model.generate(source, attention_mask=torch.ones_like(source), **options)[0].tolist()
+        texts, _ = sampled(capsys, "--weights", folder, "--prompt", "a bad dog", "--count", "2", *SHORT)
+        assert texts == [writer.text_of(net, expected[1:])] * 2 and len(texts[0]) > 2
+
+
+def test_a_draft_changes_no_greedy_text(here, capsys):
+    flags = ("--weights", "llama", "--prompt", "the fox", *SHORT)
+    alone, _ = sampled(capsys, *flags)
+    for draft in ("gpt2", "llama"):
+        both, lines = sampled(capsys, *flags, "--draft", draft, "--ahead", "2")
+        assert both == alone and re.fullmatch(r"\d\.\d+ of the draft's tokens accepted", lines[1])
+    assert lines[1].startswith("1.000")
+
+
+def test_prompts_come_from_files_and_standard_input(here, capsys, monkeypatch, tmp_path):
+    expected = sampled(capsys, "--weights", "llama", "--prompt", "the fox", *SHORT)[0]
+    (tmp_path / "prompt.txt").write_text("the fox\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"the fox\n")))
+    for file in (tmp_path / "prompt.txt", "-"):
+        assert sampled(capsys, "--weights", "llama", "--file", file, *SHORT)[0] == expected
+
+
+def test_texts_end_after_a_stop_text(here, capsys):
+    flags = ("--weights", "llama", "--prompt", "the fox", "--count", "3", "--max-new-tokens", "12", "--seed", "5")
+    plain, _ = sampled(capsys, *flags)
+    letter = plain[0][12]
+    expected = [text[:7] + text[7:].partition(letter)[0] + letter * (letter in text[7:]) for text in plain]
+    assert expected != plain and sampled(capsys, *flags, "--stop", letter)[0] == expected
+
+
+def test_compiled_texts_are_the_same(here, capsys, monkeypatch):
+    counted = []
+
+    def compile(function, **options):
+        counted.append(function.__name__)
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for folder, steps in (("llama", ["decode"]), ("t5", ["step"])):
+        counted.clear()
+        flags = ("--weights", folder, "--prompt", "the", *SHORT)
+        assert sampled(capsys, *flags, "--compile")[0] == sampled(capsys, *flags)[0] and counted == steps
+
+
+def test_bytes_per_token(here):
+    """Written out for a Llama with an output layer of its own, and a T5, of which the decoder alone is read."""
+    llama, t5 = writer.of_weights("llama"), writer.of_weights("t5")
+    block = 16 * (16 + 2 * 8 + 16) + 3 * 16 * 24 + 2 * 16
+    assert writer.bytes_per_token(llama) == 4 * (2 * block + 300 * 16 + 16)
+    block = (4 + 2) * 16 * 24 + 3 * 16 * 24 + 3 * 16  # without the source's keys and values
+    assert writer.bytes_per_token(t5) == 4 * (3 * block + 31 * 16 + 16 + 32 * 4)
+    assert writer.bandwidth(torch.device("cpu"), 2**20) > 1e6
+
+
+def test_refuses_in_one_line(here, capfd, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    for flags, message in (
+        ((), "expected either --run DIR or --weights SOURCE"),
+        (("--weights", "llama", "--prompt", "a", "--file", "-"), "expected either --prompt TEXT or --file PATH"),
+        (("--weights", "llama", "--file", tmp_path / "bytes"), "is no UTF-8 text: byte 1"),
+        (("--weights", "llama", "--file", "nowhere"), "nowhere"),
+        (("--weights", "llama", "--stop", ""), "--stop '' is no token"),
+        (("--weights", "t5", "--draft", "t5"), "a draft is for a GPT or a Llama"),
+        (("--weights", "llama", "--draft", "llama", "--max-new-tokens", "99"), "exceed the context of 24"),
+        (("--weights", "llama", "--min-p", "2"), "--min-p is 2.0; expected"),
+        (("--run", "llama"), "'llama' is not the folder of a run"),
+    ):
+        assert message in refused(capfd, "sample", *flags), flags
+
+
+@pytest.mark.slow
+def test_runs_of_other_scripts(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    quick = ("--text", "text.txt", "--batch", "2", "--steps", "2", "--no-compile", "--name", "a")
+    for script, more in (("gpt", ()), ("char_rnn", ("--window", "16", "--width", "16"))):
+        assert runs.call(script, *quick, *more) == 0
+        run = ("--run", f"runs/{script}/a", "--prompt", "The 5", "--max-new-tokens", "9", "--temperature", "0")
+        texts, _ = sampled(capfd, *run)
+        capfd.readouterr()
+        assert runs.call(script, "sample", *run) == 0 and capfd.readouterr().out.rstrip("\n") == texts[0].rstrip("\n")
+    assert "a draft is for a GPT" in refused(capfd, "sample", *run, "--draft", "runs/gpt/a")
+    dates = ("--steps", "2", "--tokens", "300", "--eval-every", "1000", "--no-compile", "--name", "a")
+    assert runs.call("translate", *dates) == 0
+    message = "use: python experiments/translate.py translate --run runs/translate/a"
+    assert message in refused(capfd, "sample", "--run", "runs/translate/a")
