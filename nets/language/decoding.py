@@ -25,6 +25,7 @@ from nets.language.sampling import (
     check_ends,
     check_key,
     next_token,
+    noises,
     occurrences,
     options_of,
 )
@@ -105,12 +106,13 @@ def sample(
         logits, cache = call(step, cache, token, position + t, shared)  # (rows, vocabulary)
         if t == 0:
             check_ends(options, logits.shape[-1], "decoding")
-            scores = logits.new_zeros(batch)
+            scores, noise = logits.new_zeros(batch), noises(key, options, batch, logits.shape[-1])
             if options.repetition_penalty != 1.0 and present is None:
                 ones = torch.ones_like(first)
                 progress = progress._replace(present=occurrences(token[:, None], ones, logits.shape[-1]))
-        allowed, done = without_end(logits, options.end if t < min_length else None), progress.done
-        token, progress = next_token(allowed, progress, options, key, t, examples, ending=t >= min_length)  # (rows,)
+        allowed, done, drawn = without_end(logits, options.end if t < min_length else None), progress.done, next(noise)
+        drawn = None if drawn is None else drawn[examples]  # (rows, vocabulary)
+        token, progress = next_token(allowed, progress, options, drawn, ending=t >= min_length)  # (rows,)
         log_p = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]  # (rows,)
         scores = scores.index_add(0, examples, torch.where(done, 0.0, log_p))  # (batch,)
         lengths = lengths.index_add(0, examples, (~done).long())

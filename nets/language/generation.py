@@ -24,6 +24,7 @@ from nets.language.sampling import (
     check_ends,
     check_key,
     next_token,
+    noises,
     occurrences,
     options_of,
 )
@@ -117,7 +118,7 @@ def stream(
     room = positions - min(steps - 1, positions // 2)  # how much of the past fits beside the tokens to come
     restarts = time + steps - 1 > positions
     token, longest = prompt[:, 0], positions  # as if the cache were full, so that the prompt is read first
-    for t in range(steps):
+    for t, noise in zip(range(steps), noises(key, options, batch, cfg.vocabulary), strict=False):
         if longest == positions:
             window, position = (prompt, lengths) if t == 0 and time <= positions else _restart(history, lengths, room)
             start = torch.zeros_like(position)
@@ -127,7 +128,7 @@ def stream(
         else:
             scores, caches = decode(params, token[:, None], caches, position, cfg, donate=True)
             scores, position, longest = scores[:, -1], position + 1, longest + 1  # (batch, vocabulary)
-        token, progress = next_token(scores, progress, options, key, t)  # (batch,)
+        token, progress = next_token(scores, progress, options, noise)  # (batch,)
         if restarts:
             history[rows, lengths] = token
             lengths = lengths + 1

@@ -33,7 +33,7 @@ from core.layers import empty_state as empty_layers
 from core.layers.checks import check_tensor
 from core.layers.recurrent import SPECS
 from nets.language.generation import open_texts
-from nets.language.sampling import Options, all_done, next_token, options_of
+from nets.language.sampling import Options, all_done, next_token, noises, options_of
 from nets.weights import Rename, WeightsError, fill
 
 UNIFORM = initializers.uniform(-0.1, 0.1)
@@ -251,10 +251,10 @@ def stream(
     x, state = features(params, prompt, cfg, state=state, lengths=of_rows)  # (batch, time, width)
     scores = logits(params, x[torch.arange(len(prompt), device=prompt.device), ends - 1])  # (batch, vocabulary)
     token = None
-    for t in range(steps):
+    for _, noise in zip(range(steps), noises(key, options, len(prompt), cfg.vocabulary), strict=False):
         if token is not None:
             scores, state = step(params, state, token, None, cfg)
-        token, progress = next_token(scores, progress, options, key, t)  # (batch,)
+        token, progress = next_token(scores, progress, options, noise)  # (batch,)
         yield token
         if all_done(progress, options):
             return

@@ -4,7 +4,9 @@
 the logits: `nets.language.generation`, `nets.language.decoding` and `nets.language.rnn`.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -227,22 +229,40 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError("decoding: the net gave logits with NaN, or with -inf for every token")
 
 
+def noises(key: Tensor | None, options: Options, rows: int, vocabulary: int) -> Iterator[Tensor | None]:
+    """Gumbel noise (rows, vocabulary) of token 0, 1 ... of each text; None at temperature 0.
+
+    key: (2,); example i draws from `fold_in(fold_in(key, t), i)`. Or one key per example: `fold_in(key[i], t)`.
+    """
+    if options.temperature == 0.0:
+        yield from itertools.repeat(None)
+    examples = torch.arange(rows, device=key.device)
+    for times in rounds(rows * vocabulary, key.device):
+        if key.ndim == 1:
+            keys = random.fold_in(random.fold_in(key, times)[:, None], examples)  # (times, rows, 2)
+        else:
+            keys = random.fold_in(key, times[:, None])
+        yield from random.gumbel(keys, (vocabulary,), torch.float32).unbind(0)
+
+
+def rounds(size: int, device: torch.device) -> Iterator[Tensor]:
+    """The numbers 0, 1 ... in stretches for which `size` random numbers each are drawn in one go.
+
+    However few the numbers, a draw takes hundreds of small kernels: as long as a layer of a small net.
+    """
+    count = max(1, min(16, 2**18 // max(size, 1)))
+    for first in itertools.count(0, count):
+        yield torch.arange(first, first + count, device=device)
+
+
 def next_token(
-    logits: Tensor,
-    progress: Progress,
-    options: Options,
-    key: Tensor | None,
-    t: int,
-    examples: Tensor | None = None,
-    *,
-    ending: bool = True,
+    logits: Tensor, progress: Progress, options: Options, noise: Tensor | None, *, ending: bool = True
 ) -> tuple[Tensor, Progress]:
-    """Token t of each text, (rows,) int64, and the progress with it; padding where a text has ended.
+    """Next token of each text, (rows,) int64, and the progress with it; padding where a text has ended.
 
     Args:
         logits: (rows, vocabulary).
-        key: (2,); example i draws from `fold_in(fold_in(key, t), i)`. Or one key per example: `fold_in(key[i], t)`.
-        examples: (rows,) index of each row's example; by default row i is example i.
+        noise: of the same shape, from `noises`.
         ending: False if no text may end here. The end token then needs logits of -inf.
 
     Raises:
@@ -251,16 +271,10 @@ def next_token(
     check_logits(logits)
     if progress.present is not None:
         logits = penalise_repetition(logits, progress.present, options.repetition_penalty)
-    keys = None
-    if options.temperature > 0.0 and key is not None:
-        examples = torch.arange(len(logits), device=logits.device) if examples is None else examples
-        if key.ndim == 1:
-            keys = random.fold_in(random.fold_in(key, t), examples)  # (rows, 2)
-        else:
-            keys = random.fold_in(key[examples], t)
-    filters = {"top_k": options.top_k, "top_p": options.top_p, "min_p": options.min_p}
-    token = choose(logits, keys, temperature=options.temperature, **filters)  # (rows,)
-    token = torch.where(progress.done, options.padding, token)
+    if noise is not None:
+        filters = (options.temperature, options.top_k, options.top_p, options.min_p)
+        logits = filter_logits(logits.float(), *filters) + noise  # as in `choose`
+    token = torch.where(progress.done, options.padding, logits.argmax(-1))  # (rows,)
     return token, append(progress, token, options, ending=ending)
 
 

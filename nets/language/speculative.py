@@ -12,7 +12,8 @@ so that every token is distributed as p. A net's cache goes back to the last acc
 and values after it are not seen, and are overwritten.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from nets.language.sampling import (
     filter_logits,
     options_of,
     penalise_repetition,
+    rounds,
 )
 
 
@@ -93,14 +95,18 @@ def _drawn(p: Tensor, noise: Tensor) -> Tensor:
     return (p.log() + noise).argmax(-1)  # a sample of p / sum p, as in `choose`
 
 
-def _noise(
-    keys: Tensor | None, at: int, rows: int, ahead: int, like: Tensor, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Uniform numbers (rows, ahead) and Gumbel noise (rows, ahead + 1, vocabulary) of a round; zeros for greedy."""
+def _noises(
+    keys: Tensor | None, options: Options, rows: int, ahead: int, vocabulary: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Uniform numbers (rows, ahead) and Gumbel noise (rows, ahead + 1, vocabulary) of each round; zeros for greedy."""
     if options.temperature == 0.0:
-        return like.new_zeros(rows, ahead), like.new_zeros(rows, ahead + 1, 1)
-    of_u, of_noise = random.split(random.fold_in(keys, at)).unbind(-2)  # each (rows, 2)
-    return random.uniform(of_u, (ahead,)), random.gumbel(of_noise, (ahead + 1, like.shape[-1]))
+        zeros = torch.zeros(rows, ahead + 1, 1, device=device)
+        yield from itertools.repeat((zeros[:, 1:, 0], zeros))
+    size = ahead + (ahead + 1) * vocabulary
+    for times in rounds(rows * size, device):
+        u = random.uniform(random.fold_in(keys[:, None], times), (size,))  # (rows, times, size)
+        noise = -torch.log(-torch.log(u[..., ahead:].clamp(min=torch.finfo(u.dtype).tiny)))
+        yield from zip(u[..., :ahead].unbind(1), noise.unflatten(-1, (ahead + 1, vocabulary)).unbind(1), strict=True)
 
 
 def generate(
@@ -141,13 +147,11 @@ def generate(
         start(net.decode, net.empty_caches, net.params, prompt, net.cfg, positions, lengths=lengths)[0]
         for net in (target, draft)
     )
-    like = tree.leaves(own)[0].new_empty(0, target.cfg.vocabulary, dtype=torch.float32)
     keys = random.fold_in(key, rows) if key is not None and key.ndim == 1 else key  # (batch, 2)
     history = torch.cat([prompt, prompt.new_zeros(batch, steps + ahead + 1)], 1)  # (batch, time + steps + ahead + 1)
     ends, first = lengths + steps, lengths
-    accepted = drafted_before = rounds = 0
-    while not bool(progress.done.all()):
-        u, noise = _noise(keys, rounds, batch, ahead, like, options)
+    accepted = proposed = passes = 0
+    for u, noise in _noises(keys, options, batch, ahead, target.cfg.vocabulary, device):
         # x_1 ... x_k ~ q. The draft reads two tokens first, as it has not read the last one that it drafted before.
         position = lengths - 1
         before = (position - 1).clamp(min=0)
@@ -170,15 +174,17 @@ def generate(
         logits, own = target.decode(target.params, window, own, position, target.cfg, donate=True)
         p = distribution(logits, None if present is None else torch.stack(marks, 1), options)
         tokens, n = judge(p, torch.stack(q, 1), drafted, u, noise[:, -1])
-        going, rounds = ~progress.done, rounds + 1
-        accepted, drafted_before = accepted + int(n[going].sum()), drafted_before + ahead * int(going.sum())
+        going, passes = ~progress.done, passes + 1
+        accepted, proposed = accepted + int(n[going].sum()), proposed + ahead * int(going.sum())
         # All are written; what lies after a text's length does not count, and is overwritten.
         history = history.scatter(1, lengths[:, None] + torch.arange(ahead + 1, device=device), tokens)
         progress, lengths = _advance(progress, tokens, n, lengths, ends, options)
+        if bool(progress.done.all()):
+            break
     steps = int((lengths - first).max())
     new = torch.arange(steps, device=device) + first[:, None]  # (batch, steps)
     texts = torch.where(new < lengths[:, None], history.gather(1, new), options.padding)
-    return Speculated(texts, lengths - first, accepted / drafted_before, rounds)
+    return Speculated(texts, lengths - first, accepted / proposed, passes)
 
 
 def _advance(

@@ -7,9 +7,9 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from core import random, spec, tree
-from nets.language import generation, gpt2, llama, rnn, seq2seq, t5, transformer
+from nets.language import gpt2, llama, rnn, seq2seq, t5, transformer
 from nets.language.decoding import sample
-from nets.language.sampling import Options
+from nets.language.sampling import Options, begin, next_token, noises
 
 VOCABULARY, STEPS = 29, 12
 DECODERS = {
@@ -131,10 +131,20 @@ def test_errors_are_one_line(net, options, message):
 def test_nan_of_one_row_is_an_error_with_every_filter():
     scores = torch.zeros(2, 5)
     scores[1, 3] = torch.nan
-    progress = generation.begin(Options(), 2, scores.device)
+    progress = begin(Options(), 2, scores.device)
     for options in (Options(), Options(temperature=0.0), Options(top_k=2), Options(top_p=0.5), Options(min_p=0.5)):
         with pytest.raises(ValueError, match="logits with NaN"):
-            generation.next_token(scores, progress, options, random.key(0), 0)
+            next_token(scores, progress, options, next(noises(random.key(0), options, 2, 5)))
+
+
+@pytest.mark.parametrize("vocabulary", [9, 2**17 + 3])
+def test_noise_is_that_of_each_token_alone(vocabulary):
+    """However many tokens' noise is drawn in one go."""
+    for key in (random.key(4), random.split(random.key(4), 3)):
+        for t, noise in zip(range(3 if vocabulary > 9 else 20), noises(key, Options(), 3, vocabulary), strict=False):
+            keys = random.fold_in(key, t)
+            keys = random.fold_in(keys, torch.arange(3)) if key.ndim == 1 else keys
+            assert torch.equal(noise, random.gumbel(keys, (vocabulary,)))
 
 
 def test_an_unknown_option_is_an_error():

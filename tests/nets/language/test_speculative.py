@@ -92,10 +92,13 @@ def test_samples_have_the_distribution_of_the_target(options, ahead):
     assert float(p.sum()) == pytest.approx(1.0, abs=1e-5)
     written = torch.nn.functional.pad(actual.tokens, (0, time - actual.tokens.shape[1]), value=options.padding)
     counts = (written * torch.tensor([9, 3, 1])).sum(1).bincount(minlength=27)
-    possible = p > 0
-    assert not counts[~possible].any() and int(possible.sum()) > 3
-    error = ((counts - n * p) ** 2 / (n * p))[possible].sum()
-    assert float(error) < chi2.ppf(0.999, int(possible.sum()) - 1)
+    assert not counts[p == 0].any()
+    # The rare texts are one cell: with few expected, a cell's error is not that of a chi-square.
+    rare = n * p < 10
+    p, counts = (torch.cat([x[~rare], x[rare].sum(0, keepdim=True)]) for x in (p, counts.float()))
+    p, counts = p[p > 0], counts[p > 0]
+    error = ((counts - n * p) ** 2 / (n * p)).sum()
+    assert len(p) > 3 and float(error) < chi2.ppf(0.999, len(p) - 1)
     assert 0.1 < actual.acceptance < 0.99, "the draft neither always nor never hits, or nothing is tested"
 
 
