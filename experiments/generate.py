@@ -2,9 +2,9 @@
 
 Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding" (arXiv:2211.17192): a small net
 drafts several tokens, the large one judges them in one pass, and the text is distributed as the large one's own.
-Without a flag a Llama of 8 layers and a draft of 2 learn the text of gpt.py, character by character, and write:
+Without a flag a Llama of 8 layers and a draft of 1 learn the text of gpt.py, character by character, and write:
 
-    python experiments/generate.py                                             about 3 minutes on 1 CPU core
+    python experiments/generate.py                                             under 3 minutes on a CPU core
     python experiments/generate.py sample --run runs/gpt/NAME --prompt "The "            a run of gpt.py, char_rnn.py
     python experiments/generate.py sample --weights openai-community/gpt2-xl --draft openai-community/gpt2 --prompt "A "
     python experiments/generate.py sample --weights google-t5/t5-small --prompt "translate English to German: Hi."
@@ -49,10 +49,12 @@ class Args:
     once). None: the language reference inside Python."""
     layers: Count = 8
     """Layers of the net."""
-    draft_layers: Count = 2
-    """Layers of the draft."""
     width: Count = 128
-    """Size of the hidden states of both, a multiple of 32."""
+    """Size of its hidden states, a multiple of 32."""
+    draft_layers: Count = 1
+    """Layers of the draft: what a step of a small net costs."""
+    draft_width: Count = 160
+    """Size of the draft's hidden states, a multiple of 32."""
     context: Count = 128
     """Tokens of an example, and of a text."""
     steps: Count = 400
@@ -91,12 +93,14 @@ class SampleArgs(Sampling):
 
 def configs(args: Args, vocabulary: int) -> dict[str, llama.Config]:
     """The net and its draft."""
-    if args.width % 32:
-        raise ValueError(f"--width is {args.width}; expected a multiple of 32")
-    heads, hidden = args.width // 32, 11 * args.width // 4
-    sizes = {"heads": heads, "kv_heads": heads, "width": args.width, "hidden": hidden, "tied": True}
-    layers = {"draft": args.draft_layers, "target": args.layers}
-    return {name: llama.Config(vocabulary, args.context, n, **sizes) for name, n in layers.items()}
+    sizes = {"draft": (args.draft_layers, args.draft_width), "target": (args.layers, args.width)}
+    nets = {}
+    for name, (layers, width) in sizes.items():
+        if width % 32:
+            raise ValueError(f"--{'draft-' * (name == 'draft')}width is {width}; expected a multiple of 32")
+        heads, hidden = width // 32, 11 * width // 4
+        nets[name] = llama.Config(vocabulary, args.context, layers, heads, heads, width, hidden, tied=True)
+    return nets
 
 
 def losses_of_each(params, batch, nets: dict[str, llama.Config]) -> dict[str, torch.Tensor]:

@@ -110,9 +110,10 @@ def sample(
             if options.repetition_penalty != 1.0 and present is None:
                 ones = torch.ones_like(first)
                 progress = progress._replace(present=occurrences(token[:, None], ones, logits.shape[-1]))
-        allowed, done, drawn = without_end(logits, options.end if t < min_length else None), progress.done, next(noise)
-        drawn = None if drawn is None else drawn[examples]  # (rows, vocabulary)
-        token, progress = next_token(allowed, progress, options, drawn, ending=t >= min_length)  # (rows,)
+        allowed, done = without_end(logits, options.end if t < min_length else None), progress.done
+        now = next(noise)
+        now = None if now is None else now[examples]  # (rows, vocabulary)
+        token, progress = next_token(allowed, progress, options, now, ending=t >= min_length)  # (rows,)
         log_p = torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]  # (rows,)
         scores = scores.index_add(0, examples, torch.where(done, 0.0, log_p))  # (batch,)
         lengths = lengths.index_add(0, examples, (~done).long())

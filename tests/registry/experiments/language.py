@@ -67,7 +67,7 @@ ROWS = [
     ),
     Experiment(
         "generate",
-        ("--text", "text.txt", "--batch", "2", "--layers", "2", "--draft-layers", "1", "--width", "32")
+        ("--text", "text.txt", "--batch", "2", "--layers", "2", "--width", "32", "--draft-width", "32")
         + ("--context", "32", "--steps", "20", "--save-every", "8", "--ahead", "1", "3", "--rounds", "1"),
         20,
         pictures=("speed.png",),
@@ -77,6 +77,7 @@ ROWS = [
         refusals=(
             (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
             (("--width", "48"), "--width is 48; expected a multiple of 32"),
+            (("--draft-width", "40"), "--draft-width is 40; expected a multiple of 32"),
             (("--ahead", "130"), "--ahead is [130]; expected numbers of tokens that fit --context 128"),
             (("--text", "text.txt", "--context", "1000"), "a context of 1000 needs more"),
         ),
