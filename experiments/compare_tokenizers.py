@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[list[str], int], BytePairTokenizer]] = {
 
 @dataclass(frozen=True)
 class Args:
-    text: str | None = None
+    text: Path | None = None
     """Text file, folder of them, or a text by its name (shakespeare, wikitext-2); the embedded text if None."""
     sentence: str = SENTENCE
     """Sentence whose tokens are shown."""

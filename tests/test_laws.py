@@ -269,12 +269,16 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(name):
     assert per_example.verify(*reported(NETS[name]), examples=2) <= 1e-10
 
 
-LONG = ("googlenet", "inception")  # two minutes each to trace: they have the most layers
+# A minute or two each to trace: they have the most layers.
+LONG = ("densenet", "googlenet", "inception", "mobilenet_v3", "sagan generator", "stylegan generator", "unet")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in PLAIN if n not in LONG]
-)
+def compiled_by_suite(name: str):
+    marks = [] if name == "mlp" else pytest.mark.long if name in LONG else pytest.mark.slow
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [compiled_by_suite(name) for name in PLAIN])
 def test_per_example_reports_compile(name):
     torch._dynamo.reset()
 

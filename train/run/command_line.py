@@ -10,6 +10,8 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
+import time
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,9 +98,29 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + getattr(interruption, "number", signal.SIGINT))
+        code = 128 + getattr(interruption, "number", signal.SIGINT)
+        _leave_threads_behind(code)
+        sys.exit(code)
     finally:
         _restore(previous)
+
+
+def _leave_threads_behind(code: int, seconds: float = 5.0) -> None:
+    """End the process some seconds after its main thread, whatever other threads still wait for.
+
+    Python waits for them, and a thread that writes a checkpoint waits five minutes for a main thread that was
+    interrupted before its answer.
+    """
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if all(thread.daemon for thread in others):
+        return
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def print_any_text() -> None:

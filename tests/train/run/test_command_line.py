@@ -293,3 +293,27 @@ def test_head_of_the_help_fits_the_terminal():
     lines = command_line._fitted(text, 60).splitlines()
     assert max(map(len, lines)) <= 60 and " ".join(" ".join(lines).split()) == " ".join(text.split())
     assert "    python a.py --steps 2  short" in lines and "    python a.py --steps 3000 --flag" in lines
+
+
+WAITING = """
+import threading, time
+from dataclasses import dataclass
+from train.run import command_line
+
+@dataclass(frozen=True)
+class Args:
+    pass
+
+def wait(args):
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    raise command_line.Interrupted(15)
+
+command_line.run("Waits.", (Args, wait))
+"""
+
+
+def test_an_interrupted_program_does_not_wait_for_its_threads():
+    """As for one that writes a checkpoint; the limit is far below the thread's 300 s."""
+    command = [sys.executable, "-c", WAITING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
