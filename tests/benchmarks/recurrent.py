@@ -173,8 +173,10 @@ def memory(args, x) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 30), ("batch", 16), ("time", 128), ("width", 128)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--time", type=int, default=128)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--method", default="auto")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--compile-times", action="store_true")
