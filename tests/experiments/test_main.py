@@ -61,7 +61,7 @@ def test_list(monkeypatch, capsys, argv):
     lines = dict(line.split(maxsplit=1) for line in out.partition("experiments:\n")[2].splitlines())
     paths = [path for path in (ROOT / "experiments").glob("*.py") if not path.stem.startswith("__")]
     assert list(lines) == sorted(path.stem for path in paths)
-    assert lines["gpt"] == "GPT on characters or byte pairs: train it, then let it write."
+    assert lines["gpt"] == "GPT or Llama on characters or byte pairs: train it, then let it write."
     for path in paths:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert " ".join(docstring.split()).startswith(lines[path.stem]) and lines[path.stem].endswith("."), path
