@@ -236,9 +236,9 @@ def train(args: Args) -> None:
         line = f"{kind:5} {result[f'{kind}_accuracy']:7.2%} right (guessing: {1 / args.symbols:.0%});"
         for name in flows:
             cell = f" (c {result[f'{name}_lstm_cell_per_step']:.3f})" if kind == "lstm" else ""
-            kept = f", gate {result[f'{name}_{kind}_kept']:.2f}" if kind != "rnn" else ""
+            gate = f", gate {result[f'{name}_{kind}_kept']:.2f}" if kind != "rnn" else ""
             line += f"  {name}: gradient x {result[f'{name}_{kind}_per_step']:.3f} per step{cell}"
-            line += f", spectral radius {result[f'{name}_{kind}_spectral_radius']:.2f}{kept}"
+            line += f", spectral radius {result[f'{name}_{kind}_spectral_radius']:.2f}{gate}"
         print(line)
     print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 

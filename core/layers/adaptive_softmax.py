@@ -1,4 +1,4 @@
-"""Adaptive softmax: classes in order of frequency, the rarer ones in clusters behind smaller projections.
+"""Adaptive softmax: classes in order of frequency, the rarer ones in clusters with smaller projections.
 
 Grave et al. 2017, "Efficient softmax approximation for GPUs" (arXiv:1609.04309). The head knows the most frequent
 classes, and one class per cluster; for a class w of cluster i

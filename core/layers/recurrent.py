@@ -108,7 +108,7 @@ def rnn(
     Args:
         start: the state before the first step, `{"h": (batch, width)}`; zeros if None.
         lengths: (batch,) integer, from 0 to time: steps of each example. What comes after them is not looked at, and
-            the output there is 0; an example of length 0 keeps its start. All steps if None.
+            the output there is 0. An example of length 0 returns its start. Default None: all steps.
         reverse: from the last step of each example to its first.
         every_step: return the states after every step, (batch, time, n), in place of the last.
         nonlinearity: "tanh" or "relu".
@@ -195,7 +195,7 @@ def _run(
     if lengths is not None:
         check_lengths(name, lengths, x)
         live = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).unsqueeze(-1)  # (batch, time, 1)
-        x = torch.where(live, x, 0)  # a NaN behind the end would reach the weights' gradients as 0 * NaN
+        x = torch.where(live, x, 0)  # a NaN after the end would reach the weights' gradients as 0 * NaN
     if reverse:
         x = reversed_in_time(x, lengths)
     states: tuple[Tensor, ...]
@@ -253,11 +253,15 @@ def _by_kernels(p: Tree, x: Tensor, start: tuple[Tensor, ...], live: Tensor | No
     return kernels.lstm(x, w_ih, w_hh, b, *start)
 
 
+def widths(p: Tree) -> dict[str, int]:
+    """Sizes of the cells "c" and of the hidden state "h" of a layer, from its parameters or its spec."""
+    hidden = p["hh"]["weight"].shape[1]
+    return {"c": p["projection"]["weight"].shape[1] if "projection" in p else hidden, "h": hidden}
+
+
 def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     """The tensors of the first state, in the order of names."""
-    hidden = p["hh"]["weight"].shape[1]
-    cells = p["projection"]["weight"].shape[1] if "projection" in p else hidden
-    shapes, dtype = {"c": (len(x), cells), "h": (len(x), hidden)}, p["hh"]["weight"].dtype
+    shapes, dtype = {part: (len(x), n) for part, n in widths(p).items()}, p["hh"]["weight"].dtype
     if start is None:
         return tuple(x.new_zeros(shapes[part], dtype=dtype) for part in names)
     if not isinstance(start, dict) or sorted(start) != sorted(names):

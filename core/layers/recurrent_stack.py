@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.layers.recurrent import LAYERS, SPECS, State
+from core.layers.recurrent import LAYERS, SPECS, State, widths
 
 
 def recurrent_spec(
@@ -87,13 +87,11 @@ def recurrent(
 
 
 def empty_state(kind: str, p: list, batch: int, dtype: torch.dtype = torch.float32, device=None) -> list:
-    """Zeros to start a stack from, for p, its parameters or its spec."""
+    """The first state of a stack: zeros (batch, n) in the structure of p, its parameters or its spec."""
 
     def zeros(layer: dict) -> State:
-        hidden = layer["hh"]["weight"].shape[1]
-        cells = layer["projection"]["weight"].shape[1] if "projection" in layer else hidden
-        sizes = {"c": cells, "h": hidden} if "lstm" in kind else {"h": hidden}
-        return {part: torch.zeros(batch, n, dtype=dtype, device=device) for part, n in sizes.items()}
+        parts = ("c", "h") if "lstm" in kind else ("h",)
+        return {part: torch.zeros(batch, widths(layer)[part], dtype=dtype, device=device) for part in parts}
 
     return [{d: zeros(layer[d]) for d in layer} if "forward" in layer else zeros(layer) for layer in p]
 

@@ -226,7 +226,8 @@ def test_an_example_of_length_zero_keeps_its_start(kind, dtype):
     grads, (out, states) = grad(total, (0, 1), has_aux=True)(p, start)
     assert not out.any()
     assert all(torch.equal(end, torch.ones_like(end)) for end in tree.leaves(states))
-    assert not any(g.any() for g in tree.leaves(grads[0]))
+    # A closed gate of the kernels may be the smallest number of its type instead of 0.
+    assert all(g.abs().max() < 1e-30 for g in tree.leaves(grads[0]))
     assert all(torch.equal(g, torch.ones_like(g)) for g in tree.leaves(grads[1]))
 
 
@@ -241,7 +242,7 @@ def test_no_examples(kind):
 
 @pytest.mark.parametrize("kind", ["gru", "layer_norm_lstm", "lstm", "rnn"])
 def test_autocast(kind):
-    """Products in bfloat16, sums over time in float32: to a few roundings of 2^-8."""
+    """Products in bfloat16, sums over time in float32: the roundings of 2^-8 in 7 steps add up to under a tenth."""
     p, x = spec.init(random.key(0), recurrent_spec(kind, D_IN, WIDTH)), values().float()
 
     def loss(p):
