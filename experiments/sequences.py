@@ -182,7 +182,6 @@ def train(args: Args) -> None:
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every) or figures:
                 run.save(at, state, **figures)
-        run.wait()
         best = open_run(run.folder, RUNS, "best")
         figures = task.study(run.folder, part.load(best, run.device))
         run.result({**figures, "parameters": tree.count(state.params), "best_step": best.step})

@@ -127,7 +127,6 @@ def learn(
                 translators.write_samples(run, Translator(state.params, task.cfg, tokenizer), data.validation[:4])
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        run.wait()
         report(run, net, task)
 
 

@@ -145,8 +145,11 @@ class Run:
     def steps(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(number of the step, batch) for each step still to do, of the batches of `remaining`.
 
-        A run that a signal asks to end does so after the step that `record` marked as the last: this then says how to
-        continue, and raises SystemExit with 128 + the signal's number.
+        After the last one, the last checkpoint is on disk. A run that a signal asks to end does so after the step that
+        `record` marked as the last: this then says how to continue, and raises SystemExit with 128 + the signal's
+        number.
+
+        Raises CheckpointError if the last checkpoint could not be written.
         """
         clock = time.perf_counter()
         if self.args.common.compile and self.remaining:
@@ -156,8 +159,9 @@ class Run:
             yield at, batch
             if at == self.first + 1:
                 self.log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
+            if self.last:
+                self._saved.wait()  # of a full disk, the save speaks, and not what is written after it
             if self.last and self._stop.requested:
-                self._saved.wait()
                 start = command_line.program() or shlex.join(["python", sys.argv[0]])
                 again = shlex.join(["--resume", "--name", self.folder.name])
                 self.log.print(f"stopped at step {at}; continue with: {start} {again}")
@@ -191,10 +195,6 @@ class Run:
     def save(self, at: int, state: Tree, **metrics: float) -> None:
         """Write a checkpoint with the time spent so far, and metrics such as the one that `best` names."""
         self._saved.save(at, state, {"seconds": self.seconds, **metrics})
-
-    def wait(self) -> None:
-        """Return when the last checkpoint is on disk."""
-        self._saved.wait()
 
     def result(self, figures: Mapping[str, Any]) -> None:
         """Write `result.json`: the final figures, and the run's steps and seconds."""

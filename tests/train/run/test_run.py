@@ -51,6 +51,7 @@ def count_to(root, args, stop_at=None, number=signal.SIGTERM, metric=lambda at: 
             run.record(at, {"loss": torch.tensor(metric(at)), "norm": torch.tensor(2.0)}, 1)
             if run.due(at, args.common.save_every):
                 run.save(at, state, loss=float(at))
+        assert checkpoints.latest(run.folder / "checkpoints") == args.steps  # before any result
         run.result({"count": int(state["count"])})
     return int(state["count"])
 
