@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core import random
 from train.data import DataError
+from train.data.text import docstrings
 from train.data.text.brackets import CLASSES, brackets
 from train.data.text.files import unpacked
 from train.files import shown
@@ -130,7 +131,8 @@ def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> t
 
 
 def open_labelled(data: str, validation: str | None = None, test: str | None = None) -> LabelledSet:
-    """The texts of `--data`: "brackets" (generated), a file, or a folder with one training file.
+    """The texts of `--data`: "brackets" (generated), "docstrings" (of Python, by package), a file, or a folder with one
+    training file.
 
     Files for validation and testing are those named, or lie beside a file with "train" in its name and have "dev",
     "valid", "val" or "validation", and "test" there; a part that has none is held out, one record of ten.
@@ -139,6 +141,8 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
     """
     if data == "brackets" and not Path(data).exists():
         return _generated()
+    if data == "docstrings" and not Path(data).exists():
+        return _docstrings()
     path = _training_file(Path(data))
     beside = {"validation": validation or _beside(path, VALIDATIONS), "test": test or _beside(path, ("test",))}
     parts = {name: read(Path(other)) for name, other in {"train": path, **beside}.items() if other}
@@ -240,6 +244,18 @@ def _generated() -> LabelledSet:
     rest = records(other_key, 3000)
     origin = "other sequences, of which none occurs in training"
     return LabelledSet("brackets", CLASSES, train, rest.some(range(1000)), rest.some(range(1000, 3000)), origin)
+
+
+def _docstrings() -> LabelledSet:
+    """First paragraphs of docstrings of Python's library and the packages they are from, split by blocks of eight."""
+    records, blocks = docstrings.by_package()
+    texts, labels = zip(*records, strict=True)
+    everything = Records(texts, labels, "first paragraphs of docstrings, names blanked, and their packages")
+    parts: list[list[int]] = [[], [], []]
+    for i, block in enumerate(blocks):
+        parts[max(0, block % HELD - HELD + 3)].append(i)
+    origin = f"validation and test held out, two of every ten blocks of {docstrings.BLOCK} neighbours"
+    return LabelledSet("docstrings", tuple(sorted(set(labels))), *map(everything.some, parts), origin=origin)
 
 
 def facts(data: LabelledSet) -> dict[str, Any]:
