@@ -1,6 +1,6 @@
 """Series of real values: generated ones of known noise, columns of CSV files, windows to forecast from."""
 
-import csv
+import bisect
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from core import random
-from train.data import DataError
-from train.data.text.files import unpacked
+from train.data import DataError, table
 from train.files import shown
 
 DAY, WEEK = 24, 168
@@ -20,17 +19,28 @@ HELD = {"validation": 0.1, "test": 0.2}
 
 
 class Series(NamedTuple):
-    """values (time,) float64, NaN where there is a gap; `sigma` of the noise and `decay` of its memory, if known."""
+    """values (time,) float64, NaN where there is a gap; `sigma` of the noise and `decay` of its memory, if known.
+
+    `first_gap` names its row in the file, from which `times` come too, if it has some.
+    """
 
     name: str
     values: Tensor
     sigma: float | None = None
     decay: float | None = None
     first_gap: str = ""
+    times: table.Times | None = None
 
     @property
     def gaps(self) -> int:
         return int(self.values.isnan().sum())
+
+    def label(self, step: int) -> str:
+        """The time of a step, which may come after the end; its number where that is not known."""
+        if self.times is None or self.times.step is None:
+            return str(step)
+        time = self.times.first + step * self.times.step
+        return str(time).removesuffix(" 00:00:00") if self.times.step.seconds == 0 else str(time)
 
 
 def seasons(key: Tensor, steps: int = 8736, sigma: float = 0.5, decay: float = 0.8) -> Series:
@@ -67,59 +77,75 @@ def least_error(series: Series, horizon: int) -> float:
 
 
 def read_column(path: Path, column: str | None) -> Series:
-    """A column of a CSV with a header, separated by commas, semicolons or tabs.
+    """A column of a CSV with a header (`table.read`). Its numbers may have a decimal comma.
+
+    Where another column has times, they must ascend, and a row that is missing between equal distances is a gap.
 
     Args:
-        column: its name; may be None if there is one column of numbers alone.
+        column: its name; may be None if there is one column of numbers alone, not counting columns without a name.
 
-    Raises DataError: no such column; a text among the numbers (its row is named); more than a tenth are gaps.
+    Raises DataError: no such column; a text among the numbers, or a time that does not come after that of the row
+    before (its row is named); more than a tenth are gaps.
     """
-    with unpacked(path, "a CSV file") as file:
-        lines = file.read().decode("utf-8-sig", "replace").strip("\r\n").splitlines()
-    separator = max(",;\t", key=lambda mark: lines[0].count(mark)) if lines else ","
-    rows = [(reader.line_num, row) for reader in [csv.reader(lines, delimiter=separator)] for row in reader]
-    if len(rows) < 2:
-        raise DataError(f"{path} has no rows, expected a CSV with a header")
-    names = [name.strip() for name in rows[0][1]]
-    if column is None:
-        numeric = [
-            name
-            for i, name in enumerate(names)
-            if any(_number(row[i]) is not None for _, row in rows[1:3] if i < len(row))
-        ]
-        if len(numeric) != 1:
-            there = f"{len(numeric)} columns of numbers" + (f": {', '.join(map(shown, numeric))}" if numeric else "")
-            raise DataError(f"{path} has {there}; name one with --column")
-        (column,) = numeric
-    if column not in names:
-        raise DataError(f"{path} has no column '{column}'; there are {', '.join(map(shown, names))}")
-    at, values, first_gap = names.index(column), [], ""
-    for line, row in rows[1:]:
-        if not row and len(names) > 1:
-            continue  # in one column alone, an empty line is a gap
-        cell = row[at].strip() if at < len(row) else ""
-        value = _number(cell)
+    content = table.read(path)
+    at = _column(path, content, column)
+    name, cells = content.names[at], content.columns[at]
+    try:
+        numbers = table.numbers(cells)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    for line, cell, value in zip(content.lines, cells, numbers, strict=True):
         if value is None and cell.lower() not in GAPS:
-            raise DataError(f"{path} row {line}: '{shown(cell)}' in column '{column}' is not a number")
-        if value is None and not first_gap:
-            first_gap = f"row {line}"
-        values.append(math.nan if value is None else value)
-    series = Series(
-        f"{shown(path.name)}, {shown(column)}", torch.tensor(values, dtype=torch.float64), None, None, first_gap
-    )
+            raise DataError(f"{path} row {line}: '{shown(cell)}' in column '{name}' is not a number")
+    steps, times = _steps(path, content, at)
+    values = torch.full((steps[-1] + 1,), math.nan, dtype=torch.float64)
+    values[steps] = torch.tensor([math.nan if value is None else value for value in numbers], dtype=torch.float64)
+    series = Series(f"{shown(path.name)}, {shown(name)}", values, times=times)
+    if series.gaps:
+        gap = int(values.isnan().nonzero()[0])
+        row = bisect.bisect_left(steps, gap)  # the first row that is not before the gap
+        where = f"row {content.lines[row]}" if steps[row] == gap else f"the gap before row {content.lines[row]}"
+        series = series._replace(first_gap=where)
     if series.gaps * 10 > len(values):
-        raise DataError(
-            f"{path}: {series.gaps} of {len(values)} values of '{column}' are gaps, the first in {first_gap}"
-        )
+        problem = f"{series.gaps} of {len(values)} values of '{name}' are gaps, the first in {series.first_gap}"
+        raise DataError(f"{path}: {problem}")
     return series
 
 
-def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _column(path: Path, content: table.Table, column: str | None) -> int:
+    """The number of the column with this name, or of that with numbers."""
+    names = content.names
+    if column is None:
+        first = [next((cell for cell in cells if cell.lower() not in GAPS), "") for cells in content.columns]
+        numeric = [name for name, cell in zip(names, first, strict=True) if name and table.is_number(cell)]
+        if len(numeric) != 1:
+            there = f"{len(numeric)} columns of numbers: {', '.join(map(shown, numeric))}"
+            there = there if numeric else f"no column of numbers among {', '.join(map(shown, names))}"
+            raise DataError(f"{path} has {there}; name one with --column")
+        (column,) = numeric
+    if names.count(column) != 1:
+        problem = f"no column '{column}'" if column not in names else f"{names.count(column)} columns '{column}'"
+        raise DataError(f"{path} has {problem}; there are {', '.join(map(shown, names))}")
+    return names.index(column)
+
+
+def _steps(path: Path, content: table.Table, at: int) -> tuple[list[int], table.Times | None]:
+    """The step of each row, and the times of the first column that has times, if there is one."""
+    rows = range(len(content.lines))
+    for i, cells in enumerate(content.columns):
+        stamps = [None] if i == at else table.times(cells)
+        if len(rows) < 2 or not any(stamps):
+            continue
+        for line, cell, before, time in zip(content.lines[1:], cells[1:], stamps, stamps[1:], strict=False):
+            if time is None:
+                raise DataError(f"{path} row {line}: '{shown(cell)}' in column '{content.names[i]}' is no time")
+            if time <= before:
+                problem = (
+                    f"'{shown(cell)}' in column '{content.names[i]}' does not come after the time of the row before"
+                )
+                raise DataError(f"{path} row {line}: {problem}; expected one series, in order of time")
+        return table.grid(stamps)
+    return list(rows), None
 
 
 class Windows(NamedTuple):
@@ -130,25 +156,29 @@ class Windows(NamedTuple):
     test: Tensor
 
 
-def windows(series: Series, window: int, horizon: int) -> Windows:
+def windows(series: Series, window: int, horizon: int, season: int = 1) -> Windows:
     """The origins of three parts, one after the other in time, whose windows and targets have no gap.
 
     Targets of one part are in no other one; windows may reach back into the part before.
 
+    Args:
+        season: values before the origin without a gap that are needed too, if these are more than those of a window.
+
     Raises DataError: a part has no origin.
     """
+    reach, before = max(window, season), f"window of {window}" if window >= season else f"season of {season}"
     time = len(series.values)
     test = time - int(HELD["test"] * time)
     validation = test - int(HELD["validation"] * time)
     missing = torch.cat([torch.zeros(1), series.values.isnan().cumsum(0)])  # gaps before t
     parts = []
-    for name, first, end in (("training", window, validation), ("validation", validation, test), ("test", test, time)):
-        origins = torch.arange(max(first, window), max(end - horizon + 1, first, window))
-        whole = missing[origins + horizon] == missing[origins - window]
+    for name, first, end in (("training", reach, validation), ("validation", validation, test), ("test", test, time)):
+        origins = torch.arange(max(first, reach), max(end - horizon + 1, first, reach))
+        whole = missing[origins + horizon] == missing[origins - reach]
         parts.append(origins[whole])
         if not len(parts[-1]):
             raise DataError(
-                f"{series.name}: {time} values have no {name} window of {window} and a horizon of {horizon} without gap"
+                f"{series.name}: {time} values have no {name} {before} and a horizon of {horizon} without gap"
             )
     return Windows(*parts)
 
@@ -172,4 +202,18 @@ def facts(series: Series, origins: Windows) -> dict[str, Any]:
     last = f"the last {HELD['test']:.0%} of the series for testing, {HELD['validation']:.0%} before it for validation"
     whole = None if not series.gaps else f"{series.gaps} values, the first in {series.first_gap}; no window has one"
     windows = {name: len(part) for name, part in origins._asdict().items()}
-    return {"data": series.name, "values": time, "parts": last, "windows": windows, "gaps": whole}
+    return {
+        "data": series.name,
+        "values": time,
+        "times": _span(series.times),
+        "parts": last,
+        "windows": windows,
+        "gaps": whole,
+    }
+
+
+def _span(times: table.Times | None) -> str | None:
+    if times is None:
+        return None
+    span = " to ".join(str(time).removesuffix(" 00:00:00") for time in (times.first, times.last))
+    return span if times.even else f"{span}, at unequal distances: each row counts as a step"

@@ -32,6 +32,8 @@ def test_windows_and_targets_of_the_parts():
     assert x.tolist() == [list(range(70, 80)), list(range(71, 81))] and y[0].tolist() == list(range(80, 85))
     with pytest.raises(DataError, match="100 values have no training window of 90 and a horizon of 5"):
         data.windows(series, 90, 5)
+    with pytest.raises(DataError, match="no training season of 80 and a horizon of 5"):
+        data.windows(series, 10, 5, 80)
 
 
 def test_no_window_has_a_gap():
@@ -56,6 +58,48 @@ def test_columns(tmp_path, separator, header):
     assert series.values[:2].tolist() == [1.5, 2.0] and series.gaps == 1 and series.first_gap == "row 4"
     facts = data.facts(series, data.windows(series._replace(values=torch.ones(100)), 10, 5))
     assert facts["gaps"] == "1 values, the first in row 4; no window has one"
+
+
+def dated(days, values="12345"):
+    return "date,load\n" + "".join(f"2020-01-{day:02d},{values[day % len(values)]}\n" for day in days)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (dated([2, 1]), "row 3: '2020-01-01' in column 'date' does not come after the time of the row before"),
+        (dated([1, 2, 2, 3]), "row 4: '2020-01-02' in column 'date' does not come after"),
+        (dated(range(1, 20)) + "Total,90\n", "row 21: 'Total' in column 'date' is no time"),
+        ("load,load\n1,2\n", "2 columns of numbers: load, load"),
+        ("day,load\nmo,5%\n", "no column of numbers among day, load; name one with --column"),
+        ('day,load\nmo,"1,234"\n', "'1,234' may be 1234 or 1.234"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        data.read_column(path, None)
+
+
+def test_missing_row_is_a_gap(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(dated([*range(1, 10), *range(11, 20)]), encoding="utf-8")
+    series = data.read_column(path, None)
+    assert series.values.isnan().nonzero().tolist() == [[9]] and series.first_gap == "the gap before row 11"
+    assert series.label(19) == "2020-01-20" and data.Series("s", series.values).label(19) == "19"
+    span = data.facts(series, data.windows(series._replace(values=torch.ones(100)), 10, 5))["times"]
+    assert span == "2020-01-01 to 2020-01-19"
+
+
+def test_column_without_a_name_is_an_index(tmp_path):
+    """As pandas writes one."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        ",date,load\n0,2020-01-01,\n1,2020-01-02,5\n" + "".join(f"{i},2020-01-{i + 1:02d},5\n" for i in range(2, 20)),
+        encoding="utf-8",
+    )
+    assert data.read_column(path, None).values[1:].tolist() == [5.0] * 19
 
 
 def test_empty_line_of_one_column_is_a_gap(tmp_path):
