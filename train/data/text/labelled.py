@@ -1,11 +1,11 @@
 """Texts with a label each, for classification: files of many forms, and the part held out where there is none.
 
 A line is `label<TAB>text` or `text<TAB>label` (which of the two the file itself shows), `label text` where there is no
-tab, or a row of a CSV; a first line such as `text<TAB>label` names the columns. One bad line is named, skipped and
-counted; more than a tenth of them is an error.
+tab, a row of a CSV, or an object of JSON Lines; a first line such as `text<TAB>label` names the columns. One bad line
+is named, skipped and counted; more than a tenth of them is an error.
 """
 
-import csv
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from core import random
-from train.data import DataError
+from train.data import DataError, table
 from train.data.text import docstrings
 from train.data.text.brackets import CLASSES, brackets
 from train.data.text.files import unpacked
 from train.files import shown
 
-LABELS = frozenset("label labels class category target sentiment polarity y 标签 类别".split())
-TEXTS = frozenset("text texts sentence review title content comment phrase document 文本 内容 标题".split())
+LABELS = "label labels class category target sentiment polarity y 标签 类别".split()
+TEXTS = "text texts sentence review content comment document phrase title 文本 内容 标题".split()
+"""Names of columns; of several the first in this order is taken."""
 VALIDATIONS = ("dev", "valid", "val", "validation")
 NAMES = ("class.txt", "classes.txt", "labels.txt")
 """Files beside the data in which line i + 1 is the name of the label i."""
 HELD = 10
-"""Where there are no files for validation and testing, each gets one of ten records in a row."""
+"""Where there are no files for validation and testing, each gets one of ten records of each class."""
 
 Skipped = tuple[str, str]
 """A record that is not used, and the reason."""
@@ -66,9 +67,12 @@ class LabelledSet(NamedTuple):
 def read(path: Path) -> Records:
     """The records of a file. Raises DataError: it cannot be read, is in no known form, or a tenth of it is unusable."""
     with unpacked(path, "a file with a labelled text per line") as file:
-        lines, foreign = _decoded(file.read())
+        lines, foreign = decoded(file.read())
     if path.name.removesuffix(".gz").endswith(".csv"):
-        rows, separator = [(r.line_num, row) for r in [csv.reader(lines)] for row in r], "a comma"
+        mark = table.separator_of(lines)
+        rows, separator = table.rows_of(lines, mark, str(path)), {",": "a comma", "\t": "a tab"}.get(mark, f"'{mark}'")
+    elif lines and lines[0].startswith("{"):
+        rows, separator = _objects(lines), "keys (JSON Lines)"
     elif any("\t" in line for line in lines[:100]):
         rows, separator = [(i, line.split("\t")) for i, line in enumerate(lines, 1)], "a tab"
     else:
@@ -89,6 +93,8 @@ def read(path: Path) -> Records:
             problem = "has no label"
         elif not cells[text].strip():
             problem = "has no text"
+        elif "\0" in cells[label] + cells[text]:
+            problem = "has a NUL byte, expected text"
         if problem:
             skipped.append((f"{shown(path.name)} line {i}", problem))
         else:
@@ -101,22 +107,38 @@ def read(path: Path) -> Records:
     return Records(texts, labels, form, tuple(skipped))
 
 
-def _decoded(content: bytes) -> tuple[list[str], int]:
-    """The lines, ended by line feeds alone, and the number of those that are not UTF-8."""
+def decoded(content: bytes) -> tuple[list[str], int]:
+    """The lines, and the number of those that are not UTF-8."""
     lines, foreign = [], 0
-    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+    for line in table.lines_of(content):
         try:
-            lines.append(line.decode("utf-8").rstrip("\r"))
+            lines.append(line.decode("utf-8"))
         except UnicodeDecodeError:
             foreign += 1
-            lines.append(line.decode("latin-1").rstrip("\r"))
+            lines.append(line.decode("latin-1"))
     return lines, foreign
+
+
+def _objects(lines: list[str]) -> list[table.Row]:
+    """The names of the first object of JSON Lines, and under these the values of each; of a bad line none."""
+    rows, names = [], []
+    for i, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line or "{}")
+        except ValueError:
+            record = None
+        record = record if isinstance(record, dict) else {"": line}
+        if not rows:
+            names = list(record)
+            rows.append((i, names))
+        rows.append((i, [str(record[name]) for name in names] if set(names) <= record.keys() else [*record.values()]))
+    return rows
 
 
 def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> tuple[int, int, bool]:
     """(column of the label, column of the text, whether the first line names them)."""
     first = [cell.strip().lower() for cell in rows[0][1]]
-    named = [next((i for i, cell in enumerate(first) if cell in names), None) for names in (LABELS, TEXTS)]
+    named = [next((first.index(name) for name in names if name in first), None) for names in (LABELS, TEXTS)]
     if None not in named and separator != "a space":
         return *named, True
     if separator == "a space":
@@ -125,9 +147,11 @@ def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> t
     if width != 2:
         problem = f"has {width} column{'s' * (width > 1)} and no header that names a label and a text"
         raise DataError(f"{path} {problem}; expected label{'<TAB>' if separator == 'a tab' else ','}text")
-    # Labels recur, texts do not.
-    kinds = [len({cells[i] for _, cells in rows if len(cells) == 2}) for i in (0, 1)]
-    return (0, 1, False) if kinds[0] <= kinds[1] else (1, 0, False)
+    # Labels recur, texts do not; where all but the first label do, that is the name of their column.
+    kinds = [Counter(cells[i].strip() for _, cells in rows if len(cells) == 2) for i in (0, 1)]
+    label = int(len(kinds[0]) > len(kinds[1]))
+    name, *others = kinds[label].values()
+    return label, 1 - label, name == 1 and min(others, default=1) > 1
 
 
 def open_labelled(data: str, validation: str | None = None, test: str | None = None) -> LabelledSet:
@@ -135,7 +159,7 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
     training file.
 
     Files for validation and testing are those named, or lie beside a file with "train" in its name and have "dev",
-    "valid", "val" or "validation", and "test" there; a part that has none is held out, one record of ten.
+    "valid", "val" or "validation", and "test" there; a part that has none is held out, one record of ten of each class.
 
     Raises DataError: as `read`; there is one class only; several training files.
     """
@@ -149,14 +173,19 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
     skipped = [entry for part in parts.values() for entry in part.skipped]
     origins = [f"{name} in {shown(Path(other).name)}" for name, other in beside.items() if other]
     everything, taken = parts["train"], set()
+    counts = Counter(everything.labels)
+    order = [i for i, label in enumerate(everything.labels) if counts[label] > 2]
+    order.sort(
+        key=everything.labels.__getitem__
+    )  # class by class: the classes of a file may follow one another in turn
     for first, name in ((HELD - 2, "validation"), (HELD - 1, "test")):
         if not beside[name]:
-            rows = range(first, len(everything.texts), HELD)
+            rows = sorted(order[first::HELD])
             parts[name] = everything.some(rows)
             taken |= set(rows)
-            origins.append(f"{name} held out, every tenth record from number {first + 1} on")
+            origins.append(f"{name} held out, a tenth of each class")
     parts["train"] = everything.some([i for i in range(len(everything.texts)) if i not in taken])
-    labels = sorted(set(parts["train"].labels), key=lambda label: (not label.isdigit(), label.zfill(8)))
+    labels = sorted(set(parts["train"].labels), key=lambda label: (not label.isdecimal(), label.zfill(8)))
     if len(labels) < 2:
         raise DataError(f"{path}: all records have the label '{labels[0]}'; expected at least two classes")
     for name in ("validation", "test"):
@@ -222,8 +251,8 @@ def _names(path: Path, labels: Sequence[str]) -> dict[str, str]:
     """Label -> name of the class: its line in a file beside the data, if labels are numbers; else itself."""
     for name in NAMES:
         file = path.with_name(name)
-        if file.is_file() and all(label.isdigit() for label in labels):
-            lines = _decoded(file.read_bytes())[0]
+        if file.is_file() and all(label.isdecimal() for label in labels):
+            lines = decoded(file.read_bytes())[0]
             if all(int(label) < len(lines) and lines[int(label)].strip() for label in labels):
                 return {label: lines[int(label)].strip() for label in labels}
     return {label: label for label in labels}
@@ -260,11 +289,14 @@ def _docstrings() -> LabelledSet:
 
 def facts(data: LabelledSet) -> dict[str, Any]:
     """Names and values of a set, for `train.data.understood`."""
+    texts = set(data.train.texts)
+    repeated = {name: sum(text in texts for text in data.parts[name].texts) for name in ("validation", "test")}
     return {
         "data": data.name,
         "form": data.train.form,
         "classes": list(data.classes),
         "records": {name: len(part.texts) for name, part in data.parts.items()},
         "other parts": data.origin,
+        "also in training": {name: count for name, count in repeated.items() if count},
         "skipped": list(data.skipped),
     }

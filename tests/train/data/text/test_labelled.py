@@ -32,12 +32,47 @@ def write(tmp_path):
         ("a.tsv", "id\tReview\tLabel\n1\tfine\tpos\n2\tdull\tneg\n3\tgood\tpos", "names them: id, Review, Label"),
         ("a.csv", 'label,text\npos,"fine"\nneg,dull\npos,good\n', "separated by a comma; the first line names them"),
         ("a.txt", "pos fine\nneg dull\npos good\n", "separated by a space; no header"),
+        ("a.csv", "text;label\nfine;pos\ndull;neg\ngood;pos", "separated by ';'; the first line names them"),
+        ("a.tsv", "pos\tfine\rneg\tdull\rpos\tgood\r", "separated by a tab; no header"),
+        (
+            "a.tsv",
+            "title\ttext\tclass\nx\tfine\tpos\ny\tdull\tneg\nz\tgood\tpos",
+            "label in column 3, text in column 2",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "fine", "label": "pos"}\n{"label": "neg", "text": "dull"}\n{"text": "good", "label": "pos"}\n',
+            "separated by keys (JSON Lines); the first line names them: text, label",
+        ),
     ],
 )
 def test_forms(write, name, content, form):
     records = labelled.read(write(name, content))
     assert records.texts == ("fine", "dull", "good") and records.labels == ("pos", "neg", "pos")
     assert form in records.form and not records.skipped
+
+
+def test_text_of_several_lines(write):
+    records = labelled.read(write("a.csv", 'text,label\n"a fine\nfilm, yes",1\ndull,0\n'))
+    assert records.texts == ("a fine\nfilm, yes", "dull")
+
+
+def test_first_line_whose_label_alone_does_not_recur_is_a_header(write):
+    records = labelled.read(write("a.tsv", "stars\tbody\n" + "".join(f"{i % 2}\ttext {i}\n" for i in range(20))))
+    assert len(records.texts) == 20 and "the first line names them: stars, body" in records.form
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'text,label\nfine,1\n"dull,0\ngood,1\n', "row 3: a quotation mark is not closed"),
+        ("a.tsv", "1\tfine\n0\tdull\n".encode("utf-16-le"), "line 1 has a NUL byte, expected text"),
+        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text"\n', "line 2 has 1 column, expected at least 2"),
+    ],
+)
+def test_errors(write, name, content, message):
+    with pytest.raises(DataError, match=message):
+        labelled.read(write(name, content))
 
 
 def test_bad_records_are_named_and_skipped(write):
@@ -75,6 +110,20 @@ def test_held_out_parts_share_no_record(write):
     assert all(
         Counter(part.labels) == {"0": n, "1": n} for part, n in zip(data.parts.values(), (40, 5, 5), strict=True)
     )
+
+
+def test_held_out_parts_have_all_classes(write):
+    """Classes that follow one another in turn, and one of which there is too little."""
+    lines = [f"c{i % 10}\ttext {i}\n" for i in range(200)]
+    data = labelled.open_labelled(str(write("a.tsv", "".join([*lines, "rare\ttext\n"]))))
+    assert len(data.classes) == 11 and "rare" in data.train.labels
+    assert all(Counter(part.labels) == {f"c{i}": 2 for i in range(10)} for part in (data.validation, data.test))
+
+
+def test_repeated_texts_are_counted(write):
+    lines = [f"{i % 2}\ttext {i % 4}\n" for i in range(40)]
+    data = labelled.open_labelled(str(write("a.tsv", "".join(lines))))
+    assert labelled.facts(data)["also in training"] == {"validation": 4, "test": 4}
 
 
 def test_names_of_numbered_classes(write):
