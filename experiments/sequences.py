@@ -33,7 +33,19 @@ from train.data.text import labelled, ragged
 from train.data.understood import understood
 from train.files import write_json
 from train.optimizers import schedules
-from train.run import Common, Count, FromRun, NonNegative, Positive, Rate, Shared, begin, command_line, open_run
+from train.run import (
+    Common,
+    Count,
+    FromRun,
+    NonNegative,
+    Positive,
+    Rate,
+    SavedRun,
+    Shared,
+    begin,
+    command_line,
+    open_run,
+)
 from train.run.logs import read_curves
 from train.run.run import unused
 from train.step import compiled, create, make_step
@@ -136,7 +148,9 @@ class PredictArgs(FromRun):
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to classify; without any, the lines of --file or of standard input."""
     file: Path | None = None
-    """File with a text per line; for a forecast a CSV with the run's column, after whose end it begins."""
+    """File with a text per line; for a forecast a CSV, after whose end it begins."""
+    column: str | None = None
+    """Column of the CSV; the run's if None."""
 
 
 TASKS = {"classify": text_classifier, "forecast": forecaster}
@@ -195,10 +209,18 @@ def train(args: Args) -> None:
     print(f"{run.at} steps in {run.seconds:.0f} s, the best was {best.step}; files in {run.folder}/")
 
 
+def arguments_of(run: SavedRun, column: str | None) -> Args:
+    """The arguments of a run. Raises ValueError: there is a column, and the run classifies."""
+    trained = run.read("args", Args)
+    if column and trained.task == "classify":
+        raise ValueError(f"--column '{column}' is that of a CSV, and '{run.folder}' classifies texts")
+    return trained
+
+
 def evaluate(args: EvaluateArgs) -> None:
     """Figures of a run's net on its test part, or on other data."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
-    trained = run.read("args", Args)
+    trained = arguments_of(run, args.column)
     model = TASKS[trained.task].load(run, device)
     if args.data and trained.task == "classify":
         records, skipped = labelled.open_test(args.data, model.classes)
@@ -220,12 +242,13 @@ def evaluate(args: EvaluateArgs) -> None:
 def predict(args: PredictArgs) -> None:
     """Classes of texts with their probabilities, or the values after the end of a series with their bands."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
-    trained = run.read("args", Args)
+    trained = arguments_of(run, args.column)
     model = TASKS[trained.task].load(run, device)
     if trained.task == "forecast":
         if args.texts:
             raise ValueError(f"'{args.texts[0]}' is a text, and '{args.run}' forecasts; name a CSV with --file")
-        source = dataclasses.replace(trained, data=str(args.file or trained.data))
+        changes = {"data": str(args.file or trained.data), "column": args.column or trained.column}
+        source = dataclasses.replace(trained, **changes)
         forecaster.print_future(model, forecaster.open_series(source))
     else:
         text_classifier.print_classes(model, args.texts, args.file)

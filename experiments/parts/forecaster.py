@@ -77,7 +77,7 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     if args.window % args.patch:
         raise ValueError(f"--window {args.window} does not divide into --patch {args.patch}")
     series = open_series(args)
-    values, origins = series.values, data.windows(series, max(args.window, args.season), args.horizon)
+    values, origins = series.values, data.windows(series, args.window, args.horizon, args.season)
     if args.batch > len(origins.train):
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {len(origins.train)} windows to learn from")
     scale = scale_of(values, origins.train, args.window)
@@ -120,8 +120,16 @@ def examples(values: Tensor, origins: Tensor, trained: Trained) -> tuple[Tensor,
 
 
 def scale_of(values: Tensor, origins: Tensor, window: int) -> float:
+    """Standard deviation of the windows about their means. Raises ValueError: they are constant, or too large."""
     x, _ = data.cut(values, origins, window, 0)
-    return float((x - x.mean(-1, keepdim=True)).std().clamp(min=1e-12))
+    scale, largest = float((x - x.mean(-1, keepdim=True)).std()), float(x.abs().max())
+    if not math.isfinite(scale):
+        raise ValueError(f"the series has values up to {largest:.3g}; expected less than 1e150")
+    if scale <= 1e-12 * largest:
+        raise ValueError(
+            f"each window to learn from is constant, the last one {float(x[-1, -1]):.6g}; nothing to learn"
+        )
+    return scale
 
 
 def outputs(params: tree.Tree, x: Tensor, cfg: net.Config, **options) -> tuple[Tensor, Tensor]:
@@ -154,14 +162,14 @@ def forecast(model: Forecaster, x: Tensor) -> Forecast:
 
 def figures(model: Forecaster, values: Tensor, origins: Tensor) -> dict[str, float]:
     """Root mean square errors in the series' unit, NLL in nats per value, and the share inside the bands."""
-    x, y = examples(values, origins, model.trained)
-    out, scale = forecast(model, x), model.trained.scale
+    x, y = (part.double() for part in examples(values, origins, model.trained))
+    out, scale = Forecast(*(part.double() for part in forecast(model, x.float()))), model.trained.scale
     z = (y - out.mean) / out.std
     return {
         "rmse": scale * rms(out.mean - y),
         "member_rmse": scale * float((out.members - y).square().mean((1, 2)).sqrt().mean()),
         "nll": float((z.square() / 2 + (scale * out.std).log()).mean()) + math.log(2 * math.pi) / 2,
-        "band_coverage": float((z.abs() <= BAND).float().mean()),
+        "band_coverage": float((z.abs() <= BAND).double().mean()),
     }
 
 
@@ -206,7 +214,7 @@ def in_units(model: Forecaster, values: Tensor, origins: Tensor) -> tuple[Tensor
     level = window.mean(-1, keepdim=True)
     x = ((window - level) / trained.scale).float().unflatten(-1, (-1, trained.patch))
     out = forecast(model, x)
-    return out.mean * trained.scale + level, out.std * trained.scale
+    return out.mean.double() * trained.scale + level, out.std.double() * trained.scale
 
 
 def draw(folder: Path, model: Forecaster, series: Series, origins: Tensor, simple: Mapping[str, Tensor]) -> None:
@@ -242,7 +250,7 @@ def draw(folder: Path, model: Forecaster, series: Series, origins: Tensor, simpl
 
 
 def print_future(model: Forecaster, series: Series) -> None:
-    """The values after the end of a series: a line each with the step, the mean and the 90 % band.
+    """The values after the end of a series: a line each with the time or step, the mean and the 90 % band.
 
     Raises ValueError: it is shorter than a window, or the window before its end has a gap.
     """
@@ -251,6 +259,7 @@ def print_future(model: Forecaster, series: Series) -> None:
         problem = f"has {len(series.values)} values" if len(window) < model.trained.window else "has a gap near its end"
         raise ValueError(f"{series.name} {problem}; expected {model.trained.window} to forecast from")
     mean, std = in_units(model, series.values, torch.tensor([len(series.values)]))
-    print("step,mean,low,high")
-    for step, (m, s) in enumerate(zip(mean[0].tolist(), std[0].tolist(), strict=True), len(series.values)):
-        print(f"{step},{m:.6g},{m - BAND * s:.6g},{m + BAND * s:.6g}")
+    first = len(series.values)
+    print(f"{'step' if series.label(first) == str(first) else 'time'},mean,low,high")
+    for step, (m, s) in enumerate(zip(mean[0].tolist(), std[0].tolist(), strict=True), first):
+        print(f"{series.label(step)},{m:.6g},{m - BAND * s:.6g},{m + BAND * s:.6g}")

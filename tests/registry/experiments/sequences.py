@@ -9,7 +9,7 @@ WORDS = ("a fine and moving film", "dull and much too long", "funny from start t
 
 
 def files(folder: Path) -> None:
-    """reviews.tsv with a header; tables of one class, of no labels, of three columns; series, with gaps and text."""
+    """reviews.tsv with a header; tables of one class, of no labels, of three columns; series: gaps, text, constant."""
     lines = [f"{WORDS[i % 4]} number {i}\t{'good' if i % 4 in (0, 2) else 'bad'}" for i in range(60)]
     (folder / "reviews.tsv").write_text("\n".join(["review\tsentiment", *lines, "no tab here", ""]), encoding="utf-8")
     (folder / "one_class.tsv").write_text("good\ta film\n" * 30, encoding="utf-8")
@@ -20,6 +20,7 @@ def files(folder: Path) -> None:
     load = [f"{i},{3 * math.sin(i / 2) + i % 3:.3f}" for i in range(200)]
     (folder / "load.csv").write_text("\n".join(["hour,load", *load]), encoding="utf-8")
     (folder / "text.csv").write_text("\n".join(["hour,load", *load[:90], "90,much"]), encoding="utf-8")
+    (folder / "constant.csv").write_text("load\n" + "5\n" * 300, encoding="utf-8")
     (folder / "gaps.csv").write_text("\n".join(["load", *["1", ""] * 50]), encoding="utf-8")
 
 
@@ -48,6 +49,10 @@ ROWS = [
             (("--data", "reviews.tsv", "--batch", "100"), "a batch of 100 is more than the 48 sequences to learn from"),
             (("--net", "transformer"), "--net"),
             ((*FORECAST, "--data", "text.csv", "--column", "load"), "row 92: 'much' in column 'load' is not a number"),
+            (
+                (*FORECAST, "--data", "constant.csv"),
+                "each window to learn from is constant, the last one 5; nothing to",
+            ),
             ((*FORECAST, "--data", "gaps.csv"), "49 of 99 values of 'load' are gaps, the first in row 3"),
             (
                 (*FORECAST, "--data", "load.csv"),
