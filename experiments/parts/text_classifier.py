@@ -14,7 +14,7 @@ from experiments.parts.sequence_task import Task, net_of
 from nets.language import sequence_classifier as net
 from train.data.fingerprint import fingerprint
 from train.data.text import labelled, ragged, tokenizers
-from train.data.text.files import read_text
+from train.data.text.files import unpacked
 from train.data.text.ragged import Ragged
 from train.data.text.tokenizers import SentenceTokenizer
 from train.files import replacing, shown
@@ -136,19 +136,21 @@ def print_classes(model: TextClassifier, texts: Sequence[str], file: Path | None
 
     Empty lines are left out, and counted on standard error.
     """
+    if texts and file:
+        raise ValueError("there are texts and a --file; expected one of them")
     if texts:
         lines = [list(texts)]
     elif file:
-        lines = [read_text(file).split("\n")]
+        with unpacked(file) as content:
+            lines = [labelled.decoded(content.read())[0]]
     else:
         lines = ([line.decode("utf-8", "replace")] for line in sys.stdin.buffer)
     empty = 0
     for part in lines:
-        part = part[:-1] if part[-1] == "" and not texts else part  # after the last line feed of a file
-        whole = [text.strip() for text in part if text.strip()]
+        whole = [stripped for text in part if (stripped := text.strip().removeprefix("\ufeff"))]
         empty += len(part) - len(whole)
         for text, log_probs in zip(whole, classify(model, whole) if whole else (), strict=True):
             best = int(log_probs.argmax())
             print(f"{shown(model.classes[best])}\t{log_probs[best].exp():.4f}\t{shown(text)}", flush=True)
     if empty:
-        print(f"{empty} empty lines are left out", file=sys.stderr)
+        print(f"{empty} empty line{'s are' if empty > 1 else ' is'} left out", file=sys.stderr)

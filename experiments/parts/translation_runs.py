@@ -1,5 +1,6 @@
 """Runs that learn to translate, whatever the net: their data, the loop, the figures at the end, their sub-commands."""
 
+import codecs
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -49,6 +50,8 @@ class TranslateArgs(Decoder, FromRun):
         super().check()
         if self.temperature is None and self.n_best > self.beam:
             raise ValueError(f"--n-best is {self.n_best}; expected 1 to {self.beam}, the beams")
+        if self.sentences and self.file:
+            raise ValueError("there are sentences and a --file; expected one of them")
         for flag, path in (("--out", self.out), ("--attention", self.attention)):
             if path and path.exists():
                 raise ValueError(f"{flag} '{path}' exists already; choose another")
@@ -169,7 +172,7 @@ def sentences_of(args: TranslateArgs, model: Translator) -> Iterable[list[str]]:
         return [list(args.sentences)]
     if args.file:
         return translators.usable(model, [pair_files.sentences(args.file)])
-    lines = (line.decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
+    lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
     return translators.usable(model, ([line] for line in lines))
 
 

@@ -99,6 +99,8 @@ def beam_search(
         raise ValueError(f"beam_search: expected 1 <= n_best <= beams, found {n_best} and {beams}")
     if normalization not in ("length", "gnmt"):
         raise ValueError(f"beam_search: normalization '{normalization}' is unknown; expected length or gnmt")
+    if not -10 <= length_penalty <= 10:  # the score of a longer text would underflow
+        raise ValueError(f"beam_search: length_penalty is {length_penalty}; expected -10 to 10")
     if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise ValueError(f"beam_search: early_stopping is {early_stopping!r}; expected True, False or 'never'")
 

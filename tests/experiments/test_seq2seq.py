@@ -1,4 +1,7 @@
 import functools
+import io
+import sys
+import types
 
 import pytest
 import torch
@@ -72,6 +75,15 @@ def test_rate_of_teacher_forcing_falls():
     assert torch.equal(forced, also) and not torch.allclose(forced, free)
 
 
+def test_standard_input_may_begin_with_a_byte_order_mark(here, capsys, monkeypatch):
+    outputs = []
+    for content in (b"Der Bus\n\n", b"\xef\xbb\xbfDer Bus\r\n\r\n"):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+        assert call("translate", "--run", RUN) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].count("\n") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -95,6 +107,10 @@ def test_run_of_another_script_is_refused(here, capfd):
         "translate", capfd, "translate", "--run", RUN, "a"
     )
     assert "the network positions for 128" in refused(capfd, "translate", "--run", RUN, "a " * 300, "-o", "new")
+    (here / "lines.txt").write_text("Der Bus\n", encoding="utf-8")
+    both = refused(capfd, "translate", "--run", RUN, "a", "--file", "lines.txt")
+    assert "there are sentences and a --file; expected one of them" in both
+    assert "length_penalty is 1e+30" in refused(capfd, "translate", "--run", RUN, "a", "--length-penalty", "1e30")
     assert "--n-best is 5; expected 1 to 4" in refused(capfd, "translate", "--run", RUN, "a", "--n-best", "5")
 
 

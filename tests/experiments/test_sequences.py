@@ -70,6 +70,11 @@ def test_predict_continues_a_series(here, capsys):
     (here / "short.csv").write_text("load\n1\n2\n", encoding="utf-8")
     assert call("predict", "--run", RUN, "--file", "short.csv") == 2
     assert "short.csv, load has 2 values; expected 24 to forecast from" in capsys.readouterr().err
+    days = "".join(f"2020-02-{day + 1:02d};{day % 7},5\n" for day in range(29))
+    (here / "days.csv").write_text(f"day;power\n{days}", encoding="utf-8")
+    assert call("predict", "--run", RUN, "--file", "days.csv", "--column", "power") == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == "time,mean,low,high" and lines[0].startswith("2020-03-01,") and len(lines) == 6
     assert call("predict", "--run", RUN, "a text") == 2
     assert "'a text' is a text, and 'runs/sequences/a' forecasts" in capsys.readouterr().err
 
@@ -81,10 +86,18 @@ def test_predict_reads_a_file_and_standard_input(here, monkeypatch, capsys):
     first = capsys.readouterr()
     assert [line.split("\t")[2] for line in first.out.splitlines()] == ["a moving film", "dull"]
     assert all(line.split("\t")[0] in ("good", "bad") for line in first.out.splitlines())
-    assert first.err == "1 empty lines are left out\n"
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"a moving film\n\ndull\n")))
+    assert first.err == "1 empty line is left out\n"
+    lines = b"\xef\xbb\xbfa moving film\r\n\r\ndull"  # as Windows writes them
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(lines)))
     assert call("predict", "--run", "runs/sequences/b") == 0
     assert capsys.readouterr().out == first.out
+    (here / "latin.txt").write_bytes(b"a caf\xe9\n")
+    assert call("predict", "--run", "runs/sequences/b", "--file", "latin.txt") == 0
+    assert capsys.readouterr().out.endswith("\ta café\n")
+    assert call("predict", "--run", "runs/sequences/b", "dull", "--file", "lines.txt") == 2
+    assert "there are texts and a --file; expected one of them" in capsys.readouterr().err
+    assert call("evaluate", "--run", "runs/sequences/b", "--column", "load") == 2
+    assert "--column 'load' is that of a CSV, and 'runs/sequences/b' classifies texts" in capsys.readouterr().err
 
 
 def test_bad_records_are_counted(here):
@@ -111,6 +124,32 @@ def test_examples_are_relative_to_their_window():
     x, y = forecaster.examples(torch.arange(20.0, dtype=torch.float64), torch.tensor([6]), trained)
     assert x.shape == (1, 2, 2) and torch.allclose(x.flatten(), torch.tensor([-0.15, -0.05, 0.05, 0.15]))
     assert torch.allclose(y.flatten(), torch.tensor([0.25, 0.35]))
+
+
+@pytest.mark.parametrize("unit", [2.0**-60, 2.0**60, 2.0**200])
+def test_figures_do_not_depend_on_the_unit(unit):
+    """Tiny and huge values: the same errors in their unit, and the NLL moved by its logarithm."""
+    values = torch.arange(60, dtype=torch.float64).sin()
+    origins = torch.arange(8, 57)
+    args = types.SimpleNamespace(net="gru", width=4, layers=1, bidirectional=False, pooling="last", dropout=0.0)
+    cfg = forecaster.net_of(args, d_in=4, outputs=6)
+    params = torch.vmap(lambda key: forecaster.spec.init(key, forecaster.net.spec(cfg)))(random.split(random.key(0), 2))
+
+    def figures(factor):
+        scale = forecaster.scale_of(factor * values, origins, 8)
+        model = forecaster.Forecaster(params, cfg, forecaster.Trained(8, 3, 4, 4, scale, 2))
+        return forecaster.figures(model, factor * values, origins)
+
+    one, other = figures(1.0), figures(unit)
+    assert other["rmse"] / unit == pytest.approx(one["rmse"], rel=1e-6)
+    assert other["nll"] - math.log(unit) == pytest.approx(one["nll"], rel=1e-6)
+    assert other["band_coverage"] == one["band_coverage"]
+
+
+@pytest.mark.parametrize(("values", "message"), [([5.0] * 20, "the last one 5"), ([1e300, 9e300] * 10, "1e150")])
+def test_scale_of_what_cannot_be_learned(values, message):
+    with pytest.raises(ValueError, match=message):
+        forecaster.scale_of(torch.tensor(values, dtype=torch.float64), torch.arange(8, 18), 8)
 
 
 def test_ridge_knows_a_line():

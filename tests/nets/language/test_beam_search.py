@@ -312,6 +312,8 @@ def test_texts_without_an_end_and_an_empty_batch():
         ({"n_best": 4}, "n_best <= beams, found 4 and 3"),
         ({"n_best": 0}, "n_best <= beams, found 0 and 3"),
         ({"normalization": "words"}, "normalization 'words' is unknown; expected length or gnmt"),
+        ({"length_penalty": 1e30}, r"length_penalty is 1e\+30; expected -10 to 10"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan; expected -10 to 10"),
         ({"early_stopping": "later"}, "early_stopping is 'later'; expected True, False or 'never'"),
         ({"early_stopping": 1}, "early_stopping is 1; expected True, False or 'never'"),
         ({"max_length": 0}, "min_length < max_length, found 0 and 0"),
