@@ -24,7 +24,7 @@ class Options:
     """
 
     temperature: float = 1.0
-    """Divisor of the logits; 0 takes the most probable token."""
+    """Divisor of the logits; 0, and below 1e-20, where these would overflow, takes the most probable token."""
     top_k: int | None = None
     """Sample only from the k most probable tokens."""
     top_p: float | None = None
@@ -45,6 +45,8 @@ class Options:
         object.__setattr__(self, "stop", tuple(tuple(map(int, sequence)) for sequence in self.stop))
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature {self.temperature} is not above 0, nor 0 for greedy decoding")
+        if self.temperature < 1e-20:
+            object.__setattr__(self, "temperature", 0.0)
         _check_filters(self.top_k, self.top_p, self.min_p)
         _check_penalty(self.repetition_penalty)
         if self.end is not None and self.end < 0:

@@ -128,6 +128,12 @@ def test_errors_are_one_line(net, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 5e-324])
+def test_logits_do_not_overflow_by_the_temperature(temperature):
+    """Nor does the temperature become 0 in single precision."""
+    assert texts(rnn, temperature=temperature).tolist() == texts(rnn, temperature=0.0).tolist()
+
+
 def test_nan_of_one_row_is_an_error_with_every_filter():
     scores = torch.zeros(2, 5)
     scores[1, 3] = torch.nan
