@@ -113,7 +113,8 @@ def test_words(here, capsys):
         "8",
     )
     assert call(*QUICK, *flags, "--steps", "3", "--name", "words") == 0
-    assert "tokenizer          words\nvocabulary         19\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tokenizer          words\nvocabulary         19\n" in out and "% of the validation tokens\n" in out
     run = here / "runs/char_rnn/words"
     net = config(run)["net"]
     assert (net["vocabulary"], net["kind"], net["cutoffs"]) == (19, "gru", [8, 14])

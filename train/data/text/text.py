@@ -123,7 +123,7 @@ def _in_memory(text: str, tokenizer: "Tokenizer | Callable | None", name: str) -
 
 def facts(text: Text, train: Any = None, validation: Any = None) -> dict[str, Any]:
     """Names and values of a text and its two parts, for `train.data.understood`."""
-    from train.data.text.tokenizers import kind_of
+    from train.data.text.tokenizers import UNK, SentenceTokenizer, kind_of
 
     out: dict[str, Any] = {"text": text.name, "characters": text.characters}
     if len(text.files) > 1:
@@ -133,6 +133,11 @@ def facts(text: Text, train: Any = None, validation: Any = None) -> dict[str, An
         out |= {"training tokens": len(train), "validation tokens": len(validation)}
     else:
         out["tokens"] = len(text.tokens)
+    if isinstance(text.tokenizer, SentenceTokenizer) and kind_of(text.tokenizer) == "words":
+        counts = _counts(text.tokens if validation is None else validation, text.tokenizer.vocabulary_size)
+        out["<unk>"] = (
+            f"{float(counts[UNK] / counts.sum()):.1%} of the {'' if validation is None else 'validation '}tokens"
+        )
     return out | {"skipped": list(text.skipped)}
 
 
