@@ -8,7 +8,7 @@ is named, skipped and counted; more than a tenth of them is an error.
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,12 @@ class LabelledSet(NamedTuple):
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-def read(path: Path) -> Records:
-    """The records of a file. Raises DataError: it cannot be read, is in no known form, or a tenth of it is unusable."""
+def read(path: Path, classes: Collection[str] = ()) -> Records:
+    """The records of a file. Raises DataError: it cannot be read, is in no known form, or a tenth of it is unusable.
+
+    Args:
+        classes: labels that are known, by which their column is told from that of the texts.
+    """
     with unpacked(path, "a file with a labelled text per line") as file:
         lines, foreign = decoded(file.read())
     if path.name.removesuffix(".gz").endswith(".csv"):
@@ -80,7 +84,7 @@ def read(path: Path) -> Records:
     rows = [(i, cells) for i, cells in rows if any(cell.strip() for cell in cells)]
     if not rows:
         raise DataError(f"{path} is empty, expected a labelled text per line")
-    label, text, header = _columns(path, rows, separator)
+    label, text, header = _columns(path, rows, separator, classes)
     form = f"label in column {label + 1}, text in column {text + 1}, separated by {separator}"
     form += f"; the first line names them: {', '.join(rows[0][1])}" if header else "; no header"
     form += f"; {foreign} lines are not UTF-8, read as Latin-1" if foreign else ""
@@ -135,7 +139,7 @@ def _objects(lines: list[str]) -> list[table.Row]:
     return rows
 
 
-def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> tuple[int, int, bool]:
+def _columns(path: Path, rows: list[table.Row], separator: str, classes: Collection[str]) -> tuple[int, int, bool]:
     """(column of the label, column of the text, whether the first line names them)."""
     first = [cell.strip().lower() for cell in rows[0][1]]
     named = [next((first.index(name) for name in names if name in first), None) for names in (LABELS, TEXTS)]
@@ -149,9 +153,11 @@ def _columns(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> t
         raise DataError(f"{path} {problem}; expected label{'<TAB>' if separator == 'a tab' else ','}text")
     # Labels recur, texts do not; where all but the first label do, that is the name of their column.
     kinds = [Counter(cells[i].strip() for _, cells in rows if len(cells) == 2) for i in (0, 1)]
-    label = int(len(kinds[0]) > len(kinds[1]))
-    name, *others = kinds[label].values()
-    return label, 1 - label, name == 1 and min(others, default=1) > 1
+    known = [len(kind.keys() & set(classes)) for kind in kinds]
+    label = int(len(kinds[0]) > len(kinds[1])) if known[0] == known[1] else int(known[1] > known[0])
+    (name, count), *others = kinds[label].items()
+    header = name not in classes and count == 1 and min((n for _, n in others), default=1) > 1
+    return label, 1 - label, header
 
 
 def open_labelled(data: str, validation: str | None = None, test: str | None = None) -> LabelledSet:
@@ -169,15 +175,15 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
         return _docstrings()
     path = _training_file(Path(data))
     beside = {"validation": validation or _beside(path, VALIDATIONS), "test": test or _beside(path, ("test",))}
-    parts = {name: read(Path(other)) for name, other in {"train": path, **beside}.items() if other}
+    parts = {"train": read(path)}
+    classes = frozenset(parts["train"].labels)
+    parts |= {name: read(Path(other), classes) for name, other in beside.items() if other}
     skipped = [entry for part in parts.values() for entry in part.skipped]
     origins = [f"{name} in {shown(Path(other).name)}" for name, other in beside.items() if other]
     everything, taken = parts["train"], set()
     counts = Counter(everything.labels)
     order = [i for i, label in enumerate(everything.labels) if counts[label] > 2]
-    order.sort(
-        key=everything.labels.__getitem__
-    )  # class by class: the classes of a file may follow one another in turn
+    order.sort(key=everything.labels.__getitem__)  # the classes of a file may follow one another in turn
     for first, name in ((HELD - 2, "validation"), (HELD - 1, "test")):
         if not beside[name]:
             rows = sorted(order[first::HELD])
@@ -218,7 +224,7 @@ def open_test(data: str, classes: Sequence[str]) -> tuple[Records, tuple[Skipped
     """All records of a file with one of these classes, and those that are not used. Raises DataError as `read` does, or
     if more than a tenth has another class."""
     path = Path(data)
-    records = read(path)
+    records = read(path, classes)
     names = _names(path, sorted(set(records.labels)))
     records = records._replace(labels=tuple(names[label] for label in records.labels))
     usable, unknown = known(records, classes, shown(path.name))

@@ -142,6 +142,14 @@ def test_labels_that_training_lacks_are_skipped(write):
     assert len(data.test.texts) == 20 and data.skipped == (("test record 21", "has the unknown label '7'"),)
 
 
+def test_labels_of_a_few_records_are_those_of_training(write):
+    path = write("few.tsv", "dull\tneg\nfine\tpos\n")
+    records, skipped = labelled.open_test(str(path), ("neg", "pos"))
+    assert records.labels == ("neg", "pos") and not skipped
+    path = write("few.tsv", "pos\tfine\nneg\tdull\nneg\tlong\n")  # the first line is no header
+    assert labelled.open_test(str(path), ("neg", "pos"))[0].labels == ("pos", "neg", "neg")
+
+
 def test_brackets_are_balanced_or_not():
     texts, labels = brackets.brackets(random.key(0), 400)
     assert [brackets.is_balanced(text) for text in texts] == [label == 1 for label in labels]
