@@ -10,6 +10,7 @@ state, for each example by itself:
     python experiments/gradient_flow.py                    about a minute on 2 CPU cores
     python experiments/gradient_flow.py --forget-bias 1    an LSTM that keeps what it has from the beginning
     python experiments/gradient_flow.py --shortest 40      all sequences long: none of the nets learns it
+    python experiments/gradient_flow.py --shortest 40 --forget-bias 2      but an LSTM whose gate is open at first
 
 Expected: all three nets right; of the gradient the trained GRU keeps 0.99 per step, the LSTM 0.70, the RNN 0.37.
 """

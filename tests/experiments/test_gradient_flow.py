@@ -80,3 +80,12 @@ def test_default_run_shows_that_the_gates_hold_the_gradient(tmp_path, monkeypatc
     assert result["trained_gru_per_step"] > 0.95 and result["trained_rnn_per_step"] < 0.7
     assert result["trained_lstm_kept"] > result["initial_lstm_kept"] + 0.1
     assert result["gru_accuracy"] > 0.99 and result["lstm_accuracy"] > 0.99
+
+
+@pytest.mark.slow
+def test_open_gate_needs_no_short_sequences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.call("gradient_flow", "--shortest", "40", "--forget-bias", "2", "--steps", "120", "--no-compile") == 0
+    (run,) = Path("runs/gradient_flow").iterdir()
+    result = runs.result(run)
+    assert result["lstm_accuracy"] > 0.99 and max(result["gru_accuracy"], result["rnn_accuracy"]) < 0.5
