@@ -66,7 +66,8 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     cfg = net_of(args, vocabulary=size, **sizes)
     buckets = ragged.make_buckets(learn.lengths, args.shapes, args.batch)
     baselines = ragged.baselines(learn, test, size)
-    facts = {"tokenizer": kind, "vocabulary": size, "widths of batches": [bucket.width for bucket in buckets]}
+    lower = ", of lower-case texts" if tokenizer.tokenizer.normalizer else ""
+    facts = {"tokenizer": kind + lower, "vocabulary": size, "widths of batches": [bucket.width for bucket in buckets]}
     long = sum(int((part.lengths == args.longest).sum()) for part in parts.values())
     facts |= {"cut": f"{long:,} texts may be longer than --longest {args.longest}"} if long else {}
 

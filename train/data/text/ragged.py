@@ -34,9 +34,21 @@ def spaced(text: str, kind: str) -> str:
 def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str) -> SentenceTokenizer:
     """A tokenizer of the most frequent words, characters or byte pairs ("words", "characters", "bpe").
 
+    Where no text has a capital, as in SST-2, it makes all texts lower-case: else their words would be unknown.
+
     Raises DataError: no room for the special tokens.
     """
-    return train_sentences((spaced(text, kind) for text in texts), vocabulary, words=kind != "bpe")
+    tokenizer = train_sentences((spaced(text, kind) for text in texts), vocabulary, words=kind != "bpe")
+    if is_lower(texts):
+        from tokenizers.normalizers import Lowercase
+
+        tokenizer.tokenizer.normalizer = Lowercase()
+    return tokenizer
+
+
+def is_lower(texts: Sequence[str]) -> bool:
+    """Whether there are letters with a case, and none is a capital."""
+    return any(text != text.upper() for text in texts) and all(text == text.lower() for text in texts)
 
 
 def encode(texts: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from core import random
 from train.data import DataError
-from train.data.text import ragged
+from train.data.text import ragged, tokenizers
 from train.data.text.labelled import Records
 from train.data.text.tokenizers import UNK
 
@@ -27,6 +27,19 @@ def test_encoded():
     assert lengths.tolist() == [2, 0, 1] and tokens[0, 1] == UNK
     words, _ = ragged.encode(["ab", "abab abab"], data_of("words", vocabulary=50)[1], "words", 30)
     assert (words > UNK).tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
+def test_capitals_are_known_to_a_tokenizer_of_lower_case_texts(kind, tmp_path):
+    tokenizer = ragged.learn_tokenizer(["a fine film", "dull 7"], 300, kind)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.load(tmp_path / "tokenizer.json")
+    ids, lengths = ragged.encode(["A Fine FILM", "a fine film"], tokenizer, kind, 30)
+    assert ids[0].tolist() == ids[1].tolist() and lengths[0] == lengths[1] and (ids > UNK).all()
+    tokenizer = ragged.learn_tokenizer(["A fine film", "dull 7"], 300, kind)  # has capitals of its own
+    ids, lengths = ragged.encode(["A fine film", "a fine film"], tokenizer, kind, 30)
+    assert ids[0].tolist() != ids[1].tolist()
+    assert not ragged.is_lower(["()", "今天"]) and ragged.is_lower(["()", "é"])
 
 
 def test_batches_are_of_similar_length_and_cover_an_epoch():
