@@ -20,7 +20,7 @@ def files(folder: Path) -> None:
     load = [f"{i},{3 * math.sin(i / 2) + i % 3:.3f}" for i in range(200)]
     (folder / "load.csv").write_text("\n".join(["hour,load", *load]), encoding="utf-8")
     (folder / "text.csv").write_text("\n".join(["hour,load", *load[:90], "90,much"]), encoding="utf-8")
-    (folder / "constant.csv").write_text("load\n" + "5\n" * 300, encoding="utf-8")
+    (folder / "constant.csv").write_text("load\n" + "5\n" * 400, encoding="utf-8")
     (folder / "gaps.csv").write_text("\n".join(["load", *["1", ""] * 50]), encoding="utf-8")
 
 
