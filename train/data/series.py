@@ -100,6 +100,8 @@ def read_column(path: Path, column: str | None) -> Series:
     steps, times = _steps(path, content, at)
     values = torch.full((steps[-1] + 1,), math.nan, dtype=torch.float64)
     values[steps] = torch.tensor([math.nan if value is None else value for value in numbers], dtype=torch.float64)
+    known = values.isfinite().nonzero()[:, 0]
+    values = values[: int(known[-1]) + 1] if len(known) else values  # rows after the last value may be the future's
     series = Series(f"{shown(path.name)}, {shown(name)}", values, times=times)
     if series.gaps:
         gap = int(values.isnan().nonzero()[0])

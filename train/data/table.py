@@ -43,7 +43,7 @@ class Table(NamedTuple):
 
 def read(path: Path) -> Table:
     """The table of a CSV with a header. Lines before it that begin with "#" or "sep=" are ignored, and so are empty
-    lines, unless there is one column alone.
+    lines, unless there is one column alone, and empty rows at the end.
 
     Raises DataError: there is no row, or no header; a row is longer than the header; a quotation mark is not closed.
     """
@@ -55,6 +55,8 @@ def read(path: Path) -> Table:
     (_, header), *rows = rows_of(lines[start:], separator_of(lines[start:]), str(path)) or [(1, [])]
     names, width = [name.strip() for name in header], len(header)
     rows = [(line, cells) for line, cells in rows if cells or width == 1]
+    while rows and not any(rows[-1][1]):
+        rows.pop()
     if not rows:
         raise DataError(f"{path} has no rows, expected a CSV with a header")
     if all(number(name) is not None or time_of(name, "iso") for name in names if name):

@@ -92,6 +92,13 @@ def test_missing_row_is_a_gap(tmp_path):
     assert span == "2020-01-01 to 2020-01-19"
 
 
+def test_rows_after_the_last_value_are_not_of_the_series(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(dated(range(1, 11)) + "2020-01-11,\n2020-01-12,NA\n,\n,\n", encoding="utf-8")
+    series = data.read_column(path, None)
+    assert len(series.values) == 10 and not series.gaps and series.label(10) == "2020-01-11"
+
+
 def test_column_without_a_name_is_an_index(tmp_path):
     """As pandas writes one."""
     path = tmp_path / "a.csv"

@@ -124,18 +124,20 @@ def decoded(content: bytes) -> tuple[list[str], int]:
 
 
 def _objects(lines: list[str]) -> list[table.Row]:
-    """The names of the first object of JSON Lines, and under these the values of each; of a bad line none."""
-    rows, names = [], []
+    """The keys of the first object of JSON Lines, and the values of each object; a line that is none is one cell."""
+    rows: list[table.Row] = []
     for i, line in enumerate(lines, 1):
         try:
-            record = json.loads(line or "{}")
+            record = json.loads(line)
         except ValueError:
             record = None
-        record = record if isinstance(record, dict) else {"": line}
-        if not rows:
-            names = list(record)
-            rows.append((i, names))
-        rows.append((i, [str(record[name]) for name in names] if set(names) <= record.keys() else [*record.values()]))
+        if not isinstance(record, dict):
+            rows.append((i, [line]))
+            continue
+        keys = rows[0][1] if rows else list(record)
+        rows += [] if rows else [(i, keys)]
+        values = (record.get(key) for key in keys)
+        rows.append((i, ["" if value is None else str(value) for value in values]))
     return rows
 
 

@@ -57,6 +57,12 @@ def test_text_of_several_lines(write):
     assert records.texts == ("a fine\nfilm, yes", "dull")
 
 
+def test_objects_without_a_key_are_skipped(write):
+    lines = ['{"label": "pos", "text": "fine"}\n'] * 20 + ['{"text": "dull"}\n', '{"label": null, "text": "x"}\n', "\n"]
+    records = labelled.read(write("a.jsonl", "".join(lines)))
+    assert set(records.labels) == {"pos"} and [problem for _, problem in records.skipped] == ["has no label"] * 2
+
+
 def test_first_line_whose_label_alone_does_not_recur_is_a_header(write):
     records = labelled.read(write("a.tsv", "stars\tbody\n" + "".join(f"{i % 2}\ttext {i}\n" for i in range(20))))
     assert len(records.texts) == 20 and "the first line names them: stars, body" in records.form
