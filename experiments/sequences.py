@@ -68,6 +68,9 @@ class Args:
     """Tokens of a text: its words, its characters, or byte pairs."""
     vocabulary: Count = 100
     """Size of the vocabulary, at most."""
+    min_count: Count = 1
+    """Occurrences of a word or character in the training texts, at least. Rarer ones are <unk>, whose vector is learned
+    from them: without, a word that only the test texts have would be a random vector."""
     longest: Count = 200
     """Tokens of a text that the net sees, at most."""
     column: str | None = None
@@ -114,7 +117,7 @@ class Args:
 
 
 TEXTS = {
-    **{"tokenizer": "words", "vocabulary": 16_000, "embedding": 100, "embedding_std": 0.1},
+    **{"tokenizer": "words", "vocabulary": 16_000, "min_count": 2, "embedding": 100, "embedding_std": 0.1},
     **{"width": 100, "bidirectional": True, "pooling": "max", "dropout": 0.5},
     **{"epochs": 4.0, "batch": 32, "shapes": 2, "learning_rate": 2e-3},
 }

@@ -56,7 +56,7 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     if resumed_from:
         tokenizer = tokenizers.load(resumed_from / "tokenizer.json")
     else:
-        tokenizer = ragged.learn_tokenizer(data.train.texts, args.vocabulary, kind)
+        tokenizer = ragged.learn_tokenizer(data.train.texts, args.vocabulary, kind, args.min_count)
     size = tokenizer.vocabulary_size
     parts = {
         name: ragged.encoded(part, data.classes, tokenizer, kind, args.longest) for name, part in data.parts.items()

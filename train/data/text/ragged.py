@@ -31,14 +31,18 @@ def spaced(text: str, kind: str) -> str:
     return " ".join(c for c in text if not c.isspace()) if kind == "characters" else text
 
 
-def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str) -> SentenceTokenizer:
+def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str, min_count: int = 1) -> SentenceTokenizer:
     """A tokenizer of the most frequent words, characters or byte pairs ("words", "characters", "bpe").
 
     Where no text has a capital, as in SST-2, it makes all texts lower-case: else their words would be unknown.
 
+    Args:
+        min_count: occurrences of a word or character, at least. With rarer ones <unk> occurs in training too.
+
     Raises DataError: no room for the special tokens.
     """
-    tokenizer = train_sentences((spaced(text, kind) for text in texts), vocabulary, words=kind != "bpe")
+    words = {"words": kind != "bpe", "min_count": min_count}
+    tokenizer = train_sentences((spaced(text, kind) for text in texts), vocabulary, **words)
     if is_lower(texts):
         from tokenizers.normalizers import Lowercase
 

@@ -229,7 +229,7 @@ def train_byte_pairs(
 
 
 def train_sentences(
-    sentences: Iterable[str], vocabulary_size: int, words: bool = False, progress: bool = False
+    sentences: Iterable[str], vocabulary_size: int, words: bool = False, progress: bool = False, min_count: int = 1
 ) -> SentenceTokenizer:
     """Learn one vocabulary from the sentences of both languages (Sennrich et al. 2016, arXiv:1508.07909, joint BPE).
 
@@ -238,6 +238,7 @@ def train_sentences(
 
     Args:
         vocabulary_size: the largest number of ids.
+        min_count: occurrences of a word, at least; rarer ones are <unk>. Default 1.
 
     Raises DataError if the vocabulary has no room for bytes and special tokens.
     """
@@ -249,7 +250,7 @@ def train_sentences(
     options = {"vocab_size": vocabulary_size, "special_tokens": list(SPECIAL), "show_progress": progress}
     if words:
         model = tokenizers.models.WordLevel(unk_token=SPECIAL[UNK])
-        trainer = tokenizers.trainers.WordLevelTrainer(**options)
+        trainer = tokenizers.trainers.WordLevelTrainer(min_frequency=min_count, **options)
     else:
         model = tokenizers.models.BPE()
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

@@ -29,6 +29,12 @@ def test_encoded():
     assert (words > UNK).tolist() == [[True, False], [True, True]]
 
 
+def test_rare_words_are_unknown():
+    tokenizer = ragged.learn_tokenizer(["a fine film", "a dull film"], 100, "words", min_count=2)
+    ids, _ = ragged.encode(["a fine film"], tokenizer, "words", 30)
+    assert tokenizer.vocabulary_size == 6 and (ids == UNK).tolist() == [[False, True, False]]
+
+
 @pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
 def test_capitals_are_known_to_a_tokenizer_of_lower_case_texts(kind, tmp_path):
     tokenizer = ragged.learn_tokenizer(["a fine film", "dull 7"], 300, kind)
