@@ -5,12 +5,13 @@ A text y of n tokens, its end among them, scores
     log p(y) / n**alpha                     length_penalty alpha, as transformers and fairseq have it
     log p(y) / ((5 + n) / 6)**alpha         Wu et al. 2016, "Google's Neural Machine Translation System", eq. 14
 
-At each position, of all continuations of a sentence's beams, take the best 2 * beams. Those among the first half that
-end are finished and leave the beams; the best that have not ended are the beams of the next position. A sentence has
-up to `beams` finished texts, the best ones; it is done when no beam may overtake them, and leaves the batch.
+At each position, of all continuations of a sentence's beams, take the best 2 * beams, or with m tokens that may end a
+text (1 + m) * beams. Those among the first `beams` that end are finished and leave the beams; the best that have not
+ended are the beams of the next position. A sentence has up to `beams` finished texts, the best ones; it is done when no
+beam may overtake them, and leaves the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from nets.language.decoding import (
     with_room,
     without_end,
 )
+from nets.language.sampling import Options, check_ends, ended, occurrences, options_of, penalise_repetition
 
 _BLOCK = 64  # tokens of the vocabulary that stand or fall by their maximum at first
 
@@ -55,18 +57,19 @@ def beam_search(
     first: Tensor,
     *,
     beams: int,
-    end: int | None,
     max_length: int,
     min_length: int = 0,
     n_best: int = 1,
     length_penalty: float = 1.0,
     normalization: str = "length",
     early_stopping: bool | str = False,
-    padding: int = 0,
     position: int | Tensor = 0,
     shared: Tree = None,
     positions_axis: int | None = None,
     batch_sizes: Sequence[int] | None = None,
+    present: Tensor | None = None,
+    options: Options = Options(),  # noqa: B008 # immutable
+    **overrides,
 ) -> Decoded:
     """The n best texts of each example, best first, among those that a beam search meets.
 
@@ -83,8 +86,11 @@ def beam_search(
         early_stopping: when a sentence is done, once as many of its texts have finished as there are beams. True: then.
             False: when the best beam, if it ended at its present length, would not be among the finished. "never": when
             no beam may come among the n best at any length up to `max_length`, which is exact. As in transformers.
-        end, max_length, padding, position, positions_axis, batch_sizes: as in `nets.language.decoding.sample`. A text
-            that reaches `max_length` is finished without an end.
+        max_length, position, positions_axis, batch_sizes, present: as in `nets.language.decoding.sample`. A text that
+            reaches `max_length` is finished without an end.
+        options, overrides: `nets.language.sampling.Options`, or its fields by name: end, stop, padding and
+            repetition_penalty, whose penalised logits give the probabilities (transformers' beams penalise
+            log-probabilities instead). Nothing is drawn, so those of sampling have no place.
         shared: tree of tensors that all beams of a sentence share, such as an encoder's output, with one row per
             sentence, not per beam. The step's fourth argument; not reordered, but finished sentences leave it.
 
@@ -94,7 +100,11 @@ def beam_search(
     Raises:
         ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
     """
-    check_start(cache, shared, first, end, max_length, min_length)
+    options = options_of(options, overrides)
+    check_start(cache, shared, first, max_length, min_length)
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if (value := getattr(options, name)) not in (getattr(Options, name), 0.0):
+            raise ValueError(f"beam_search: {name} is {value}, which is for sampling; beams draw nothing")
     if beams < 1 or not 1 <= n_best <= beams:
         raise ValueError(f"beam_search: expected 1 <= n_best <= beams, found {n_best} and {beams}")
     if normalization not in ("length", "gnmt"):
@@ -107,19 +117,33 @@ def beam_search(
     def divisor(length: int) -> float:
         return (length if normalization == "length" else (5 + length) / 6) ** length_penalty
 
+    def ends(texts: Tensor) -> Tensor:
+        """Which of texts (sentences, any, time) end here, (sentences, any)."""
+        if min_length < texts.shape[2] < max_length:
+            return ended(texts, options)
+        return torch.full_like(texts[..., -1], texts.shape[2] == max_length, dtype=torch.bool)
+
     position, farthest, chunk = starting_positions(position, first, cache, positions_axis)
     batch, device = first.shape[0], first.device
     examples = torch.arange(batch, device=device)
     spread = examples.repeat_interleave(beams)  # (batch * beams,)
     tokens, done = first.long(), torch.zeros(batch, dtype=torch.bool, device=device)
-    state, finished = None, []
+    state, finished, penalised = None, [], options.repetition_penalty != 1.0
+    last = {sequence[-1] for sequence in options.stop} | ({options.end} - {None})  # tokens that may end a text
+    count = max(2, 1 + len(last)) * beams
     for t in range(max_length if batch else 0):
         cache = with_room(cache, positions_axis, farthest + t + 1, chunk)
         logits, cache = call(step, cache, tokens, position + t, shared)  # (rows, vocabulary)
-        state = _start(batch, beams, logits) if state is None else state
-        values, ids = _best(logits, min(2 * beams, logits.shape[1]), end if t < min_length else None)  # (rows, k)
+        if t == 0:
+            check_ends(options, logits.shape[1], "decoding")
+            state = _start(batch, beams, logits)
+            if penalised and present is None:
+                present = occurrences(tokens[:, None], torch.ones_like(first), logits.shape[1])
+        if penalised:
+            logits = penalise_repetition(logits, present, options.repetition_penalty)
+        values, ids = _best(logits, min(count, logits.shape[1]), options.end if t < min_length else None)  # (rows, k)
         values, ids = take((values, ids), spread) if t == 0 else (values, ids)
-        state, parents = _advance(state, values, ids, done, end, t + 1 == max_length, divisor(t + 1), padding)
+        state, parents = _advance(state, values, ids, done, ends, count, divisor(t + 1), options.padding)
 
         # A beam's score only falls; over its length it may rise, but no further than at the maximal length.
         longest = max_length if early_stopping == "never" and length_penalty > 0.0 else t + 1
@@ -141,7 +165,8 @@ def beam_search(
         cache = take(cache, order)
         position = position[order] if position.ndim else position
         tokens = state.tokens[:, :, -1].flatten().contiguous()  # a compiled step would not know the strides
-    return _collect(finished, first, n_best, padding)
+        present = present[order].scatter(1, tokens[:, None], True) if penalised else None
+    return _collect(finished, first, n_best, options.padding)
 
 
 def _start(sentences: int, beams: int, like: Tensor) -> Beams:
@@ -153,29 +178,36 @@ def _start(sentences: int, beams: int, like: Tensor) -> Beams:
 
 
 def _advance(
-    state: Beams, values: Tensor, ids: Tensor, done: Tensor, end: int | None, final: bool, divisor: float, padding: int
+    state: Beams,
+    values: Tensor,
+    ids: Tensor,
+    done: Tensor,
+    ends: Callable[[Tensor], Tensor],
+    count: int,
+    divisor: float,
+    padding: int,
 ) -> tuple[Beams, Tensor]:
-    """One position on, by the best continuations of each row, log-probabilities and ids (rows, k).
+    """One position on, by the best continuations of each row, log-probabilities and ids (rows, k), `count` of them.
 
     Returns:
         The new beams, and the beam of its sentence that each of them continues, (sentences, beams).
     """
     sentences, beams, t = state.tokens.shape
-    totals = state.scores.reshape(-1, 1) + values  # (rows, k)
-    totals, indices = totals.reshape(sentences, -1).topk(2 * beams, dim=1)  # (sentences, 2 beams)
+    totals = (state.scores.reshape(-1, 1) + values).reshape(sentences, -1)  # (sentences, beams * k)
+    totals, indices = totals.topk(min(count, totals.shape[1]), dim=1)  # each (sentences, n)
     parents = indices // values.shape[1]
-    ids = ids.reshape(sentences, -1).gather(1, indices)  # (sentences, 2 beams)
-    tokens = torch.cat([_texts(state.tokens, parents), ids[:, :, None]], dim=2)  # (sentences, 2 beams, t + 1)
-    ends = torch.full_like(ids, final, dtype=torch.bool) if final or end is None else ids == end
+    ids = ids.reshape(sentences, -1).gather(1, indices)  # (sentences, n)
+    tokens = torch.cat([_texts(state.tokens, parents), ids[:, :, None]], dim=2)  # (sentences, n, t + 1)
+    ending = ends(tokens)  # (sentences, n)
 
-    finished = torch.where(ends[:, :beams] & ~done[:, None], totals[:, :beams] / divisor, -torch.inf)
+    finished = torch.where(ending[:, :beams] & ~done[:, None], totals[:, :beams] / divisor, -torch.inf)
     best_scores, order = torch.cat([state.best_scores, finished], dim=1).topk(beams, dim=1)  # (sentences, beams)
     lengths = torch.where(finished > -torch.inf, t + 1, 0)
     best_lengths = torch.cat([state.best_lengths, lengths], dim=1).gather(1, order)
     before = torch.cat([state.best_tokens, state.best_tokens.new_full((sentences, beams, 1), padding)], dim=2)
     best_tokens = _texts(torch.cat([before, tokens[:, :beams]], dim=1), order)  # (sentences, beams, t + 1)
 
-    scores, order = torch.where(ends, -torch.inf, totals).topk(beams, dim=1)  # (sentences, beams)
+    scores, order = torch.where(ending, -torch.inf, totals).topk(beams, dim=1)  # (sentences, beams)
     state = Beams(_texts(tokens, order), scores, best_tokens, best_lengths, best_scores)
     return state, parents.gather(1, order)
 

@@ -94,7 +94,7 @@ def sample(
         ValueError: an option outside its range, a cache that is not of this batch, logits of another shape, NaN.
     """
     options = options_of(options, overrides)
-    check_start(cache, shared, first, options.end, max_length, min_length)
+    check_start(cache, shared, first, max_length, min_length)
     batch, device = first.shape[0], first.device
     check_key(key, batch, options)
     position, farthest, chunk = starting_positions(position, first, cache, positions_axis)
@@ -129,14 +129,12 @@ def sample(
     return Decoded(torch.stack(columns, dim=1), lengths, scores)
 
 
-def check_start(cache: Tree, shared: Tree, first: Tensor, end: int | None, max_length: int, min_length: int) -> None:
+def check_start(cache: Tree, shared: Tree, first: Tensor, max_length: int, min_length: int) -> None:
     """Raise ValueError, in one line, for arguments that decoding cannot start from."""
     if first.ndim != 1 or first.is_floating_point() or first.dtype == torch.bool:
         raise ValueError(f"decoding: expected first tokens (batch,) integers, found {tuple(first.shape)} {first.dtype}")
     if max_length < 1 or not 0 <= min_length < max_length:
         raise ValueError(f"decoding: expected 0 <= min_length < max_length, found {min_length} and {max_length}")
-    if end is not None and end < 0:
-        raise ValueError(f"decoding: the end token is {end}; expected an id, or None")
     for part, leaves in (("cache", tree.items(cache)), ("shared", tree.items(shared))):
         for name, leaf in leaves:
             if leaf.ndim < 1 or leaf.shape[0] != first.shape[0]:

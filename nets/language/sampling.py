@@ -1,7 +1,8 @@
 """From logits to the next token: filters, penalties, the draw, and where a text ends.
 
 `Options` holds all choices; `begin` and `next_token` apply them in every loop that writes texts, whichever net gives
-the logits: `nets.language.generation`, `nets.language.decoding` and `nets.language.rnn`.
+the logits: `nets.language.generation`, `nets.language.decoding` and `nets.language.rnn`. Beams
+(`nets.language.beam_search`) take those that need no random number.
 """
 
 import itertools
@@ -287,11 +288,18 @@ def append(progress: Progress, token: Tensor, options: Options, *, ending: bool 
         present = present.scatter(1, token[:, None], True)
     if recent is not None:
         recent = torch.cat([recent[:, 1:], token[:, None]], 1)
-    if ending and options.end is not None:
-        done = done | (token == options.end)
-    for sequence in options.stop if ending else ():
-        done = done | (recent[:, -len(sequence) :] == recent.new_tensor(sequence)).all(1)
+    if ending:
+        done = done | ended(token[:, None] if recent is None else recent, options)
     return Progress(done, present, recent)
+
+
+def ended(texts: Tensor, options: Options) -> Tensor:
+    """True of texts (..., time) whose last tokens are the end or a stop sequence: (...) boolean."""
+    done = torch.zeros_like(texts[..., -1], dtype=torch.bool)
+    for sequence in (*(() if options.end is None else ((options.end,),)), *options.stop):
+        if len(sequence) <= texts.shape[-1]:
+            done = done | (texts[..., -len(sequence) :] == texts.new_tensor(sequence)).all(-1)
+    return done
 
 
 def all_done(progress: Progress, options: Options) -> bool:

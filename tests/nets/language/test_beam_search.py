@@ -12,6 +12,7 @@ from core import random, tree
 from nets.language import gpt2
 from nets.language.beam_search import _best, beam_search
 from nets.language.decoding import greedy
+from nets.language.sampling import penalise_repetition
 
 END = 1
 PADDING = 39  # transformers' beam search pads with the end where the padding is token 0
@@ -38,13 +39,13 @@ def divisor(length, length_penalty=1.0, normalization="length"):
     return (length if normalization == "length" else (5 + length) / 6) ** length_penalty
 
 
-def texts(logs, max_length, first=0, min_length=0):
+def texts(logs, max_length, first=0, min_length=0, stop=()):
     """Log-probability of every text of one example, that ends or is of max_length."""
     vocabulary, logs, log_p = logs.shape[-1], logs.tolist(), {}
     for n in range(1, max_length + 1):
         for text in itertools.product(range(vocabulary), repeat=n):
-            ended = text[-1] == END
-            if END in text[:-1] or (ended and n <= min_length) or not (ended or n == max_length):
+            ends = [m for m in range(min_length + 1, n + 1) if any(text[:m][-len(s) :] == s for s in ((END,), *stop))]
+            if END in text[:min_length] or min(ends, default=max_length) != n:
                 continue
             path = (0, first, *text)
             log_p[text] = sum(logs[t][path[t]][path[t + 1]][c] for t, c in enumerate(text))
@@ -69,6 +70,54 @@ def test_with_beams_for_all_texts_it_is_exhaustive(penalty, early_stopping, min_
     ordered = actual.scores[0]
     assert len(listed(actual)) == len(expected) and (ordered[:-1] >= ordered[1:]).all()
     assert (actual.tokens[0][actual.lengths[0] == 0] == 0).all() and ordered[len(expected) :].isneginf().all()
+
+
+@pytest.mark.parametrize("stop", [((2,),), ((2, 3), (0, 0, 3)), ((0,), (1,), (2,), (3,))], ids=str)
+@pytest.mark.parametrize("min_length", [0, 2])
+def test_stop_sequences_end_a_text_as_the_end_does(stop, min_length):
+    step, cache, logs = markov()
+    options = {"end": END, "stop": stop, "max_length": 4, "min_length": min_length}
+    # A stop sequence in which the prompt has a part does not count.
+    actual = beam_search(step, cache, torch.tensor([2]), beams=4**4, n_best=4**4, **options)
+    expected = {text: p / len(text) for text, p in texts(logs[0], 4, 2, min_length, stop).items()}
+    assert dict(listed(actual)) == pytest.approx(expected, rel=1e-12) and len(listed(actual)) == len(expected)
+    # Few beams: at each position enough continuations are left that do not end.
+    step, cache, _ = markov(batch=7)
+    options |= {"max_length": 9, "padding": 9}
+    one, other = (
+        search(step, cache, torch.arange(7) % 4, **options, **more)
+        for search, more in ((beam_search, {"beams": 1, "length_penalty": 0.0, "early_stopping": True}), (greedy, {}))
+    )
+    assert torch.equal(one.tokens[:, 0], other.tokens) and torch.equal(one.lengths[:, 0], other.lengths)
+    some = beam_search(step, cache, torch.arange(7) % 4, beams=3, n_best=3, **options)
+    for i in range(7):
+        for text, _ in listed(some, i):
+            ends = [m for m in range(1, len(text) + 1) if any(text[:m][-len(s) :] == s for s in ((END,), *stop))]
+            assert min((m for m in ends if m > min_length), default=9) == len(text)
+
+
+def test_repetition_penalty_is_that_of_sampling():
+    step, cache, _ = markov()
+    logits = cache["table"][0] * (1 + 0.05 * torch.arange(4)[:, None, None, None])
+
+    def score(text, first, start):
+        total, path = 0.0, (0, first, *text)
+        for t, token in enumerate(text):
+            present = torch.tensor([c in {*start, *path[2 : t + 2]} for c in range(4)])
+            penalised = penalise_repetition(logits[t, path[t], path[t + 1]], present, 1.7)
+            total += float(torch.log_softmax(penalised, -1)[token])
+        return total
+
+    options = {"end": END, "max_length": 4, "repetition_penalty": 1.7}
+    for start, present in (([3], None), ([0, 2], torch.tensor([[True, False, True, False]]))):
+        actual = beam_search(step, cache, torch.tensor([3]), beams=4**4, n_best=4**4, present=present, **options)
+        expected = {text: score(text, 3, start) / len(text) for text in texts(logits, 4)}
+        assert dict(listed(actual)) == pytest.approx(expected, rel=1e-12)
+    step, cache, _ = markov(9, batch=7)
+    one = beam_search(step, cache, torch.arange(7), beams=1, length_penalty=0.0, early_stopping=True, **options)
+    other = greedy(step, cache, torch.arange(7), **options)
+    assert torch.equal(one.tokens[:, 0], other.tokens)
+    assert not torch.equal(other.tokens, greedy(step, cache, torch.arange(7), end=END, max_length=4).tokens)
 
 
 def plain(logs, beams, max_length, penalty, first=0):
@@ -219,6 +268,20 @@ def assert_same(actual, tokens, scores):
     torch.testing.assert_close(actual.scores, scores, rtol=1e-5, atol=1e-5)
 
 
+def test_several_end_tokens_equal_transformers_marian():
+    model, source, mask = marian()
+    step, cache, shared = marian_step(model, source, mask, 16)
+    ends = [END, 7, 19, 23]
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 16, "eos_token_id": ends}
+    theirs = generated(model, source, attention_mask=mask, **options)
+    options = {"beams": 3, "n_best": 3, "max_length": 16, "padding": PADDING, "shared": shared}
+    options["stop"] = tuple((end,) for end in ends)
+    actual = beam_search(step, cache, torch.full((6,), 2), **options)
+    assert_same(actual, theirs.sequences[:, 1:].unflatten(0, (6, 3)), theirs.sequences_scores.reshape(6, 3))
+    last = actual.tokens.gather(2, actual.lengths[:, :, None] - 1)
+    assert len(last.unique()) > 2
+
+
 @pytest.mark.parametrize("min_length", [0, 5])
 def test_one_beam_and_shortest_lengths_equal_transformers_marian(min_length):
     model, source, mask = marian(1)
@@ -319,6 +382,14 @@ def test_texts_without_an_end_and_an_empty_batch():
         ({"max_length": 0}, "min_length < max_length, found 0 and 0"),
         ({"min_length": 8}, "min_length < max_length, found 8 and 8"),
         ({"end": -1}, "the end token is -1"),
+        ({"end": 5}, "the end token is 5; expected an id below 5"),
+        ({"stop": ((),)}, r"a stop sequence is \[\]; expected at least one token id"),
+        ({"stop": ((1, 5),)}, r"a stop sequence is \[1, 5\]; expected ids below 5"),
+        ({"temperature": 0.7}, "temperature is 0.7, which is for sampling; beams draw nothing"),
+        ({"top_k": 3}, "top_k is 3, which is for sampling"),
+        ({"top_p": 0.9}, "top_p is 0.9, which is for sampling"),
+        ({"min_p": 0.1}, "min_p is 0.1, which is for sampling"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 is not above 0"),
         ({"first": torch.zeros(2, 1, dtype=torch.int64)}, r"first tokens \(batch,\) integers, found \(2, 1\)"),
         ({"first": torch.zeros(2)}, "integers, found .* torch.float32"),
         ({"first": torch.zeros(3, dtype=torch.int64)}, r"'before' of cache is \(2,\); expected 3 rows"),
