@@ -22,7 +22,9 @@ from typing import Literal
 import torch
 
 from core import random, spec, tree
-from experiments.parts import cells, language_model
+from experiments.parts import cells, writer
+from experiments.parts.language_model import Writer
+from experiments.parts.writer import Sampling
 from nets.language import rnn
 from train import optimizers, plots
 from train.carry import reset
@@ -31,7 +33,7 @@ from train.data.text import text, tokenizers
 from train.data.understood import understood
 from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
-from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared
+from train.run.flags import Common, Count, FromRun, Natural, Positive, Rate, Shared
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -96,25 +98,8 @@ def presets(words: dict[str, str]) -> Args | None:
 
 
 @dataclass(frozen=True)
-class SampleArgs(FromRun):
-    prompt: str = ""
-    """The text to continue; the start of a text if empty."""
-    max_new_tokens: Count = 300
-    """Tokens per sample, at most."""
-    count: Count = 1
-    """Number of samples."""
-    end: str | None = None
-    """Stop after this text."""
-    temperature: NonNegative = 0.8
-    """Below 1 more likely, above 1 more varied; 0 always takes the most likely token."""
-    top_k: Count | None = None
-    """Sample only from this many most likely tokens."""
-    top_p: Portion | None = None
-    """Sample only from the most likely tokens that together have this probability."""
-    repetition_penalty: Positive = 1.0
-    """Above 1, tokens of the prompt and of what has been written become less likely (Keskar et al. 2019)."""
-    seed: Natural = 0
-    """Seed of the samples."""
+class SampleArgs(Sampling, FromRun):
+    """Flags of `sample`."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +207,7 @@ def report(run: Run, params, cfg: rnn.Config, tokenizer, parts: tuple, key) -> N
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
     for line in cells.draw(run.folder, params, cfg, tokenizer, parts[1]):
         print(line)
-    (sample,) = language_model.write(rnn, params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
+    sample = writer.one_text(Writer(rnn, params, cfg, tokenizer), 400, key)
     (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} nats per token, {carried:.4f} with the state carried")
     print(f"(unigram entropy: {baseline:.4f}) after {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
@@ -239,7 +224,7 @@ def trained(args: FromRun):
 def sample(args: SampleArgs) -> None:
     """Continue a prompt with a run's net."""
     _, cfg, params, tokenizer = trained(args)
-    language_model.write_samples(rnn, params, cfg, tokenizer, args)
+    writer.print_texts(Writer(rnn, params, cfg, tokenizer), args)
 
 
 def evaluate(args: EvaluateArgs) -> None:

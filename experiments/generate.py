@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from core import random, spec, tree
-from experiments.parts import writer
-from experiments.parts.writer import Sampling, Writer
+from core import int8, random, spec, tree
+from experiments.parts import language_model, writer
+from experiments.parts.language_model import Writer
+from experiments.parts.writer import Sampling
 from nets.language import llama
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
@@ -33,7 +34,7 @@ from train.data.understood import understood
 from train.losses import cross_entropy
 from train.optimizers import schedules
 from train.run import Run, begin, command_line
-from train.run.flags import Common, Count, Positive, Shared, check_source
+from train.run.flags import Common, Count, NonNegative, Positive, Shared, check_source
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -81,10 +82,18 @@ class SampleArgs(Sampling):
     draft: str | None = None
     """A smaller net that proposes tokens: the folder of a run, or published weights. Of a run of generate.py,
     its draft."""
-    prompt: str = ""
-    """The text to continue, or the source of a net with an encoder; the start of a text if empty."""
+    ahead: Count = 4
+    """Tokens that the draft proposes before each pass of the net."""
+    beam: Count | None = None
+    """Search for the --count best texts with this many beams, in place of sampling."""
+    length_penalty: NonNegative = 1.0
+    """With --beam: alpha; log-probabilities are divided by the length to this power."""
+    max_new_tokens: Count = 100
+    """Tokens per sample, at most."""
     file: Path | None = None
     """File with the prompt; - reads standard input."""
+    int8: bool = False
+    """Matrices of 8-bit integers, rounded from the weights: a quarter of the memory, nearly the same texts."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps ..."""
     compile: bool = False
@@ -164,16 +173,16 @@ def train(args: Args) -> None:
 def report(run: Run, pair: list[Writer], figures: dict[str, float]) -> None:
     """Both ways of writing, timed; their figures, curves and texts."""
     args, (draft, target) = run.args, pair
-    prompt = writer.ids_of(target, "")
+    prompt = language_model.ids_of(target, "")
     # Both ways write texts of one length, and each length of the draft's proposals has room.
     flags = Sampling(
         max_new_tokens=args.context - max(args.ahead) - len(prompt), temperature=1.0, seed=args.common.seed
     )
-    ways = [(None, flags), *((draft, replace(flags, ahead=k)) for k in args.ahead)]
+    ways = [{}, *({"draft": draft, "ahead": k} for k in args.ahead)]
     texts: list[list[writer.Texts]] = [[] for _ in ways]
     for i in range(args.rounds + 1):  # the ways take turns, as other work on the machine comes and goes
-        for each, (helper, way) in zip(texts, ways, strict=True):
-            each.append(writer.write(target, prompt, replace(way, seed=way.seed + i), draft=helper))
+        for each, way in zip(texts, ways, strict=True):
+            each.append(writer.write(target, prompt, replace(flags, seed=flags.seed + i), **way))
     rates = [median_rate(each[1:]) for each in texts]  # the first is to warm up
     accepted = [sum(one.acceptance for one in each[1:]) / args.rounds for each in texts[1:]]
     best = max(range(len(args.ahead)), key=lambda i: rates[1 + i])
@@ -185,7 +194,7 @@ def report(run: Run, pair: list[Writer], figures: dict[str, float]) -> None:
     with plots.panels(run.folder / "speed.png", 1, 2, 5.2, 4.0) as (left, right):
         plots.curves(left, lines, "drafted tokens per pass", "tokens per second", "Speculative decoding")
         plots.curves(right, curves, ylabel="nats per token", title="Cross-entropy")
-    sample = writer.text_of(target, texts[1 + best][0].rows[0])
+    sample = language_model.text_of(target, texts[1 + best][0].rows[0])
     (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\n{'ahead':>8}{'accepted':>10}{'tokens/s':>10}{'times':>8}")
     for k, share, rate in zip(args.ahead, accepted, rates[1:], strict=True):
@@ -219,17 +228,19 @@ def sample(args: SampleArgs) -> None:
     """Write on from a prompt, or answer it, with a run's net or published weights."""
     check_source(args)
     device, prompt = command_line.device(args.device), read_prompt(args)
-    net = writer.of_run(args.run, args.checkpoint) if args.run else writer.of_weights(args.weights)
-    draft = writer.load(args.draft) if args.draft else None
-    net, draft = (one and one._replace(params=tree.move(one.params, device)) for one in (net, draft))
-    ids = writer.ids_of(net, prompt)
-    facts = {"net": net.cfg, "draft": draft and draft.cfg, "prompt": f"{len(ids)} tokens", "samples": args.count}
-    understood(print, facts)
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False) if args.compile else writer.plain
-    texts = writer.write(net, ids, args, draft=draft, compiled=compiled)
-    for number, row in enumerate(texts.rows, 1):
-        print(f"--- sample {number}\n{writer.whole_text(net, ids, row, args.stop)}\n")
-    print(writer.speed(net, texts, writer.bandwidth(device)))
+    net = language_model.of_run(args.run, args.checkpoint) if args.run else language_model.of_weights(args.weights)
+    draft = language_model.load(args.draft) if args.draft else None
+    small = (lambda params: int8.unformed(int8.quantise(params))) if args.int8 else lambda params: params
+    net, draft = (one and one._replace(params=small(tree.move(one.params, device))) for one in (net, draft))
+    args = replace(args, prompt=prompt)
+    size = f"{len(language_model.ids_of(net, prompt))} tokens"
+    understood(print, {"net": net.cfg, "draft": draft and draft.cfg, "prompt": size, "samples": args.count})
+    options = {"draft": draft, "ahead": args.ahead, "beam": args.beam, "length_penalty": args.length_penalty}
+    if args.compile:
+        options["compiled"] = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    print("--- sample 1")
+    texts = writer.print_texts(net, args, **options)
+    print(f"\n{writer.speed(net, texts, writer.bandwidth(device))}")
     if texts.acceptance is not None:
         print(f"{texts.acceptance:.3f} of the draft's tokens accepted")
 

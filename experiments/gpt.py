@@ -24,7 +24,9 @@ from typing import Literal
 import torch
 
 from core import random, spec, tree
-from experiments.parts import language_model
+from experiments.parts import language_model, writer
+from experiments.parts.language_model import Writer
+from experiments.parts.writer import Sampling
 from nets.language import gpt2, llama
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
@@ -34,7 +36,7 @@ from train.gradients import watch
 from train.losses import cross_entropy
 from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
-from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Portion, Positive, Rate, Shared, check_source
+from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Shared, check_source
 from train.run.logs import read_curves
 from train.step import make_step, start
 
@@ -94,31 +96,13 @@ def presets(words: dict[str, str]) -> Args | None:
 
 
 @dataclass(frozen=True)
-class SampleArgs:
+class SampleArgs(Sampling):
     run: Path | None = None
     """Folder of a run, such as runs/gpt/NAME."""
     checkpoint: str = "latest"
     """Which checkpoint of the run: latest, best (the lowest validation loss) or a step."""
     weights: str | None = None
     """Published weights instead: a folder (model.safetensors, config.json, the tokenizer) or a repository."""
-    prompt: str = ""
-    """The text to continue; the start of a text if empty."""
-    max_new_tokens: Count = 300
-    """Tokens per sample, at most."""
-    count: Count = 1
-    """Number of samples."""
-    end: str | None = None
-    """Stop after this text."""
-    temperature: NonNegative = 0.8
-    """Below 1 more likely, above 1 more varied; 0 always takes the most likely token."""
-    top_k: Count | None = None
-    """Sample only from this many most likely tokens."""
-    top_p: Portion | None = None
-    """Sample only from the most likely tokens that together have this probability."""
-    repetition_penalty: Positive = 1.0
-    """Above 1, tokens of the prompt and of what has been written become less likely (Keskar et al. 2019)."""
-    seed: Natural = 0
-    """Seed of the samples."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps ..."""
 
@@ -223,8 +207,7 @@ def report(run: Run, params, cfg: Config, tokenizer, baseline: float, validation
     run.result({**figures, **speed})
     watch.draw(run.folder)
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
-    net = language_model.net_of(cfg)
-    (sample,) = language_model.write(net, params, cfg, tokenizer, "", 400, key=key, temperature=0.8)
+    sample = writer.one_text(Writer(language_model.net_of(cfg), params, cfg, tokenizer), 400, key)
     (run.folder / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample.strip()}\n\nvalidation loss {val_loss:.4f} nats per token", end=" ")
     print(f"(unigram entropy: {baseline:.4f}) after {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
@@ -237,13 +220,11 @@ def sample(args: SampleArgs) -> None:
     if args.run:
         run = open_run(args.run, RUNS, args.checkpoint)
         (net, cfg), tokenizer = language_model.net_of_run(run), tokenizers.load(args.run / "tokenizer.json")
-        params = run.restore(net.spec(cfg), "params")
+        language_model.check_vocabulary(tokenizer, cfg)
+        model = Writer(net, run.restore(net.spec(cfg), "params"), cfg, tokenizer)
     else:
-        params, cfg = language_model.from_pretrained(args.weights)
-        tokenizer = language_model.published_tokenizer(args.weights)
-    language_model.check_vocabulary(tokenizer, cfg)
-    params = tree.move(params, device)
-    language_model.write_samples(language_model.net_of(cfg), params, cfg, tokenizer, args)
+        model = language_model.of_weights(args.weights)
+    writer.print_texts(model._replace(params=tree.move(model.params, device)), args)
 
 
 def evaluate(args: EvaluateArgs) -> None:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from core.initializers import Initializer, lecun_normal, zeros
 from core.layers.checks import check_arguments
+from core.layers.int8 import Int8
 from core.layers.low_rank import LowRank, low_rank
 from core.spec import Param
 from core.tree import Tree
@@ -32,7 +33,7 @@ def linear_spec(
 
 
 def linear(p: Tree, x: Tensor) -> Tensor:
-    """y = x Wᵀ + b. x: (..., d_in) of any rank -> (..., d_out). The weight may be a `core.layers.low_rank.LowRank`.
+    """y = x Wᵀ + b. x: (..., d_in) of any rank -> (..., d_out). The weight may be a LowRank or an Int8.
 
     Raises:
         TypeError: p is not a dict, or x not a tensor.
@@ -42,10 +43,16 @@ def linear(p: Tree, x: Tensor) -> Tensor:
     d_in = p["weight"].shape[-1]
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(f"linear: expected a last axis of {d_in}, found x of shape {tuple(x.shape)}")
-    if isinstance(weight := p["weight"], LowRank):
-        y = low_rank(weight, lambda w: F.linear(x, w), lambda a, b: F.linear(F.linear(x.to(a.dtype), a), b), -1)
-        return y + p["bias"] if "bias" in p else y  # (..., d_out)
-    if torch.compiler.is_compiling() and "bias" in p:
+    weight, bias = p["weight"], p.get("bias")
+    if isinstance(weight, LowRank):
+        y = low_rank(weight, lambda w: _product(x, w), lambda a, b: F.linear(F.linear(x.to(a.dtype), a), b), -1)
+    elif isinstance(weight, Int8) or (torch.compiler.is_compiling() and bias is not None):
         # Apart from the product, the bias is fused into the operations after it; on a CPU, inductor keeps addmm whole.
-        return F.linear(x, p["weight"]) + p["bias"]  # (..., d_out)
-    return F.linear(x, p["weight"], p.get("bias"))  # (..., d_out)
+        y = _product(x, weight)
+    else:
+        return F.linear(x, weight, bias)  # (..., d_out)
+    return y if bias is None else y + bias  # (..., d_out)
+
+
+def _product(x: Tensor, weight: Tensor | Int8) -> Tensor:
+    return weight.product(x) if isinstance(weight, Int8) else F.linear(x, weight)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import tree
+from core.layers.unformed import Unformed
 from core.tree import Tree
 
 
@@ -36,7 +36,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: Any) -> Tensor:
     return square.clamp(min=0).sqrt()
 
 
-class LowRank:
+class LowRank(Unformed):
     """W + s B A.
 
     Args:
@@ -46,16 +46,14 @@ class LowRank:
         scale: s, a number or a 0-D tensor.
     """
 
+    fields = ("weight", "adapter", "scale")
+
     def __init__(self, weight: Tensor, adapter: Tree, scale: Any):
         self.weight, self.adapter, self.scale = weight, adapter, scale
 
     @property
     def shape(self) -> torch.Size:
         return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,42 +78,6 @@ class LowRank:
             parts += [w[row:start], value]
             row = start + b.shape[0]
         return torch.cat([*parts, w[row:]]).to(self.weight.dtype)  # (rows, *rest)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("weight", "adapter", "scale"):  # while it is copied or inspected
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return self.dense() @ other
-
-    def __mul__(self, other: Any) -> Tensor:
-        return self.dense() * other
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Any) -> Tensor:
-        return self.dense() + other
-
-    __radd__ = __add__
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return self.dense() / other
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        def dense(x: Any) -> Any:
-            return x.dense() if isinstance(x, LowRank) else x
-
-        return func(*tree.map(dense, list(args)), **tree.map(dense, kwargs or {}))
-
-
-def formed(params: Tree) -> Tree:
-    """The parameters with every `LowRank` formed."""
-    return tree.map(lambda leaf: leaf.dense() if isinstance(leaf, LowRank) else leaf, params)
 
 
 def low_rank(weight: LowRank, product: Callable[[Tensor], Tensor], low: Callable, axis: int, rows_axis: int = 0):

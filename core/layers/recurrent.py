@@ -18,8 +18,8 @@ from torch.overrides import has_torch_function
 from core.initializers import Initializer, uniform
 from core.layers.checks import INTEGERS, check_arguments, check_tensor
 from core.layers.linear import linear, linear_spec
-from core.layers.low_rank import formed
 from core.layers.normalization import layer_norm, layer_norm_spec
+from core.layers.unformed import formed
 from core.recurrence import fused as kernels
 from core.recurrence.cells import layer_norm_lstm_cell, lstm_cell
 from core.recurrence.routes import mapped_or_beyond_first_derivatives, recurrence

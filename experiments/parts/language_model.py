@@ -1,21 +1,22 @@
-"""Parts of the experiments with language models: nets of a preset, run or file, and texts that go on from a prompt."""
+"""Parts of the experiments with language models: nets of a preset, run or file, and their tokenizers."""
 
-import functools
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from core import random, tree
 from core.tree import Tree
+from experiments.parts import translator
 from nets import weights
-from nets.language import gpt2, llama
+from nets.language import gpt2, llama, rnn, t5, t5_weights, transformer
 from train.data.text import tokenizers
-from train.run import SavedRun
+from train.run import SavedRun, checkpoints, open_run
 
 PRESETS = gpt2.PRESETS | {"llama-tiny" if name == "tiny" else name: cfg for name, cfg in llama.PRESETS.items()}
 """Every decoder that `experiments/gpt.py` trains."""
+OWN = {"gpt": "params", "char_rnn": "state.params", "generate": "params"}
+"""Experiments whose runs write, and the part of their checkpoints with the parameters."""
+KINDS = ("gpt2", "openai-gpt", *llama.KINDS, "t5", "marian")
 
 
 def net_of(cfg: gpt2.Config | llama.Config) -> ModuleType:
@@ -64,44 +65,92 @@ def opening(tokenizer) -> list[int]:
         return [0]
 
 
-@torch.no_grad()
-def write(
-    net: ModuleType, params: Tree, cfg, tokenizer, prompt: str, tokens: int, show=None, *, key: Tensor, **options
-) -> list[str]:
-    """The prompt and what the model writes after it, one text per key, (2,) or (texts, 2).
+class Writer(NamedTuple):
+    """A net, its tokenizer, and what its texts need.
 
-    Args:
-        tokens: number of tokens after the prompt, at most.
-        show: called with each new piece of the first text.
-        options: those of `net.stream`, such as `temperature`, `top_k` and `end`.
-
-    Raises ValueError: the prompt has a character outside the vocabulary, or an option is outside its range.
+    ends: tokens that end a text.
+    first: token before a text of a net with an encoder, whose prompt is its source; None for a decoder alone.
+    forbidden: tokens that no text has.
+    published: whether the tokenizer says which special tokens surround a prompt.
     """
-    ids, keys, shown = tokenizer.encode(prompt) if prompt else opening(tokenizer), key.reshape(-1, 2), 0
-    rows, ended = [list(ids) for _ in keys], [False] * len(keys)
-    start = torch.tensor([ids], device=tree.leaves(params)[0].device)
-    for token in net.stream(params, start, cfg, tokens, key=keys, **options):
-        for i, number in enumerate(token.tolist()):
-            if not ended[i]:
-                rows[i].append(number)
-            ended[i] = ended[i] or number == options.get("end")
-        written = tokenizer.decode(rows[0])
-        if show and not written.endswith("\ufffd"):  # the first bytes of a character are not shown before the last
-            show(written[shown:])
-            shown = len(written)
-    return [tokenizer.decode(row) for row in rows]
+
+    net: ModuleType
+    params: Tree
+    cfg: Any
+    tokenizer: Any
+    ends: tuple[int, ...] = ()
+    first: int | None = None
+    forbidden: tuple[int, ...] = ()
+    published: bool = False
 
 
-def write_samples(net: ModuleType, params: Tree, cfg, tokenizer, args) -> None:
-    """Print what `net` writes after a prompt, the first text while it is written; the flags are those of `sample`."""
-    end = None if args.end is None else tokenizer.encode(args.end)
-    if end is not None and len(end) != 1:
-        raise ValueError(f"--end {args.end!r} is {len(end)} tokens; expected a text of one")
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-    options |= {
-        "end": end and end[0],
-        "key": random.split(random.key(args.seed, tree.leaves(params)[0].device), args.count),
-    }
-    show = functools.partial(print, end="", flush=True)
-    texts = write(net, params, cfg, tokenizer, args.prompt, args.max_new_tokens, show, **options)
-    print("".join(f"\n\n--- sample {number}\n{other}" for number, other in enumerate(texts[1:], 2)))
+def of_run(folder: Path, checkpoint: str = "latest", part: str = "target") -> Writer:
+    """The net of a run of gpt.py, char_rnn.py or generate.py. part: of the latter, target or draft.
+
+    Raises ValueError: no such run, or one of another script.
+    """
+    saved = folder / "checkpoints"
+    name = checkpoints.read_config(saved).get("experiment") if saved.is_dir() else "generate"
+    if name in ("translate", "seq2seq"):
+        raise ValueError(
+            f"'{folder}' is a run of {name}.py; use: python experiments/{name}.py translate --run {folder}"
+        )
+    if name not in OWN:
+        raise ValueError(f"'{folder}' is a run of {name}.py; expected one of gpt.py, char_rnn.py or generate.py")
+    run, where = open_run(folder, Path("runs") / name, checkpoint), OWN[name]  # an error lists the runs that there are
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    if name == "gpt":
+        net, cfg = net_of_run(run)
+    elif name == "char_rnn":
+        net, cfg = rnn, run.read("net", rnn.Config)
+    else:
+        net, cfg, where = llama, run.read(part, llama.Config), f"{where}.{part}"
+    return Writer(net, run.restore(net.spec(cfg), where), cfg, tokenizer)
+
+
+def of_weights(source: str) -> Writer:
+    """Published weights of a GPT, Llama, T5 or Marian: a folder or repository with config.json and the tokenizer."""
+    config = weights.read_config(source)
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise weights.WeightsError(f"the configuration is of model_type '{kind}', expected one of {', '.join(KINDS)}")
+    if kind == "marian":
+        params, cfg, tokenizer, marks = translator.published(source, "cpu")
+        return Writer(transformer, params, cfg, tokenizer, (marks.end,), marks.start, marks.forbidden)
+    settings = config | weights.read_config(source, "generation_config.json", optional=True)
+    ends = settings.get("eos_token_id")
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    if kind == "t5":
+        params, cfg = t5_weights.from_pretrained(source)
+        path = weights.locate(weights.beside(source), ("tokenizer.json",))
+        writer = Writer(t5, params, cfg, tokenizers.load(path, lossy=True), ends, cfg.padding_id, published=True)
+    else:
+        params, cfg = from_pretrained(source)
+        tokenizer = published_tokenizer(source)
+        writer = Writer(net_of(cfg), params, cfg, tokenizer, ends, published=True)
+    check_vocabulary(writer.tokenizer, cfg)
+    return writer
+
+
+def load(source: str) -> Writer:
+    """A run's folder, or published weights; a run of generate.py gives its draft."""
+    folder = Path(source)
+    return of_run(folder, part="draft") if (folder / "checkpoints").is_dir() else of_weights(source)
+
+
+def ids_of(writer: Writer, prompt: str) -> list[int]:
+    """The tokens of a prompt, with those that the tokenizer puts around it, such as Llama's <s> and T5's </s>."""
+    if writer.published:
+        ids = writer.tokenizer.encode(prompt, special=True)
+        return ids or list(writer.ends[:1]) or opening(writer.tokenizer)
+    if writer.first is not None:
+        return [*writer.tokenizer.encode(prompt), *writer.ends]
+    return writer.tokenizer.encode(prompt) if prompt else opening(writer.tokenizer)
+
+
+def text_of(writer: Writer, ids: Sequence[int]) -> str:
+    """Without special tokens."""
+    if writer.published:
+        return writer.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=True)
+    hidden = {*writer.ends, *writer.forbidden}
+    return writer.tokenizer.decode([token for token in ids if token not in hidden])

@@ -1,11 +1,10 @@
-"""A net of a run or of published weights that writes: a prompt in, texts out, alone or with a draft, and its speed."""
+"""Texts by a net of a run or of published weights: sampled, searched, or drafted by a smaller net; and their speed."""
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +12,13 @@ from torch import Tensor
 
 from core import random, tree
 from core.tree import Tree
-from experiments.parts import language_model, translator
-from nets import weights
-from nets.language import gpt2, llama, rnn, speculative, t5, t5_weights, transformer
-from nets.language.decoding import sample
-from nets.language.sampling import Options
-from train.data.text import tokenizers
-from train.run import checkpoints, open_run
-from train.run.flags import Count, Natural, NonNegative, Portion, Positive
+from experiments.parts import translator
+from experiments.parts.language_model import Writer, ids_of, text_of
+from nets.language import generation, gpt2, llama, rnn, speculative
+from nets.language.beam_search import beam_search
+from nets.language.decoding import Decoded, sample
+from nets.language.sampling import Options, occurrences
+from train.run.flags import Count, Natural, NonNegative, Portion, Positive, flag
 
 Compile = Callable[[Callable], Callable]
 
@@ -28,30 +26,6 @@ Compile = Callable[[Callable], Callable]
 def plain(function: Callable) -> Callable:
     """Nothing is compiled."""
     return function
-
-
-OWN = {"gpt": "params", "char_rnn": "state.params", "generate": "params"}
-"""Experiments whose runs write, and the part of their checkpoints with the parameters."""
-KINDS = ("gpt2", "openai-gpt", *llama.KINDS, "t5", "marian")
-
-
-class Writer(NamedTuple):
-    """A net, its tokenizer, and what its texts need.
-
-    ends: tokens that end a text.
-    first: token before a text of a net with an encoder, whose prompt is its source; None for a decoder alone.
-    forbidden: tokens that no text has.
-    published: whether the tokenizer says which special tokens surround a prompt.
-    """
-
-    net: ModuleType
-    params: Tree
-    cfg: Any
-    tokenizer: Any
-    ends: tuple[int, ...] = ()
-    first: int | None = None
-    forbidden: tuple[int, ...] = ()
-    published: bool = False
 
 
 class Texts(NamedTuple):
@@ -67,7 +41,9 @@ class Texts(NamedTuple):
 class Sampling:
     """Sampling; flags of the commands that write."""
 
-    max_new_tokens: Count = 100
+    prompt: str = ""
+    """The text to continue, or the source of a net with an encoder; the start of a text if empty."""
+    max_new_tokens: Count = 300
     """Tokens per sample, at most."""
     count: Count = 1
     """Number of samples."""
@@ -82,110 +58,41 @@ class Sampling:
     repetition_penalty: Positive = 1.0
     """Above 1, tokens of the prompt and of what has been written become less likely (Keskar et al. 2019)."""
     stop: tuple[str, ...] = ()
-    """Texts after which a sample ends, if its tokens are those of the text alone."""
-    ahead: Count = 4
-    """Tokens that the draft proposes before each pass of the net."""
+    """Texts after which a sample ends."""
     seed: Natural = 0
     """Seed of the samples."""
 
 
-# Loading.
+def before(writer: Writer, prompt: Sequence[int]) -> str:
+    """The text that those of the net go on from; "" for the answers of a net with an encoder."""
+    return "" if writer.first is not None else text_of(writer, prompt)
 
 
-def of_run(folder: Path, checkpoint: str = "latest", part: str = "target") -> Writer:
-    """The net of a run of gpt.py, char_rnn.py or generate.py. part: of the latter, target or draft.
-
-    Raises ValueError: no such run, or one of another script.
-    """
-    saved = folder / "checkpoints"
-    name = checkpoints.read_config(saved).get("experiment") if saved.is_dir() else "generate"
-    if name in ("translate", "seq2seq"):
-        raise ValueError(
-            f"'{folder}' is a run of {name}.py; use: python experiments/{name}.py translate --run {folder}"
-        )
-    if name not in OWN:
-        raise ValueError(f"'{folder}' is a run of {name}.py; expected one of gpt.py, char_rnn.py or generate.py")
-    run, where = open_run(folder, Path("runs") / name, checkpoint), OWN[name]  # an error lists the runs that there are
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
-    if name == "gpt":
-        net, cfg = language_model.net_of_run(run)
-    elif name == "char_rnn":
-        net, cfg = rnn, run.read("net", rnn.Config)
-    else:
-        net, cfg, where = llama, run.read(part, llama.Config), f"{where}.{part}"
-    return Writer(net, run.restore(net.spec(cfg), where), cfg, tokenizer)
-
-
-def of_weights(source: str) -> Writer:
-    """Published weights of a GPT, Llama, T5 or Marian: a folder or repository with config.json and the tokenizer."""
-    config = weights.read_config(source)
-    kind = config.get("model_type")
-    if kind not in KINDS:
-        raise weights.WeightsError(f"the configuration is of model_type '{kind}', expected one of {', '.join(KINDS)}")
-    if kind == "marian":
-        params, cfg, tokenizer, marks = translator.published(source, "cpu")
-        return Writer(transformer, params, cfg, tokenizer, (marks.end,), marks.start, marks.forbidden)
-    settings = config | weights.read_config(source, "generation_config.json", optional=True)
-    ends = settings.get("eos_token_id")
-    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
-    if kind == "t5":
-        params, cfg = t5_weights.from_pretrained(source)
-        path = weights.locate(weights.beside(source), ("tokenizer.json",))
-        writer = Writer(t5, params, cfg, tokenizers.load(path, lossy=True), ends, cfg.padding_id, published=True)
-    else:
-        params, cfg = language_model.from_pretrained(source)
-        tokenizer = language_model.published_tokenizer(source)
-        writer = Writer(language_model.net_of(cfg), params, cfg, tokenizer, ends, published=True)
-    language_model.check_vocabulary(writer.tokenizer, cfg)
-    return writer
-
-
-def load(source: str) -> Writer:
-    """A run's folder, or published weights; a run of generate.py gives its draft."""
-    folder = Path(source)
-    return of_run(folder, part="draft") if (folder / "checkpoints").is_dir() else of_weights(source)
-
-
-# Texts.
-
-
-def ids_of(writer: Writer, prompt: str) -> list[int]:
-    """The tokens of a prompt, with those that the tokenizer puts around it, such as Llama's <s> and T5's </s>."""
-    if writer.published:
-        ids = writer.tokenizer.tokenizer.encode(prompt, add_special_tokens=True).ids
-        return ids or list(writer.ends[:1]) or language_model.opening(writer.tokenizer)
-    if writer.first is not None:
-        return [*writer.tokenizer.encode(prompt), *writer.ends]
-    return writer.tokenizer.encode(prompt) if prompt else language_model.opening(writer.tokenizer)
-
-
-def text_of(writer: Writer, ids: Sequence[int]) -> str:
-    """Without special tokens."""
-    if writer.published:
-        return writer.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=True)
-    hidden = {*writer.ends, *writer.forbidden}
-    return writer.tokenizer.decode([token for token in ids if token not in hidden])
-
-
-def whole_text(writer: Writer, prompt: Sequence[int], row: Sequence[int], stop: Sequence[str]) -> str:
-    """The prompt and the text after it, or a net's answer; up to the end of the first stop text in what is new."""
-    before = "" if writer.first is not None else text_of(writer, prompt)
-    new = text_of(writer, row) if writer.first is not None else text_of(writer, [*prompt, *row])[len(before) :]
+def new_text(writer: Writer, prompt: Sequence[int], row: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of new tokens, up to the end of the first stop text in it."""
+    whole = text_of(writer, row if writer.first is not None else [*prompt, *row])
+    new = whole[len(before(writer, prompt)) :]
     ends = [new.find(text) + len(text) for text in stop if text in new]
-    return before + new[: min(ends, default=len(new))]
+    return new[: min(ends, default=len(new))]
 
 
-def options_of(writer: Writer, flags: Sampling) -> Options:
-    """The options of the flags, a text's end being one of the net's own and the stop texts."""
+def options_of(writer: Writer, flags: Sampling, search: bool) -> Options:
+    """The options of the flags, a text's end being one of the net's own and the tokens of the stop texts.
+
+    search: beams, which draw nothing.
+    """
     stop = []
     for text in flags.stop:
         ids = writer.tokenizer.encode(text) if text else []
         if not ids:
             raise ValueError(f"--stop {text!r} is no token; expected a text")
         stop.append(tuple(ids))
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     stop += [(end,) for end in writer.ends]
-    return Options(**{name: getattr(flags, name) for name in names}, stop=tuple(stop))
+    sampling = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    for name, value in sampling.items() if search else ():
+        if value not in (getattr(Sampling, name), 0.0):
+            raise ValueError(f"{flag(name)} {value} is for sampling; --beam draws nothing")
+    return Options(stop=tuple(stop), repetition_penalty=flags.repetition_penalty, **({} if search else sampling))
 
 
 @torch.no_grad()
@@ -194,64 +101,162 @@ def write(
     prompt: Sequence[int],
     flags: Sampling,
     *,
+    keys: Tensor | None = None,
     draft: Writer | None = None,
+    ahead: int = 4,
+    beam: int | None = None,
+    length_penalty: float = 1.0,
     compiled: Compile = plain,
+    show: Callable[[str], None] = lambda piece: None,
 ) -> Texts:
     """Texts that the net writes after, or in answer to, the tokens of a prompt, timed.
 
-    draft: a smaller decoder of the same vocabulary, which proposes tokens.
-    compiled: perhaps `torch.compile`; then the texts are written twice, and the second time counts.
+    Args:
+        keys: (texts, 2); those of the flags' seed if None.
+        draft, ahead: a smaller decoder of the same vocabulary, which proposes tokens, and their number per pass.
+        beam, length_penalty: beams of a search for the best texts, in place of sampling, and its alpha.
+        compiled: perhaps `torch.compile`; then the texts are written twice, and the second time counts.
+        show: called with each new piece of the first text, prompt included; where a net with an encoder, a draft or
+            beams write, with all of it at once.
 
     Raises ValueError: nets that do not fit each other, an option outside its range, more tokens than a context holds.
     """
-    device = tree.leaves(writer.params)[0].device
-    options, keys = options_of(writer, flags), random.split(random.key(flags.seed, device), flags.count)
+    device, twice, compiled = tree.leaves(writer.params)[0].device, compiled is not plain, functools.cache(compiled)
+    options = options_of(writer, flags, beam is not None)
+    keys = random.split(random.key(flags.seed, device), flags.count) if keys is None else keys
     ids = torch.tensor([list(prompt)], device=device)  # (1, time)
+    if beam is not None and draft is not None:
+        raise ValueError("--beam searches without a --draft")
+    if beam is not None and beam < flags.count:
+        raise ValueError(f"--count is {flags.count}; --beam {beam} finds up to {beam} texts")
     if draft is not None:
         for one in (writer, draft):
             if one.net not in (gpt2, llama):
                 raise ValueError("a draft is for a GPT or a Llama, and one itself; another net was given")
         pair = [_decoder(one, compiled) for one in (writer, draft)]
-        call = partial(speculative.generate, *pair, ids, flags.max_new_tokens, ahead=flags.ahead)
-    elif writer.first is not None:
-        step = compiled(writer.net.step)
-        call = partial(_respond, writer, step, ids.expand(flags.count, -1), flags.max_new_tokens)
+        call = functools.partial(
+            speculative.generate, *pair, ids, flags.max_new_tokens, ahead=ahead, key=keys, options=options
+        )
+    elif beam is not None or writer.first is not None:
+        call = functools.partial(_respond, writer, ids, flags, options, keys, beam, length_penalty, compiled)
     else:
         step = "step" if writer.net is rnn else "decode"
-        options_of_net = {step: compiled(getattr(writer.net, step))}
-        call = partial(writer.net.generate, writer.params, ids, writer.cfg, flags.max_new_tokens, **options_of_net)
-    if compiled is not plain:
-        call(key=keys, options=options)
+        choices = {"key": keys, "options": options, step: compiled(getattr(writer.net, step))}
+        call = functools.partial(writer.net.stream, writer.params, ids, writer.cfg, flags.max_new_tokens, **choices)
+        if twice:
+            deque(call(), maxlen=0)
+        return _follow(writer, prompt, call(), options, flags, show)
+    if twice:
+        call()
     began = _clock(device)
-    out = call(key=keys, options=options)
+    out = call()
     seconds = _clock(device) - began
-    rows = [_until(row, options) for row in (out.tokens if draft is not None else out).tolist()]
-    acceptance = out.acceptance if draft is not None else None
-    return Texts(rows, sum(map(len, rows)), seconds, acceptance)
+    rows = [row[:n] for row, n in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
+    show(before(writer, prompt) + new_text(writer, prompt, rows[0], flags.stop))
+    return Texts(rows, sum(map(len, rows)), seconds, out.acceptance if draft is not None else None)
+
+
+def print_texts(writer: Writer, flags: Sampling, **options) -> Texts:
+    """Print the texts after a prompt, the first one while it is written. The options are those of `write`."""
+    ids = ids_of(writer, flags.prompt)
+    texts = write(writer, ids, flags, show=functools.partial(print, end="", flush=True), **options)
+    for number, row in enumerate(texts.rows[1:], 2):
+        print(f"\n\n--- sample {number}\n{before(writer, ids)}{new_text(writer, ids, row, flags.stop)}", end="")
+    print()
+    return texts
+
+
+def one_text(writer: Writer, tokens: int, key: Tensor) -> str:
+    """A text from its start, such as a run shows at its end."""
+    ids, flags = ids_of(writer, ""), Sampling(max_new_tokens=tokens)
+    return text_of(writer, [*ids, *write(writer, ids, flags, keys=key[None]).rows[0]])
+
+
+def _follow(
+    writer: Writer,
+    prompt: Sequence[int],
+    stream: Iterator[Tensor],
+    options: Options,
+    flags: Sampling,
+    show: Callable[[str], None],
+) -> Texts:
+    """Texts of a stream, until each has ended; the clock runs for the net alone."""
+    rows: list[list[int]] = []
+    done: set[int] = set()
+    seconds, text, shown, device = 0.0, "", 0, tree.leaves(writer.params)[0].device
+    while len(done) < max(len(rows), 1):
+        began = _clock(device)
+        tokens = next(stream, None)
+        seconds += _clock(device) - began
+        if tokens is None:
+            break
+        rows = rows or [[] for _ in tokens]
+        for i, token in enumerate(tokens.tolist()):
+            if i in done:
+                continue
+            rows[i].append(token)
+            new = new_text(writer, prompt, rows[i], flags.stop) if i == 0 or flags.stop else ""
+            if new.endswith(flags.stop) or any(rows[i][-len(ids) :] == list(ids) for ids in options.stop):
+                done.add(i)
+            text = before(writer, prompt) + new if i == 0 else text
+        if not text.endswith("\ufffd"):  # the first bytes of a character are not shown before the last
+            show(text[shown:])
+            shown = len(text)
+    show(text[shown:])
+    return Texts(rows, sum(map(len, rows)), seconds)
 
 
 def _decoder(writer: Writer, compiled: Compile) -> speculative.Decoder:
     return speculative.Decoder(compiled(writer.net.decode), writer.net.empty_caches, writer.params, writer.cfg)
 
 
-def _respond(writer: Writer, step: Callable, source: Tensor, steps: int, *, key: Tensor, options: Options) -> Tensor:
-    """Texts of a net with an encoder, (batch, time)."""
+def _respond(
+    writer: Writer,
+    prompt: Tensor,
+    flags: Sampling,
+    options: Options,
+    keys: Tensor,
+    beam: int | None,
+    length_penalty: float,
+    compiled: Compile,
+) -> Decoded:
+    """Samples of a net with an encoder, or the best texts of any net by beams: tokens (texts, time)."""
+    prompt, steps = prompt.expand(len(keys) if beam is None else 1, -1), flags.max_new_tokens  # (rows, time)
+    if writer.first is not None:
+        steps = min(steps, getattr(writer.cfg, "context", steps))
+    step, cache, first, choices = _beginning(writer, prompt, steps, compiled)
+    choices |= {"max_length": steps, "batch_sizes": (len(first),), "options": options}
+    if writer.first is None and options.repetition_penalty != 1.0:
+        lengths = torch.full_like(first, prompt.shape[1])
+        choices["present"] = occurrences(prompt, lengths, writer.cfg.vocabulary)
+    if beam is None:
+        return sample(step, cache, first, keys, **choices)
+    out = beam_search(step, cache, first, beams=beam, n_best=flags.count, length_penalty=length_penalty, **choices)
+    return Decoded(*(part[0] for part in out))
+
+
+def _beginning(
+    writer: Writer, prompt: Tensor, steps: int, compiled: Compile
+) -> tuple[Callable, Tree, Tensor, dict[str, Any]]:
+    """(step, cache, first tokens, further arguments) of `nets.language.decoding` after prompts (rows, time)."""
     net, params, cfg = writer.net, writer.params, writer.cfg
-    mask = source != cfg.padding_id
-    steps = min(steps, getattr(cfg, "context", steps))
-    cache = net.start(params, net.encode(params, source, cfg, mask=mask), mask, cfg, steps)
-    step = translator.avoiding(net.stepper(params, cfg, partial(step, donate=True)), writer.forbidden)
-    first = torch.full((len(source),), writer.first, device=source.device)
-    sizes = {"max_length": steps, "positions_axis": 2, "batch_sizes": (len(source),)}
-    return sample(step, cache["past"], first, key, shared=cache["shared"], options=options, **sizes).tokens
-
-
-def _until(row: list[int], options: Options) -> list[int]:
-    """A text up to the end of its first stop sequence; what follows is padding."""
-    for n in range(1, len(row) + 1):
-        if any(tuple(row[:n][-len(sequence) :]) == sequence for sequence in options.stop):
-            return row[:n]
-    return row
+    if writer.first is not None:
+        mask = prompt != cfg.padding_id
+        cache = net.start(params, net.encode(params, prompt, cfg, mask=mask), mask, cfg, steps)
+        step = net.stepper(params, cfg, functools.partial(compiled(net.step), donate=True))
+        first = torch.full((len(prompt),), writer.first, device=prompt.device)
+        choices = {"positions_axis": 2, "shared": cache["shared"]}
+        return translator.avoiding(step, writer.forbidden), cache["past"], first, choices
+    if net is rnn:
+        one_step = compiled(rnn.step)
+        state = rnn.empty_state(cfg, len(prompt), device=prompt.device)
+        if prompt.shape[1] > 1:
+            _, state = rnn.features(params, prompt[:, :-1], cfg)
+        return lambda *args: one_step(params, *args, cfg), state, prompt[:, -1], {}
+    decode = compiled(net.decode)
+    room = prompt.shape[1] + steps - 1  # the last token is never read
+    cache, first, position = generation.start(decode, net.empty_caches, params, prompt, cfg, room)
+    return generation.stepper(decode, params, cfg), cache, first, {"position": position}
 
 
 # Speed.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core import initializers, random
 from core.attention import Cache, empty_cache
-from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
+from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec, linear
 from core.layers.checks import check_tensor
 from nets.blocks.transformer_block import block, block_spec, cached_block
 from nets.language import generation
@@ -117,7 +117,7 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
 
 def logits(params: dict, x: Tensor) -> Tensor:
     """Logits of the next token: hidden states (..., width) -> (..., vocabulary)."""
-    return x @ params["tokens"]["weight"].T  # (..., vocabulary)
+    return linear(params["tokens"], x)  # (..., vocabulary)
 
 
 def apply(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:

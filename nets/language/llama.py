@@ -200,7 +200,7 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
 
 def logits(params: dict, x: Tensor) -> Tensor:
     """Logits of the next token: hidden states (..., width) -> (..., vocabulary)."""
-    return x @ params.get("output", params["tokens"])["weight"].T  # (..., vocabulary)
+    return linear(params.get("output", params["tokens"]), x)  # (..., vocabulary)
 
 
 def apply(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:

@@ -189,7 +189,7 @@ def _feedforward(p: dict, x: Tensor, cfg: Config, drop: Callable) -> Tensor:
 def logits(params: dict, x: Tensor, cfg: Config) -> Tensor:
     """Logits of the next token: the decoder's last hidden states (..., width) -> (..., vocabulary)."""
     x = x * cfg.width**-0.5 if cfg.scale else x
-    return x @ params.get("output", params["tokens"])["weight"].T  # (..., vocabulary)
+    return linear(params.get("output", params["tokens"]), x)  # (..., vocabulary)
 
 
 def _check(name: str, ids: Tensor, mask: Tensor | None = None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core import initializers, random
 from core.attention import Cache, cross_keys_values, empty_cache
-from core.layers import activation, dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
+from core.layers import activation, dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec, linear
 from core.spec import Param
 from nets.blocks.transformer_block import block, block_spec, cached_block, decoder_block_spec, identity, sinusoids
 
@@ -143,8 +143,8 @@ def _embed(params: dict, side: str, ids: Tensor, positions: Tensor, cfg: Config)
 
 def logits(params: dict, x: Tensor, cfg: Config) -> Tensor:
     """Logits of the next token: the decoder's last hidden states (..., width) -> (..., target vocabulary)."""
-    x = x @ (params["tokens"] if cfg.shared else params["output"])["weight"].T  # (..., target vocabulary)
-    return x + params["output"]["bias"] if cfg.output_bias else x
+    head = {"bias": params["output"]["bias"]} if cfg.output_bias else {}
+    return linear(head | {"weight": params["tokens" if cfg.shared else "output"]["weight"]}, x)
 
 
 def _check(name: str, ids: Tensor, cfg: Config) -> None:

@@ -7,7 +7,7 @@ is not counted.
 gpt2: 4 layers, 128 or 256 wide, against `generate` as it is. llama: 8 layers, 512 wide, two query heads per head of
 keys and values, against `generate` with its static cache, compiled. Each token needs all weights once per batch, so
 memory bandwidth limits the steps per second; the share of that limit is printed beside the bandwidth, which is that of
-a sum of 256 MB.
+a sum of 256 MB. "8 bits" are the same weights as 8-bit integers (`core.int8`), whose texts may differ.
 
     python tests/benchmarks/generation.py [--net gpt2] [--rounds 5] [--widths 128 256] [--vocabulary 256] [--tokens 128]
     python tests/benchmarks/generation.py --net llama
@@ -26,7 +26,7 @@ from timing import interleaved, report
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from core import random, tree
+from core import int8, random, tree
 from nets.language import gpt2, llama
 
 PROMPT = 16
@@ -114,6 +114,7 @@ def compare(case: Case, width: int, vocabulary: int, new: int, rounds: int) -> N
     other = "transformers, compiled" if case.compiled else "transformers"
     # Of an embedding with an output layer of its own, a step reads one row.
     unread = params["tokens"]["weight"].nbytes if "output" in params else 0
+    small = int8.unformed(int8.quantise(params))
     weights = sum(leaf.nbytes for leaf in tree.leaves(params)) - unread
 
     for batch, target in zip((1, 8), case.targets, strict=True):
@@ -128,6 +129,10 @@ def compare(case: Case, width: int, vocabulary: int, new: int, rounds: int) -> N
         def ours_compiled(compiled=compiled, ours=ours):
             return ours(compiled)
 
+        def ours_small(compiled=compiled, prompt=prompt):
+            with torch.inference_mode():
+                return net.generate(small, prompt, cfg, new, temperature=0.0, decode=compiled)
+
         def theirs(prompt=prompt, mask=mask):
             with torch.inference_mode():
                 return model.generate(prompt, attention_mask=mask, **options)[:, PROMPT:]
@@ -135,13 +140,15 @@ def compare(case: Case, width: int, vocabulary: int, new: int, rounds: int) -> N
         expected = theirs()
         for text in (ours(), ours_compiled()):
             check_same(net, params, cfg, prompt, text, expected)
-        sides = {"functree": ours, "functree, compiled": ours_compiled, other: theirs}
+        sides = {"functree": ours, "functree, compiled": ours_compiled, "functree, compiled, 8 bits": ours_small}
+        sides[other] = theirs
         medians = interleaved(sides, rounds, warmup=1)
         title = f"{new} greedy tokens, width {width}, batch {batch}: " + ", ".join(
             f"{name} {batch * new / seconds:.0f} tokens/s" for name, seconds in medians.items()
         )
         report(title, medians, "functree", {other: target})
         report("", medians, "functree, compiled", {other: target})
+        report("", medians, "functree, compiled, 8 bits", {"functree, compiled": 1.0})
         limit = bandwidth(rounds)
         share = new * weights / medians["functree, compiled"] / limit
         sizes = f"{weights / 1e6:.1f} MB of weights per step, {limit / 1e9:.1f} GB/s"

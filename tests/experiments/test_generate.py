@@ -10,7 +10,9 @@ import types
 import pytest
 import torch
 
-from experiments.parts import writer
+from core import int8
+from core.layers.unformed import formed
+from experiments.parts import language_model, writer
 from tests.experiments import runs
 from tests.experiments.gpt_runs import TEXT
 from tests.nets.language import gpt2_cases, llama_cases, t5_cases
@@ -18,6 +20,7 @@ from tests.nets.language.test_marian import model_of as marian_of
 from tests.train.data.text.sentencepiece_files import write_model
 
 call, refused = (functools.partial(function, "generate") for function in (runs.call, runs.refused))
+FLAGS = writer.Sampling(max_new_tokens=8, temperature=0.0)
 SHORT = ("--max-new-tokens", "8", "--temperature", "0")
 
 
@@ -80,8 +83,8 @@ def sampled(capsys, *flags):
 def test_a_llama_begins_with_its_first_token(here, capsys):
     from transformers import LlamaForCausalLM
 
-    net = writer.of_weights("llama")
-    ids = writer.ids_of(net, "the fox")
+    net = language_model.of_weights("llama")
+    ids = language_model.ids_of(net, "the fox")
     assert net.tokenizer.tokenizer.id_to_token(ids[0]) == "<s>" and ids[1:] == net.tokenizer.encode("the fox")
     model = LlamaForCausalLM.from_pretrained("llama").eval()
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -95,8 +98,8 @@ def test_t5_and_marian_answer_as_those_of_transformers(here, capsys):
     from transformers import MarianMTModel
 
     for folder, model in (("t5", t5_cases.model_in("t5")), ("marian", MarianMTModel.from_pretrained("marian").eval())):
-        net = writer.of_weights(folder)
-        ids = writer.ids_of(net, "a bad dog")
+        net = language_model.of_weights(folder)
+        ids = language_model.ids_of(net, "a bad dog")
         assert ids[-1:] == list(net.ends)
         source = torch.tensor([ids])
         options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1, "use_cache": False}
@@ -105,7 +108,7 @@ def test_t5_and_marian_answer_as_those_of_transformers(here, capsys):
             options["bad_words_ids"] = [[net.cfg.padding_id]]
         expected = model.generate(source, attention_mask=torch.ones_like(source), **options)[0].tolist()
         texts, _ = sampled(capsys, "--weights", folder, "--prompt", "a bad dog", "--count", "2", *SHORT)
-        assert texts == [writer.text_of(net, expected[1:])] * 2 and len(texts[0]) > 2
+        assert texts == [language_model.text_of(net, expected[1:])] * 2 and len(texts[0]) > 2
 
 
 def test_a_draft_changes_no_greedy_text(here, capsys):
@@ -133,6 +136,62 @@ def test_texts_end_after_a_stop_text(here, capsys):
     assert expected != plain and sampled(capsys, *flags, "--stop", letter)[0] == expected
 
 
+def written(net, ids, flags):
+    """(pieces that are shown, texts) if the net writes these tokens."""
+    pieces = []
+
+    def stream(params, prompt, cfg, steps, **options):
+        yield from torch.tensor(ids)[:, None]
+
+    fake = net._replace(net=types.SimpleNamespace(stream=stream, decode=None))
+    texts = writer.write(fake, fake.tokenizer.encode("x.t"), flags, show=pieces.append)
+    return [piece for piece in pieces if piece], texts
+
+
+def test_a_stop_text_counts_wherever_its_tokens_part(here):
+    """Not only if they are those of the text alone; that in the prompt does not count."""
+    net = language_model.of_weights("llama")
+    ids, stop = net.tokenizer.encode("a.the quick"), net.tokenizer.encode(".t")
+    assert len(stop) == 2 and stop[1] not in ids
+    pieces, texts = written(net, ids, writer.Sampling(stop=("no such text", ".t")))
+    assert "".join(pieces) == "x.ta.t" and texts.rows == [ids[:3]] and texts.count == 3
+
+
+def test_a_text_is_shown_while_it_is_written_by_whole_characters(here):
+    """A character of several tokens comes at once; what stays incomplete at the end, then."""
+    net = language_model.of_weights("llama")
+    ids = net.tokenizer.encode("a☕🦊")
+    assert len(ids) == 8
+    pieces, texts = written(net, [*ids, *ids[1:3]], writer.Sampling())
+    assert pieces == ["x.ta", "☕", "🦊", "\ufffd"] and texts.rows == [[*ids, *ids[1:3]]]
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2", "t5"])
+def test_beams_equal_transformers(folder, here, capsys):
+    from transformers import AutoModelForCausalLM
+
+    net = language_model.of_weights(folder)
+    model = t5_cases.model_in("t5") if folder == "t5" else AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([language_model.ids_of(net, "a bad dog")])
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    options |= {"length_penalty": 0.5, "pad_token_id": 0, "use_cache": False}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
+    flags = ("--weights", folder, "--prompt", "a bad dog", "--max-new-tokens", "8", "--beam", "3", "--count", "2")
+    texts, _ = sampled(capsys, *flags, "--length-penalty", "0.5")
+    assert texts == [language_model.text_of(net, row) for row in expected] and texts[0] != texts[1]
+
+
+def test_one_beam_is_greedy_with_a_penalty_of_the_prompt(here, capsys):
+    flags = ("--weights", "llama", "--prompt", "the fox", "--repetition-penalty", "1.3", *SHORT)
+    assert sampled(capsys, *flags, "--beam", "1")[0] == sampled(capsys, *flags)[0] != sampled(capsys, *flags[:4])[0]
+
+
+def test_gpt_begins_with_the_first_token_of_a_llama(here, capsys):
+    flags = ("--weights", "llama", "--prompt", "the fox", *SHORT)
+    expected = sampled(capsys, *flags)[0][0]
+    assert runs.call("gpt", "sample", *flags) == 0 and capsys.readouterr().out == expected + "\n"
+
+
 def test_compiled_texts_are_the_same(here, capsys, monkeypatch):
     counted = []
 
@@ -147,9 +206,22 @@ def test_compiled_texts_are_the_same(here, capsys, monkeypatch):
         assert sampled(capsys, *flags, "--compile")[0] == sampled(capsys, *flags)[0] and counted == steps
 
 
+@pytest.mark.parametrize("folder", ["llama", "gpt2", "t5", "marian"])
+def test_weights_of_8_bits_take_a_quarter_of_the_memory(folder, here, capsys):
+    """The text is that of the rounded weights in single precision."""
+    flags = ("--weights", folder, "--prompt", "a bad dog", *SHORT)
+    texts, net, pieces = sampled(capsys, *flags, "--int8")[0], language_model.of_weights(folder), []
+    small = net._replace(params=int8.unformed(int8.quantise(net.params)))
+    assert writer.bytes_per_token(small) < 0.6 * writer.bytes_per_token(net)  # rows of 16: scales of a quarter
+    writer.write(
+        net._replace(params=formed(small.params)), language_model.ids_of(net, "a bad dog"), FLAGS, show=pieces.append
+    )
+    assert texts == ["".join(pieces)]
+
+
 def test_bytes_per_token(here):
     """Written out for a Llama with an output layer of its own, and a T5, of which the decoder alone is read."""
-    llama, t5 = writer.of_weights("llama"), writer.of_weights("t5")
+    llama, t5 = language_model.of_weights("llama"), language_model.of_weights("t5")
     block = 16 * (16 + 2 * 8 + 16) + 3 * 16 * 24 + 2 * 16
     assert writer.bytes_per_token(llama) == 4 * (2 * block + 300 * 16 + 16)
     block = (4 + 2) * 16 * 24 + 3 * 16 * 24 + 3 * 16  # without the source's keys and values
@@ -169,6 +241,11 @@ def test_refuses_in_one_line(here, capfd, tmp_path):
         (("--weights", "llama", "--draft", "llama", "--max-new-tokens", "99"), "exceed the context of 24"),
         (("--weights", "llama", "--min-p", "2"), "--min-p is 2.0; expected"),
         (("--run", "llama"), "'llama' is not the folder of a run"),
+        (("--weights", "llama", "--beam", "2", "--temperature", "0.5"), "--temperature 0.5 is for sampling; --beam"),
+        (("--weights", "llama", "--beam", "2", "--top-k", "3"), "--top-k 3 is for sampling; --beam draws nothing"),
+        (("--weights", "llama", "--beam", "2", "--draft", "llama"), "--beam searches without a --draft"),
+        (("--weights", "llama", "--beam", "2", "--count", "3"), "--count is 3; --beam 2 finds up to 2 texts"),
+        (("--weights", "llama", "--beam", "2", "--max-new-tokens", "99"), "exceed the context of 24"),
     ):
         assert message in refused(capfd, "sample", *flags), flags
 
@@ -184,6 +261,7 @@ def test_runs_of_other_scripts(tmp_path, monkeypatch, capfd):
         texts, _ = sampled(capfd, *run)
         capfd.readouterr()
         assert runs.call(script, "sample", *run) == 0 and capfd.readouterr().out.rstrip("\n") == texts[0].rstrip("\n")
+        assert sampled(capfd, *run, "--beam", "1")[0] == texts and sampled(capfd, *run, "--beam", "4")[0]
     assert "a draft is for a GPT" in refused(capfd, "sample", *run, "--draft", "runs/gpt/a")
     dates = ("--steps", "2", "--tokens", "300", "--eval-every", "1000", "--no-compile", "--name", "a")
     assert runs.call("translate", *dates) == 0

@@ -112,7 +112,7 @@ def test_sample_repeats_by_its_seed_and_has_a_default_prompt(here, capsys):
 
 
 def test_samples_end_after_a_text(here, capsys):
-    flags = ("--max-new-tokens", "400", "--count", "3", "--end", "e", "--repetition-penalty", "1.1")
+    flags = ("--max-new-tokens", "400", "--count", "3", "--stop", "e", "--repetition-penalty", "1.1")
     assert call("sample", "--run", "runs/gpt/whole", "--prompt", "The", *flags) == 0
     first, *others = re.split(r"\n\n--- sample \d\n", capsys.readouterr().out.removesuffix("\n"))
     assert len(others) == 2

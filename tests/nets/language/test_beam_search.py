@@ -5,57 +5,26 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from core import random, tree
 from nets.language import gpt2
 from nets.language.beam_search import _best, beam_search
 from nets.language.decoding import greedy
-from nets.language.sampling import penalise_repetition
+from tests.nets.language.beam_cases import (
+    END,
+    PADDING,
+    assert_same,
+    divisor,
+    generated,
+    listed,
+    marian,
+    marian_step,
+    markov,
+    texts,
+)
 
-END = 1
-PADDING = 39  # transformers' beam search pads with the end where the padding is token 0
 PENALTIES = [{"length_penalty": a, "normalization": n} for n in ("length", "gnmt") for a in (-0.5, 0.0, 0.6, 1.0, 2.0)]
-
-
-def markov(vocabulary=4, batch=1, seed=0):
-    """A step whose next token depends on the last two, on the position and on the example: (step, cache, logs).
-
-    The position makes the scores of all texts different. Entry (i, t, a, b, c) of logs is log p(c | a b) at position t.
-    """
-    table = 1.5 * random.normal(random.key(seed), (batch, vocabulary, vocabulary, vocabulary), torch.float64)
-    sharper = 1 + 0.05 * torch.arange(20)[:, None, None, None]
-
-    def step(cache, tokens, position):
-        logits = cache["table"][torch.arange(len(tokens)), cache["before"], tokens]
-        return logits * (1 + 0.05 * position), {"before": tokens, "table": cache["table"]}
-
-    cache = {"before": torch.zeros(batch, dtype=torch.int64), "table": table}
-    return step, cache, torch.log_softmax(table[:, None] * sharper, -1)
-
-
-def divisor(length, length_penalty=1.0, normalization="length"):
-    return (length if normalization == "length" else (5 + length) / 6) ** length_penalty
-
-
-def texts(logs, max_length, first=0, min_length=0, stop=()):
-    """Log-probability of every text of one example, that ends or is of max_length."""
-    vocabulary, logs, log_p = logs.shape[-1], logs.tolist(), {}
-    for n in range(1, max_length + 1):
-        for text in itertools.product(range(vocabulary), repeat=n):
-            ends = [m for m in range(min_length + 1, n + 1) if any(text[:m][-len(s) :] == s for s in ((END,), *stop))]
-            if END in text[:min_length] or min(ends, default=max_length) != n:
-                continue
-            path = (0, first, *text)
-            log_p[text] = sum(logs[t][path[t]][path[t + 1]][c] for t, c in enumerate(text))
-    return log_p
-
-
-def listed(actual, i=0):
-    """[(text, score)] of example i."""
-    pairs = zip(actual.tokens[i].tolist(), actual.lengths[i].tolist(), actual.scores[i].tolist(), strict=True)
-    return [(tuple(text[:n]), score) for text, n, score in pairs if n]
 
 
 @pytest.mark.parametrize("min_length", [0, 2])
@@ -70,54 +39,6 @@ def test_with_beams_for_all_texts_it_is_exhaustive(penalty, early_stopping, min_
     ordered = actual.scores[0]
     assert len(listed(actual)) == len(expected) and (ordered[:-1] >= ordered[1:]).all()
     assert (actual.tokens[0][actual.lengths[0] == 0] == 0).all() and ordered[len(expected) :].isneginf().all()
-
-
-@pytest.mark.parametrize("stop", [((2,),), ((2, 3), (0, 0, 3)), ((0,), (1,), (2,), (3,))], ids=str)
-@pytest.mark.parametrize("min_length", [0, 2])
-def test_stop_sequences_end_a_text_as_the_end_does(stop, min_length):
-    step, cache, logs = markov()
-    options = {"end": END, "stop": stop, "max_length": 4, "min_length": min_length}
-    # A stop sequence in which the prompt has a part does not count.
-    actual = beam_search(step, cache, torch.tensor([2]), beams=4**4, n_best=4**4, **options)
-    expected = {text: p / len(text) for text, p in texts(logs[0], 4, 2, min_length, stop).items()}
-    assert dict(listed(actual)) == pytest.approx(expected, rel=1e-12) and len(listed(actual)) == len(expected)
-    # Few beams: at each position enough continuations are left that do not end.
-    step, cache, _ = markov(batch=7)
-    options |= {"max_length": 9, "padding": 9}
-    one, other = (
-        search(step, cache, torch.arange(7) % 4, **options, **more)
-        for search, more in ((beam_search, {"beams": 1, "length_penalty": 0.0, "early_stopping": True}), (greedy, {}))
-    )
-    assert torch.equal(one.tokens[:, 0], other.tokens) and torch.equal(one.lengths[:, 0], other.lengths)
-    some = beam_search(step, cache, torch.arange(7) % 4, beams=3, n_best=3, **options)
-    for i in range(7):
-        for text, _ in listed(some, i):
-            ends = [m for m in range(1, len(text) + 1) if any(text[:m][-len(s) :] == s for s in ((END,), *stop))]
-            assert min((m for m in ends if m > min_length), default=9) == len(text)
-
-
-def test_repetition_penalty_is_that_of_sampling():
-    step, cache, _ = markov()
-    logits = cache["table"][0] * (1 + 0.05 * torch.arange(4)[:, None, None, None])
-
-    def score(text, first, start):
-        total, path = 0.0, (0, first, *text)
-        for t, token in enumerate(text):
-            present = torch.tensor([c in {*start, *path[2 : t + 2]} for c in range(4)])
-            penalised = penalise_repetition(logits[t, path[t], path[t + 1]], present, 1.7)
-            total += float(torch.log_softmax(penalised, -1)[token])
-        return total
-
-    options = {"end": END, "max_length": 4, "repetition_penalty": 1.7}
-    for start, present in (([3], None), ([0, 2], torch.tensor([[True, False, True, False]]))):
-        actual = beam_search(step, cache, torch.tensor([3]), beams=4**4, n_best=4**4, present=present, **options)
-        expected = {text: score(text, 3, start) / len(text) for text in texts(logits, 4)}
-        assert dict(listed(actual)) == pytest.approx(expected, rel=1e-12)
-    step, cache, _ = markov(9, batch=7)
-    one = beam_search(step, cache, torch.arange(7), beams=1, length_penalty=0.0, early_stopping=True, **options)
-    other = greedy(step, cache, torch.arange(7), **options)
-    assert torch.equal(one.tokens[:, 0], other.tokens)
-    assert not torch.equal(other.tokens, greedy(step, cache, torch.arange(7), end=END, max_length=4).tokens)
 
 
 def plain(logs, beams, max_length, penalty, first=0):
@@ -197,48 +118,6 @@ def test_one_beam_is_greedy():
 # transformers
 
 
-def marian(seed=0, vocabulary=40):
-    torch.manual_seed(seed)
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
-    config = MarianConfig(
-        vocab_size=vocabulary,
-        **sizes,
-        pad_token_id=PADDING,
-        eos_token_id=END,
-        decoder_start_token_id=2,
-        forced_eos_token_id=None,
-        dropout=0.0,
-        init_std=0.6,
-    )
-    model = MarianMTModel(config).eval().requires_grad_(False)
-    # Another output layer than the embedding, which would repeat the last token, and texts that end at all lengths.
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 16), requires_grad=False)
-    model.final_logits_bias[0, END] = 4.0
-    source = random.randint(random.key(seed), (6, 7), 3, PADDING).long()
-    mask = torch.arange(7) < torch.tensor([7, 3, 5, 1, 7, 4])[:, None]
-    return model, torch.where(mask, source, PADDING), mask.long()
-
-
-def marian_step(model, source, mask, positions):
-    """Without a cache of theirs: all tokens are read again at each position."""
-    memory = model.model.encoder(source, attention_mask=mask).last_hidden_state
-
-    def step(cache, tokens, position, shared):
-        texts = cache.index_copy(1, position[None], tokens[:, None])
-        beams = len(tokens) // len(shared["memory"])
-        memory, mask = (shared[name].repeat_interleave(beams, 0) for name in ("memory", "mask"))
-        output = model(
-            encoder_outputs=BaseModelOutput(memory),
-            attention_mask=mask,
-            decoder_input_ids=texts[:, : position + 1],
-            use_cache=False,
-        )
-        return output.logits[:, -1], texts
-
-    return step, torch.zeros(len(source), positions, dtype=torch.int64), {"memory": memory, "mask": mask}
-
-
 def test_tokens_and_scores_equal_transformers_marian():
     model, source, mask = marian()
     step, cache, shared = marian_step(model, source, mask, 16)
@@ -255,31 +134,6 @@ def test_tokens_and_scores_equal_transformers_marian():
             assert_same(actual, tokens[:, :n_best], scores[:, :n_best])
             lengths |= set(actual.lengths.flatten().tolist())
     assert len(lengths) > 6
-
-
-def generated(model, inputs, **options):
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True} | options
-    return model.generate(inputs, **options)
-
-
-def assert_same(actual, tokens, scores):
-    time = actual.tokens.shape[2]
-    assert torch.equal(actual.tokens, tokens[:, :, :time]) and (tokens[:, :, time:] == PADDING).all()
-    torch.testing.assert_close(actual.scores, scores, rtol=1e-5, atol=1e-5)
-
-
-def test_several_end_tokens_equal_transformers_marian():
-    model, source, mask = marian()
-    step, cache, shared = marian_step(model, source, mask, 16)
-    ends = [END, 7, 19, 23]
-    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 16, "eos_token_id": ends}
-    theirs = generated(model, source, attention_mask=mask, **options)
-    options = {"beams": 3, "n_best": 3, "max_length": 16, "padding": PADDING, "shared": shared}
-    options["stop"] = tuple((end,) for end in ends)
-    actual = beam_search(step, cache, torch.full((6,), 2), **options)
-    assert_same(actual, theirs.sequences[:, 1:].unflatten(0, (6, 3)), theirs.sequences_scores.reshape(6, 3))
-    last = actual.tokens.gather(2, actual.lengths[:, :, None] - 1)
-    assert len(last.unique()) > 2
 
 
 @pytest.mark.parametrize("min_length", [0, 5])

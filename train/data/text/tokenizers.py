@@ -125,10 +125,13 @@ class BytePairTokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Raises DataError naming the first character that no UTF-8 has: a lone surrogate."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Raises DataError naming the first character that no UTF-8 has: a lone surrogate.
+
+        special: with the tokens that the tokenizer puts around a text, such as <s>.
+        """
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
         except TypeError:
             position = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
             raise DataError(f"character {text[position]!r} at position {position} is no Unicode text") from None

@@ -1,0 +1,57 @@
+"""Weights as 8-bit integers, W = s Q with one s per row, which `linear` and `embedding` apply as they are."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.layers.unformed import Unformed
+
+FEW = 8
+"""Rows of x up to which a compiled product on a CPU is better written as a sum, which reads Q alone."""
+
+
+class Int8(Unformed):
+    """s Q.
+
+    Args:
+        int8: Q, (rows, *rest) of torch.int8.
+        scale: s, (rows,), of the dtype of W.
+    """
+
+    fields = ("int8", "scale")
+
+    def __init__(self, int8: Tensor, scale: Tensor):
+        self.int8, self.scale = int8, scale
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.int8.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.int8.nbytes + self.scale.nbytes
+
+    def dense(self) -> Tensor:
+        return self.int8.to(self.scale.dtype) * self.scale.reshape(-1, *(1,) * (self.int8.ndim - 1))  # (rows, *rest)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ = s (x Qᵀ): (..., d_in) -> (..., rows)."""
+        few = x.shape[:-1].numel() <= FEW and x.device.type == "cpu"
+        if few and torch.compiler.is_compiling():  # one loop over Q; a product would write it in the dtype of x first
+            wide = torch.promote_types(x.dtype, torch.float32)
+            y = (x[..., None, :].to(wide) * self.int8).sum(-1)  # (..., rows)
+            return (y * self.scale).to(x.dtype)
+        return F.linear(x, self.int8.to(x.dtype)) * self.scale  # (..., rows)
+
+    def rows(self, ids: Tensor, padding_id: int | None = None) -> Tensor:
+        """Rows of the table: ids (...) -> (..., *rest)."""
+        scale = F.embedding(ids, self.scale[:, None])  # (..., 1)
+        return F.embedding(ids, self.int8, padding_id).to(self.scale.dtype) * scale
