@@ -29,23 +29,16 @@ from torch import Tensor
 from core import initializers, nodes, tree
 from core import spec as specs
 from core.layers.low_rank import LowRank, blocks, row_norms
-from core.spec import Param
+from core.spec import Param, Table
 from core.tree import Tree
 
 Rows = Sequence[tuple[int, int]]
 Targets = Sequence[str] | Mapping[str, Rows | None] | Callable[[str, Any], bool]
-EMBEDDING_AXES = ("vocabulary", "time", "classes")
-"""Logical names of a first axis that is looked up by ids."""
 
 
 def scale(rank: int, alpha: float, stabilised: bool = False) -> float:
     """s: alpha / rank, or with `stabilised` alpha / sqrt(rank)."""
     return alpha / math.sqrt(rank) if stabilised else alpha / rank
-
-
-def is_embedding(leaf: Param) -> bool:
-    """True of a table that is looked up by ids, by the logical name of its first axis."""
-    return bool(leaf.axes) and leaf.axes[0] in EMBEDDING_AXES
 
 
 def spec(model: Tree, targets: Targets, rank: int, *, magnitudes: bool = False) -> Tree:
@@ -109,10 +102,9 @@ def _block(leaf: Any, rows: int, rank: int, magnitudes: bool) -> Tree:
     rest = tuple(leaf.shape[1:])
     axes = tuple(getattr(leaf, "axes", ())) or (None,) * (1 + len(rest))
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    lookup = isinstance(leaf, Param) and is_embedding(leaf)
-    if lookup and magnitudes:
+    if isinstance(leaf, Table) and magnitudes:
         raise ValueError("lora: magnitudes (DoRA) are for linear and convolution weights, and not for embeddings")
-    init = initializers.normal() if lookup else initializers.kaiming_uniform(math.sqrt(5))
+    init = initializers.normal() if isinstance(leaf, Table) else initializers.kaiming_uniform(math.sqrt(5))
     parts = {
         "a": Param((rank, *rest), init, (None, *axes[1:]), dtype),
         "b": Param((rows, rank), initializers.zeros, (axes[0], None), dtype),

@@ -42,6 +42,11 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Table(Param):
+    """A parameter whose rows are looked up by ids, as those of an embedding are."""
+
+
+@dataclass(frozen=True)
 class Stat(Param):
     """A running statistic, measured in training instead of learned (batch norm's mean); only ever a dict value.
 

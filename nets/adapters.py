@@ -324,7 +324,7 @@ def _modules(name: str, leaf: Any, adapter: Tree, rename: Rename, sizes: Mapping
 def _peft_entries(leaf: Any, block: Tree) -> Iterator[tuple[str, Tensor]]:
     """peft's entries of an adapter of one module."""
     ndim = len(leaf.shape)
-    if lora.is_embedding(leaf):
+    if isinstance(leaf, specs.Table):
         yield "lora_embedding_A", block["b"].T
         yield "lora_embedding_B", block["a"].T
         return

@@ -7,7 +7,7 @@ from core.initializers import Initializer, normal
 from core.layers.checks import check_arguments
 from core.layers.int8 import Int8
 from core.layers.low_rank import LowRank, low_rank
-from core.spec import Param
+from core.spec import Table
 from core.tree import Tree
 
 NORMAL = normal()
@@ -21,7 +21,7 @@ def embedding_spec(
     axes: tuple[str | None, str | None] = ("vocabulary", "width"),
 ) -> Tree:
     """weight (vocabulary, width), from N(0, 1) as in torch.nn.Embedding."""
-    return {"weight": Param((vocabulary, width), init, axes)}
+    return {"weight": Table((vocabulary, width), init, axes)}
 
 
 def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:

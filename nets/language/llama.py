@@ -143,7 +143,8 @@ def spec(cfg: Config) -> dict:
     }
     table = embedding_spec(cfg.vocabulary, cfg.width, init=init, axes=("vocabulary", "embed"))
     parts = {"blocks": [block] * cfg.layers, "norm": rms_norm_spec(cfg.width)}
-    return parts | ({} if cfg.tied else {"output": table}) | {"tokens": table}
+    output = linear_spec(cfg.width, cfg.vocabulary, bias=False, init=init, axes=("vocabulary", "embed"))
+    return parts | ({} if cfg.tied else {"output": output}) | {"tokens": table}
 
 
 def _norm(p: dict, x: Tensor, cfg: Config) -> Tensor:

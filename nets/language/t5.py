@@ -141,11 +141,11 @@ def spec(cfg: Config) -> dict:
         positions = embedding_spec(cfg.buckets, cfg.heads, init=of_width, axes=("buckets", "heads"))
         return {"blocks": [block] * layers, "norm": norm, "positions": positions}
 
-    def table(init: initializers.Initializer) -> dict:
-        return embedding_spec(cfg.vocabulary, cfg.width, init=init, axes=("vocabulary", "embed"))
-
     parts = {"decoder": side(decoder, cfg.decoder_layers), "encoder": side(encoder, cfg.layers)}
-    return parts | ({} if cfg.tied else {"output": table(of_width)}) | {"tokens": table(initializers.normal(1.0))}
+    axes = ("vocabulary", "embed")
+    output = linear_spec(cfg.width, cfg.vocabulary, bias=False, init=of_width, axes=axes)
+    table = embedding_spec(cfg.vocabulary, cfg.width, axes=axes)
+    return parts | ({} if cfg.tied else {"output": output}) | {"tokens": table}
 
 
 def bucket(distances: Tensor, buckets: int, farthest: int, both: bool) -> Tensor:

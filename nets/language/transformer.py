@@ -23,8 +23,8 @@ from torch import Tensor
 
 from core import initializers, random
 from core.attention import Cache, cross_keys_values, empty_cache
-from core.layers import activation, dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec, linear
-from core.spec import Param
+from core.layers import activation, dropout_sites, embedding, embedding_spec, layer_norm, layer_norm_spec
+from core.layers.linear import linear, linear_spec
 from nets.blocks.transformer_block import block, block_spec, cached_block, decoder_block_spec, identity, sinusoids
 
 POSITIONS = ("sinusoidal", "halves", "learned")
@@ -124,8 +124,8 @@ def spec(cfg: Config) -> dict:
         return parts if cfg.shared else parts | {"tokens": table(vocabulary)}
 
     sizes = (cfg.width, cfg.heads, cfg.hidden)
-    output = {"bias": Param((cfg.target_vocabulary,), axes=("vocabulary",))} if cfg.output_bias else {}
-    output |= {} if cfg.shared else table(cfg.target_vocabulary)
+    head = linear_spec(cfg.width, cfg.target_vocabulary, bias=cfg.output_bias, init=init, axes=("vocabulary", "embed"))
+    output = {name: leaf for name, leaf in head.items() if name == "bias" or not cfg.shared}
     decoder = side(decoder_block_spec(*sizes), cfg.target_vocabulary)
     parts = {"decoder": decoder, "encoder": side(block_spec(*sizes), cfg.source_vocabulary)}
     parts |= {"output": output} if output else {}

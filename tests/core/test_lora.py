@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from core import initializers, lora, per_example, random, spec, tree
 from core.layers import conv, conv_spec, conv_transpose, embedding, embedding_spec, linear, linear_spec
 from core.layers.low_rank import LowRank
+from nets.language import llama
 from tests.registry import NETS
 from tests.test_laws import PLAIN, batch, one_key_each, scalar, values
 
@@ -279,6 +280,15 @@ def test_adapters_start_as_peft_draws_them():
     assert abs(float(table.std()) - 1) < 0.1
     params = spec.init(KEY, model)
     tree.map(torch.testing.assert_close, lora.merge(params, adapters, 2.0), params)
+
+
+def test_an_output_layer_of_a_vocabulary_is_no_table():
+    """It is a linear layer: its A is drawn as one's, and its magnitudes have a place."""
+    model = llama.spec(llama.Config(50, 8, layers=1, heads=2, kv_heads=2, width=16, hidden=16))
+    adapters = spec.init(KEY, lora.spec(model, ["output.weight", "tokens.weight"], 64))
+    assert abs(float(adapters["tokens"]["weight"]["a"].std()) - 1) < 0.1
+    assert float(adapters["output"]["weight"]["a"].abs().max()) <= 1 / 4
+    assert "magnitude" in lora.spec(model, ["output.weight"], 2, magnitudes=True)["output"]["weight"]
 
 
 def test_scale():
