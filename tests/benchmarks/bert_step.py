@@ -4,8 +4,11 @@
 same weights; without dropout, the losses of three steps must agree. Logits are computed at all places, as transformers
 does; one more row computes them at the masked places alone.
 
+With --norms, instead: the norm of every example's gradient with the mean gradient, beside the mean gradient alone, both
+compiled, with logits at the masked places; the norms must be those of texts alone.
+
     python tests/benchmarks/bert_step.py [--layers 6] [--width 384] [--vocabulary 30522] [--time 128] [--batch 16]
-        [--rounds 9] [--device cpu]
+        [--rounds 9] [--device cpu] [--norms]
 """
 
 import argparse
@@ -15,9 +18,10 @@ from functools import partial
 import torch
 import torchvision_operators  # noqa: F401
 from timing import interleaved, report
+from torch.func import grad
 from transformers import BertConfig, BertForMaskedLM
 
-from core import random, spec, tree
+from core import per_example, random, spec, tree
 from nets.language import bert
 from train import optimizers
 from train.losses import cross_entropy
@@ -67,17 +71,44 @@ def module_step(cfg, params, batch, device):
     return step
 
 
+def masked_losses(params, batch, cfg, **options):
+    """(batch,): mean losses at the masked places of each text, whose logits alone are computed."""
+    tokens, mask, labels, places = batch
+    x = bert.features(params, tokens, cfg, mask=mask, **options)  # (batch, time, width)
+    x = x.gather(1, places[..., None].expand(-1, -1, cfg.width))  # (batch, masked, width)
+    logits = bert.token_logits(params, x, cfg)  # (batch, masked, vocabulary)
+    return cross_entropy(logits, labels.gather(1, places), reduction="none").mean(1)
+
+
+def compare_norms(cfg, params, batch, rounds):
+    losses = partial(masked_losses, cfg=cfg)
+
+    def plain(params, batch):
+        return grad(lambda p: losses(p, batch).mean())(params)
+
+    def norms(params, batch):
+        out = per_example.reports(losses, params, batch)
+        return out.mean, out.norm
+
+    compiled = [torch.compile(f, fullgraph=True, dynamic=False) for f in (plain, norms)]
+    sides = {"plain gradient": lambda: compiled[0](params, batch), "norms": lambda: compiled[1](params, batch)}
+    for i in (0, len(batch[0]) - 1):
+        alone = tree.map(lambda g: g.norm(), plain(params, tuple(x[i : i + 1] for x in batch)))
+        actual = tree.map(lambda norm, i=i: norm[i], sides["norms"]()[1])
+        tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6), actual, alone)
+    title = f"norms and mean gradient, {cfg.layers} x {cfg.width}, {batch[0].shape[1]} tokens, batch {len(batch[0])}"
+    report(title, interleaved(sides, rounds), "norms", {"plain gradient": 1.15})
+
+
 def functree_step(cfg, params, batch, device, masked_only):
     optimizer = optimizers.adamw(RATE, *BETAS, weight_decay=DECAY)
 
     def loss(params, batch, keys):
-        tokens, mask, labels, places = batch
-        if not masked_only:
-            logits = bert.apply(params, tokens, cfg, mask=mask, key=keys, train=True)
-            return cross_entropy(logits, labels, ignore_id=IGNORED)
-        x = bert.features(params, tokens, cfg, mask=mask, key=keys, train=True)  # (batch, time, width)
-        x = x.gather(1, places[..., None].expand(-1, -1, cfg.width))  # (batch, masked, width)
-        return cross_entropy(bert.token_logits(params, x, cfg), labels.gather(1, places))
+        tokens, mask, labels, _ = batch
+        if masked_only:
+            return masked_losses(params, batch, cfg, key=keys, train=True).mean()
+        logits = bert.apply(params, tokens, cfg, mask=mask, key=keys, train=True)
+        return cross_entropy(logits, labels, ignore_id=IGNORED)
 
     state = start(random.key(1, device), tree.map(torch.clone, params), bert.spec(cfg), optimizer)
     train = make_step(loss, optimizer, donate=True, update_norm=False)
@@ -112,12 +143,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--norms", action="store_true", help="time the norms of every example's gradient instead")
     args = parser.parse_args()
     torch.set_num_threads(2)
     sizes = {"vocabulary": args.vocabulary, "layers": args.layers, "width": args.width, "hidden": 4 * args.width}
     cfg = bert.Config(**sizes, heads=max(1, args.width // 32), context=args.time, head="masked_tokens")
     batch = texts(cfg, args)
     params = tree.move(spec.init(random.key(0), bert.spec(cfg)), args.device)
+    if args.norms:
+        return compare_norms(dataclasses.replace(cfg, dropout=0.0, attention_dropout=0.0), params, batch, args.rounds)
     for dropout in (0.0, 0.1):
         cfg = dataclasses.replace(cfg, dropout=dropout, attention_dropout=dropout)
         steps = {

@@ -22,6 +22,10 @@ CASES = [
     ("adamw --rounds 1", "functree donated / torch.optim fused"),
     ("beam_search --presets tiny --batches 2 --sentences 2 --vocabulary 20 --rounds 1", "functree, compiled / trans"),
     ("bert_step --layers 1 --width 16 --vocabulary 50 --time 16 --batch 2 --rounds 1", "functree / transformers"),
+    (
+        "bert_step --layers 1 --width 16 --vocabulary 50 --time 16 --batch 2 --rounds 1 --norms",
+        "norms / plain gradient",
+    ),
     ("classifier_accuracy --data pictures.zip --epochs 1 --batch 4 --seeds 1 --workers 0 --no-compile", "plain loop"),
     ("classifiers --size 32 --batch 2 --rounds 1", "functree / torchvision"),
     ("diffusion_sampling --preset digits --batch 1 --steps 2 --rounds 1", "functree / diffusers"),

@@ -1,3 +1,9 @@
+"""experiments/compare_tokenizers.py, which is no row of the registry.
+
+The laws there are those of a run with steps and checkpoints, which is stopped and resumed to the same bits. A tokenizer
+is learned in one call of seconds, and a stopped comparison is started again; what is left of the laws is tested here.
+"""
+
 import functools
 
 import pytest
