@@ -7,7 +7,9 @@ Nothing here can run code from a file: safetensors hold only tensors, and pickle
 import argparse
 import difflib
 import json
+import math
 import re
+import typing
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,6 +131,28 @@ def read_config(source: str, name: str = "config.json", optional: bool = False) 
             return {}
         raise
     return _read_json(path)
+
+
+def config_of(base: Any, **fields: Any) -> Any:
+    """A net's configuration of values from a file: a dataclass, or one with some fields replaced.
+
+    Raises:
+        WeightsError: a value of another type than its field, not finite, or one that the net refuses.
+    """
+    kind, defaults = (base, {}) if isinstance(base, type) else (type(base), vars(base))
+    for name, hint in typing.get_type_hints(kind).items():
+        types = set(typing.get_args(hint) or (hint,))  # {int, NoneType} of `int | None`
+        if name not in fields or not types <= {bool, float, int, str, type(None)}:
+            continue
+        value = fields[name]
+        fits = type(value) in types | ({int} if float in types else set())
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            words = getattr(hint, "__name__", hint)
+            raise WeightsError(f"the configuration makes no model: {name} is {value!r}; expected {words}")
+    try:
+        return kind(**{**defaults, **fields})
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the configuration makes no model: {error}") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -32,7 +32,7 @@ from core.layers.checks import check_tensor
 from core.spec import Param
 from nets.blocks.transformer_block import block, block_spec, identity
 from nets.language import bert_weights
-from nets.weights import Rename
+from nets.weights import Rename, config_of
 
 HEADS = {
     "features": (),
@@ -344,7 +344,7 @@ def published_config(config: dict, head: str | None = None) -> Config:
     Raises:
         WeightsError: another kind of model, or an entry with a value that makes another function, by name.
     """
-    return bert_weights.make(Config(), **bert_weights.encoder_fields(config, head, FAMILY))
+    return config_of(Config, **bert_weights.encoder_fields(config, head, FAMILY))
 
 
 CLASSES = {

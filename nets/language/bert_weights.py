@@ -12,7 +12,7 @@ from torch import Tensor
 from core import spec as specs
 from core import tree
 from core.tree import Tree
-from nets.weights import Rename, WeightsError, fill, listing, read, read_config
+from nets.weights import Rename, WeightsError, config_of, fill, listing, read, read_config
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,6 @@ def activation(config: dict, name: str) -> str:
     if theirs not in ACTIVATIONS:
         raise WeightsError(f"the configuration has {name}={theirs!r}; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
-
-
-def make(config: Any, **options) -> Any:
-    """replace(config, **options); what it refuses is a WeightsError."""
-    try:
-        return replace(config, **options)
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"the configuration makes no model: {error}") from error
 
 
 def shared_fields(config: dict, head: str | None, family: Family) -> dict[str, Any]:
@@ -247,7 +239,7 @@ def load(
             raise WeightsError(f"{what}: the architecture {names} has no known head; pass head=, one of {known}")
         file_head = fullest
     cfg = family.config(config, head or file_head)
-    cfg = cfg if classes is None else make(cfg, classes=classes)
+    cfg = cfg if classes is None else config_of(cfg, classes=classes)
     decoder, tokens = state.get(f"{family.decoder}.weight"), state.get(family.table(cfg)["tokens.weight"].names[0])
     if "masked_tokens" in _head_parts(cfg, family) and decoder is not None and tokens is not None:
         name, same = f"'{family.decoder}.weight'", _same(decoder, tokens)

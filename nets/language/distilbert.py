@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nets.language import bert_weights
 from nets.language.bert import Config, apply, features, hidden_states, sentence_embeddings, spec, token_logits
-from nets.weights import Rename
+from nets.weights import Rename, config_of
 
 __all__ = ["Config", "apply", "features", "hidden_states", "sentence_embeddings", "spec", "token_logits"]
 
@@ -58,7 +58,7 @@ def published_config(config: dict, head: str | None = None) -> Config:
     if fields["head"] in ("sequence", "spans"):
         name, default = {"sequence": ("seq_classif_dropout", 0.2), "spans": ("qa_dropout", 0.1)}[fields["head"]]
         fields |= bert_weights.numbers({name: default} | config, {name: "head_dropout"}, (int, float), "a number")
-    return bert_weights.make(PRESETS["distilbert"], **fields, activation=bert_weights.activation(config, "activation"))
+    return config_of(PRESETS["distilbert"], **fields, activation=bert_weights.activation(config, "activation"))
 
 
 CLASSES = {

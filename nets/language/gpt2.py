@@ -10,7 +10,7 @@ one more at the end). In both the output layer is the token embedding again:
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from core.layers import dropout_sites, embedding, embedding_spec, layer_norm, la
 from core.layers.checks import check_tensor
 from nets.blocks.transformer_block import block, block_spec, cached_block
 from nets.language import generation
-from nets.weights import Rename, WeightsError, fill, read, read_config
+from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,7 @@ def published_config(config: dict) -> Config:
     for name in ours:
         if not isinstance(config.get(name, 1), (int, float) if name == "resid_pdrop" else int):
             raise WeightsError(f"the configuration has {name}={config[name]!r}; expected a number")
-    try:
-        return replace(base, **{mine: config[theirs] for theirs, mine in ours.items() if theirs in config})
-    except ValueError as error:
-        raise WeightsError(f"the configuration makes no model: {error}") from error
+    return config_of(base, **{mine: config[theirs] for theirs, mine in ours.items() if theirs in config})
 
 
 def _without_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:

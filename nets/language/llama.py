@@ -34,7 +34,7 @@ from core.layers import dropout_sites, embedding, embedding_spec, linear, linear
 from core.layers.checks import check_tensor
 from nets.blocks.transformer_block import identity
 from nets.language import generation
-from nets.weights import Rename, WeightsError, fill, read, read_config
+from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
 
 WHAT = "Llama weights"
 
@@ -309,21 +309,26 @@ FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"
 FIXED |= {"partial_rotary_factor": 1.0, "quantization_config": None, "use_sliding_window": False}
 SIZES = {"vocab_size": "vocabulary", "max_position_embeddings": "context", "num_hidden_layers": "layers"}
 SIZES |= {"num_attention_heads": "heads", "hidden_size": "width", "intermediate_size": "hidden"}
+LLAMA3 = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high"}
+LLAMA3 |= {"original_max_position_embeddings": "rope_context"}
 
 
 def _rope(config: dict) -> dict[str, Any]:
     """The rotary positions: `rope_parameters`, or `rope_theta` and `rope_scaling` of transformers before 5."""
-    rope = {"rope_theta": config.get("rope_theta")} | (config.get("rope_scaling") or {})
-    rope |= config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta")}
+    for entry in ("rope_scaling", "rope_parameters"):
+        if not isinstance(own := config.get(entry) or {}, dict):
+            raise WeightsError(f"the configuration has {entry}={own!r}; expected an object")
+        rope |= own
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise WeightsError(f"the configuration has rope_type={kind!r}; expected 'default' or 'llama3'")
+    known = ("rope_theta", "rope_type", "type", *LLAMA3)
+    if others := [n for n in rope if n not in known and (n, rope[n]) != ("partial_rotary_factor", 1.0)]:
+        raise WeightsError(f"the configuration has {others[0]}={rope[others[0]]!r} of rotary positions, unknown here")
     if rope["rope_theta"] is None and config.get("model_type") == "llama":
         rope["rope_theta"] = 10000.0  # the files of Llama 1 and 2 may not name it
-    ours = {"rope_theta": "theta"}
-    if kind == "llama3":
-        ours |= {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high"}
-        ours |= {"original_max_position_embeddings": "rope_context"}
+    ours = {"rope_theta": "theta"} | (LLAMA3 if kind == "llama3" else {})
     for name in ours:
         if not isinstance(rope.get(name), (int, float)) or isinstance(rope[name], bool):
             raise WeightsError(f"the configuration has {name}={rope.get(name)!r}; expected a number")
@@ -350,19 +355,17 @@ def published_config(config: dict) -> Config:
             raise WeightsError(f"the configuration has {name}={config.get(name)!r}; expected an integer")
     depth, usual = config.get("head_dim"), config["hidden_size"] / max(config["num_attention_heads"], 1)
     rope = _rope(config)
-    try:
-        return Config(
-            **{mine: config[theirs] for theirs, mine in SIZES.items()},
-            **rope,
-            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            depth=None if depth == usual else depth,
-            qkv_bias=kind == "qwen2",
-            tied=config.get("tie_word_embeddings", False),
-            window=config.get("sliding_window") if kind == "mistral" else None,
-            eps=config.get("rms_norm_eps", 1e-6),
-        )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"the configuration makes no model: {error}") from error
+    return config_of(
+        Config,
+        **{mine: config[theirs] for theirs, mine in SIZES.items()},
+        **rope,
+        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        depth=None if depth == usual else depth,
+        qkv_bias=kind == "qwen2",
+        tied=config.get("tie_word_embeddings", False),
+        window=config.get("sliding_window") if kind == "mistral" else None,
+        eps=config.get("rms_norm_eps", 1e-6),
+    )
 
 
 def _without_frequencies(state: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:

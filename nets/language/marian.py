@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nets.language.transformer import Config, sinusoids, spec
-from nets.weights import Rename, WeightsError, fill, read, read_config
+from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
 
 WHAT = "Marian weights"
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -75,20 +75,18 @@ def published_config(config: dict) -> Config:
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise WeightsError(f"the configuration has activation_function={activation!r}; expected one of {known}")
-    try:
-        return Config(
-            **{mine: config[theirs] for theirs, mine in ours.items()},
-            target_vocabulary=config.get("decoder_vocab_size") or config["vocab_size"],
-            dropout=config.get("dropout", 0.1),
-            attention_dropout=config.get("attention_dropout", 0.0),
-            positions="halves",
-            activation=ACTIVATIONS[activation],
-            shared=config.get("share_encoder_decoder_embeddings", True),
-            scale=config.get("scale_embedding", False),
-            output_bias=True,
-        )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"the configuration makes no model: {error}") from error
+    return config_of(
+        Config,
+        **{mine: config[theirs] for theirs, mine in ours.items()},
+        target_vocabulary=config.get("decoder_vocab_size") or config["vocab_size"],
+        dropout=config.get("dropout", 0.1),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        positions="halves",
+        activation=ACTIVATIONS[activation],
+        shared=config.get("share_encoder_decoder_embeddings", True),
+        scale=config.get("scale_embedding", False),
+        output_bias=True,
+    )
 
 
 def _untie(state: dict[str, Tensor], cfg: Config) -> None:

@@ -21,7 +21,7 @@ from nets.language.bert import (
     spec,
     token_logits,
 )
-from nets.weights import Rename, WeightsError
+from nets.weights import Rename, WeightsError, config_of
 
 __all__ = ["Config", "apply", "features", "hidden_states", "sentence_embeddings", "spec", "token_logits"]
 
@@ -64,7 +64,7 @@ def published_config(config: dict, head: str | None = None) -> Config:
         raise WeightsError(f"the configuration has hidden_act={theirs!r}; only 'gelu' is supported with masked_tokens")
     fields["context"] -= fields["padding_id"] + 1  # rows of the table -> tokens
     rate = fields.get("head_dropout", fields.get("dropout", BASE.dropout))
-    return bert_weights.make(BASE, **fields, pooler_dropout=rate)
+    return config_of(BASE, **fields, pooler_dropout=rate)
 
 
 CLASSES = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nets.language.t5 import Config, spec
-from nets.weights import Rename, WeightsError, fill, read, read_config
+from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
 
 WHAT = "T5 weights"
 HEAD, SHARED = "lm_head.weight", "shared.weight"
@@ -71,22 +71,20 @@ def published_config(config: dict) -> Config:
         )
     tied = config.get("tie_word_embeddings", True)
     decoder_layers = config.get("num_decoder_layers")
-    try:
-        return Config(
-            **{mine: config[theirs] for theirs, mine in ours.items()},
-            decoder_layers=config["num_layers"] if decoder_layers is None else decoder_layers,
-            activation=ACTIVATIONS[name],
-            gated=gated,
-            tied=tied,
-            scale=config.get("scale_decoder_outputs", tied),
-            buckets=config.get("relative_attention_num_buckets", 32),
-            farthest=config.get("relative_attention_max_distance", 128),
-            dropout=config.get("dropout_rate", 0.1),
-            eps=config.get("layer_norm_epsilon", 1e-6),
-            padding_id=config.get("pad_token_id", 0),
-        )
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"the configuration makes no model: {error}") from error
+    return config_of(
+        Config,
+        **{mine: config[theirs] for theirs, mine in ours.items()},
+        decoder_layers=config["num_layers"] if decoder_layers is None else decoder_layers,
+        activation=ACTIVATIONS[name],
+        gated=gated,
+        tied=tied,
+        scale=config.get("scale_decoder_outputs", tied),
+        buckets=config.get("relative_attention_num_buckets", 32),
+        farthest=config.get("relative_attention_max_distance", 128),
+        dropout=config.get("dropout_rate", 0.1),
+        eps=config.get("layer_norm_epsilon", 1e-6),
+        padding_id=config.get("pad_token_id", 0),
+    )
 
 
 def from_published(state: dict[str, Tensor], cfg: Config) -> dict:
