@@ -33,11 +33,16 @@ ENTRIES = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 """peft's entries of an adapter -> ours; an embedding's are transposed, so A and B change over."""
+PARTS = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}
 FIXED = {"bias": ("none",), "lora_bias": (False,), "megatron_config": (None,), "peft_type": ("LORA",)}
 FIXED |= {"alora_invocation_tokens": (None,), "layer_replication": (None,), "target_parameters": (None, [])}
 FIXED |= {"trainable_token_indices": (None,), "use_qalora": (False,), "use_bdlora": (None,)}
 FIXED |= {"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
 """Entries of adapter_config.json with supported values; other ways to initialise change the net's own weights."""
+
+KINDS = {"rank_pattern": (dict, "an object"), "alpha_pattern": (dict, "an object")}
+KINDS |= {"use_dora": (bool, "true or false"), "use_rslora": (bool, "true or false")}
+"""Entries of adapter_config.json, absent or null included, and their types."""
 
 
 class Adapter(NamedTuple):
@@ -98,7 +103,8 @@ def read_peft(
 ) -> Adapter:
     """An adapter that peft wrote: a directory, one of its files, or a Hugging Face repository.
 
-    Where peft gives modules ranks or scales of their own, b is multiplied so that one scale serves all.
+    Where peft gives modules ranks or scales of their own, b is multiplied so that one scale serves all. An adapter of
+    an embedding that is the output layer, too, acts in both here, in peft in the look-up alone until it is merged.
 
     Args:
         model: the net's spec.
@@ -114,6 +120,9 @@ def read_peft(
     for name, supported in FIXED.items():
         if name in config and config[name] not in supported:
             raise WeightsError(f"adapter: {name} is {config[name]!r}; only {supported[0]!r} is supported")
+    for name, (kind, word) in KINDS.items():
+        if not isinstance(config.get(name) or kind(), kind):
+            raise WeightsError(f"adapter: {name} is {config[name]!r}; expected {word}")
     state = read(str(locate(source, FILES)), prefixes=())
     places, leaves = _places(table), dict(tree.items(model))
     entries: dict[str, dict[int, dict[str, Tensor]]] = {}
@@ -121,23 +130,28 @@ def read_peft(
     scale = _module_scale(config, "")
     for key, value in state.items():
         path, entry = _split(key)
+        if not value.is_floating_point():
+            raise WeightsError(f"adapter: '{key}' holds {value.dtype}, expected floating-point numbers")
         if entry is None:  # a parameter as a whole; an embedding that has an adapter comes with its table
             place = _place(path.replace(".base_layer.", "."), places)
             modules.setdefault(place.name, {})[place.index] = value.T if place.rename.transposed else value
             continue
         place = _place(f"{path}.weight", places)
         own = _oriented(value, entry, len(leaves[place.name].shape)).contiguous()
+        own = own.to(torch.promote_types(own.dtype, torch.float32))  # halves are computed with in float32, as by peft
         if ENTRIES[entry] == "b":
+            rank = _of_module(config, path, "rank_pattern", "r")
+            if own.shape[-1] != rank:
+                raise WeightsError(f"adapter: '{key}' has rank {own.shape[-1]}, but adapter_config.json says {rank}")
             own = own * (_module_scale(config, path) / scale)
         entries.setdefault(place.name, {}).setdefault(place.index, {})[ENTRIES[entry]] = own
     adapters: dict[str, Tree] = {}
     for name, parts in entries.items():
         for entry in parts.values():
-            if not {"a", "b"} <= set(entry):
-                names = listing(table[name].names)
-                raise WeightsError(
-                    f"adapter: of {names} the file has only {listing(entry)}; expected lora_A and lora_B"
-                )
+            if set(entry) != ({"a", "b", "magnitude"} if config.get("use_dora") else {"a", "b"}):
+                names, parts_of = listing(table[name].names), listing(PARTS[part] for part in sorted(entry))
+                reason = f"use_dora is {bool(config.get('use_dora'))}"
+                raise WeightsError(f"adapter: of {names} the file has {parts_of}, but {reason} in adapter_config.json")
         known, count = {i: entry["b"].shape[0] for i, entry in parts.items()}, len(table[name].names)
         if count == 1:
             adapters[name] = parts[0]
@@ -184,18 +198,22 @@ def _oriented(value: Tensor, entry: str, ndim: int) -> Tensor:
     return value.flatten(1) if ENTRIES[entry] == "b" and ndim > 2 else value
 
 
-def _module_scale(config: dict[str, Any], path: str) -> float:
-    """s of a module, by name where `rank_pattern` or `alpha_pattern` has one."""
-
-    def of(pattern: str, default: str) -> float:
-        own = config.get(pattern) or {}
+def _of_module(config: dict[str, Any], path: str, pattern: str, default: str) -> float:
+    """A module's rank or alpha, by name where the pattern has one."""
+    own = config.get(pattern) or {}
+    try:
         key = next((key for key in own if path and re.match(rf"(.*\.)?({key})$", path)), None)
-        value = config.get(default, 8) if key is None else own[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-            raise WeightsError(f"adapter: {default} is {value!r}; expected a number above 0")
-        return value
+    except re.error as error:
+        raise WeightsError(f"adapter: {pattern} has a name that is no regular expression: {error}") from None
+    value = config.get(default, 8) if key is None else own[key]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise WeightsError(f"adapter: {default} is {value!r}; expected a number above 0")
+    return value
 
-    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+
+def _module_scale(config: dict[str, Any], path: str) -> float:
+    """s of a module."""
+    rank, alpha = _of_module(config, path, "rank_pattern", "r"), _of_module(config, path, "alpha_pattern", "lora_alpha")
     return lora.scale(rank, alpha, stabilised=bool(config.get("use_rslora")))
 
 

@@ -354,11 +354,10 @@ def published_config(config: dict) -> Config:
         if type(config.get(name)) is not int:
             raise WeightsError(f"the configuration has {name}={config.get(name)!r}; expected an integer")
     depth, usual = config.get("head_dim"), config["hidden_size"] / max(config["num_attention_heads"], 1)
-    rope = _rope(config)
     return config_of(
         Config,
         **{mine: config[theirs] for theirs, mine in SIZES.items()},
-        **rope,
+        **_rope(config),
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         depth=None if depth == usual else depth,
         qkv_bias=kind == "qwen2",

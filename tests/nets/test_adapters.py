@@ -1,6 +1,7 @@
 """Adapters against the library peft, in its files: forward, merge, gradients, both ways; and what does not fit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -265,7 +266,10 @@ def renamed(state, old, new):
             lambda s: renamed(s, f"{NAME}.lora_A.weight", "base_model.model.h.7.attn.c_attn.lora_A.weight"),
             "'h.7.attn.c_attn",
         ),
-        (lambda s: s.pop(f"{NAME}.lora_B.weight"), "of 'h.0.attn.c_attn.weight' the file has only 'a'"),
+        (
+            lambda s: s.pop(f"{NAME}.lora_B.weight"),
+            "of 'h.0.attn.c_attn.weight' the file has 'lora_A', but use_dora is False",
+        ),
         (
             lambda s: s.update({f"{NAME}.lora_B.weight": torch.ones(40, 4)}),
             r"b \(40, 4\) do not fit the shape \(48, 16\)",
@@ -275,6 +279,18 @@ def renamed(state, old, new):
             "'base_model.model.h.0.attn.c_attn.lora_E' is unknown",
         ),
         (lambda s: s.clear(), "holds no lora_A and lora_B"),
+        (
+            lambda s: s.update({f"{NAME}.lora_A.weight": torch.ones(4, 16).long()}),
+            "holds torch.int64, expected floating",
+        ),
+        (
+            lambda s: s.update({f"{NAME}.lora_B.weight": torch.ones(48, 2)}),
+            "has rank 2, but adapter_config.json says 4",
+        ),
+        (
+            lambda s: s.update({f"{NAME}.lora_magnitude_vector": torch.ones(48)}),
+            "magnitude_vector', but use_dora is False",
+        ),
     ],
 )
 def test_adapters_for_another_model_are_refused_in_one_line(change, message, folder):
@@ -288,13 +304,61 @@ def test_adapters_for_another_model_are_refused_in_one_line(change, message, fol
 
 @pytest.mark.parametrize(
     ("entry", "value"),
-    [("peft_type", "IA3"), ("bias", "all"), ("init_lora_weights", "pissa"), ("r", 0), ("lora_alpha", "x")],
+    [
+        ("peft_type", "IA3"),
+        ("bias", "all"),
+        ("init_lora_weights", "pissa"),
+        ("r", 0),
+        ("lora_alpha", "x"),
+        ("lora_alpha", float("inf")),
+        ("rank_pattern", [1]),
+        ("use_rslora", "yes"),
+        ("use_dora", "no"),
+    ],
 )
 def test_other_kinds_of_adapters_are_refused_by_name(entry, value, folder):
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps(config | {entry: value}), encoding="utf-8")
-    with pytest.raises(WeightsError, match=f"{entry} is {value!r}"):
+    with pytest.raises(WeightsError, match=re.escape(f"{entry} is {value!r}")):
         read_peft(str(folder), MODEL, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"r": 8}, "lora_B.weight' has rank 4, but adapter_config.json says 8"),
+        ({"rank_pattern": {"c_attn": 2}}, "lora_B.weight' has rank 4, but adapter_config.json says 2"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has a name that is no regular expression"),
+        ({"use_dora": True}, "the file has 'lora_A', 'lora_B', but use_dora is True in adapter_config.json"),
+    ],
+)
+def test_a_configuration_that_is_not_the_files_is_named(entries, message, folder):
+    """It would scale the adapter by another factor, or leave out its magnitudes, without a word."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries), encoding="utf-8")
+    with pytest.raises(WeightsError, match=message):
+        read_peft(str(folder), MODEL, TABLE)
+
+
+def test_a_file_in_half_precision_is_computed_with_in_single_as_by_peft(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({n: (x + 0.1).bfloat16() for n, x in load_file(path).items()}, path)
+    adapters, scale, _ = read_peft(str(folder), MODEL, TABLE)
+    params = gpt2.from_published(dict(model_of("gpt2").state_dict()), CONFIG)
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(model_of("gpt2").transformer, str(folder)).eval()(ids())
+    assert distance(hidden(lora.adapted(params, adapters, scale)), expected.last_hidden_state) < 1e-6
+
+
+def test_an_adapter_of_a_tied_table_is_that_of_pefts_merged_model(tmp_path):
+    model = adapt(model_of("gpt2"), target_modules=["wte"])
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload()
+    params = gpt2.from_published(dict(model_of("gpt2").state_dict()), CONFIG)
+    adapters, scale, modules = read_peft(str(tmp_path), MODEL, TABLE)
+    with torch.no_grad():
+        ours = gpt2.apply(lora.adapted(overlay(params, modules), adapters, scale), ids(), CONFIG)
+        assert distance(ours, merged(ids()).logits) < 1e-6
 
 
 def test_a_folder_without_an_adapter(tmp_path):
