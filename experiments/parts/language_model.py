@@ -118,18 +118,23 @@ def of_weights(source: str) -> Writer:
         params, cfg, tokenizer, marks = translator.published(source, "cpu")
         return Writer(transformer, params, cfg, tokenizer, (marks.end,), marks.start, marks.forbidden)
     settings = config | weights.read_config(source, "generation_config.json", optional=True)
-    ends = settings.get("eos_token_id")
-    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     if kind == "t5":
         params, cfg = t5_weights.from_pretrained(source)
         path = weights.locate(weights.beside(source), ("tokenizer.json",))
-        writer = Writer(t5, params, cfg, tokenizers.load(path, lossy=True), ends, cfg.padding_id, published=True)
+        tokenizer, net, first = tokenizers.load(path, lossy=True), t5, cfg.padding_id
     else:
         params, cfg = from_pretrained(source)
-        tokenizer = published_tokenizer(source)
-        writer = Writer(net_of(cfg), params, cfg, tokenizer, ends, published=True)
-    check_vocabulary(writer.tokenizer, cfg)
-    return writer
+        tokenizer, net, first = published_tokenizer(source), net_of(cfg), None
+    check_vocabulary(tokenizer, cfg)
+    return Writer(net, params, cfg, tokenizer, _ends(settings.get("eos_token_id"), cfg), first, published=True)
+
+
+def _ends(value: Any, cfg: Any) -> tuple[int, ...]:
+    """The tokens that end a text, by `eos_token_id` of a configuration: one, several or none."""
+    ends = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(end) is not int or not 0 <= end < cfg.vocabulary for end in ends):
+        raise weights.WeightsError(f"the configuration has eos_token_id={value!r}; expected ids below {cfg.vocabulary}")
+    return tuple(ends)
 
 
 def load(source: str) -> Writer:
@@ -138,10 +143,30 @@ def load(source: str) -> Writer:
     return of_run(folder, part="draft") if (folder / "checkpoints").is_dir() else of_weights(source)
 
 
+def check_draft(draft: Writer, writer: Writer) -> None:
+    """Raise ValueError unless a number is the same token to both, as far as both have it."""
+    tokens = (
+        [_tokens(one.tokenizer) for one in (draft, writer)] if draft.tokenizer is not writer.tokenizer else [{}, {}]
+    )
+    for i in sorted(tokens[0].keys() & tokens[1].keys()):
+        if tokens[0][i] != tokens[1][i]:
+            pair = f"token {i} is {tokens[0][i]!r} to the draft and {tokens[1][i]!r} to the net"
+            raise ValueError(f"the draft has another vocabulary: {pair}")
+
+
+def _tokens(tokenizer: Any) -> dict[int, str]:
+    if isinstance(tokenizer, tokenizers.CharTokenizer):
+        return dict(enumerate(tokenizer.chars))
+    return {i: token for token, i in tokenizer.tokenizer.get_vocab().items()}
+
+
 def ids_of(writer: Writer, prompt: str) -> list[int]:
     """The tokens of a prompt, with those that the tokenizer puts around it, such as Llama's <s> and T5's </s>."""
     if writer.published:
-        ids = writer.tokenizer.encode(prompt, special=True)
+        ids, first = (writer.tokenizer.encode(text, special=True) for text in (prompt, ""))
+        ids = (
+            ids[1:] if first and ids[:2] == [first[0]] * 2 and prompt else ids
+        )  # a prompt that begins with its own <s>
         return ids or list(writer.ends[:1]) or opening(writer.tokenizer)
     if writer.first is not None:
         return [*writer.tokenizer.encode(prompt), *writer.ends]

@@ -13,7 +13,7 @@ from torch import Tensor
 from core import random, tree
 from core.tree import Tree
 from experiments.parts import translator
-from experiments.parts.language_model import Writer, ids_of, text_of
+from experiments.parts.language_model import Writer, check_draft, ids_of, text_of
 from nets.language import generation, gpt2, llama, rnn, speculative
 from nets.language.beam_search import beam_search
 from nets.language.decoding import Decoded, sample
@@ -133,6 +133,7 @@ def write(
         for one in (writer, draft):
             if one.net not in (gpt2, llama):
                 raise ValueError("a draft is for a GPT or a Llama, and one itself; another net was given")
+        check_draft(draft, writer)
         pair = [_decoder(one, compiled) for one in (writer, draft)]
         call = functools.partial(
             speculative.generate, *pair, ids, flags.max_new_tokens, ahead=ahead, key=keys, options=options

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from core import random
 
+TINY = 1e-30
+"""Least divisor: logits over a smaller one are infinite, and equal."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -109,7 +112,7 @@ def filter_logits(
     if not temperature > 0.0:
         raise ValueError(f"temperature {temperature} is not above 0; the limit of 0 is greedy decoding")
     _check_filters(top_k, top_p, min_p)
-    logits = logits / temperature
+    logits = logits / max(temperature, TINY)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]  # (..., 1)
         logits = torch.where(logits < least, -torch.inf, logits)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core import random, tree
@@ -127,17 +128,16 @@ def generate(
     key. The passes have fixed shapes: a compiled `decode` of the target makes two graphs, one of the draft three.
 
     Args:
-        target, draft: nets of one vocabulary. Prompt, steps and `ahead` tokens must fit the context of both.
+        target, draft: nets of one tokenizer, whose tables may be padded to different sizes. Prompt, steps and `ahead`
+            tokens must fit the context of both.
         prompt, lengths, key, options, overrides: as in `nets.language.generation.stream`.
         ahead: k, tokens that are drafted before each pass of the target.
 
     Raises:
-        ValueError: two vocabularies, no room in a context, steps or ahead below 1, and as `generation.stream` does.
+        ValueError: no room in a context, steps or ahead below 1, and as `generation.stream` does.
     """
     options = options_of(options, overrides)
-    if target.cfg.vocabulary != draft.cfg.vocabulary:
-        sizes = f"{draft.cfg.vocabulary} tokens, the target {target.cfg.vocabulary}"
-        raise ValueError(f"speculative: the draft knows {sizes}; expected one vocabulary")
+    draft = _of_vocabulary(draft, target.cfg.vocabulary)
     if steps < 1 or ahead < 1:
         raise ValueError(f"speculative: steps is {steps} and ahead {ahead}; expected at least 1")
     prompt, lengths, progress = open_texts(prompt, lengths, key, options, target.cfg.vocabulary)
@@ -185,6 +185,19 @@ def generate(
     new = torch.arange(steps, device=device) + first[:, None]  # (batch, steps)
     texts = torch.where(new < lengths[:, None], history.gather(1, new), options.padding)
     return Speculated(texts, lengths - first, accepted / proposed, passes)
+
+
+def _of_vocabulary(draft: Decoder, vocabulary: int) -> Decoder:
+    """The draft with logits of as many tokens as the target has; it proposes no token that it does not know."""
+    own = draft.cfg.vocabulary
+    if own == vocabulary:
+        return draft
+
+    def decode(params: dict, tokens: Tensor, *args, **options) -> tuple[Tensor, Any]:
+        logits, caches = draft.decode(params, tokens.clamp(max=own - 1), *args, **options)
+        return F.pad(logits[..., :vocabulary], (0, max(0, vocabulary - own)), value=-torch.inf), caches
+
+    return draft._replace(decode=decode)
 
 
 def _advance(

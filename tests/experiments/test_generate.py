@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+import shutil
 import string
 import types
 
@@ -118,6 +119,38 @@ def test_a_draft_changes_no_greedy_text(here, capsys):
         both, lines = sampled(capsys, *flags, "--draft", draft, "--ahead", "2")
         assert both == alone and re.fullmatch(r"\d\.\d+ of the draft's tokens accepted", lines[1])
     assert lines[1].startswith("1.000")
+
+
+def test_a_draft_may_have_a_table_of_another_size_but_no_other_tokens(here, capfd):
+    llama_cases.model_of("llama", vocab_size=320).save_pretrained(here / "padded")
+    content = json.loads((here / "llama" / "tokenizer.json").read_text(encoding="utf-8"))
+    (here / "padded" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    flags = ("--prompt", "the fox", *SHORT)
+    for one, other in (("llama", "padded"), ("padded", "llama")):
+        plain, _ = sampled(capfd, "--weights", one, *flags)
+        assert sampled(capfd, "--weights", one, "--draft", other, *flags)[0] == plain
+    vocabulary = content["model"]["vocab"]
+    first, second = (next(token for token, i in vocabulary.items() if i == j) for j in (50, 60))
+    vocabulary[first], vocabulary[second] = 60, 50
+    (here / "padded" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    line = refused(capfd, "sample", "--weights", "llama", "--draft", "padded", *flags)
+    assert f"the draft has another vocabulary: token 50 is {second!r} to the draft and {first!r} to the net" in line
+
+
+def test_a_prompt_with_its_own_first_token_gets_no_second_one(here):
+    net = language_model.of_weights("llama")
+    assert language_model.ids_of(net, "<s>the fox") == language_model.ids_of(net, "the fox")
+    assert language_model.ids_of(net, "<s>") == language_model.ids_of(net, "")
+    t5 = language_model.of_weights("t5")
+    assert language_model.ids_of(t5, "") == list(t5.ends)
+
+
+@pytest.mark.parametrize("end", [[1, None], ["1"], "1", True, {"a": 1}, [[1]], 300, -1])
+def test_ends_of_a_text_that_are_no_tokens_are_named(end, here, capfd, tmp_path):
+    shutil.copytree(here / "llama", tmp_path / "net")
+    (tmp_path / "net" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
+    line = refused(capfd, "sample", "--weights", tmp_path / "net")
+    assert f"the configuration has eos_token_id={end!r}; expected ids below 300" in line
 
 
 def test_prompts_come_from_files_and_standard_input(here, capsys, monkeypatch, tmp_path):

@@ -114,7 +114,8 @@ def test_repetition_penalty_is_checked(penalty):
 def test_temperature_zero_takes_the_best_and_needs_no_key():
     assert torch.equal(choose(scores(), temperature=0.0), scores().argmax(-1))
     # It is the limit of small temperatures.
-    assert torch.equal(choose(scores(), random.key(0), temperature=1e-4), scores().argmax(-1))
+    for temperature in (1e-4, 1e-38, 1e-45):
+        assert torch.equal(choose(scores(), random.key(0), temperature=temperature), scores().argmax(-1))
 
 
 @pytest.mark.parametrize("key", [None, random.split(random.key(0), 3), random.split(random.key(0), 6)[None]])
