@@ -219,7 +219,7 @@ def read_prompt(args: SampleArgs) -> str:
         raise ValueError("expected either --prompt TEXT or --file PATH")
     try:
         content = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
-        return content.decode("utf-8").rstrip("\n")
+        return content.decode("utf-8-sig").rstrip("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"'{args.file}' is no UTF-8 text: byte {error.start}") from None
 

@@ -126,15 +126,8 @@ def of_weights(source: str) -> Writer:
         params, cfg = from_pretrained(source)
         tokenizer, net, first = published_tokenizer(source), net_of(cfg), None
     check_vocabulary(tokenizer, cfg)
-    return Writer(net, params, cfg, tokenizer, _ends(settings.get("eos_token_id"), cfg), first, published=True)
-
-
-def _ends(value: Any, cfg: Any) -> tuple[int, ...]:
-    """The tokens that end a text, by `eos_token_id` of a configuration: one, several or none."""
-    ends = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(end) is not int or not 0 <= end < cfg.vocabulary for end in ends):
-        raise weights.WeightsError(f"the configuration has eos_token_id={value!r}; expected ids below {cfg.vocabulary}")
-    return tuple(ends)
+    ends = translator.token_ids(settings, "eos_token_id", cfg.vocabulary)
+    return Writer(net, params, cfg, tokenizer, ends, first, published=True)
 
 
 def load(source: str) -> Writer:

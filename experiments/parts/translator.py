@@ -128,11 +128,29 @@ def published_marks(source: str, cfg: transformer.Config) -> Marks:
     """The marks of Marian weights, by their config.json and, where there is one, generation_config.json."""
     # Older repositories have config.json alone.
     settings = weights.read_config(source) | weights.read_config(source, "generation_config.json", optional=True)
-    start, end = settings.get("decoder_start_token_id", cfg.padding_id), settings.get("eos_token_id", 0)
-    # Forbidden sequences of several tokens are ignored: Marian's files forbid the padding alone.
+    settings = {"decoder_start_token_id": cfg.padding_id, "eos_token_id": 0} | settings
+    size = cfg.target_vocabulary
+    start, end = (token_ids(settings, name, size) for name in ("decoder_start_token_id", "eos_token_id"))
+    if len(start) != 1 or len(end) != 1:
+        raise weights.WeightsError(
+            f"the configuration has {len(start)} start and {len(end)} end tokens; expected one each"
+        )
     words = settings.get("bad_words_ids") or []
-    forbidden = {cfg.padding_id, *(word[0] for word in words if len(word) == 1)}
-    return Marks(start, end, tuple(sorted(forbidden)))
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise weights.WeightsError(f"the configuration has bad_words_ids={words!r}; expected lists of ids")
+    # Forbidden sequences of several tokens are ignored: Marian's files forbid the padding alone.
+    single = {"bad_words_ids": [word[0] for word in words if len(word) == 1]}
+    forbidden = {cfg.padding_id, *token_ids(single, "bad_words_ids", size)}
+    return Marks(start[0], end[0], tuple(sorted(forbidden)))
+
+
+def token_ids(settings: dict, name: str, vocabulary: int) -> tuple[int, ...]:
+    """The ids of an entry of a published configuration: one, several or none. Raises WeightsError: no such tokens."""
+    value = settings.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(token) is not int or not 0 <= token < vocabulary for token in ids):
+        raise weights.WeightsError(f"the configuration has {name}={value!r}; expected ids below {vocabulary}")
+    return tuple(ids)
 
 
 def avoiding(step: Callable, forbidden: tuple[int, ...]) -> Callable:

@@ -19,6 +19,7 @@ from tests.experiments.gpt_runs import TEXT
 from tests.nets.language import gpt2_cases, llama_cases, t5_cases
 from tests.nets.language.test_marian import model_of as marian_of
 from tests.train.data.text.sentencepiece_files import write_model
+from train.data.text.tokenizers import BytePairTokenizer
 
 call, refused = (functools.partial(function, "generate") for function in (runs.call, runs.refused))
 FLAGS = writer.Sampling(max_new_tokens=8, temperature=0.0)
@@ -145,17 +146,28 @@ def test_a_prompt_with_its_own_first_token_gets_no_second_one(here):
     assert language_model.ids_of(t5, "") == list(t5.ends)
 
 
-@pytest.mark.parametrize("end", [[1, None], ["1"], "1", True, {"a": 1}, [[1]], 300, -1])
-def test_ends_of_a_text_that_are_no_tokens_are_named(end, here, capfd, tmp_path):
-    shutil.copytree(here / "llama", tmp_path / "net")
-    (tmp_path / "net" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
+END, START, BAD = "eos_token_id", "decoder_start_token_id", "bad_words_ids"
+
+
+@pytest.mark.parametrize(
+    ("folder", "entry", "value", "expected"),
+    [
+        *(("llama", END, x, "ids below 300") for x in ([1, None], ["1"], "1", True, {"a": 1}, [[1]], 300, -1)),
+        *(("marian", END, x, "ids below 12") for x in ("0", 12)),
+        *(("marian", START, x, "ids below 12") for x in ("x", 12)),
+        *(("marian", BAD, x, "lists of ids") for x in ("x", [3])),
+    ],
+)
+def test_tokens_of_a_configuration_that_are_none_are_named(folder, entry, value, expected, here, capfd, tmp_path):
+    shutil.copytree(here / folder, tmp_path / "net")
+    (tmp_path / "net" / "generation_config.json").write_text(json.dumps({entry: value}), encoding="utf-8")
     line = refused(capfd, "sample", "--weights", tmp_path / "net")
-    assert f"the configuration has eos_token_id={end!r}; expected ids below 300" in line
+    assert f"the configuration has {entry}={value!r}; expected {expected}" in line
 
 
 def test_prompts_come_from_files_and_standard_input(here, capsys, monkeypatch, tmp_path):
     expected = sampled(capsys, "--weights", "llama", "--prompt", "the fox", *SHORT)[0]
-    (tmp_path / "prompt.txt").write_text("the fox\n", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("the fox\n", encoding="utf-8-sig")
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"the fox\n")))
     for file in (tmp_path / "prompt.txt", "-"):
         assert sampled(capsys, "--weights", "llama", "--file", file, *SHORT)[0] == expected
@@ -188,6 +200,18 @@ def test_a_stop_text_counts_wherever_its_tokens_part(here):
     assert len(stop) == 2 and stop[1] not in ids
     pieces, texts = written(net, ids, writer.Sampling(stop=("no such text", ".t")))
     assert "".join(pieces) == "x.ta.t" and texts.rows == [ids[:3]] and texts.count == 3
+
+
+def test_characters_of_byte_tokens_are_shown_whole(here):
+    """A decoder that turns a whole run of bytes into U+FFFD until the last is there, as Llama 2's."""
+    from tokenizers import Tokenizer, decoders, models
+
+    bytes_of = {f"<0x{b:02X}>": b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=bytes_of, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    net = language_model.of_weights("llama")._replace(tokenizer=BytePairTokenizer(tokenizer))
+    pieces, _ = written(net, list("a你好".encode()), writer.Sampling())
+    assert [piece for piece in pieces if piece] == ["x.ta", "你", "好"]
 
 
 def test_a_text_is_shown_while_it_is_written_by_whole_characters(here):

@@ -125,7 +125,7 @@ def test_older_repositories_have_one_configuration(here):
     """bad_words_ids is in config.json; the padding is never written, even where no file forbids it."""
     settings = json.loads(Path("weights/generation_config.json").read_text())
     Path("weights/generation_config.json").unlink()
-    cfg = types.SimpleNamespace(padding_id=settings["pad_token_id"])
+    cfg = types.SimpleNamespace(padding_id=settings["pad_token_id"], target_vocabulary=settings["pad_token_id"] + 1)
     assert translator.published_marks("weights", cfg) == (cfg.padding_id, 0, (cfg.padding_id,))
     config = json.loads(Path("weights/config.json").read_text())
     Path("weights/config.json").write_text(json.dumps(config | {"bad_words_ids": [[1], [2, 3]]}))
