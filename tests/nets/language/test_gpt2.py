@@ -137,14 +137,6 @@ def test_pickled_weights_with_the_tied_head(folder):
     loads_the_same(folder, state)
 
 
-def test_sharded_weights(folder):
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    model_of("gpt2").save_pretrained(folder, max_shard_size="10kB")
-    assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("*.safetensors"))) > 1
-    loads_the_same(folder, state)
-
-
 def test_half_precision_weights_become_single(folder):
     state = {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()}
     save_file({**state, "lm_head.weight": state["transformer.wte.weight"].clone()}, folder / "model.safetensors")

@@ -212,14 +212,6 @@ def test_rotations_among_the_weights_and_prefixes_of_wrapped_modules(folder):
         llama.from_pretrained(str(folder))
 
 
-def test_sharded_weights(folder):
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    model_of("llama").save_pretrained(folder, max_shard_size="5kB")
-    assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("*.safetensors"))) > 1
-    loads_the_same(folder, state)
-
-
 def test_tied_weights_with_and_without_a_head(tmp_path):
     model_of("qwen2").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

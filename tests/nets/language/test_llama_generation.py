@@ -39,18 +39,6 @@ def test_cached_steps_equal_the_whole_pass(both):
         assert distance(scores[:, 0], expected[rows, lengths + t]) < 1e-5, t
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_text_of_ragged_prompts_equals_transformers(both, penalty):
-    model, params, cfg = both
-    prompts, lengths, steps = ids(4, 9), torch.tensor([9, 1, 4, 7]), 15
-    options = {"lengths": lengths, "temperature": 0.0, "repetition_penalty": penalty}
-    actual = llama.generate(params, prompts, cfg, steps, **options)
-    assert len(actual.unique()) > 3
-    for i, n in enumerate(lengths):
-        expected = generated(model, prompts[i : i + 1, :n], steps, repetition_penalty=penalty)
-        assert actual[i].tolist() == expected[0].tolist(), i
-
-
 @pytest.mark.parametrize(("alpha", "early"), [(1.0, False), (0.6, True), (0.0, "never")])
 def test_beams_equal_transformers(both, alpha, early):
     model, params, cfg = both
@@ -101,16 +89,6 @@ def test_text_past_the_context_equals_a_loop_without_a_cache(window):
         token = llama.apply(params, read, cfg)[:, -1].argmax(-1)
         read, text = (torch.cat([x, token[:, None]], 1) for x in (read, text))
     assert actual.tolist() == text[:, 5:].tolist()
-
-
-def test_example_gets_the_same_text_in_any_batch():
-    params, cfg = tiny(window=4)
-    prompts, lengths, keys = ids(4, 6), torch.tensor([6, 3, 5, 1]), random.split(random.key(3), 4)
-    together = llama.generate(params, prompts, cfg, 10, lengths=lengths, key=keys)
-    for i, n in enumerate(lengths):
-        alone = llama.generate(params, prompts[i : i + 1, :n], cfg, 10, key=keys[i : i + 1])
-        assert torch.equal(alone, together[i : i + 1]), i
-    assert len({tuple(row) for row in together.tolist()}) == 4
 
 
 def test_compiled_decode_is_one_graph_for_all_tokens():
