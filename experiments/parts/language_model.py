@@ -138,12 +138,12 @@ def load(source: str) -> Writer:
 
 def check_draft(draft: Writer, writer: Writer) -> None:
     """Raise ValueError unless a number is the same token to both, as far as both have it."""
-    tokens = (
-        [_tokens(one.tokenizer) for one in (draft, writer)] if draft.tokenizer is not writer.tokenizer else [{}, {}]
-    )
-    for i in sorted(tokens[0].keys() & tokens[1].keys()):
-        if tokens[0][i] != tokens[1][i]:
-            pair = f"token {i} is {tokens[0][i]!r} to the draft and {tokens[1][i]!r} to the net"
+    if draft.tokenizer is writer.tokenizer:
+        return
+    theirs, ours = _tokens(draft.tokenizer), _tokens(writer.tokenizer)
+    for i in sorted(theirs.keys() & ours.keys()):
+        if theirs[i] != ours[i]:
+            pair = f"token {i} is {theirs[i]!r} to the draft and {ours[i]!r} to the net"
             raise ValueError(f"the draft has another vocabulary: {pair}")
 
 
@@ -156,10 +156,9 @@ def _tokens(tokenizer: Any) -> dict[int, str]:
 def ids_of(writer: Writer, prompt: str) -> list[int]:
     """The tokens of a prompt, with those that the tokenizer puts around it, such as Llama's <s> and T5's </s>."""
     if writer.published:
-        ids, first = (writer.tokenizer.encode(text, special=True) for text in (prompt, ""))
-        ids = (
-            ids[1:] if first and ids[:2] == [first[0]] * 2 and prompt else ids
-        )  # a prompt that begins with its own <s>
+        ids, around = (writer.tokenizer.encode(text, special=True) for text in (prompt, ""))
+        if around and ids[:2] == around[:1] * 2:  # the prompt begins with its own <s>
+            ids = ids[1:]
         return ids or list(writer.ends[:1]) or opening(writer.tokenizer)
     if writer.first is not None:
         return [*writer.tokenizer.encode(prompt), *writer.ends]

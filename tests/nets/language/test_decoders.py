@@ -1,4 +1,4 @@
-"""What GPTs and Llamas share: files in shards, texts of prompts of unequal length, texts in any batch."""
+"""Tests that GPTs and Llamas share: files in shards, texts of prompts of unequal length, texts in any batch."""
 
 import pytest
 import torch
