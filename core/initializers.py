@@ -104,6 +104,17 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     return Orthogonal(gain)
 
 
+def dirac(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The identity of a convolution: 1 in the middle of the kernel between channels of one number, 0 elsewhere."""
+    if len(shape) < 3:
+        raise ValueError(f"dirac needs a weight of shape (out, in, *kernel), got {tuple(shape)}")
+    weight = torch.eye(shape[0], shape[1], dtype=dtype, device=key.device)  # (out, in)
+    for size in shape[2:]:
+        middle = (torch.arange(size, device=key.device) == size // 2).to(dtype)
+        weight = weight[..., None] * middle  # (out, in, *kernel)
+    return weight
+
+
 def gain(nonlinearity: str, a: float = 0.01) -> float:
     """Gain of a nonlinearity: the factor on the weights that keeps the variance of the activations.
 

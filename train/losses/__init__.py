@@ -2,6 +2,7 @@
 
 from train.losses.basic import (
     binary_cross_entropy_with_logits,
+    charbonnier,
     cosine_distance,
     cross_entropy,
     gaussian_kl,
@@ -19,6 +20,7 @@ from train.losses.weighted import WeightedLoss, token_cross_entropy
 __all__ = [
     "WeightedLoss",
     "binary_cross_entropy_with_logits",
+    "charbonnier",
     "cosine_distance",
     "cross_entropy",
     "gaussian_kl",

@@ -136,6 +136,17 @@ def l1(predictions: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tens
     return _reduce((_wide(predictions) - targets).abs(), reduction)
 
 
+def charbonnier(predictions: Tensor, targets: Tensor, *, eps: float = 1e-3, reduction: str = "mean") -> Tensor:
+    """sqrt((prediction - target)^2 + eps^2), any one shape: an L1 that is smooth at 0.
+
+    Charbonnier et al. 1994; of images in [0, 1], Lai et al. 2017 (arXiv:1704.03915) take eps = 1e-3.
+    """
+    _same_shape(predictions, targets, "predictions and targets")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    return _reduce(((_wide(predictions) - targets).square() + eps**2).sqrt(), reduction)
+
+
 def huber(predictions: Tensor, targets: Tensor, *, delta: float = 1.0, reduction: str = "mean") -> Tensor:
     """e^2 / 2 where |e| < delta, else delta * (|e| - delta / 2), e = prediction - target (Huber 1964)."""
     _same_shape(predictions, targets, "predictions and targets")

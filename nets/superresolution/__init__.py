@@ -1,0 +1,1 @@
+"""Super-resolution: nets that enlarge pictures."""
