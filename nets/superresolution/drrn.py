@@ -8,7 +8,8 @@ blocks, with the ReLU before the convolution:
     y = x + W relu(h_U of the last block)
 
 x is the bicubic enlargement of the luminance. The authors' own net has a batch norm of its own before every ReLU; here,
-as in public versions, there is none. The rename table is to yjn870/DRRN-pytorch.
+as in public versions, there is none. The rename table is to yjn870/DRRN-pytorch. There, and in other public versions,
+the first ReLU of a block works in place and so rectifies h_0 itself, wherever it is added: `rectified`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from core import initializers
 from core.layers import conv, conv_spec
 from nets.blocks.conv_norm import HE, check_images
-from nets.weights import Rename, fill, read
+from nets.weights import Rename, WeightsError, fill, read
 
 LAST = initializers.normal(1e-3)
 """Initialiser of the last layer: the net starts as the bicubic enlargement."""
@@ -34,6 +35,8 @@ class Config:
     """Residual units of a block, all of the same weights; U in the paper."""
     width: int = 128
     """Feature maps."""
+    rectified: bool = False
+    """relu(h_0) in place of h_0, as in public versions."""
     channels: int = 1
 
     def __post_init__(self):
@@ -41,7 +44,7 @@ class Config:
             raise ValueError(f"drrn: {self.blocks} blocks, {self.units} units, width {self.width}; expected at least 1")
 
 
-PRESETS = {"drrn": Config(), "drrn-b1u25": Config(units=25), "drrn-small": Config(units=5, width=48)}
+PRESETS = {"drrn": Config(), "drrn-b1u25": Config(units=25), "drrn-public": Config(rectified=True)}
 
 
 def spec(cfg: Config) -> dict:
@@ -78,7 +81,8 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     h = x
     for block in params["blocks"]:
         first, second = block["unit"]
-        h_0 = h = conv(block["first"], h.relu(), padding=1)  # (batch, width, height, width)
+        h_0 = conv(block["first"], h.relu(), padding=1)  # (batch, width, height, width)
+        h = h_0 = h_0.relu() if cfg.rectified else h_0
         for _ in range(cfg.units):
             h = h_0 + conv(second, conv(first, h.relu(), padding=1).relu(), padding=1)  # h_0 + W_2 relu(W_1 relu(h))
     return x + conv(params["last"], h.relu(), padding=1)
@@ -94,5 +98,11 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters from a file in the names of yjn870/DRRN-pytorch: a local file or folder, or a hub repository."""
+    """Parameters from a file in the names of yjn870/DRRN-pytorch: a local file or folder, or a hub repository.
+
+    Raises:
+        WeightsError: besides what `nets.weights.fill` raises, the net computes something else than that version.
+    """
+    if not cfg.rectified:
+        raise WeightsError(f"{source}: a file in these names needs `rectified`, as in the preset drrn-public")
     return fill(spec(cfg), read(source), rename_table(cfg), source)

@@ -97,7 +97,16 @@ def spec(cfg: Config) -> dict:
 
 def reach(cfg: Config) -> int:
     """Pixels of the input on each side that a pixel of the output depends on."""
-    return 2 * cfg.blocks + (8 if len(cfg.scales) > 1 else 0) + 5
+    own = 8 if len(cfg.scales) > 1 else 0
+    return 2 + own + 2 * cfg.blocks + max(shuffled_reach(scale, 1) for scale in cfg.scales)
+
+
+def shuffled_reach(scale: int, last: int) -> int:
+    """Reach of the convolutions before the shuffles and of one of `last` pixels a side after them."""
+    reach, size = last, scale  # in pixels of the output
+    for factor in factors(scale):
+        reach, size = reach + size, size // factor
+    return -(-reach // scale)
 
 
 def apply(

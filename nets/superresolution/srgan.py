@@ -12,7 +12,8 @@ Alone it minimises the mean squared error. In the game, from there, the content 
 
 phi being feature maps of a VGG-19 (VGG_{5,4}: the fifth stage's last, after its ReLU, divided by 12.75). Here in and
 out is R'G'B' in [0, 1]; the paper's output goes from -1 to 1. The public PyTorch-GAN collection has ReLUs, a norm
-before each shuffle, a tanh at the end and the third stage's first feature maps.
+before each shuffle, a tanh at the end and the third stage's first feature maps. The rename table is to
+Lornatang/SRGAN-PyTorch, whose SRResNet also clips its output to [0, 1].
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import initializers
-from core.layers import batch_norm, batch_norm_spec, conv, conv_spec, linear, linear_spec, prelu, prelu_spec
-from nets.blocks.conv_norm import HE, check_images
-from nets.superresolution.edsr import factors
+from core.layers import conv, conv_spec, linear, linear_spec, prelu, prelu_spec
+from nets.blocks.conv_norm import (
+    HE,
+    affine_names,
+    check_images,
+    conv_norm,
+    conv_norm_names,
+    conv_norm_spec,
+    fill_published,
+)
+from nets.superresolution.edsr import factors, shuffled_reach
+from nets.weights import Rename, read
 
 LAST = initializers.normal(1e-3)
 """Initialiser of the last layer."""
@@ -65,13 +75,10 @@ PRESETS = {"srresnet": Config(), "srresnet-small": _SMALL, "srgan": Config(), "s
 
 
 def spec(cfg: Config) -> dict:
-    """SRResNet: `head`, `blocks.b` with `first`, `act` and `second`, `body`, `up.i`, `tail`.
-
-    The convolutions before a norm have a bias, which it cancels, as in the published count.
-    """
+    """SRResNet: `head`, `blocks.b` with `first`, `act` and `second`, `body`, `up.i`, `tail`."""
 
     def normed() -> dict:
-        return {"conv": conv_spec(cfg.width, cfg.width, 3, init=HE), "norm": batch_norm_spec(cfg.width)}
+        return conv_norm_spec(cfg.width, cfg.width, 3)
 
     def up(factor: int) -> dict:
         return {"act": prelu_spec(), "conv": conv_spec(cfg.width, factor**2 * cfg.width, 3, init=HE)}
@@ -87,7 +94,7 @@ def spec(cfg: Config) -> dict:
 
 def reach(cfg: Config) -> int:
     """Pixels of the input on each side that a pixel of the output depends on."""
-    return 4 + 2 * cfg.blocks + 1 + 2 + 4
+    return 4 + 2 * cfg.blocks + 1 + shuffled_reach(cfg.scale, 4)
 
 
 def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False) -> Tensor:
@@ -100,18 +107,36 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     """
     check_images("srresnet", x, cfg.channels, 1)
 
-    def normed(p: dict, x: Tensor) -> Tensor:
-        return batch_norm(p["norm"], conv(p["conv"], x, padding=1), train=train)
-
     x = prelu(params["head"]["act"], conv(params["head"]["conv"], x, padding=4))  # (batch, width, height, width)
     y = x
     for p in params["blocks"]:
-        y = y + normed(p["second"], prelu(p["act"], normed(p["first"], y)))
-    x = x + normed(params["body"], y)
+        z = prelu(p["act"], conv_norm(p["first"], y, None, train=train))
+        y = y + conv_norm(p["second"], z, None, train=train)
+    x = x + conv_norm(params["body"], y, None, train=train)
     for p, factor in zip(params["up"], factors(cfg.scale), strict=True):
         # (batch, width, factor height, factor width)
         x = prelu(p["act"], F.pixel_shuffle(conv(p["conv"], x, padding=1), factor))
     return conv(params["tail"], x, padding=4)
+
+
+def rename_table(cfg: Config) -> dict[str, Rename]:
+    """Our names of SRResNet -> those of Lornatang/SRGAN-PyTorch."""
+    table = affine_names("head.conv", "conv1.0") | affine_names("tail", "conv3")
+    table |= {"head.act.weight": Rename("conv1.1.weight")} | conv_norm_names("body", "conv2.0", "conv2.1")
+    for b in range(cfg.blocks):
+        theirs = f"trunk.{b}.rcb"
+        table |= conv_norm_names(f"blocks.{b}.first", f"{theirs}.0", f"{theirs}.1")
+        table |= conv_norm_names(f"blocks.{b}.second", f"{theirs}.3", f"{theirs}.4")
+        table[f"blocks.{b}.act.weight"] = Rename(f"{theirs}.2.weight")
+    for i in range(len(factors(cfg.scale))):
+        table |= affine_names(f"up.{i}.conv", f"upsampling.{i}.upsample_block.0")
+        table[f"up.{i}.act.weight"] = Rename(f"upsampling.{i}.upsample_block.2.weight")
+    return table
+
+
+def from_pretrained(source: str, cfg: Config) -> dict:
+    """Parameters and Stats of SRResNet from a file in the names of Lornatang/SRGAN-PyTorch, or a hub repository."""
+    return fill_published(spec(cfg), read(source), rename_table(cfg), source)
 
 
 def critic_spec(cfg: Config) -> dict:
@@ -119,7 +144,7 @@ def critic_spec(cfg: Config) -> dict:
     widths = [cfg.critic_width * 2**i for i in range(HALVINGS) for _ in range(2)]
     layers = [{"conv": conv_spec(cfg.channels, widths[0], 3, init=HE)}]
     for d_in, d_out in zip(widths, widths[1:], strict=False):
-        layers.append({"conv": conv_spec(d_in, d_out, 3, bias=False, init=HE), "norm": batch_norm_spec(d_out)})
+        layers.append(conv_norm_spec(d_in, d_out, 3))
     return {
         "head": linear_spec(cfg.hidden, 1),
         "hidden": linear_spec(widths[-1] * (cfg.size // 2**HALVINGS) ** 2, cfg.hidden),
@@ -139,7 +164,11 @@ def critic(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, t
     if x.shape[2:] != (cfg.size, cfg.size):
         raise ValueError(f"srgan critic: the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.size} a side")
     for i, p in enumerate(params["layers"]):
-        x = conv(p["conv"], x, padding=1, stride=1 + i % 2)  # every second one halves
-        x = F.leaky_relu(batch_norm(p["norm"], x, train=train) if "norm" in p else x, 0.2)
+        stride = 1 + i % 2  # every second one halves
+        if "norm" in p:
+            x = conv_norm(p, x, None, train=train, stride=stride)
+        else:
+            x = conv(p["conv"], x, padding=1)
+        x = F.leaky_relu(x, 0.2)
     x = F.leaky_relu(linear(params["hidden"], x.flatten(1)), 0.2)  # (batch, hidden)
     return linear(params["head"], x)[:, 0]

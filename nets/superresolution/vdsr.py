@@ -69,8 +69,9 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
-    """Our names -> those of twtygqyy/pytorch-vdsr, whose activations count in the same list."""
-    return {f"layers.{i}.weight": Rename(f"features.{2 * i}.weight") for i in range(cfg.depth)}
+    """Our names -> those of twtygqyy/pytorch-vdsr."""
+    names = ["input", *(f"residual_layer.{i}.conv" for i in range(cfg.depth - 2)), "output"]
+    return {f"layers.{i}.weight": Rename(f"{name}.weight") for i, name in enumerate(names)}
 
 
 def from_pretrained(source: str, cfg: Config) -> dict:

@@ -64,6 +64,12 @@ def test_scale_is_that_of_torch(our_draws, name, shape):
     torch.testing.assert_close(ours(our_draws, shape, torch.float32), theirs(torch.empty(shape)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 5), (4, 6, 3, 3), (6, 4, 3, 1), (2, 2, 4, 3, 3)])
+def test_dirac_is_that_of_torch(shape):
+    actual = initializers.dirac(random.key(0), shape)
+    assert torch.equal(actual, torch.nn.init.dirac_(torch.empty(shape)))
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4), (6, 2, 3, 3), (40, 2, 3)])
 def test_orthogonal_is_that_of_torch(monkeypatch, shape):
     key, rows = random.key(3), shape[0]
@@ -173,6 +179,7 @@ def test_equal_arguments_make_equal_initialisers():
             r"\(out, in, \*kernel\), got \(3,\)",
         ),
         (lambda: initializers.orthogonal()(random.key(0), (3,), torch.float32), r"at least 2 dimensions, got \(3,\)"),
+        (lambda: initializers.dirac(random.key(0), (3, 3)), r"dirac needs .* \(out, in, \*kernel\), got \(3, 3\)"),
     ],
 )
 def test_errors(call, message):

@@ -37,6 +37,12 @@ def kl_of_torch(log_p, log_q, reduction):
     return {"none": values, "sum": values.sum(), "mean": values.mean()}[reduction]
 
 
+def charbonnier_as_a_norm(predictions, targets, reduction):
+    """The length of (error, eps)."""
+    values = torch.hypot(predictions - targets, torch.full_like(targets, 0.3))
+    return {"none": values, "sum": values.sum(), "mean": values.mean()}[reduction]
+
+
 def gaussian_of_torch(mean, log_variance, reduction):
     normal = torch.distributions.Normal
     values = torch.distributions.kl_divergence(
@@ -99,6 +105,7 @@ CASES = {
     ),
     "mse": (losses.mse, F.mse_loss, LOGITS, OTHER),
     "l1": (losses.l1, F.l1_loss, LOGITS, OTHER),
+    "charbonnier": (with_options(losses.charbonnier, eps=0.3), charbonnier_as_a_norm, LOGITS, OTHER),
     "huber": (with_options(losses.huber, delta=1.7), with_options(F.huber_loss, delta=1.7), LOGITS, OTHER),
     "smooth l1": (with_options(losses.smooth_l1, beta=0.6), with_options(F.smooth_l1_loss, beta=0.6), LOGITS, OTHER),
     "kl": (losses.kl_divergence, kl_of_torch, LOGITS.log_softmax(-1), OTHER.log_softmax(-1)),
@@ -218,6 +225,7 @@ def test_impossible_classes_add_nothing_to_the_divergence():
         (lambda: losses.mse(LOGITS, OTHER[:1]), ValueError, "predictions and targets must have one shape"),
         (lambda: losses.mse(LOGITS, OTHER, reduction="batchmean"), ValueError, "'none', got 'batchmean'"),
         (lambda: losses.huber(LOGITS, OTHER, delta=0.0), ValueError, "delta must be positive"),
+        (lambda: losses.charbonnier(LOGITS, OTHER, eps=0.0), ValueError, "eps must be positive"),
         (lambda: losses.nll(LOGITS, LABELS.unsqueeze(-1)), ValueError, "labels must have the shape"),
     ],
 )

@@ -2,13 +2,12 @@
 colour profile. By Pillow, which keeps 16 bits of grey pictures only."""
 
 import os
-import re
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from train.data.images.picture import TWELVE_BITS, opened
+from train.data.images.picture import TWELVE_BITS, has_deep_colours, opened
 from train.files import replacing
 
 
@@ -41,7 +40,8 @@ def read(path: str | os.PathLike, white: float | None = None) -> FullRange:
     or integers of 32 bits, unless `white` is given.
     """
     with opened(path) as image:
-        note = _lost(image)
+        with Image.open(path) as undecoded:
+            note = "has 16 bits per colour, of which the upper 8 are read" if has_deep_colours(undecoded) else ""
         profile = image.info.get("icc_profile")
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
@@ -51,15 +51,6 @@ def read(path: str | os.PathLike, white: float | None = None) -> FullRange:
         profile = profile if image.mode != "CMYK" else None  # the profile of inks does not fit R'G'B'
         pixels = np.asarray(image.convert(mode))
         return FullRange(pixels if pixels.ndim == 3 else pixels[..., None], 255.0, profile, note)
-
-
-def _lost(image: Image.Image) -> str:
-    """A note on 16-bit colours, of which Pillow gives the upper 8 bits."""
-    for codec, _, _, options in image.tile:
-        wide = codec == "ppm" and image.mode == "RGB" and options[1] > 255
-        if wide or re.search(r"\b(LA|RGB|RGBA|RGBX);16[BLN]\b", str(options)):
-            return "has 16 bits per colour, of which the upper 8 are read"
-    return ""
 
 
 def _deep(values: np.ndarray, image: Image.Image, white: float | None) -> tuple[np.ndarray, float]:

@@ -86,15 +86,21 @@ def converted(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
+def has_deep_colours(image: Image.Image) -> bool:
+    """True for several channels of 16 bits, of which Pillow keeps the upper 8; of an image that is not decoded yet."""
+    return any(
+        (codec == "ppm" and image.mode == "RGB" and options[1] > 255)
+        or re.search(r"\b(LA|RGB|RGBA|RGBX);16[BLN]\b", str(options))
+        for codec, _, _, options in image.tile
+    )
+
+
 def _check_range(image: Image.Image) -> None:
-    """Refuse several channels of 16 bits, of which Pillow keeps the upper 8, where these are nearly all 0."""
-    for codec, _, _, options in image.tile:
-        wide = codec == "ppm" and image.mode == "RGB" and options[1] > 255
-        if wide or re.search(r"\b(LA|RGB|RGBA|RGBX);16[BLN]\b", str(options)):
-            brightest = max(high for _, high in image.convert("RGB").getextrema())
-            if 0 < brightest <= (TWELVE_BITS + 1) >> 8:
-                raise ValueError(_too_dark(f"about {brightest << 8}"))
-            return
+    """Refuse several channels of 16 bits where the upper 8 are nearly all 0."""
+    if has_deep_colours(image):
+        brightest = max(high for _, high in image.convert("RGB").getextrema())
+        if 0 < brightest <= (TWELVE_BITS + 1) >> 8:
+            raise ValueError(_too_dark(f"about {brightest << 8}"))
 
 
 def _bytes(image: Image.Image) -> np.ndarray:
