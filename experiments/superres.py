@@ -77,11 +77,11 @@ class Args:
     """Adam, or SGD with a momentum of 0.9."""
     weight_decay: NonNegative = 1e-4
     """Weight decay of SGD."""
-    clip: Literal["none", "norm", "adjustable"] = "none"
-    """Clipping of the gradient: its norm, or with SGD each value, to a limit divided by the rate (VDSR's)."""
-    clip_limit: Positive = 0.01
-    """Limit of the clipping."""
-    classifier: str | None = None
+    clip: NonNegative = 0.0
+    """Limit of the gradient, 0 for none."""
+    clipping: Literal["norm", "adjustable"] = "norm"
+    """Limited is the norm, or with SGD each value, to the limit divided by the learning rate (VDSR's)."""
+    classifier: Path | None = None
     """With SRGAN: a run of classify.py with a VGG, or "published" (VGG-19), whose features the content loss compares;
     the pixels if None."""
     content_stage: Count = 5
@@ -124,11 +124,9 @@ class FromRunOrWeights(FromRun):
     run: Path | None = None
     """Folder of a run: runs/superres/NAME."""
     weights: str | None = None
-    """Published weights instead: a file in the names of a public version, a folder, or a hub repository."""
+    """Weights of a public version of --net instead: a file in its names."""
     net: Literal[tuple(by_name.PRESETS)] | None = None
     """With --weights: their net."""
-    scale: tuple[Count, ...] = ()
-    """Factors of enlargement; all of the run's if none. With --weights: those of their net."""
     tile: Count = upscaler.TILE
     """Pixels per side of what the net sees at once, which bounds the memory; the result does not depend on it."""
     self_ensemble: bool = False
@@ -137,6 +135,8 @@ class FromRunOrWeights(FromRun):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs(FromRunOrWeights):
+    scale: tuple[Count, ...] = ()
+    """Factors of enlargement; all of the run's if none. With --weights: those of their net."""
     test: str | None = None
     """Pictures to test on, as in training; the run's if None."""
     out: Path | None = None
@@ -147,6 +147,8 @@ class EvaluateArgs(FromRunOrWeights):
 class UpscaleArgs(FromRunOrWeights):
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures, folders of pictures, a .txt file with one name per line, or - for names on standard input."""
+    scale: Count | None = None
+    """Factor of enlargement; the run's if None. With --weights: that of their net."""
     white: Positive | None = None
     """Value of white in pictures of 16 bits or floating point; 65535 and 1 if None."""
     out: Path | None = None
@@ -168,6 +170,8 @@ def of_source(source: str, name: str, scales: tuple[int, ...]) -> Upscaler:
     Raises ValueError: another net, or no public version; besides what reading them raises.
     """
     net, cfg = by_name.configured(name, scales)
+    if not Path(source).exists():
+        raise ValueError(f"--weights '{source}' does not exist; expected a run, or a file of the public {name}")
     if (Path(source) / "checkpoints").is_dir():
         model = trained(open_run(Path(source), RUNS))
         if model.net is not net:
@@ -178,22 +182,23 @@ def of_source(source: str, name: str, scales: tuple[int, ...]) -> Upscaler:
     return Upscaler(name, net, cfg, net.from_pretrained(source, cfg), scales, False)
 
 
-def of_flags(args: FromRunOrWeights) -> Upscaler:
+def of_flags(args: FromRunOrWeights, scales: tuple[int, ...]) -> Upscaler:
     """The net that a sub-command names, on its device, with the scales it asks for."""
     check_source(args)
     device = command_line.device(args.device)
     if args.run:
         model = trained(open_run(args.run, RUNS, args.checkpoint))
-    elif args.net is None or not args.scale:
+    elif args.net is None or not scales:
         raise ValueError(f"--weights '{args.weights}' needs --net and --scale, those of their net")
     else:
-        model = of_source(args.weights, args.net, args.scale)
-    if unknown := [scale for scale in args.scale if scale not in model.scales]:
+        model = of_source(args.weights, args.net, scales)
+    if unknown := [scale for scale in scales if scale not in model.scales]:
         known = ", ".join(map(str, model.scales))
         raise ValueError(f"--scale is {unknown[0]}; the net has learned to enlarge by {known}")
+    model = model._replace(values=tree.move(model.values, device), scales=scales or model.scales)
     for scale in model.scales:
         next(upscaler.windows(1, 1, args.tile, model.overlap(scale)))  # an error if the tile is too small
-    return model._replace(values=tree.move(model.values, device), scales=args.scale or model.scales)
+    return model
 
 
 def train(args: Args) -> None:
@@ -251,7 +256,7 @@ def train(args: Args) -> None:
 
 def evaluate(args: EvaluateArgs) -> None:
     """Figures of a net on test pictures, beside bicubic interpolation and the papers."""
-    model = of_flags(args)
+    model = of_flags(args, args.scale)
     name = args.test or (open_run(args.run, RUNS).read("args", Args).test if args.run else "set5")
     test = originals.open_originals(name, 3, upscaler.least_size(model.scales))
     folder = unused(args.out, (args.run or Path()) / "evaluations" / Path(name).name)
@@ -272,7 +277,7 @@ def evaluate(args: EvaluateArgs) -> None:
 
 def upscale(args: UpscaleArgs) -> None:
     """Enlarge pictures: files, and the files of folders."""
-    model = of_flags(args)
+    model = of_flags(args, () if args.scale is None else (args.scale,))
     if len(model.scales) > 1:
         raise ValueError(f"the net enlarges by {', '.join(map(str, model.scales))}; expected one of them as --scale")
     folder = unused(args.out, (args.run or Path()) / "upscaled")

@@ -277,9 +277,9 @@ def draw(
 
 def draw_crops(path: Path, models: Sequence[tuple[str, Upscaler]], test: Originals, scale: int, side: int = 72) -> None:
     """Small, bicubic, each net's enlargement and the original, where bicubic interpolation errs most."""
-    rows, names, side = [], [], side // scale * scale
-    context = max(model.overlap(scale) for _, model in models)
+    rows, names, context = [], [], max(model.overlap(scale) for _, model in models)
     pictures = list(zip(test.pictures, test.paths, strict=True))[:SHOWN]
+    side = min(side, *(n for picture, _ in pictures for n in picture.shape[1:])) // scale * scale
     for picture, name in pictures:
         x = resize.cropped(unit(picture)[None], scale)
         small = resize.lowered(x, scale)
@@ -300,8 +300,6 @@ def _worst(small: Tensor, x: Tensor, scale: int, side: int, count: int) -> list[
     """Windows of the original, on multiples of the scale, with the largest errors of bicubic interpolation; those of
     one picture do not overlap. A picture without room has fewer."""
     error = (resize.enlarged(small, scale) - x).square().mean(1, keepdim=True)
-    if min(x.shape[2:]) < side:
-        return []
     sums = F.avg_pool2d(error, side, scale)[0, 0]  # (rows, columns), by multiples of the scale
     out, near = [], side // scale - 1
     while len(out) < count and sums.max() >= 0:

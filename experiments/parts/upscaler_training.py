@@ -83,30 +83,31 @@ def optimizer_of(args: Any) -> Optimizer:
     Raises ValueError: adjustable clipping of Adam, whose steps do not grow with the gradient.
     """
     rate = schedules.warmup_cosine(args.learning_rate, args.steps // 50, args.steps)
-    norm = [optimizers.clip_by_global_norm(args.clip_limit)] if args.clip == "norm" else []
+    norm = [optimizers.clip_by_global_norm(args.clip)] if args.clip and args.clipping == "norm" else []
     if args.optimizer == "adam":
-        if args.clip == "adjustable":
-            raise ValueError("--clip adjustable is for --optimizer sgd; expected none or norm")
+        if args.clipping == "adjustable":
+            raise ValueError("--clipping adjustable is for --optimizer sgd; expected norm")
         return optimizers.chain(*norm, optimizers.adam(rate))
     decay = optimizers.add_decayed_weights(args.weight_decay)
-    value = [optimizers.clip_by_value(args.clip_limit)] if args.clip == "adjustable" else []
+    value = [optimizers.clip_by_value(args.clip)] if args.clip and args.clipping == "adjustable" else []
     return optimizers.chain(*norm, decay, optimizers.scale_by_learning_rate(rate), *value, optimizers.trace(0.9))
 
 
-def content(source: str | None, stage: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+def content(source: Path | None, stage: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Feature maps phi of images (batch, 3, height, width) in [0, 1], whose squared error is SRGAN's content loss.
 
     Args:
-        source: a run of classify.py with a VGG; "published" (VGG-19 by download), a file or a repository; None for the
-            pixels themselves.
+        source: a run of classify.py with a VGG; "published" (VGG-19 by download) or its file; None for the pixels.
         stage: its stage, counted from 1.
 
     Raises ValueError: another net, or one without that stage.
     """
     if source is None:
         return lambda x: x
+    if not source.exists() and str(source) != "published":
+        raise ValueError(f"--classifier '{source}' does not exist; expected a run of classify.py, or published")
     is_run = classifiers.is_run(source)
-    trained, values = classifiers.load(Path(source)) if is_run else classifiers.published(source, "vgg19")
+    trained, values = classifiers.load(source) if is_run else classifiers.published(str(source), "vgg19")
     net, cfg = classifiers.net_of(trained)
     if net is not vgg or trained.channels != 3:
         raise ValueError(

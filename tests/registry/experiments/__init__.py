@@ -3,7 +3,13 @@
 Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, baseline="unigram_entropy", ...)
 """
 
-from tests.registry.experiments import classification, generative, language, sequences
+from tests.registry.experiments import classification, generative, language, pictures, sequences
 from tests.registry.experiments.experiment import Experiment
 
-EXPERIMENTS: list[Experiment] = [*classification.ROWS, *language.ROWS, *sequences.ROWS, *generative.ROWS]
+EXPERIMENTS: list[Experiment] = [
+    *classification.ROWS,
+    *language.ROWS,
+    *sequences.ROWS,
+    *generative.ROWS,
+    *pictures.ROWS,
+]

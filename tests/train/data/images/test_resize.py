@@ -34,6 +34,20 @@ def test_bicubic(size):
     torch.testing.assert_close(resize.bicubic(x, size), expected)
 
 
+@pytest.mark.parametrize("scale", [2, 3, 4, 5])
+def test_enlarged(scale):
+    x = random.normal(random.key(0), (2, 3, 7, 5), torch.float64)
+    torch.testing.assert_close(resize.enlarged(x, scale), resize.bicubic(x, (7 * scale, 5 * scale)))
+
+
+def test_enlarged_parts_are_those_of_the_whole():
+    """In single precision: to the last digit, far from the corner too."""
+    x = random.uniform(random.key(0), (1, 1, 300, 40))
+    whole = resize.enlarged(x, 3)
+    part = resize.enlarged(x[:, :, 250:290], 3)[:, :, 6:-6]
+    torch.testing.assert_close(part, whole[:, :, 756:864], rtol=0, atol=2.4e-7)
+
+
 def test_bicubic_equals_pillow():
     x = random.uniform(random.key(0), (30, 24))
     expected = np.asarray(Image.fromarray(x.numpy()).resize((8, 10), Image.Resampling.BICUBIC))
