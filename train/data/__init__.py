@@ -10,8 +10,8 @@ A batch is a function of key and step, so that a resumed run sees the batches th
   a class each), `brackets` (generated ones), `ragged` (their batches).
 - `images/`: `sets` (`open_images`: whatever `--data` names), `arrays` (digits, MNIST's files, downloads), `cifar`,
   `folders` (the pictures of a folder, its classes and splits), `files` (batches decoded by worker processes, built on
-  `workers`), `picture` (one file decoded), `pairs` (for image-to-image translation), `augment`, `colours`,
-  `rectangles`.
+  `workers`), `picture` (one file decoded), `full_range` (with 16 bits and alpha), `pairs` (for image-to-image
+  translation), `originals` and `patches` (for super-resolution), `resize`, `augment`, `colours`, `rectangles`.
 - `translation/`: `sets` (`open_pairs`: whatever `--data` names), `files` (pairs of sentences in files), `corpus` (as
   token ids), `buckets` (batches of similar length), `dates` and `number_words` (the embedded pairs).
 - `points/`: `mixtures` of Gaussians in the plane. `series`: values over time, generated or of a CSV, and windows.
