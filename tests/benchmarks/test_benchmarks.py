@@ -48,6 +48,8 @@ CASES = [
     ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
     ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
+    ("super_resolution --blocks 1 --width 4 --patch 8 --batch 2 --rounds 1", "functree / nn.Module"),
+    ("super_resolution --norms --recursions 2 --width 4 --patch 8 --batch 2 --rounds 1", "functree / plain gradient"),
     ("train_step --batch 1 --rounds 1", "functree, donated / jax + optax, jit"),
     ("translation_step --preset tiny --tokens 50 --vocabulary 20 --rounds 1", "functree / torch.nn.Transformer"),
     ("vae_step --epochs 1 --images 128", "time without"),
