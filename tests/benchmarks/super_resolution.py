@@ -1,5 +1,5 @@
 """The compiled train step of EDSR beside the same nn.Module under torch.compile with fused AdamW; and the norms of the
-gradients of every example, of DRCN and DRRN, whose weights are used again and again, beside the plain compiled gradient.
+gradients of all examples, of DRCN and DRRN, whose weights are used again and again, beside the plain compiled one.
 
     python tests/benchmarks/super_resolution.py [--blocks 16] [--width 64] [--patch 48] [--batch 16] [--rounds 9]
         [--threads 2] [--device cpu]
