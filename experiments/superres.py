@@ -60,7 +60,7 @@ class Args:
     test: str = "portrait"
     """Pictures to test on: "portrait" (embedded), "set5" (downloaded once), or a folder."""
     weights: str | None = None
-    """Values to start from: a run of the same net, or a file in the names of its public version."""
+    """Values to start from: a run of the same net, perhaps of another scale, or a file of its public version."""
     residual: bool = True
     """The net learns the difference from the bicubic enlargement (VDSR, DRCN and DRRN always do)."""
     patch: Count = 60
@@ -246,7 +246,8 @@ def train(args: Args) -> None:
                 run.save(at, state)
         table = figures()
         run.result({**table, "parameters": tree.count(model().values), "protocol": upscaler.PROTOCOL})
-    models = [*([("before", start)] if start else []), (args.net, model())]
+    before = [("before", start)] if start and set(args.scale) <= set(start.scales) else []
+    models = [*before, (args.net, model())]
     upscaler.draw(run.folder, models, test, args.test, table)
     curves = read_curves(run.folder, *(f"test/psnr_x{scale}" for scale in args.scale))
     plots.curves(run.folder / "psnr.png", curves, ylabel="dB", title=f"PSNR of the test pictures, {title}")

@@ -13,6 +13,7 @@ from experiments.parts import classifier as classifiers
 from experiments.parts.upscaler import Upscaler
 from nets.classifiers import vgg
 from nets.superresolution import by_name, drcn, srgan
+from nets.weights import listing
 from train import losses, optimizers
 from train.adversarial import step as games
 from train.adversarial.objectives import NON_SATURATING
@@ -182,16 +183,29 @@ def beginning(
         optimizer = optimizer_of(args)
         state = create(key, net.spec(cfg), optimizer)
         step = make_step(objective(net, cfg, args.loss, args.residual), optimizer, donate=True, **options)
-        return state if start is None else _from(state, net.spec(cfg), start), step
+        return state if start is None else _from(state, net.spec(cfg), cfg, start), step
     both = optimizer_of(args), optimizer_of(args)
     state = games.create(key, net.critic_spec(cfg), net.spec(cfg), *both)
     if start is not None:
-        state = state._replace(generator=_from(state.generator, net.spec(cfg), start))
+        state = state._replace(generator=_from(state.generator, net.spec(cfg), cfg, start))
     return state, games.make_step(*game(cfg, phi, args.adversarial, args.residual), *both, **options)
 
 
-def _from(state: TrainState, model: tree.Tree, start: Upscaler) -> TrainState:
-    """The state with the values of a net of the same spec."""
-    spec.check(model, start.values, f"--weights, a {start.name}")
-    params, stats = spec.split(model, tree.move(start.values, state.key.device))
+def _from(state: TrainState, model: tree.Tree, cfg: Any, start: Upscaler) -> TrainState:
+    """The state with the values of a net that differs in its scale at most; its leaves of other shapes are left out,
+    which is said.
+
+    Raises ValueError: it differs in more.
+    """
+    sizes, others = (
+        {k: v for k, v in vars(c).items() if k not in ("scale", "scales", "size")} for c in (cfg, start.cfg)
+    )
+    if sizes != others:
+        raise ValueError(f"--weights: the net there is {start.cfg}, expected {cfg}, perhaps of another scale")
+    own, theirs = tree.flatten(tree.merge(state.params, state.stats)), tree.flatten(start.values)
+    same = {name for name, x in own.items() if name in theirs and theirs[name].shape == x.shape}
+    if anew := [name for name in own if name not in same]:
+        print(f"--weights, a {start.name}: of other shapes, and so drawn anew: {listing(anew)}")
+    values = {name: theirs[name].to(x.device) if name in same else x for name, x in own.items()}
+    params, stats = spec.split(model, tree.sort(tree.nest(values, like=model)))
     return state._replace(params=params, stats=stats)

@@ -44,7 +44,12 @@ class Config:
             raise ValueError(f"drrn: {self.blocks} blocks, {self.units} units, width {self.width}; expected at least 1")
 
 
-PRESETS = {"drrn": Config(), "drrn-b1u25": Config(units=25), "drrn-public": Config(rectified=True)}
+PRESETS = {
+    "drrn": Config(),
+    "drrn-b1u25": Config(units=25),
+    "drrn-public": Config(rectified=True),
+    "drrn-small": Config(units=5, width=48),
+}
 
 
 def spec(cfg: Config) -> dict:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from core import random, spec, tree
+from experiments import superres
 from experiments.parts import upscaled_files, upscaler, upscaler_training
 from experiments.parts.upscaler import Upscaler
 from nets.superresolution import by_name, drcn
@@ -21,6 +22,7 @@ from tests.real_pictures import needs_pictures, unpacked
 from tests.registry.experiments import pictures as rows
 from train.data.images import full_range, originals, resize
 from train.data.images.full_range import FullRange
+from train.run import open_run
 
 call = functools.partial(runs.call, "superres")
 SOURCES = ("--data", "high", "--test", "low")
@@ -202,12 +204,8 @@ def test_files(here, capsys):
         (["upscale", "low", "--weights", "broken.png", "--net", "drcn", "--scale", "2"], "no public drcn is known"),
         (["evaluate", "--run", "runs/superres/a", "--test", "nowhere"], "'nowhere' does not exist"),
         (
-            ["--net", "srgan-small", "--scale", "3", "--weights", "runs/superres/c", *SOURCES],
-            "--weights, a srresnet-small",
-        ),
-        (
             ["--net", "fsrcnn", "--scale", "2", "--weights", "runs/superres/a", *SOURCES, "--patch", "24"],
-            "'expand.act.wei",
+            "--weights: the net there is Config(scale=2, width=32, shrunk=5, mappings=1, channels=1), expected Config(",
         ),
     ],
     ids=runs.flag_id,
@@ -255,6 +253,17 @@ def test_srgan_from_a_run_of_srresnet(here, capsys):
     assert kind("runs/superres/g/upscaled/0.png") == ("RGB", (80, 88))
     shutil.rmtree("runs/superres/g/checkpoints/2")
     assert call("evaluate", "--run", "runs/superres/g", "--test", "low") == 2
+
+
+def test_start_from_a_run_of_another_scale(here, capsys):
+    """EDSR's and FSRCNN's papers do so: all but the layers that enlarge are taken over."""
+    flags = ("--net", "srresnet-small", "--scale", "3", "--weights", "runs/superres/c", *SOURCES)
+    assert call(*flags, *QUICK, "--patch", "24", "--learning-rate", "1e-9", "--name", "s") == 0
+    out = capsys.readouterr().out
+    assert "of other shapes, and so drawn anew: 'up.0.conv.bias', 'up.0.conv.weight'" in out
+    model, before = (superres.trained(open_run(Path(f"runs/superres/{n}"), superres.RUNS)).values for n in "sc")
+    torch.testing.assert_close(model["head"], before["head"], rtol=0, atol=1e-6)
+    assert model["up"][0]["conv"]["bias"].shape == (9 * 32,)
 
 
 def test_content_loss_on_features_of_a_classifier(here, monkeypatch):

@@ -41,7 +41,10 @@ def read(path: str | os.PathLike, white: float | None = None) -> FullRange:
     """
     with opened(path) as image:
         with Image.open(path) as undecoded:
-            note = "has 16 bits per colour, of which the upper 8 are read" if has_deep_colours(undecoded) else ""
+            notes = ["has 16 bits per colour, of which the upper 8 are read"] if has_deep_colours(undecoded) else []
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            notes.append(f"has {frames} frames, of which the first is read")
+        note = "; ".join(notes)
         profile = image.info.get("icc_profile")
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):

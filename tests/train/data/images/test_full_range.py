@@ -100,6 +100,12 @@ def test_sixteen_bits_of_colours_lose_the_lower_eight(tmp_path):
     assert np.abs(picture.pixels * 257.0 - pixels).max() <= 257
 
 
+def test_animations_are_their_first_frame(tmp_path):
+    frames = [Image.fromarray(noise(9, 7)) for _ in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=[frames[1].rotate(90), frames[2].rotate(180)])
+    assert full_range.read(tmp_path / "a.gif").note == "has 3 frames, of which the first is read"
+
+
 def test_unreadable_files(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}/a.png cannot be read as a picture: its format is"):
