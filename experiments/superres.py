@@ -221,7 +221,7 @@ def train(args: Args) -> None:
     identity = {"net": cfg, "data": fingerprint(data.pictures, test.pictures)}
     state, every = run.restore(state, identity, args.steps), args.eval_every or max(1, args.steps // 4)
     low = {scale: patches.lowered_all(data.pictures, scale) for scale in args.scale}
-    title = args.net.upper()
+    table: dict[str, float] = {}
 
     def model() -> Upscaler:
         player = state.generator if adversarial else state
@@ -244,13 +244,13 @@ def train(args: Args) -> None:
                 run.log.metrics(at, {f"test/{name}": value for name, value in table.items() if "bicubic" not in name})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        table = figures()
+        table = table or figures()  # of a run whose steps were all done before
         run.result({**table, "parameters": tree.count(model().values), "protocol": upscaler.PROTOCOL})
     before = [("before", start)] if start and set(args.scale) <= set(start.scales) else []
     models = [*before, (args.net, model())]
     upscaler.draw(run.folder, models, test, args.test, table)
     curves = read_curves(run.folder, *(f"test/psnr_x{scale}" for scale in args.scale))
-    plots.curves(run.folder / "psnr.png", curves, ylabel="dB", title=f"PSNR of the test pictures, {title}")
+    plots.curves(run.folder / "psnr.png", curves, ylabel="dB", title=f"PSNR of the test pictures, {args.net}")
     print(upscaler.line(table, args.scale))
     print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
