@@ -4,13 +4,15 @@ Dong et al. 2016, "Accelerating the Super-Resolution Convolutional Neural Networ
 (nets/README.md). Without a flag FSRCNN learns from the two photographs in scikit-learn to enlarge three times, and is
 tested on the portrait in matplotlib, offline:
 
-    python experiments/superres.py                                           three minutes on 2 CPU cores
+    python experiments/superres.py                                           1.5 minutes of one CPU core
     python experiments/superres.py --data t91 --test set5                    downloaded once; or folders of pictures
     python experiments/superres.py --net vdsr --scale 2 3 4 --data t91 --test set5
     python experiments/superres.py --net srgan --scale 4 --weights runs/superres/NAME     from a run of SRResNet
     python experiments/superres.py evaluate --run runs/superres/NAME --test set5 --self-ensemble
     python experiments/superres.py upscale --run runs/superres/NAME photo.jpg FOLDER
     python experiments/superres.py upscale --weights edsr_baseline_x2.pt --net edsr-baseline --scale 2 photo.jpg
+
+Expected: 29.19 dB, where bicubic interpolation gives 27.58; from T91, on Set5 after 6000 steps, 32.75 and 30.39.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
