@@ -62,7 +62,8 @@ def enlarge(
     Args:
         small: (batch, channels, height, width) in [0, 1].
         bicubic: its bicubic enlargement, (batch, channels, scale height, scale width).
-        residual: the net's output is added to the bicubic enlargement; VDSR, DRCN and DRRN do so themselves.
+        residual: the net's output, EDSR's without the mean colour, is added to the bicubic enlargement; VDSR, DRCN
+            and DRRN do so themselves.
 
     Returns:
         (batch, channels, scale height, scale width).
@@ -77,4 +78,6 @@ def enlarge(
         return net.apply(params, bicubic, cfg, train=train)
     options = {"scale": scale} if net is edsr else {}
     out = net.apply(params, bicubic if net.ENLARGED else small, cfg, train=train, **options)
-    return bicubic + out if residual else out
+    if not residual:
+        return out
+    return bicubic + (out - edsr.mean_colour(out) if net is edsr else out)

@@ -132,7 +132,7 @@ def apply(
     if scale not in cfg.scales:
         raise ValueError(f"edsr: the scale is {scale}; the net has {', '.join(map(str, cfg.scales))}")
     number = cfg.scales.index(scale)
-    mean = _mean(x)
+    mean = mean_colour(x)
     x = conv(params["head"], cfg.white * (x - mean), padding=1)  # (batch, width, height, width)
     for p in params["own"][number] if "own" in params else ():
         x = _block(p, x, 1.0)
@@ -150,8 +150,8 @@ def _block(p: list, x: Tensor, scale: float) -> Tensor:
     return x + scale * conv(p[1], conv(p[0], x, padding="same").relu(), padding="same")
 
 
-def _mean(x: Tensor) -> Tensor:
-    """(channels, 1, 1), of DIV2K; of grey images that of green."""
+def mean_colour(x: Tensor) -> Tensor:
+    """(channels, 1, 1), the mean of DIV2K that `apply` adds to its last layer; of other than three channels green's."""
     mean = MEAN if x.shape[1] == 3 else (MEAN[1],) * x.shape[1]
     return torch.tensor(mean, dtype=x.dtype, device=x.device)[:, None, None]
 
