@@ -88,7 +88,7 @@ def two_players(module: ModuleType) -> Callable[[Any], Tree]:
 
 def published(module: ModuleType, counts: dict[str, int], spec: Callable[[Any], Tree] | None = None) -> None:
     """Register the presets of a module. The counts are without Stats; a weight used twice counts once."""
-    name = module.__name__.rpartition(".")[2]
+    name = module.__name__.partition(".")[2].replace(".", "/")  # generative/unet
     if unknown := counts.keys() - module.PRESETS.keys():
         raise ValueError(f"'{name}' has no presets {', '.join(sorted(unknown))}")
     PUBLISHED[name] = Published(spec or module.spec, module.PRESETS, counts)

@@ -1,0 +1,1 @@
+"""Nets with an output per pixel or region: segmentation."""

@@ -1,0 +1,27 @@
+"""Nets with an output per pixel."""
+
+from nets.blocks.residual_stages import Stages
+from nets.dense import deeplab, fcn, transunet, unet
+from tests.registry.face import images, net, published
+
+UNET = {"width": 3, "depth": 2, "classes": 3}
+net("dense unet", unet, unet.Config(**UNET), images(3, 9, 6))
+net("dense unet, bilinear", unet, unet.Config(**UNET, bilinear=True), images(3, 8))
+# Milesial's Pytorch-UNet with 3 channels and 2 classes.
+published(unet, {"unet": 31_037_698, "unet-bilinear": 17_263_042})
+
+BASIC = fcn.Config(Stages((1, 1), width=4), output_stride=4, classes=3, dropout=0.3)
+net("fcn", fcn, BASIC, images(3, 8, 12), draws=True)
+# Torchvision's, with their auxiliary heads.
+published(fcn, {"fcn_resnet50": 35_322_218, "fcn_resnet101": 54_314_346})
+BOTTLENECK = Stages((1, 1), "bottleneck", width=4)
+DEEPLAB = deeplab.Config(BOTTLENECK, output_stride=4, rates=(2,), width=6, dropout=0.3, classes=3)
+net("deeplab", deeplab, DEEPLAB, images(3, 12, 8), draws=True)
+published(deeplab, {"deeplabv3_resnet50": 42_004_074, "deeplabv3_resnet101": 60_996_202})
+
+TRANSUNET = transunet.Config(
+    32, (1, 1, 1), 4, 2, layers=1, heads=2, width=6, hidden=8, decoder=(5, 4, 3, 4), bridge=6, dropout=0.3, classes=3
+)
+net("transunet", transunet, TRANSUNET, images(3, 32), draws=True)
+# The authors' R50-ViT-B_16 for 224 pixels and 9 classes.
+published(transunet, {"transunet": 105_277_081})
