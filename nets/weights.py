@@ -32,6 +32,8 @@ FILES = (
 )
 ENTRIES = ("state_dict", "model_state_dict", "model")
 """The entries of a checkpoint that may hold the tensors."""
+NOTES = ("mask_values",)
+"""Entries beside the tensors that are none: of milesial's U-Net the values of its masks."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """Put before every name by DistributedDataParallel, torch.compile, and classes that wrap a net."""
 
@@ -165,6 +167,32 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def fetch(address: str, directory: str | Path | None = None) -> Path:
+    """Download a weights file whose name ends in the beginning of its SHA-256 sum; one that is there already is not
+    fetched again.
+
+    Args:
+        directory: folder to keep it in; None is a folder in the user's cache.
+
+    Raises:
+        WeightsError: there is no connection, or the file has another checksum and is removed.
+    """
+    import pooch
+
+    file = address.rpartition("/")[2]
+    folder = Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / "weights"
+    try:
+        path = Path(pooch.retrieve(address, known_hash=None, fname=file, path=folder))
+    except Exception as error:  # whatever the network library raises
+        raise WeightsError(f"cannot fetch {address}: {_first_line(error)}") from None
+    expected, digest = Path(file).stem.rpartition("-")[2], pooch.file_hash(str(path), alg="sha256")
+    if not digest.startswith(expected):
+        path.unlink()
+        sums = f"its SHA-256 sum is {digest[:8]}..., not {expected}..."
+        raise WeightsError(f"{address} is not the published file: {sums}")
+    return path
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.name.endswith(SUFFIXES):
         raise WeightsError(f"'{path}' is no weights file; expected one of {', '.join(SUFFIXES)}")
@@ -179,6 +207,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"'{path}' cannot be read as weights: {_reason(error)}") from error
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in NOTES}
     if _are_named_tensors(content):
         return content
     entries = content if isinstance(content, dict) else {}

@@ -129,6 +129,7 @@ def baseline_line(figures: dict[str, Any]) -> str:
 def compare(path: Path, part: Segmented, shown: dict[int, tuple[Tensor, Tensor]], trained: Trained) -> None:
     """Pictures beside their truth, the prediction, its errors and its uncertainty."""
     colours, rows = pictures.palette(len(trained.classes), trained.background), []
+    opacity = 0.85 if trained.background else 0.6  # what is no background hides little else
     high = max(float(unsure.max()) for _, unsure in shown.values())
     for i, (labels, unsure) in shown.items():
         image, mask = part.images[i], part.masks[i]
@@ -137,8 +138,8 @@ def compare(path: Path, part: Segmented, shown: dict[int, tuple[Tensor, Tensor]]
         rows.append(
             [
                 image.permute(1, 2, 0).numpy(),
-                pictures.overlay(image, mask, colours, trained.background, 0.65),
-                pictures.overlay(image, labels, colours, trained.background, 0.65),
+                pictures.overlay(image, mask, colours, trained.background, opacity),
+                pictures.overlay(image, labels, colours, trained.background, opacity),
                 pictures.errors(image, labels, mask, VOID),
                 pictures.heat(unsure, high),
             ]

@@ -23,7 +23,7 @@ from core.tree import Tree
 from nets.blocks.conv_norm import fill_published
 from nets.classifiers import vit
 from nets.classifiers.by_name import find
-from nets.weights import Rename, WeightsError, listing, read, read_config, strip_prefixes
+from nets.weights import Rename, WeightsError, fetch, listing, read, read_config, strip_prefixes
 
 URL = "https://download.pytorch.org/models/"
 
@@ -132,23 +132,7 @@ def download(name: str, directory: str | Path | None = None, base_url: str = URL
     """
     if name not in PUBLISHED:
         raise WeightsError(f"torchvision publishes no weights of '{name}'; it does of {', '.join(PUBLISHED)}")
-    import pooch
-
-    file = PUBLISHED[name].source
-    folder = Path(directory) if directory is not None else Path(pooch.os_cache("functree")) / "weights"
-    address = f"{base_url.rstrip('/')}/{file}"
-    try:
-        path = Path(pooch.retrieve(address, known_hash=None, fname=file, path=folder))
-    except Exception as error:  # whatever the network library raises
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"cannot fetch {address}: {first}") from None
-    expected, digest = Path(file).stem.rpartition("-")[2], pooch.file_hash(str(path), alg="sha256")
-    if not digest.startswith(expected):
-        path.unlink()
-        raise WeightsError(
-            f"{address} is not the published file: its SHA-256 sum is {digest[:8]}..., not {expected}..."
-        )
-    return path
+    return fetch(f"{base_url.rstrip('/')}/{PUBLISHED[name].source}", directory)
 
 
 def from_pretrained(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from core.layers import conv, conv_spec, dropout, global_average_pool
-from nets.blocks.conv_norm import affine_names, conv_norm, conv_norm_names, conv_norm_spec, dropout_keys, fill_published
+from nets.blocks.conv_norm import affine_names, conv_norm, conv_norm_names, conv_norm_spec, dropout_keys
 from nets.blocks.residual_stages import Stages, stage_maps, stage_names, stages_spec
 from nets.dense import fcn
-from nets.weights import Rename, read
+from nets.weights import Rename
 
 AUX_WEIGHT = fcn.AUX_WEIGHT
 RESNET50, RESNET101 = fcn.PRESETS["fcn_resnet50"].backbone, fcn.PRESETS["fcn_resnet101"].backbone
@@ -117,8 +117,3 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     for ours, names in parts.items():
         table |= conv_norm_names(f"head.{ours}", *(f"classifier.{name}" for name in names))
     return table | affine_names("head.out", "classifier.4")
-
-
-def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from a file of torchvision: a local file or folder, or a hub repository."""
-    return fill_published(spec(cfg), read(source), rename_table(cfg), source)

@@ -123,6 +123,7 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
     return table | (head_names("aux", "aux_classifier") if cfg.aux else {})
 
 
-def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from a file of torchvision: a local file or folder, or a hub repository."""
-    return fill_published(spec(cfg), read(source), rename_table(cfg), source)
+def backbone_from_pretrained(source: str, cfg: Stages) -> dict:
+    """Parameters and Stats of a backbone from torchvision's file of a ResNet, without the head of the classifier."""
+    state = {name: x for name, x in read(source).items() if not name.startswith("fc.")}
+    return fill_published(stages_spec(cfg), state, stage_names(cfg), source)

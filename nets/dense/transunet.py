@@ -7,8 +7,8 @@ is enlarged step by step and meets the finer maps:
 
     z = ViT(embed(f_4) + positions);   u_4 = conv(z);   u_{i-1} = convs([enlarge(u_i), f_{i-1}]);   logits = head(u_0)
 
-It equals the authors' code, whose files `from_pretrained` reads, where that differs from the paper too: a block of the
-residual net has its norms after the convolutions, and maps that the pooling without padding left a pixel short are
+It equals the authors' code, whose files `nets.dense.by_name` reads, where that differs from the paper too: a block of
+the residual net has its norms after the convolutions, and maps that the pooling without padding left a pixel short are
 filled up with zeros on the right and at the bottom.
 """
 
@@ -37,12 +37,11 @@ from nets.blocks.conv_norm import (
     conv_norm,
     conv_norm_names,
     conv_norm_spec,
-    fill_published,
     patch_embedding,
     patch_embedding_spec,
 )
 from nets.blocks.transformer_block import block, block_spec, identity
-from nets.weights import Rename, read
+from nets.weights import Rename
 
 TORCH = initializers.kaiming_uniform(a=math.sqrt(5))
 """The default of torch.nn for weights."""
@@ -255,8 +254,3 @@ def rename_table(cfg: Config) -> dict[str, Rename]:
             names = f"decoder.blocks.{i}.conv{j + 1}"
             table |= conv_norm_names(f"up.{i}.{j}", f"{names}.0", f"{names}.1")
     return table
-
-
-def from_pretrained(source: str, cfg: Config) -> dict:
-    """Parameters and Stats from a file of the authors' code: a local file or folder, or a hub repository."""
-    return fill_published(spec(cfg), read(source), rename_table(cfg), source)

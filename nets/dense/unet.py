@@ -8,7 +8,8 @@ feature map that the way down had at this size:
 
 Each `convs` are two 3x3 convolutions with batch norm and ReLU. Unlike in the paper the convolutions are padded, so that
 the logits have the size of the image, as in the public implementation by milesial (Pytorch-UNet), whose files
-`from_pretrained` reads. The paper enlarges by transposed convolutions; `bilinear` interpolates, with half the channels.
+`nets.dense.by_name` reads. The paper enlarges by transposed convolutions; `bilinear` interpolates, with half the
+channels.
 """
 
 from dataclasses import dataclass
@@ -26,9 +27,8 @@ from nets.blocks.conv_norm import (
     conv_norm_names,
     conv_norm_spec,
     fan_uniform,
-    fill_published,
 )
-from nets.weights import Rename, WeightsError, read
+from nets.weights import Rename, WeightsError
 
 HE = initializers.kaiming_normal(nonlinearity="relu")
 """Normal with variance 2 / fan_in (section 3 of the paper)."""
@@ -155,15 +155,3 @@ def config_of(state: dict[str, Tensor], source: str = "U-Net weights") -> Config
         raise WeightsError(f"'{source}' is of another net than milesial's U-Net: it has no inc.double_conv.0.weight")
     depth = sum(f"down{i}.maxpool_conv.1.double_conv.0.weight" in state for i in range(1, 1 + len(state)))
     return Config(len(stem), max(depth, 1), "up1.up.weight" not in state, stem.shape[1], len(head))
-
-
-def from_pretrained(source: str) -> tuple[dict, Config]:
-    """(parameters and Stats, Config) from a file of milesial's Pytorch-UNet: a local file or folder, or a hub
-    repository.
-
-    Raises:
-        WeightsError: it cannot be read, or is of another net; the first tensor that does not fit is named.
-    """
-    state = read(source)
-    cfg = config_of(state, source)
-    return fill_published(spec(cfg), state, rename_table(cfg), source), cfg

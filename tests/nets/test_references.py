@@ -5,7 +5,7 @@ import torch
 
 from core import random
 from tests.nets.parity import check_initial, check_names, check_parity, randomise
-from tests.registry import classifier_references  # noqa: F401 - its rows
+from tests.registry import classifier_references, dense_references  # noqa: F401 - their rows
 from tests.registry.references import INITIAL, NAMES, PARITY
 
 

@@ -10,14 +10,16 @@ import numpy as np
 from train.plots import fonts
 from train.plots.figures import COLOURS, GRID, INK, array, axes_for, new_figure, write
 
+FURTHER = ("#8C564B", "#78DC3C", "#7A3FD0", "#FFFFFF", "#12603A", "#B5B09A", "#1B2A80", "#FF8FB1")
+"""Colours of classes after those of all plots."""
 VOID_COLOUR = (90, 90, 90)
 ERROR_COLOUR = (230, 40, 40)
 
 
 def palette(classes: int, background: bool) -> np.ndarray:
-    """(classes, 3) bytes: colours of classes that are easy to tell apart, black for a background."""
+    """(classes, 3) bytes: colours of classes, the first ones easy to tell apart; black for a background."""
     colours = [(0, 0, 0)] if background else []
-    own = [c for c in COLOURS if c != "#000000"]
+    own = [*(c for c in COLOURS if c != "#000000"), *FURTHER]
     for i in range(classes - len(colours)):
         if i < len(own):
             colours.append(tuple(int(own[i][k : k + 2], 16) for k in (1, 3, 5)))
