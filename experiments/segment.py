@@ -10,6 +10,7 @@ flag it learns generated scenes of scikit-learn's digits, where colour says noth
     python experiments/segment.py --data FOLDER                             any images/ and masks/, or IMAGES,MASKS
     python experiments/segment.py evaluate --run runs/segment/NAME --data OTHER_FOLDER
     python experiments/segment.py predict --run runs/segment/NAME photo.jpg FOLDER --objects
+    python experiments/segment.py predict --weights published --net deeplabv3_resnet50 --longest 520 photo.jpg
 
 Expected: mean IoU ... over the digits and the background, where the colour alone reaches ....
 """
@@ -25,7 +26,7 @@ import torch
 import tyro
 
 from core import random, tree
-from experiments.parts import segmentation_figures, segmentation_task, segmenter
+from experiments.parts import segmentation_figures, segmentation_task, segmentation_weights, segmenter
 from experiments.parts.segmentation_task import LOSSES, Loss
 from experiments.parts.segmenter import Segmenter, Trained
 from nets.dense import by_name
@@ -37,6 +38,7 @@ from train.data.understood import understood
 from train.files import write_json
 from train.optimizers import schedules
 from train.run import Common, Count, FromRun, Natural, NonNegative, Positive, Shared, begin, command_line, open_run
+from train.run.flags import check_source
 from train.run.logs import read_curves
 from train.run.run import unused
 from train.step import compiled, create, make_step
@@ -73,6 +75,9 @@ class Args:
     """Largest random change of brightness, contrast and saturation, as a factor; of hue a quarter of it."""
     loss: Literal[tuple(LOSSES)] = "cross-entropy+dice"
     """Loss: per pixel, per region (dice, lovasz), or the sum of both."""
+    weights: str | None = None
+    """Start from "published" (torchvision's FCN or DeepLabV3, downloaded), a file (of these, of a ResNet for their
+    backbone, of milesial's U-Net, of TransUNet's authors), a hub repository or a run's folder."""
     balance: bool = False
     """Weigh the classes in the cross-entropy by their median frequency over their own."""
     steps: Count = 400
@@ -121,6 +126,14 @@ class EvaluateArgs(FromRun):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArgs(FromRun):
+    run: Path | None = None
+    """Folder of a run: runs/segment/NAME."""
+    weights: str | None = None
+    """Published weights instead: "published" (torchvision's of --net, downloaded), a file or a hub repository."""
+    net: str | None = None
+    """With --weights: their net, a preset of nets.dense (a wrong name lists them)."""
+    longest: Count | None = None
+    """With --weights: pixels of the longer side that larger pictures are scaled to; none are if None."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures, folders of pictures, a .txt file with one name per line, or - for names on standard input."""
     objects: bool = False
@@ -147,8 +160,12 @@ def train(args: Args) -> None:
     classes = table.classes
     sizes = {"classes": len(classes), "size": args.size, "width": args.width, "depth": args.depth}
     net, cfg = by_name.configured(args.net, **sizes)
+    initial, means = None, segmentation_task.means(data.train)
+    if run.resumed_from:
+        means = segmentation_weights.prepared_before(run.resumed_from, RUNS, means)
+    elif args.weights:
+        initial, means = segmentation_weights.initial(args.weights, args.net, net, cfg, RUNS)
     values = tuple(sorted(table.labels.items()))
-    means = segmentation_task.means(data.train)
     trained = Trained(args.net, classes, values, table.coloured, *means, args.longest, args.members)
     understood(print, source.facts | {"net": cfg})
     segmenter.check_sizes(net, cfg, args.tile, args.overlap, args.size)
@@ -160,6 +177,8 @@ def train(args: Args) -> None:
     optimizer = optimizers.adamw(rate, weight_decay=args.weight_decay, mask=lambda name, leaf: leaf.ndim >= 2)
     loss = Loss(net, cfg, trained, args.loss, weight, run.policy.compute or torch.float32)
     start = functools.partial(create, model=model, optimizer=optimizer)
+    if initial is not None:
+        start = functools.partial(segmentation_weights.state_from, values=initial, model=model, optimizer=optimizer)
     if args.members == 1:
         state = start(create_key.to(run.device))
         step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
@@ -197,19 +216,18 @@ def train(args: Args) -> None:
     print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
-def opened(args: EvaluateArgs | PredictArgs):
-    """(the saved run, its arguments, its net)."""
-    run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
-    trained = run.read("args", Args)
-    tile, overlap = args.tile or trained.tile, trained.overlap if args.overlap is None else args.overlap
-    model = segmenter.load(run, device, tile, overlap)
+def tiled(model: Segmenter, args: Args | EvaluateArgs | PredictArgs, usual: Args) -> Segmenter:
+    """The net with its tiles, which are checked."""
+    tile, overlap = args.tile or usual.tile, usual.overlap if args.overlap is None else args.overlap
     segmenter.check_sizes(model.net, model.cfg, tile, overlap)
-    return run, trained, model
+    return model._replace(tile=tile, overlap=overlap)
 
 
 def evaluate(args: EvaluateArgs) -> None:
     """Figures and pictures of a run's net on its test pictures, or on other ones."""
-    run, trained, model = opened(args)
+    run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
+    trained = run.read("args", Args)
+    model = tiled(segmenter.load(run, device), args, trained)
     if args.data is None:
         data, name = segmentation_task.source_of(trained).data, "test"
     else:
@@ -226,9 +244,15 @@ def evaluate(args: EvaluateArgs) -> None:
 
 def predict(args: PredictArgs) -> None:
     """Masks of pictures: a class for each pixel, over the picture too, and the connected regions with --objects."""
-    run, _, model = opened(args)
+    check_source(args)
+    device = command_line.device(args.device)
+    if args.run:
+        run = open_run(args.run, RUNS, args.checkpoint)
+        model = tiled(segmenter.load(run, device), args, run.read("args", Args))
+    else:
+        model = tiled(segmentation_weights.published(args.weights, args.net or "", device, args.longest), args, Args())
     paths, skipped = folders.picture_paths(args.images)
-    folder = unused(args.out, args.run / "predicted")
+    folder = unused(args.out, args.run / "predicted" if args.run else Path("predicted"))
     understood(print, {"pictures": len(paths), "classes": list(model.trained.classes), "skipped": skipped})
     segmenter.write_predictions(folder, model, paths, args.objects)
     print(f"files in {folder}/")

@@ -12,6 +12,7 @@ from torch import Tensor
 from core import random, tree
 from experiments.parts.segmenter import Trained, normalised
 from nets.classifiers.by_name import weighted_logits
+from train.data import DataError
 from train.data.images import arrays, mask_sets
 from train.data.images.mask_sets import MaskSet, Segmented
 from train.data.images.masks import VOID, Table
@@ -24,6 +25,10 @@ from train.metrics import classification
 SCENES = Table(("background", *map(str, range(10))), {i: i for i in range(11)}, False)
 SAMPLE = 200
 """Generated scenes to test on, and as many to measure means and baselines on."""
+
+
+LARGEST = 30
+"""Pixels per side of the largest digit."""
 
 
 class Source(NamedTuple):
@@ -42,16 +47,19 @@ def _segmented(drawn: Scenes) -> Segmented:
 
 
 def generated(args: Any) -> Source:
-    """Scenes of scikit-learn's digits; those of the test scenes are not among the others."""
+    """Scenes of scikit-learn's digits; those of the test scenes are not among the others. Raises DataError."""
+    if args.size < LARGEST:
+        raise DataError(f"--size is {args.size}; expected at least {LARGEST}, the largest digit of the scenes")
     digits, others = arrays.digits()
     keys = random.split(random.key(1), 2)
-    parts = [_segmented(scenes(k, SAMPLE, d, side=args.size)) for k, d in zip(keys, (digits, others), strict=True)]
+    sizes = {"side": args.size, "sizes": (16, LARGEST)}
+    parts = [_segmented(scenes(k, SAMPLE, d, **sizes)) for k, d in zip(keys, (digits, others), strict=True)]
     data = MaskSet(*parts, SCENES, ("drawn as they are needed", "of digits not learned from"))
     facts = {"pictures": f"scenes of {args.size} x {args.size} pixels with up to 4 digits, {data.origin[0]}"}
     facts |= {"classes": list(SCENES.classes), "scenes to test on": f"{SAMPLE} {data.origin[1]}"}
 
     def batch(key: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        drawn = scenes(random.fold_in(key, step), args.batch, digits, side=args.size)
+        drawn = scenes(random.fold_in(key, step), args.batch, digits, **sizes)
         return drawn.images, drawn.masks.byte()
 
     return Source(data, facts, batch, -(-SAMPLE // args.batch))

@@ -65,8 +65,8 @@ class Segmenter(NamedTuple):
     net: ModuleType
     cfg: Any
     trained: Trained
-    tile: int
-    overlap: int
+    tile: int = 512
+    overlap: int = 96
 
 
 def normalised(pixels: Tensor, trained: Trained) -> Tensor:
@@ -74,7 +74,7 @@ def normalised(pixels: Tensor, trained: Trained) -> Tensor:
     return preprocess(augment.unit(pixels), trained)
 
 
-def load(run: SavedRun, device: torch.device, tile: int, overlap: int) -> Segmenter:
+def load(run: SavedRun, device: torch.device) -> Segmenter:
     """The net of a run, at its checkpoint."""
     trained = run.read("trained", Trained)
     net, preset = by_name.find(trained.net)
@@ -84,7 +84,7 @@ def load(run: SavedRun, device: torch.device, tile: int, overlap: int) -> Segmen
         like = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), like)
     parts = zip(("params", "stats"), spec.split(net.spec(cfg), like), strict=True)
     values = tree.merge(*(run.restore(part, name) if tree.leaves(part) else part for name, part in parts))
-    return Segmenter(tree.move(values, device), net, cfg, trained, tile, overlap)
+    return Segmenter(tree.move(values, device), net, cfg, trained)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, baseline="unigram_entropy", ...)
 """
 
-from tests.registry.experiments import classification, generative, language, pictures, sequences
+from tests.registry.experiments import classification, generative, language, pictures, segmentation, sequences
 from tests.registry.experiments.experiment import Experiment
 
 EXPERIMENTS: list[Experiment] = [
@@ -12,4 +12,5 @@ EXPERIMENTS: list[Experiment] = [
     *sequences.ROWS,
     *generative.ROWS,
     *pictures.ROWS,
+    *segmentation.ROWS,
 ]

@@ -166,7 +166,7 @@ def infer(masks: Sequence[Mask]) -> Table:
         return Table(("background", "object"), {0: 0, values[1]: 1}, coloured)
     void = {VOID: VOID} if not coloured and values[-1] == VOID and values[-2] < MOST else {}
     values = [value for value in values if value not in void]
-    names = tuple(described(value, coloured).partition(" ")[2] for value in values)
+    names = tuple(f"#{value:06x}" if coloured else str(value) for value in values)
     names = ("background", *names[1:]) if coloured and values[0] == 0 else names
     return Table(names, {value: label for label, value in enumerate(values)} | void, coloured)
 
@@ -223,6 +223,8 @@ def _words(line: str) -> tuple[tuple[int, ...], str]:
     words = re.split(r"[\s,;]+", line.strip().strip(",;"))
     lead = next((i for i, word in enumerate(words) if not word.isdecimal()), len(words))
     last = next((i for i, word in enumerate(reversed(words)) if not word.isdecimal()), 0)
+    if lead == len(words) and lead in (2, 4):  # the name is a number too
+        lead -= 1
     if lead:
         return tuple(map(int, words[:lead])), " ".join(words[lead:])
     split = len(words) - last

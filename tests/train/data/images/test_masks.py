@@ -134,6 +134,7 @@ def test_unknown_values_and_colours_are_named():
         ("# of the camera\n3 sky\n7 main road\n255 void\n", ("sky", "main road"), {3: 0, 7: 1, 255: VOID}),
         ("name,r,g,b\nsky,0,0,1\nroad,0,1,0\n", ("sky", "road"), {1: 0, 256: 1}),
         ("64 128 64\tAnimal\n192 0 128\tArch\n", ("Animal", "Arch"), {0x408040: 0, 0xC00080: 1}),
+        ("0 7\n1 9\n", ("7", "9"), {0: 0, 1: 1}),
         ("0 sky\n1 sky\n2 road\n", ("sky", "road"), {0: 0, 1: 0, 2: 1}),
     ],
 )
