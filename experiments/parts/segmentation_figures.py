@@ -40,7 +40,7 @@ def measure(model: Segmenter, part: Segmented) -> Measured:
     classes, members = len(model.trained.classes), model.trained.members
     counts, each = [], torch.zeros(members, classes, classes, dtype=torch.int64)
     losses, uncertainty, objects = torch.zeros(members + 1).double(), torch.zeros(2, 64), [0, 0, 0]
-    chosen = torch.linspace(0, len(part.images) - 1, min(SHOWN, len(part.images))).round().long().tolist()
+    places = torch.linspace(0, len(part.images) - 1, min(SHOWN, len(part.images))).round().long().tolist()
     shown = {}
     for i, (probs, mask) in enumerate(zip(probabilities(model, part.images), part.masks, strict=True)):
         probs = scaled(probs, mask.shape)  # (members, classes, height, width)
@@ -58,7 +58,7 @@ def measure(model: Segmenter, part: Segmented) -> Measured:
         if part.objects:
             matches = segmentation.match_objects(regions(labels, True), part.objects[i])
             objects = [a + b for a, b in zip(objects, matches, strict=True)]
-        if i in chosen:
+        if i in places:
             shown[i] = labels.byte(), unsure
     return Measured(torch.stack(counts), each, losses, uncertainty, segmentation.Objects(*objects), shown)
 
@@ -85,7 +85,7 @@ def figures(model: Segmenter, part: Segmented, out: Measured) -> dict[str, Any]:
 
 
 def _share_of_errors(uncertainty: Tensor, share: float) -> float:
-    """Of the wrong pixels, the share among the `share` of all pixels that are least certain."""
+    """Share of the wrong pixels that are among the `share` of all pixels that are least certain."""
     right, wrong = uncertainty.double().flip(1).cumsum(1)  # from the least certain bin on
     total = right + wrong
     if not wrong[-1]:

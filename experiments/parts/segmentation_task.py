@@ -27,6 +27,8 @@ SAMPLE = 200
 """Generated scenes to test on, and as many to measure means and baselines on."""
 
 
+DIGITS = 6
+"""Digits of a scene, at most; those that find no room are left out."""
 LARGEST = 30
 """Pixels per side of the largest digit."""
 
@@ -41,9 +43,9 @@ class Source(NamedTuple):
     per_epoch: int
 
 
-def _segmented(drawn: Scenes) -> Segmented:
-    images = (255 * drawn.images).round().byte()
-    return Segmented(tuple(images), tuple(drawn.masks.byte()), ())
+def _segmented(samples: Scenes) -> Segmented:
+    images = (255 * samples.images).round().byte()
+    return Segmented(tuple(images), tuple(samples.masks.byte()), ())
 
 
 def generated(args: Any) -> Source:
@@ -52,15 +54,15 @@ def generated(args: Any) -> Source:
         raise DataError(f"--size is {args.size}; expected at least {LARGEST}, the largest digit of the scenes")
     digits, others = arrays.digits()
     keys = random.split(random.key(1), 2)
-    sizes = {"side": args.size, "sizes": (16, LARGEST)}
+    sizes = {"side": args.size, "least": 2, "most": DIGITS, "sizes": (16, LARGEST)}
     parts = [_segmented(scenes(k, SAMPLE, d, **sizes)) for k, d in zip(keys, (digits, others), strict=True)]
     data = MaskSet(*parts, SCENES, ("drawn as they are needed", "of digits not learned from"))
-    facts = {"pictures": f"scenes of {args.size} x {args.size} pixels with up to 4 digits, {data.origin[0]}"}
+    facts = {"pictures": f"scenes of {args.size} x {args.size} pixels with 2 to {DIGITS} digits, {data.origin[0]}"}
     facts |= {"classes": list(SCENES.classes), "scenes to test on": f"{SAMPLE} {data.origin[1]}"}
 
     def batch(key: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        drawn = scenes(random.fold_in(key, step), args.batch, digits, **sizes)
-        return drawn.images, drawn.masks.byte()
+        samples = scenes(random.fold_in(key, step), args.batch, digits, **sizes)
+        return samples.images, samples.masks.byte()
 
     return Source(data, facts, batch, -(-SAMPLE // args.batch))
 

@@ -47,6 +47,7 @@ CASES = [
     ("random_bits --rounds 1", "dropout / F.dropout"),
     ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
     ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
+    ("segmentation_unet --width 2 --depth 2 --side 8 --batch 2 --rounds 1", "functree / nn.Module, compiled"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("super_resolution --blocks 1 --width 4 --patch 8 --batch 2 --rounds 1", "functree / nn.Module"),
     ("super_resolution --norms --recursions 2 --width 4 --patch 8 --batch 2 --rounds 1", "functree / plain gradient"),
@@ -55,7 +56,7 @@ CASES = [
     ("vae_step --epochs 1 --images 128", "time without"),
     ("watch_gradients --preset tiny --batch 2 --rounds 1", "watched step / plain step"),
 ]
-HELPERS = {"memory", "module_gpt", "module_rnn", "timing", "torchvision_operators"}
+HELPERS = {"memory", "module_gpt", "module_rnn", "module_unet", "timing", "torchvision_operators"}
 
 
 def test_every_benchmark_is_here():

@@ -17,8 +17,8 @@ from experiments.parts import segmentation_figures, segmenter
 from experiments.parts.segmentation_weights import initial
 from nets.blocks.residual_stages import stages_spec
 from nets.dense import fcn
+from tests.benchmarks.module_unet import UNet
 from tests.experiments import runs
-from tests.registry.dense_references import UNet
 from tests.registry.experiments import segmentation as rows
 from train.data.images.mask_sets import open_masks
 from train.run import open_run

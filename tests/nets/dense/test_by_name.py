@@ -11,9 +11,10 @@ from core import random, spec, tree
 from nets.blocks.residual_stages import Stages, stage_maps, stages_spec
 from nets.dense import by_name, fcn, transunet, unet
 from nets.weights import WeightsError
+from tests.benchmarks.module_unet import UNet
 from tests.local_server import serve
 from tests.nets.parity import randomise
-from tests.registry.dense_references import TransUNet, UNet
+from tests.registry.dense_references import TransUNet
 
 
 def test_every_preset_has_one_name_and_a_wrong_one_lists_others():

@@ -61,7 +61,7 @@ class Table(NamedTuple):
 
 
 OBJECTS = Table(("background", "object"), {}, False)
-"""Of maps of objects: 0 is the background, every other value an object."""
+"""The table of maps of objects: 0 is the background, every other value an object."""
 
 
 def packed(colour: Sequence[int]) -> int:

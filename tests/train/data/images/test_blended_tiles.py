@@ -77,7 +77,7 @@ def test_nets_of_one_size_get_it():
 
 
 def test_no_more_than_a_band_is_held():
-    """Of a picture of 8 bands of tiles, values are kept for two tiles' height at most."""
+    """Values are kept for the height of a tile, not for that of the picture, which has ten of them."""
     picture, largest = torch.zeros(1, 800, 60), 0
     for _, values in blended(lambda x: x.expand(-1, 50, -1, -1), picture, 100, 20):
         largest = max(largest, values.untyped_storage().nbytes() // (4 * 50 * 60))
