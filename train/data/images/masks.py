@@ -75,10 +75,16 @@ def described(value: int, coloured: bool) -> str:
 
 
 def read_mask(path: str | os.PathLike) -> Mask:
-    """A mask file. Raises DataError: it cannot be read, or its pixels are fractions."""
-    palette = {}
+    """A mask file; a JPEG has two values, 0 and 255, whatever compression made of them.
+
+    Raises DataError: it cannot be read, its pixels are fractions, or it is a JPEG of more values.
+    """
+    palette, lossy = {}, False
     with opened(path) as image:
-        if image.mode == "P":
+        lossy = image.format in ("JPEG", "MPO")
+        if lossy:
+            values = np.asarray(image.convert("L"))
+        elif image.mode == "P":
             values = np.asarray(image)
             colours = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
             used = [entry for entry in np.unique(values).tolist() if entry < len(colours)]
@@ -91,12 +97,21 @@ def read_mask(path: str | os.PathLike) -> Mask:
             values = np.asarray(image.convert("RGB"))  # (height, width, 3)
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         raise DataError(f"{path} holds fractions ({values.min():.4g} to {values.max():.4g}), expected a mask")
+    if lossy:
+        values = _two_values(values, path)
     if values.ndim == 2:
         return Mask(values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32), palette, False)
     if (values == values[..., :1]).all():  # grey, saved as colour
         return Mask(np.ascontiguousarray(values[..., 0]), {}, False)
     red, green, blue = np.moveaxis(values.astype(np.int32), -1, 0)
     return Mask(red << 16 | green << 8 | blue, {}, True)
+
+
+def _two_values(values: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+    """0 and 255 of a JPEG that has had these alone; compression moves values, and mixes them at borders."""
+    if np.minimum(values, 255 - values).clip(max=64).mean() > 8:
+        raise DataError(f"{path} is a JPEG of more than two values, which compression mixes; expected a PNG")
+    return np.where(values < 128, 0, 255).astype(np.uint8)
 
 
 def in_colours(mask: Mask) -> Mask:
@@ -158,7 +173,9 @@ def infer(masks: Sequence[Mask]) -> Table:
     values = sorted(set().union(*(np.unique(mask.values).tolist() for mask in masks)))
     kind = "colours" if coloured else "values"
     if len(values) > MOST:
-        hint = "expected a file of classes beside them or, of maps of objects, a folder of the name 'instances'"
+        hint = (
+            "expected a file of classes, masks that nothing has smoothed or, of maps of objects, a folder 'instances'"
+        )
         raise DataError(f"the masks have {len(values)} {kind}, which are too many to be classes: {hint}")
     if len(values) < 2:
         raise DataError(f"all pixels of the masks have the {described(values[0], coloured)}; expected two classes")

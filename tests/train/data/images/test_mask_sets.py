@@ -195,6 +195,16 @@ def test_all_pairs_and_a_trained_nets_table(tmp_path):
     assert set(data.test.masks[0].unique().tolist()) == {0, 2}
 
 
+def test_grey_pictures_and_other_leftovers(tmp_path):
+    pairs(tmp_path, 5)
+    Image.fromarray(np.full((12, 16), 77, np.uint8)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "._1.png").write_bytes(b"of a file manager")
+    (tmp_path / "masks" / "Thumbs.db").write_bytes(b"of another")
+    (tmp_path / "masks" / "notes.txt").write_text("")
+    data = open_masks(str(tmp_path), part="all")
+    assert data.test.images[0].shape == (3, 12, 16) and (data.test.images[0] == 77).all() and not data.skipped
+
+
 def test_median_weights_and_shares(tmp_path):
     """Class 2 is in one picture of two, and there in half of it: its frequency is 1/2."""
     first, second = torch.zeros(4, 4), torch.zeros(4, 4)

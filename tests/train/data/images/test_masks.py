@@ -95,6 +95,25 @@ def test_maps_of_objects_are_their_union():
         labelled(Mask(np.array([[packed((1, 2, 3))]]), {}, True), OBJECTS)
 
 
+def test_a_jpeg_has_two_values_or_is_refused(tmp_path):
+    """As the masks of Kvasir-SEG, whose pixels are anything near 0 and 255."""
+    rows, columns = np.mgrid[:60, :80]
+    disc = ((rows - 30) ** 2 + (columns - 35) ** 2 < 400).astype(np.uint8)
+    path = write(tmp_path / "disc.jpg", 255 * disc)
+    assert len(np.unique(np.asarray(Image.open(path)))) > 10
+    assert (np.array(labels_of(path)) == disc).mean() > 0.99
+    assert (np.array(labels_of(write(tmp_path / "rgb.jpg", 255 * disc, "RGB"))) == disc).mean() > 0.99
+    write(tmp_path / "classes.jpg", 20 * (rows // 6).astype(np.uint8))
+    with pytest.raises(DataError, match="classes.jpg is a JPEG of more than two values, which compression mixes"):
+        read_mask(tmp_path / "classes.jpg")
+
+
+def test_black_and_red_are_background_and_object(tmp_path):
+    mask = read_mask(write(tmp_path / "red.png", COLOURS[LABELS.clip(max=1)]))
+    assert infer([mask]).classes == ("background", "object")
+    assert labelled(mask, infer([mask])).tolist() == LABELS.clip(max=1).tolist()
+
+
 def test_camvid_has_eleven_classes_and_void():
     table = masks.camvid_table()
     assert len(table.classes) == 11 and table.classes[0] == "sky" and not table.background
@@ -102,7 +121,7 @@ def test_camvid_has_eleven_classes_and_void():
 
 
 def test_what_cannot_be_classes_is_refused(tmp_path):
-    with pytest.raises(DataError, match="have 100 values, which are too many to be classes: .*'instances'"):
+    with pytest.raises(DataError, match="have 100 values, which are too many to be classes: .* in a folder 'instances'"):
         infer([grey(*range(100))])
     with pytest.raises(DataError, match="all pixels of the masks have the value 3; expected two classes"):
         infer([grey(3, 3)])
