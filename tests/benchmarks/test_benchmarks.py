@@ -47,6 +47,7 @@ CASES = [
     ("random_bits --rounds 1", "dropout / F.dropout"),
     ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
     ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
+    ("segmentation_accuracy --data pairs --other module --steps 2 --size 16 --batch 2 --width 2 --depth 2", "module "),
     ("segmentation_unet --width 2 --depth 2 --side 8 --batch 2 --rounds 1", "functree / nn.Module, compiled"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("super_resolution --blocks 1 --width 4 --patch 8 --batch 2 --rounds 1", "functree / nn.Module"),
@@ -102,6 +103,11 @@ def place(tmp_path_factory):
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             path = place / "mnist" / f"{part}-{kind}-ubyte.gz"
             path.write_bytes(gzip.compress(header + array.tobytes()))
+    for part, name in (("images", "a"), ("images", "b"), ("masks", "a"), ("masks", "b")):
+        (place / "pairs" / part).mkdir(parents=True, exist_ok=True)
+        high, shape = (256, (20, 24, 3)) if part == "images" else (3, (20, 24))
+        pixels = generator.integers(0, high, shape, np.uint8)
+        Image.fromarray(pixels).save(place / "pairs" / part / f"{name}.png")
     with zipfile.ZipFile(place / "pictures.zip", "w") as archive:
         for part, label, number in np.ndindex(2, 2, 6):
             file = io.BytesIO()
