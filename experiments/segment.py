@@ -55,9 +55,9 @@ class Args:
     IMAGES,MASKS. The defaults of what follows fit its kind."""
     net: str = "unet-small"
     """Any preset of nets.dense (a wrong name lists them)."""
-    width: Count | None = None
+    width: Count | None = 12
     """Channels of the first level of a U-Net; the preset's if None."""
-    depth: Count | None = None
+    depth: Count | None = 3
     """Halvings of the picture in a U-Net; the preset's if None."""
     members: Count = 1
     """Nets trained together, in one compiled step: their mean predicts, their disagreement is uncertainty."""
@@ -80,7 +80,7 @@ class Args:
     backbone, of milesial's U-Net, of TransUNet's authors), a hub repository or a run's folder."""
     balance: bool = False
     """Weigh the classes in the cross-entropy by their median frequency over their own."""
-    steps: Count = 400
+    steps: Count = 600
     """Training steps; the learning rate rises over a twentieth of them, and then falls to 0."""
     batch: Count = 16
     """Windows per step (and member)."""
@@ -97,19 +97,20 @@ class Args:
     common: Shared = Common()
 
 
-FOLDER = Args(size=128, batch=8, flip=True, zoom=0.25, colour_jitter=0.2, learning_rate=3e-3)
+FOLDER = Args(depth=4, size=128, batch=8, flip=True, zoom=0.25, colour_jitter=0.2, steps=450)
 
 
 def presets(words: dict[str, str]) -> Args:
-    data = words.get("data", "scenes")
-    if data == "scenes" or not Path(data).is_dir():
-        return Args() if data == "scenes" else FOLDER
-    names = {path.name.lower() for path in Path(data).iterdir()}
-    if "trainannot" in names:
-        return dataclasses.replace(FOLDER, longest=240, size=160, loss="cross-entropy", balance=True)
-    if not names & set(folders.TRAIN) and names & {"instances", "instance", "objects"}:
-        return dataclasses.replace(FOLDER, turn=True)
-    return FOLDER
+    """The recipe of the kind of data; a net that the command line names has its own sizes."""
+    data, args = words.get("data", "scenes"), FOLDER
+    names = {path.name.lower() for path in Path(data).iterdir()} if Path(data).is_dir() else set()
+    if data == "scenes":
+        args = Args()
+    elif "trainannot" in names:
+        args = dataclasses.replace(FOLDER, longest=240, size=160, loss="cross-entropy", balance=True)
+    elif names & {"instances", "instance", "objects"}:
+        args = dataclasses.replace(FOLDER, turn=True)
+    return dataclasses.replace(args, width=None, depth=None) if "net" in words else args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +259,7 @@ def predict(args: PredictArgs) -> None:
     print(f"files in {folder}/")
 
 
+COMMANDS = {"evaluate": (EvaluateArgs, evaluate), "predict": (PredictArgs, predict)}
+
 if __name__ == "__main__":
-    commands = {"evaluate": (EvaluateArgs, evaluate), "predict": (PredictArgs, predict)}
-    command_line.run(__doc__, (Args, train, presets), root=RUNS, **commands)
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, **COMMANDS)

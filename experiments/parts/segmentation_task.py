@@ -27,10 +27,10 @@ SAMPLE = 200
 """Generated scenes to test on, and as many to measure means and baselines on."""
 
 
-DIGITS = 6
+DIGITS = 8
 """Digits of a scene, at most; those that find no room are left out."""
-LARGEST = 30
-"""Pixels per side of the largest digit."""
+SMALLEST, LARGEST = 14, 24
+"""Pixels per side of a digit."""
 
 
 class Source(NamedTuple):
@@ -54,10 +54,10 @@ def generated(args: Any) -> Source:
         raise DataError(f"--size is {args.size}; expected at least {LARGEST}, the largest digit of the scenes")
     digits, others = arrays.digits()
     keys = random.split(random.key(1), 2)
-    sizes = {"side": args.size, "least": 2, "most": DIGITS, "sizes": (16, LARGEST)}
+    sizes = {"side": args.size, "least": 3, "most": DIGITS, "sizes": (SMALLEST, LARGEST)}
     parts = [_segmented(scenes(k, SAMPLE, d, **sizes)) for k, d in zip(keys, (digits, others), strict=True)]
     data = MaskSet(*parts, SCENES, ("drawn as they are needed", "of digits not learned from"))
-    facts = {"pictures": f"scenes of {args.size} x {args.size} pixels with 2 to {DIGITS} digits, {data.origin[0]}"}
+    facts = {"pictures": f"scenes of {args.size} x {args.size} pixels with 3 to {DIGITS} digits, {data.origin[0]}"}
     facts |= {"classes": list(SCENES.classes), "scenes to test on": f"{SAMPLE} {data.origin[1]}"}
 
     def batch(key: Tensor, step: int) -> tuple[Tensor, Tensor]:

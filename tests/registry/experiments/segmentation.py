@@ -57,7 +57,7 @@ ROWS = [
             (("--net", "unett"), "no segmentation net is named 'unett'; expected one such as unet"),
             (("--net", "fcn_resnet18", "--width", "8"), "'fcn_resnet18' has no width to choose"),
             (("--net", "transunet-small", "--size", "40"), "transunet: image is 40; expected a multiple of 16"),
-            (("--size", "20"), "--size is 20; expected at least 30, the largest digit of the scenes"),
+            (("--size", "20"), "--size is 20; expected at least 24, the largest digit of the scenes"),
             (
                 ("--data", "shapes", "--size", "8"),
                 "--size is 8: unet: the images are 8 x 8; expected at least 16 a side",
