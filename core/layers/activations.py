@@ -31,6 +31,11 @@ def geglu(x: Tensor) -> Tensor:
     return F.gelu(a) * b
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x). Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2; the one of OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def prelu_spec(channels: int = 1, *, init: Initializer = QUARTER, axes: tuple[str | None] = (None,)) -> Tree:
     """weight (channels,), or one slope for all channels. 0.25 as in He et al. 2015, arXiv:1502.01852, section 2.1."""
     return {"weight": Param((channels,), init, axes)}
@@ -65,6 +70,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log_sigmoid": F.logsigmoid,
     "log_softmax": partial(F.log_softmax, dim=-1),
     "mish": F.mish,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "relu6": F.relu6,
     "selu": F.selu,

@@ -11,7 +11,7 @@ its presets. The batch comes from one of the functions of `face`, or any functio
 come from `both`. A net goes into the file of its family. Modules to compare with are in `references`.
 """
 
-from tests.registry import classifiers, dense, generative, language, superresolution
+from tests.registry import classifiers, dense, generative, language, multimodal, superresolution
 from tests.registry.face import NETS, PUBLISHED, Net
 
-__all__ = ["NETS", "PUBLISHED", "Net", "classifiers", "dense", "generative", "language", "superresolution"]
+__all__ = ["NETS", "PUBLISHED", "Net", "classifiers", "dense", "generative", "language", "multimodal", "superresolution"]

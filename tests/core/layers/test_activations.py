@@ -38,7 +38,7 @@ MODULES = {
 
 
 def test_every_activation_is_held_against_something():
-    assert set(ACTIVATIONS) == {*MODULES, "swiglu", "geglu"}
+    assert set(ACTIVATIONS) == {*MODULES, "quick_gelu", "swiglu", "geglu"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -49,6 +49,10 @@ def test_equals_torch(name):
 @pytest.mark.parametrize(("f", "gate"), [(swiglu, nn.SiLU()), (geglu, nn.GELU())])
 def test_gated_units_multiply_the_halves(f, gate):
     torch.testing.assert_close(f(X), gate(X[..., :3]) * X[..., 3:])
+
+
+def test_quick_gelu():
+    torch.testing.assert_close(activation("quick_gelu")(X), X / (1 + torch.exp(-1.702 * X)))
 
 
 def test_every_activation_works_under_vmap_and_compile():

@@ -1,0 +1,1 @@
+"""Nets that relate pictures and words."""
