@@ -1,1 +1,1 @@
-"""Nets with an output per pixel or region: segmentation."""
+"""Nets with an output per pixel or region: segmentation, detection."""

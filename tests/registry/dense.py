@@ -1,7 +1,8 @@
-"""Nets with an output per pixel."""
+"""Nets with an output per pixel or region of an image."""
 
 from nets.blocks.residual_stages import Stages
-from nets.dense import deeplab, fcn, transunet, unet
+from nets.classifiers import resnet
+from nets.dense import deeplab, fcn, fcos, transunet, unet
 from tests.registry.face import images, net, published
 
 UNET = {"width": 3, "depth": 2, "classes": 3}
@@ -25,3 +26,8 @@ TRANSUNET = transunet.Config(
 net("transunet", transunet, TRANSUNET, images(3, 32), draws=True)
 # The authors' R50-ViT-B_16 for 224 pixels and 9 classes.
 published(transunet, {"transunet": 105_277_081})
+
+BACKBONE = resnet.Config((1, 1), width=4, stem="cifar")
+FCOS = fcos.Config(3, BACKBONE, first=0, extra=1, width=4, convolutions=1, groups=2, prior=0.3)
+net("fcos", fcos, FCOS, images(3, 8))
+published(fcos, {"resnet50": 32_322_720})
