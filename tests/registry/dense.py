@@ -2,7 +2,7 @@
 
 from nets.blocks.residual_stages import Stages
 from nets.classifiers import resnet
-from nets.dense import deeplab, fcn, fcos, transunet, unet
+from nets.dense import deeplab, detr, fcn, fcos, transunet, unet
 from tests.registry.face import images, net, published
 
 UNET = {"width": 3, "depth": 2, "classes": 3}
@@ -31,3 +31,13 @@ BACKBONE = resnet.Config((1, 1), width=4, stem="cifar")
 FCOS = fcos.Config(3, BACKBONE, first=0, extra=1, width=4, convolutions=1, groups=2, prior=0.3)
 net("fcos", fcos, FCOS, images(3, 8))
 published(fcos, {"resnet50": 32_322_720})
+
+DETR = detr.Config(3, BACKBONE, queries=3, layers=2, heads=2, width=8, hidden=6, dropout=0.2, frozen_norms=False)
+# A key's bias shifts all scores of a query alike. The first layer's queries are still 0, so all values are the bias, 0.
+CONSTANT = (
+    "*.k.bias",
+    "decoder.0.norm1.weight",
+    *(f"decoder.0.attn.{name}" for name in ("k.weight", "proj.weight", "q.*", "v.weight")),
+)
+net("detr", detr, DETR, images(3, 8), draws=True, zero=CONSTANT)
+published(detr, {})
