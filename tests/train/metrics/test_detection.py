@@ -33,14 +33,14 @@ def by_definition(detections, truths, label, threshold):
     taken, hits = set(), []
     for n in order:
         _, image, i = ranked[n]
-        truth, best, chosen = truths[image], threshold, None
+        truth, best, row = truths[image], threshold, None
         for j in (truth.labels == label).nonzero()[:, 0].tolist():
             overlap = float(boxes.iou(detections[image].boxes[i], truth.boxes[j]))
             if (image, j) not in taken and overlap >= best - 1e-12:
-                best, chosen = overlap, j
-        hits.append(chosen is not None)
-        if chosen is not None:
-            taken.add((image, chosen))
+                best, row = overlap, j
+        hits.append(row is not None)
+        if row is not None:
+            taken.add((image, row))
     right = np.cumsum(hits) if hits else np.zeros(0)
     recall, precision = right / total, right / np.arange(1, len(hits) + 1)
     levels = [max(precision[recall >= r - 1e-9], default=0.0) for r in np.linspace(0, 1, 101)]
@@ -82,8 +82,8 @@ def test_a_crowd_counts_neither_way():
     crowd = Frames(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]), crowd=torch.tensor([True]))
     detection = Frames(box, torch.tensor([0]), torch.tensor([0.9]))
     alone = Frames(box + 20, torch.tensor([0]))
-    found = Frames(box + 20, torch.tensor([0]), torch.tensor([0.5]))
-    assert average_precision([detection, found], [crowd, alone], 1).ap50 == pytest.approx(1.0)
+    hit = Frames(box + 20, torch.tensor([0]), torch.tensor([0.5]))
+    assert average_precision([detection, hit], [crowd, alone], 1).ap50 == pytest.approx(1.0)
 
 
 def test_errors():
