@@ -72,9 +72,12 @@ class Config:
 PRESETS = {
     "resnet50": Config(),
     "resnet18": Config(backbone=resnet.PRESETS["resnet18"]),
-    "small": Config(10, resnet.Config((1, 1, 1), width=16, stem="cifar"), width=64, convolutions=2, groups=8, extra=1),
+    "medium": Config(10, resnet.Config((2, 2, 2, 2), width=32), width=64, convolutions=2, groups=8, extra=1),
+    "small": Config(
+        10, resnet.Config((1, 1, 1), width=32, stem="cifar"), first=2, extra=1, width=64, convolutions=2, groups=8
+    ),
 }
-"""resnet50: torchvision's fcos_resnet50_fpn. small: scenes of digits."""
+"""resnet50: torchvision's fcos_resnet50_fpn. medium: a few hundred pictures of 256 pixels. small: scenes of digits."""
 
 
 def _head_spec(cfg: Config, outputs: dict[str, tuple[int, float]]) -> Tree:
