@@ -156,6 +156,13 @@ TORCHVISION = {
 }
 """Torchvision's names of the convolutions and norms of stage s, block b; `stage` and `number` count from 1, the others
 from 0."""
+PARTS = ("convolution", "normalization")
+TRANSFORMERS = {
+    "conv": tuple(f"encoder.stages.{{s}}.layers.{{b}}.layer.{{i}}.{part}" for part in PARTS),
+    "shortcut": tuple(f"encoder.stages.{{s}}.layers.{{b}}.shortcut.{part}" for part in PARTS),
+    "stem": tuple(f"embedder.embedder.{part}" for part in PARTS),
+}
+"""Those of transformers' ResNetModel."""
 
 
 def stage_names(

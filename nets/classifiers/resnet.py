@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.layers import global_average_pool, linear, linear_spec
 from nets.blocks.conv_norm import affine_names, fill_published, fitting_table, with_base_prefix
-from nets.blocks.residual_stages import TORCHVISION, Stages, stage_maps, stage_names, stages_spec
+from nets.blocks.residual_stages import TORCHVISION, TRANSFORMERS, Stages, stage_maps, stage_names, stages_spec
 from nets.weights import Rename, read
 
 
@@ -78,19 +78,12 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     return linear(params["head"], features(params, x, cfg, train=train))
 
 
-PARTS = ("convolution", "normalization")
-
 NAMES = {
     "torchvision": {**TORCHVISION, "head": "fc"},
-    "transformers": {
-        "conv": tuple(f"resnet.encoder.stages.{{s}}.layers.{{b}}.layer.{{i}}.{part}" for part in PARTS),
-        "head": "classifier.1",
-        "shortcut": tuple(f"resnet.encoder.stages.{{s}}.layers.{{b}}.shortcut.{part}" for part in PARTS),
-        "stem": tuple(f"resnet.embedder.embedder.{part}" for part in PARTS),
-    },
+    "transformers": {part: tuple(f"resnet.{name}" for name in names) for part, names in TRANSFORMERS.items()}
+    | {"head": "classifier.1"},
 }
-"""Names of the head, and of the convolutions and norms as in `nets.blocks.residual_stages`, in other libraries'
-files."""
+"""Names of the convolutions and norms of stage s, block b, and of the head in other libraries' files."""
 
 
 def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:

@@ -14,7 +14,7 @@ Each query predicts one object or none, the last class; nothing is suppressed af
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,10 +36,11 @@ from core.layers import (
 from core.layers.checks import check_tensor
 from core.tree import Tree
 from nets.blocks.conv_norm import affine_names, fill_published, fitting_table
+from nets.blocks.residual_stages import TORCHVISION, TRANSFORMERS, Stages, stage_maps, stage_names, stages_spec
 from nets.blocks.transformer_block import feedforward, feedforward_spec, identity
-from nets.classifiers import resnet
 from nets.weights import Rename, read
 
+RESNET50 = Stages((3, 4, 6, 3), "bottleneck")
 SCALE = 2 * math.pi
 """Greatest position along an axis, before the sinusoids."""
 
@@ -48,8 +49,8 @@ SCALE = 2 * math.pi
 class Config:
     classes: int = 91
     """Classes of objects; "no object" is one more."""
-    backbone: resnet.Config = field(default_factory=lambda: resnet.PRESETS["resnet50"])
-    """The ResNet; its own head is left out."""
+    backbone: Stages = RESNET50
+    """Stages of the ResNet."""
     queries: int = 100
     """Objects per image, at most."""
     layers: int = 6
@@ -77,10 +78,10 @@ class Config:
 
 PRESETS = {
     "resnet50": Config(),
-    "resnet18": Config(backbone=resnet.PRESETS["resnet18"]),
+    "resnet18": Config(backbone=Stages()),
     "small": Config(
         10,
-        resnet.Config((1, 1, 1, 1), width=16, stem="cifar"),
+        Stages((1, 1, 1, 1), width=16, stem="cifar"),
         queries=8,
         layers=2,
         heads=4,
@@ -100,16 +101,14 @@ def _attention_spec(width: int) -> Tree:
 
 def spec(cfg: Config) -> Tree:
     """`backbone`, `projection`, `encoder`, `decoder`, its last `norm`, `queries`, and the heads `classes`, `boxes`."""
-    backbone = resnet.spec(cfg.backbone)
-    del backbone["head"]
-    d_in = cfg.backbone.width * 2 ** (len(cfg.backbone.depths) - 1) * resnet.BLOCKS[cfg.backbone.block]
+    d_in = cfg.backbone.outputs(len(cfg.backbone.depths) - 1)
     mlp, norm = feedforward_spec(cfg.width, cfg.hidden), layer_norm_spec(cfg.width)
     layer = {"attn": _attention_spec(cfg.width), "mlp": mlp, "norm1": norm, "norm2": norm}
     decoder = {**layer, "cross": _attention_spec(cfg.width), "norm_cross": norm}
     as_torch = initializers.kaiming_uniform(a=math.sqrt(5))
     sizes = [(cfg.width, cfg.width)] * 2 + [(cfg.width, 4)]
     return {
-        "backbone": backbone,
+        "backbone": stages_spec(cfg.backbone),
         "boxes": [linear_spec(*size, init=as_torch) for size in sizes],
         "classes": linear_spec(cfg.width, cfg.classes + 1, init=as_torch),
         "decoder": [dict(sorted(decoder.items()))] * cfg.layers,
@@ -153,7 +152,7 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(memory, its positions, both (batch, places, width), and which places are inside, (batch, places))."""
     check_tensor("detr", x)
-    features = resnet.feature_maps(params["backbone"], x, cfg.backbone, train=train and not cfg.frozen_norms)[-1]
+    features = stage_maps(params["backbone"], x, cfg.backbone, train=train and not cfg.frozen_norms)[-1]
     if mask is None:
         mask = x.new_ones(len(x), *features.shape[2:]).bool()
     else:
@@ -247,10 +246,8 @@ def detect(params: Tree, x: Tensor, cfg: Config, *, score: float = 0.7) -> list[
 
 def rename_table(cfg: Config, source: str = "torchvision") -> dict[str, Rename]:
     """Our names -> those of transformers' DetrForObjectDetection; source: whose names its ResNet has."""
-    table = {}
-    for name, rename in resnet.rename_table(cfg.backbone, source).items():
-        if not name.startswith("head."):
-            table[f"backbone.{name}"] = Rename(f"model.backbone.model.{rename.theirs.removeprefix('resnet.')}")
+    names = {"torchvision": TORCHVISION, "transformers": TRANSFORMERS}[source]
+    table = stage_names(cfg.backbone, names, ours="backbone.", theirs="model.backbone.model.")
     parts = {"k": "k_proj", "proj": "o_proj", "q": "q_proj", "v": "v_proj"}
     norms = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
     for stack in ("encoder", "decoder"):

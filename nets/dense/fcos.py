@@ -9,7 +9,7 @@ pyramid (Lin et al. 2017, arXiv:1612.03144). With the stride s of a level, at it
 Its losses are `train.losses.detection`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,17 +20,18 @@ from core import boxes, initializers
 from core.layers import conv, conv_spec, group_norm, group_norm_spec
 from core.tree import Tree
 from nets.blocks.conv_norm import fill_published
-from nets.classifiers import resnet
+from nets.blocks.residual_stages import Stages, stage_maps, stage_names, stages_spec
 from nets.weights import Rename, read
 
 SMALL = initializers.normal(0.01)
+RESNET50 = Stages((3, 4, 6, 3), "bottleneck")
 
 
 @dataclass(frozen=True)
 class Config:
     classes: int = 91
-    backbone: resnet.Config = field(default_factory=lambda: resnet.PRESETS["resnet50"])
-    """The ResNet; its own head is left out."""
+    backbone: Stages = RESNET50
+    """Stages of the ResNet."""
     first: int = 1
     """Stage of the ResNet, from 0, that the finest level of the pyramid is made of."""
     extra: int = 2
@@ -71,10 +72,10 @@ class Config:
 
 PRESETS = {
     "resnet50": Config(),
-    "resnet18": Config(backbone=resnet.PRESETS["resnet18"]),
-    "medium": Config(10, resnet.Config((2, 2, 2, 2), width=32), width=64, convolutions=2, groups=8, extra=1),
+    "resnet18": Config(backbone=Stages()),
+    "medium": Config(10, Stages((2, 2, 2, 2), width=32), width=64, convolutions=2, groups=8, extra=1),
     "small": Config(
-        10, resnet.Config((1, 1, 1), width=32, stem="cifar"), first=2, extra=1, width=64, convolutions=2, groups=8
+        10, Stages((1, 1, 1), width=32, stem="cifar"), first=2, extra=1, width=64, convolutions=2, groups=8
     ),
 }
 """resnet50: torchvision's fcos_resnet50_fpn. medium: a few hundred pictures of 256 pixels. small: scenes of digits."""
@@ -92,14 +93,12 @@ def _head_spec(cfg: Config, outputs: dict[str, tuple[int, float]]) -> Tree:
 
 def spec(cfg: Config) -> Tree:
     """`backbone`, `pyramid` (lateral, smooth, extra) and the heads `classification` and `regression`."""
-    backbone = resnet.spec(cfg.backbone)
-    del backbone["head"]
     stages = range(cfg.first, len(cfg.backbone.depths))
-    channels = [cfg.backbone.width * 2**s * resnet.BLOCKS[cfg.backbone.block] for s in stages]
+    channels = [cfg.backbone.outputs(s) for s in stages]
     init = initializers.kaiming_uniform(a=1.0)
     logit = torch.tensor(cfg.prior).double().logit().item()
     return {
-        "backbone": backbone,
+        "backbone": stages_spec(cfg.backbone),
         "classification": _head_spec(cfg, {"logits": (cfg.classes, logit)}),
         "pyramid": {
             "extra": [conv_spec(cfg.width, cfg.width, 3, init=init)] * cfg.extra,
@@ -112,7 +111,7 @@ def spec(cfg: Config) -> Tree:
 
 def pyramid(params: Tree, x: Tensor, cfg: Config, *, train: bool = False) -> list[Tensor]:
     """Feature maps of each level, the finest first: (batch, width, height / stride, width / stride), rounded up."""
-    maps = resnet.feature_maps(params["backbone"], x, cfg.backbone, train=train and not cfg.frozen_norms)
+    maps = stage_maps(params["backbone"], x, cfg.backbone, train=train and not cfg.frozen_norms)
     p, levels, above = params["pyramid"], [], None
     parts = list(zip(p["lateral"], p["smooth"], maps[1 + cfg.first :], strict=True))
     for lateral, smooth, features in reversed(parts):
@@ -257,10 +256,7 @@ def _select(
 
 def rename_table(cfg: Config) -> dict[str, Rename]:
     """Our names -> torchvision's fcos_resnet50_fpn."""
-    table = {}
-    for name, rename in resnet.rename_table(cfg.backbone).items():
-        if not name.startswith("head."):
-            table[f"backbone.{name}"] = Rename(f"backbone.body.{rename.theirs}")
+    table = stage_names(cfg.backbone, ours="backbone.", theirs="backbone.body.")
     heads = {"classification": ("classification_head", {"logits": "cls_logits"})}
     heads["regression"] = ("regression_head", {"centreness": "bbox_ctrness", "distances": "bbox_reg"})
     for part in ("bias", "weight"):

@@ -14,4 +14,14 @@ come from `both`. A net goes into the file of its family. Modules to compare wit
 from tests.registry import classifiers, dense, generative, language, multimodal, superresolution
 from tests.registry.face import NETS, PUBLISHED, Net
 
-__all__ = ["NETS", "PUBLISHED", "Net", "classifiers", "dense", "generative", "language", "multimodal", "superresolution"]
+__all__ = [
+    "NETS",
+    "PUBLISHED",
+    "Net",
+    "classifiers",
+    "dense",
+    "generative",
+    "language",
+    "multimodal",
+    "superresolution",
+]

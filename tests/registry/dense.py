@@ -1,7 +1,6 @@
 """Nets with an output per pixel or region of an image."""
 
 from nets.blocks.residual_stages import Stages
-from nets.classifiers import resnet
 from nets.dense import deeplab, detr, fcn, fcos, transunet, unet
 from tests.registry.face import images, net, published
 
@@ -27,12 +26,12 @@ net("transunet", transunet, TRANSUNET, images(3, 32), draws=True)
 # The authors' R50-ViT-B_16 for 224 pixels and 9 classes.
 published(transunet, {"transunet": 105_277_081})
 
-BACKBONE = resnet.Config((1, 1), width=4, stem="cifar")
-FCOS = fcos.Config(3, BACKBONE, first=0, extra=1, width=4, convolutions=1, groups=2, prior=0.3)
+CIFAR = Stages((1, 1), width=4, stem="cifar")
+FCOS = fcos.Config(3, CIFAR, first=0, extra=1, width=4, convolutions=1, groups=2, prior=0.3)
 net("fcos", fcos, FCOS, images(3, 8))
 published(fcos, {"resnet50": 32_322_720})
 
-DETR = detr.Config(3, BACKBONE, queries=3, layers=2, heads=2, width=8, hidden=6, dropout=0.2, frozen_norms=False)
+DETR = detr.Config(3, CIFAR, queries=3, layers=2, heads=2, width=8, hidden=6, dropout=0.2, frozen_norms=False)
 # A key's bias shifts all scores of a query alike. The first layer's queries are still 0, so all values are the bias, 0.
 CONSTANT = (
     "*.k.bias",

@@ -7,14 +7,12 @@ import torch
 import transformers
 
 from core import random, spec, tree
-from nets.classifiers import resnet
+from nets.blocks.residual_stages import Stages
 from nets.dense import detr
 from tests.nets.parity import randomise
 from train.losses import matching
 
-CONFIG = detr.Config(
-    7, resnet.Config((1, 1, 1, 1), width=8), queries=5, layers=2, heads=4, width=32, hidden=40, dropout=0.0
-)
+CONFIG = detr.Config(7, Stages((1, 1, 1, 1), width=8), queries=5, layers=2, heads=4, width=32, hidden=40, dropout=0.0)
 LABELS = torch.tensor([[3, 0, 6], [2, -1, -1]])
 FRAMES = torch.tensor(
     [

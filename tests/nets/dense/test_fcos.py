@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core import boxes, random, spec, tree
-from nets.classifiers import resnet
+from nets.blocks.residual_stages import Stages
 from nets.dense import fcos
 from tests.nets.parity import randomise
 from train.losses import detection
@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone  # n
 from torchvision.models.detection.image_list import ImageList  # noqa: E402
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: E402
 
-CONFIG = replace(fcos.PRESETS["resnet50"], classes=5, backbone=resnet.PRESETS["resnet18"], offset=0.0)
+CONFIG = replace(fcos.PRESETS["resnet50"], classes=5, backbone=Stages(), offset=0.0)
 
 
 @pytest.fixture(scope="module")
