@@ -32,7 +32,7 @@ TRAINING, TESTING = 4000, 500
 BATCH = 32
 """Pictures at once, without a gradient."""
 SHOWN = 12
-"""Pictures with boxes that are drawn."""
+"""Pictures with boxes that are content."""
 
 
 class Detector(NamedTuple):
@@ -63,9 +63,9 @@ class Data(NamedTuple):
 
 
 def _of_scenes(key: Tensor, count: int, pool: Any) -> Boxed:
-    drawn = scenes.scenes(key, count, pool)
-    scales, crowd = torch.ones(count), torch.zeros_like(drawn.labels, dtype=torch.bool)
-    return Boxed((255 * drawn.images).round().to(torch.uint8), drawn.boxes, drawn.labels, crowd, scales)
+    content = scenes.scenes(key, count, pool)
+    scales, crowd = torch.ones(count), torch.zeros_like(content.labels, dtype=torch.bool)
+    return Boxed((255 * content.images).round().to(torch.uint8), content.boxes, content.labels, crowd, scales)
 
 
 def open_data(data: str, size: int, classes: Sequence[str] | None = None) -> Data:
@@ -76,11 +76,11 @@ def open_data(data: str, size: int, classes: Sequence[str] | None = None) -> Dat
         learn, test = _of_scenes(keys[0], TRAINING, train_digits), _of_scenes(keys[1], TESTING, test_digits)
         facts = {"pictures": {"train": TRAINING, "test": TESTING}, "to test on": "scenes of other digits"}
         return Data(learn, test, scenes.NUMBERS, facts, 0)
-    found: BoxSet = annotations.open_boxes(data, classes)
-    learn, bad = boxed.read(found.train, found.classes, size)
-    test, also_bad = boxed.read(found.test, found.classes, size)
-    found = found._replace(skipped=(*found.skipped, *bad, *also_bad))
-    return Data(learn, test, found.classes, annotations.facts(found), len(found.skipped))
+    files: BoxSet = annotations.open_boxes(data, classes)
+    learn, bad = boxed.read(files.train, files.classes, size)
+    test, also_bad = boxed.read(files.test, files.classes, size)
+    files = files._replace(skipped=(*files.skipped, *bad, *also_bad))
+    return Data(learn, test, files.classes, annotations.facts(files), len(files.skipped))
 
 
 # Training.
@@ -136,8 +136,8 @@ def detect(model: Detector, images: Tensor, score: float = 0.05) -> list[Any]:
     device, out = tree.leaves(model.params)[0].device, []
     for batch in images.split(BATCH):
         inputs = (batch.to(device).float() / 255 - 0.5) * 4
-        found = model.module.detect(model.params, inputs, model.cfg, score=score)
-        out += [type(one)(*(values.cpu() for values in one)) for one in found]
+        each = model.module.detect(model.params, inputs, model.cfg, score=score)
+        out += [type(one)(*(values.cpu() for values in one)) for one in each]
     return out
 
 
@@ -151,11 +151,11 @@ def truth(data: Boxed) -> list[Frames]:
 
 
 def precision(detections: Sequence[Any], data: Boxed, classes: int) -> Precision:
-    found = [
+    frames = [
         Frames(one.boxes.double() / scale, one.labels, one.scores)
         for one, scale in zip(detections, data.scales, strict=True)
     ]
-    return average_precision(found, truth(data), classes)
+    return average_precision(frames, truth(data), classes)
 
 
 def regions(images: Tensor, label: int, least: int = 20) -> list[fcos.Detections]:

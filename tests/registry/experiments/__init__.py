@@ -3,7 +3,15 @@
 Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, baseline="unigram_entropy", ...)
 """
 
-from tests.registry.experiments import classification, generative, language, pictures, segmentation, sequences
+from tests.registry.experiments import (
+    classification,
+    detection,
+    generative,
+    language,
+    pictures,
+    segmentation,
+    sequences,
+)
 from tests.registry.experiments.experiment import Experiment
 
 EXPERIMENTS: list[Experiment] = [
@@ -13,4 +21,5 @@ EXPERIMENTS: list[Experiment] = [
     *generative.ROWS,
     *pictures.ROWS,
     *segmentation.ROWS,
+    *detection.ROWS,
 ]
