@@ -14,7 +14,7 @@ from experiments.parts.sequence_task import Task, net_of
 from nets.language import sequence_classifier as net
 from train.data.fingerprint import fingerprint
 from train.data.text import labelled, ragged, tokenizers
-from train.data.text.files import unpacked
+from train.data.text.files import decoded_lines, unpacked
 from train.data.text.ragged import Ragged
 from train.data.text.tokenizers import SentenceTokenizer
 from train.files import replacing, shown
@@ -143,7 +143,7 @@ def print_classes(model: TextClassifier, texts: Sequence[str], file: Path | None
         lines = [list(texts)]
     elif file:
         with unpacked(file) as content:
-            lines = [labelled.decoded(content.read())[0]]
+            lines = [decoded_lines(content.read())[0]]
     else:
         lines = ([line.decode("utf-8", "replace")] for line in sys.stdin.buffer)
     empty = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.data import DataError
-from train.data.text.files import unpacked
+from train.data.text.files import byte_lines, unpacked
 from train.files import shown
 
 SEPARATORS = ",;\t|"
@@ -48,7 +48,7 @@ def read(path: Path) -> Table:
     Raises DataError: there is no row, or no header; a row is longer than the header; a quotation mark is not closed.
     """
     with unpacked(path, "a CSV file") as file:
-        lines = [line.decode("utf-8", "replace") for line in lines_of(file.read())]
+        lines = [line.decode("utf-8", "replace") for line in byte_lines(file.read())]
     while lines and not lines[-1]:
         lines.pop()
     start = next((i for i, line in enumerate(lines) if line and not line.startswith(("#", "sep="))), len(lines))
@@ -67,17 +67,6 @@ def read(path: Path) -> Table:
     cells = [[*(cell.strip() for cell in cells), *[""] * (width - len(cells))] for _, cells in rows]
     columns = [[row[i] for row in cells] for i in range(width)]
     return Table(names, columns, [line + start for line, _ in rows])
-
-
-def lines_of(content: bytes) -> list[bytes]:
-    """The lines of a file, without their ends: line feeds, with or without carriage returns, or these alone.
-
-    A byte order mark is dropped, and so is a last line that is empty.
-    """
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    lines = content.split(b"\n" if b"\n" in content else b"\r")
-    lines = [line.removesuffix(b"\r") for line in lines]
-    return lines if lines[-1] else lines[:-1]
 
 
 def separator_of(lines: Sequence[str]) -> str:

@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -98,6 +99,43 @@ def read_text(path: str | os.PathLike, minimum: int = 1) -> str:
         problem = f"has {len(text)} characters" if text else "is empty"
         raise DataError(f"{path} {problem}, expected at least {minimum}")
     return text
+
+
+def decoded_lines(content: bytes) -> tuple[list[str], int]:
+    """The lines of a file, and the number of those that are no UTF-8, read as Latin-1."""
+    lines, foreign = [], 0
+    for line in byte_lines(content):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            foreign += 1
+            lines.append(line.decode("latin-1"))
+    return lines, foreign
+
+
+def byte_lines(content: bytes) -> list[bytes]:
+    """The lines of a file, without their ends: line feeds, with or without carriage returns, or these alone.
+
+    A byte order mark is dropped, and so is a last line that is empty.
+    """
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    lines = content.split(b"\n" if b"\n" in content else b"\r")
+    lines = [line.removesuffix(b"\r") for line in lines]
+    return lines if lines[-1] else lines[:-1]
+
+
+def lines_of(texts: Sequence[str], path: str | os.PathLike | None) -> Iterator[str]:
+    """The texts; without any the lines of a file, or of standard input as they come, without their ends.
+
+    Bytes of standard input that are no UTF-8 become U+FFFD. Raises DataError as `read_text` does.
+    """
+    if texts:
+        yield from texts
+    elif path is not None:
+        yield from read_text(path).removesuffix("\n").split("\n")
+    else:
+        for line in sys.stdin.buffer:
+            yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
 class Survey(NamedTuple):

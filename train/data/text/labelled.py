@@ -18,17 +18,15 @@ from core import random
 from train.data import DataError, table
 from train.data.text import docstrings
 from train.data.text.brackets import CLASSES, brackets
-from train.data.text.files import unpacked
+from train.data.text.files import decoded_lines, unpacked
+from train.data.text.parts import HELD, TESTS, VALIDATIONS, neighbour, training_file
 from train.files import shown
 
 LABELS = "label labels class category target sentiment polarity y 标签 类别".split()
 TEXTS = "text texts sentence review content comment document phrase title 文本 内容 标题".split()
 """Names of columns; of several the first in this order is taken."""
-VALIDATIONS = ("dev", "valid", "val", "validation")
 NAMES = ("class.txt", "classes.txt", "labels.txt")
 """Files beside the data in which line i + 1 is the name of the label i."""
-HELD = 10
-"""Where there are no files for validation and testing, each gets one of ten records of each class."""
 
 Skipped = tuple[str, str]
 """A record that is not used, and the reason."""
@@ -71,7 +69,7 @@ def read(path: Path, classes: Collection[str] = ()) -> Records:
         classes: labels that are known, by which their column is told from that of the texts.
     """
     with unpacked(path, "a file with a labelled text per line") as file:
-        lines, foreign = decoded(file.read())
+        lines, foreign = decoded_lines(file.read())
     if path.name.removesuffix(".gz").endswith(".csv"):
         mark = table.separator_of(lines)
         rows, separator = table.rows_of(lines, mark, str(path)), {",": "a comma", "\t": "a tab"}.get(mark, f"'{mark}'")
@@ -109,18 +107,6 @@ def read(path: Path, classes: Collection[str] = ()) -> Records:
         raise DataError(f"{where} {problem}{rest}; more than a tenth of the lines")
     texts, labels = zip(*records, strict=True)
     return Records(texts, labels, form, tuple(skipped))
-
-
-def decoded(content: bytes) -> tuple[list[str], int]:
-    """The lines, and the number of those that are not UTF-8."""
-    lines, foreign = [], 0
-    for line in table.lines_of(content):
-        try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            foreign += 1
-            lines.append(line.decode("latin-1"))
-    return lines, foreign
 
 
 def _objects(lines: list[str]) -> list[table.Row]:
@@ -175,8 +161,8 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
         return _generated()
     if data == "docstrings" and not Path(data).exists():
         return _docstrings()
-    path = _training_file(Path(data))
-    beside = {"validation": validation or _beside(path, VALIDATIONS), "test": test or _beside(path, ("test",))}
+    path = training_file(Path(data))
+    beside = {"validation": validation or neighbour(path, VALIDATIONS), "test": test or neighbour(path, TESTS)}
     parts = {"train": read(path)}
     classes = frozenset(parts["train"].labels)
     parts |= {name: read(Path(other), classes) for name, other in beside.items() if other}
@@ -233,34 +219,12 @@ def open_test(data: str, classes: Sequence[str]) -> tuple[Records, tuple[Skipped
     return usable, (*records.skipped, *unknown)
 
 
-def _training_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    files = sorted(file for file in path.iterdir() if file.is_file() and _has(file.name, "train"))
-    if len(files) == 1:
-        return files[0]
-    names = f": {', '.join(shown(file.name) for file in files)}" if files else ""
-    raise DataError(f"{path} has {len(files)} files with 'train' in their names{names}; expected one, or name a file")
-
-
-def _has(name: str, part: str) -> bool:
-    return re.search(rf"(?<![a-zA-Z]){part}(?![a-zA-Z])", name) is not None
-
-
-def _beside(path: Path, names: tuple[str, ...]) -> Path | None:
-    """The file of another part beside a training file: train.tsv -> dev.tsv, a.train -> a.dev."""
-    if not _has(path.name, "train"):
-        return None
-    others = (path.with_name(re.sub(r"(?<![a-zA-Z])train(?![a-zA-Z])", name, path.name)) for name in names)
-    return next((other for other in others if other.is_file()), None)
-
-
 def _names(path: Path, labels: Sequence[str]) -> dict[str, str]:
     """Label -> name of the class: its line in a file beside the data, if labels are numbers; else itself."""
     for name in NAMES:
         file = path.with_name(name)
         if file.is_file() and all(label.isdecimal() for label in labels):
-            lines = decoded(file.read_bytes())[0]
+            lines = decoded_lines(file.read_bytes())[0]
             if all(int(label) < len(lines) and lines[int(label)].strip() for label in labels):
                 return {label: lines[int(label)].strip() for label in labels}
     return {label: label for label in labels}
