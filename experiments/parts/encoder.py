@@ -148,16 +148,21 @@ def _checked(encoder: Encoder) -> Encoder:
 # Texts.
 
 
-def encodings(encoder: Encoder, texts: Sequence[str] | Sequence[tuple[str, str]], longest: int) -> list[Any]:
+def encodings(
+    encoder: Encoder, texts: Sequence[str] | Sequence[tuple[str, str]], longest: int, **cutting: Any
+) -> list[Any]:
     """An `Encoding` of the library for each text or pair, special tokens included, cut to `longest` tokens.
 
-    It has ids, type_ids, offsets into the text, word_ids and sequence_ids.
+    It has ids, type_ids, offsets into the text, word_ids and sequence_ids, and `overflowing`, the rest in as many more.
+
+    Args:
+        cutting: stride, strategy and direction of the library's `enable_truncation`.
     """
     import tokenizers as library
 
-    cutting = library.Tokenizer.from_str(encoder.tokenizer.tokenizer.to_str())
-    cutting.enable_truncation(longest)
-    return cutting.encode_batch(list(texts))
+    tokenizer = library.Tokenizer.from_str(encoder.tokenizer.tokenizer.to_str())
+    tokenizer.enable_truncation(longest, **cutting)
+    return tokenizer.encode_batch(list(texts))
 
 
 def tokens_of(encoder: Encoder, texts: Sequence[str], longest: int) -> tuple[Tensor, Tensor]:
