@@ -19,22 +19,35 @@ LINE, COLUMN = SIZE * 1.5 / 72, SIZE * 0.602 / 72  # inches of a line, and of a 
 
 
 class Passage(NamedTuple):
-    """A text in pieces (letters, words), a value for each from -1 to 1, and what is written above."""
+    """A text in pieces (letters, words), and what is written above.
+
+    Attributes:
+        values: one per piece, (n,) from -1 to 1; or their colours themselves, bytes (n, 3).
+        notes: a text per piece that the web page shows when pointed at; the value if None.
+    """
 
     title: str
     pieces: Sequence[str]
     values: Any
+    notes: Sequence[str] | None = None
 
 
 def colours(values: Any) -> np.ndarray:
-    """Bytes (n, 3): blue at -1, white at 0, orange at 1. Values beyond are clipped, NaN is white."""
+    """Bytes (n, 3): blue at -1, white at 0, orange at 1. Values beyond are clipped, NaN is white; colours stay."""
+    if array(values).ndim == 2:
+        return array(values).astype(np.uint8)
     x = np.nan_to_num(array(values).astype(float)).clip(-1, 1)[:, None]  # (n, 1)
     ends = np.where(x < 0, LOW, HIGH)
     return np.rint(255 + np.abs(x) * (ends - 255)).astype(np.uint8)
 
 
+def pale(colour: str) -> tuple[int, int, int]:
+    """A colour such as "#0072B2", light enough to read black letters on."""
+    return tuple(round(255 + 0.45 * (int(colour[i : i + 2], 16) - 255)) for i in (1, 3, 5))
+
+
 def picture(path: str | os.PathLike, passages: Sequence[Passage], columns: int = 88) -> None:
-    """The passages below each other, in lines as in the text; a line longer than `columns` is broken."""
+    """The passages below each other, in lines as in the text; one longer than `columns` is broken, after a space."""
     laid = [_lines(passage, columns) for passage in passages]
     rows = sum(len(lines) + 2 for lines in laid)
     size = (columns * COLUMN + 0.4, rows * LINE + 0.2)
@@ -78,8 +91,15 @@ def _lines(passage: Passage, columns: int) -> list[list[tuple[str, int, int, np.
     for piece, colour in zip(passage.pieces, colours(passage.values), strict=True):
         for letter in piece:
             wide = 2 if fonts.width(letter) > 1 else 1
-            if letter == "\n" or column + wide > columns:
+            if letter == "\n":
                 lines, column = [*lines, []], 0
+            elif column + wide > columns:
+                cut = max((k for k, cell in enumerate(lines[-1], 1) if cell[0].isspace()), default=column)
+                rest = [] if letter.isspace() else lines[-1][cut:]
+                shift = rest[0][1] if rest else column
+                lines[-1] = lines[-1][: len(lines[-1]) - len(rest)]
+                lines.append([(c, at - shift, width, own) for c, at, width, own in rest])
+                column -= shift
             if letter.isprintable():
                 lines[-1].append((letter, column, wide, colour))
                 column += wide
@@ -87,7 +107,7 @@ def _lines(passage: Passage, columns: int) -> list[list[tuple[str, int, int, np.
 
 
 def page(path: str | os.PathLike, passages: Sequence[Passage], title: str) -> None:
-    """A web page with the passages. Each piece shows its value when pointed at."""
+    """A web page with the passages. Each piece shows its note, or value, when pointed at."""
     head = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>\n'
         "body { font-family: sans-serif; margin: 2em auto; max-width: 60em; color: #333 }\n"
@@ -97,10 +117,16 @@ def page(path: str | os.PathLike, passages: Sequence[Passage], title: str) -> No
     parts = [head, f"<h1>{html.escape(title)}</h1>\n"]
     for passage in passages:
         parts.append(f"<h2>{html.escape(passage.title)}</h2>\n<pre>\n")
-        values = array(passage.values).astype(float)
-        for piece, value, (r, g, b) in zip(passage.pieces, values, colours(values), strict=True):
-            number = "" if math.isnan(value) else f' title="{value:.2f}"'
-            parts.append(f'<span style="background:#{r:02x}{g:02x}{b:02x}"{number}>{html.escape(piece)}</span>')
+        for piece, note, (r, g, b) in zip(passage.pieces, _notes(passage), colours(passage.values), strict=True):
+            title = f' title="{html.escape(note)}"' if note else ""
+            parts.append(f'<span style="background:#{r:02x}{g:02x}{b:02x}"{title}>{html.escape(piece)}</span>')
         parts.append("</pre>\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(parts) + "</html>\n", encoding="utf-8")
+
+
+def _notes(passage: Passage) -> Sequence[str]:
+    if passage.notes is not None:
+        return passage.notes
+    values = array(passage.values).astype(float)
+    return ["" if math.isnan(value) else f"{value:.2f}" for value in values] if values.ndim == 1 else [""] * len(values)

@@ -1,9 +1,13 @@
 """Bars that begin at a baseline."""
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
-from train.plots.bars import bars
+from train.plots import coloured_text
+from train.plots.bars import bars, grouped_bars
+from train.plots.figures import COLOURS
 
 
 @pytest.fixture
@@ -28,3 +32,20 @@ def test_bars_begin_at_the_baseline(tmp_path, drawn_figures):
 def test_equal_values(tmp_path):
     bars(tmp_path / "bars.png", {"PSNR": {"bicubic": 30.0, "net": 30.0}}, "bicubic")
     assert (tmp_path / "bars.png").stat().st_size
+
+
+def test_bars_have_the_lengths_of_their_values(tmp_path):
+    grouped_bars(tmp_path / "a.png", {"net": {"one": 1.0, "$two_": 0.5}, "other": {"one": 0.25}}, "F1", "title")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    first, second = (
+        (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(2).sum(1) for colour in COLOURS[:2]
+    )  # pixels of each row
+    longest = first.max()
+    assert sorted(set(np.round(first[first > 0.4 * longest] / longest, 1))) == [0.5, 1.0]
+    assert abs(second[second > 0].max() / longest - 0.25) < 0.03
+
+
+def test_pale_colours_keep_their_order():
+    for colour in COLOURS:
+        pale = coloured_text.pale(colour)
+        assert all(100 < value <= 255 for value in pale)

@@ -29,6 +29,24 @@ def test_lines_are_those_of_the_text_and_long_ones_are_broken():
     ]
 
 
+def test_long_lines_are_broken_after_a_space():
+    lines = coloured_text._lines(Passage("", list("ab cde 龙龙x"), [0.0] * 10), 7)
+    assert ["".join(cell[0] for cell in line) for line in lines] == ["ab cde ", "龙龙x"]
+    assert [cell[1:3] for cell in lines[1]] == [(0, 2), (2, 2), (4, 1)]
+    lines = coloured_text._lines(Passage("", list("ab cdef ghijklmnop q"), [0.0] * 20), 6)
+    assert ["".join(cell[0] for cell in line) for line in lines] == ["ab ", "cdef ", "ghijkl", "mnop q"]
+
+
+def test_colours_and_notes_of_pieces(tmp_path):
+    passage = Passage("t", ["a", "b"], torch.tensor([[1, 2, 3], [255, 0, 0]], dtype=torch.uint8), ['"x"', ""])
+    assert coloured_text.colours(passage.values).tolist() == [[1, 2, 3], [255, 0, 0]]
+    coloured_text.picture(tmp_path / "text.png", [passage], columns=12)
+    coloured_text.page(tmp_path / "text.html", [passage, passage._replace(notes=None)], "T")
+    source = (tmp_path / "text.html").read_text(encoding="utf-8")
+    assert '<span style="background:#010203" title="&quot;x&quot;">a</span>' in source
+    assert source.count('<span style="background:#ff0000">b</span>') == 2
+
+
 def test_picture_has_each_colour_and_the_letters(tmp_path):
     path = tmp_path / "text.png"
     coloured_text.picture(path, [Passage("title", list("low high\nx"), [-1] * 4 + [1] * 4 + [0] * 2)], columns=12)
