@@ -11,6 +11,7 @@ from tests.registry.experiments import (
     pictures,
     segmentation,
     sequences,
+    spans,
 )
 from tests.registry.experiments.experiment import Experiment
 
@@ -18,6 +19,7 @@ EXPERIMENTS: list[Experiment] = [
     *classification.ROWS,
     *language.ROWS,
     *sequences.ROWS,
+    *spans.ROWS,
     *generative.ROWS,
     *pictures.ROWS,
     *segmentation.ROWS,
