@@ -2,7 +2,7 @@
 
 Devlin et al. 2019, "BERT" (arXiv:1810.04805), section 4.2, on questions as in SQuAD (Rajpurkar et al. 2016,
 arXiv:1606.05250). Without a flag a small BERT learns, from scratch and offline, stories such as "Mary took the apple.
-At half past nine Mary went to the garden.": where is the apple, when did Mary go to the garden, who has the milk?
+Mary went to the garden at half past nine.": where is the apple, when did Mary go to the garden, who has the key?
 
     python experiments/qa.py                                                 three minutes on 2 CPU cores
     python experiments/qa.py --data FILE.json --weights MODEL                SQuAD files; published weights or a run
@@ -60,7 +60,9 @@ class Args:
 
 def presets(words: dict[str, str]) -> Args:
     if words.get("data", "stories") == "stories":
-        return Args(tuning=Tuning(longest=128, vocabulary=400, epochs=3.0))
+        tuning = Tuning(longest=128, vocabulary=400, layers=3, dropout=0.0, shapes=6, head_rate=7e-4)
+        # Steps of a net this small take less time than to compile them.
+        return Args(tuning=tuning, common=Common(compile=False))
     return Args(stride=64, tuning=Tuning(longest=256, epochs=3.0, batch=16))
 
 
