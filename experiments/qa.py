@@ -60,7 +60,8 @@ class Args:
 
 def presets(words: dict[str, str]) -> Args:
     if words.get("data", "stories") == "stories":
-        tuning = Tuning(longest=128, vocabulary=400, layers=3, dropout=0.0, shapes=6, head_rate=7e-4)
+        sizes = {"longest": 128, "vocabulary": 400, "layers": 2, "dropout": 0.0}
+        tuning = Tuning(**sizes, epochs=6.0, batch=16, shapes=6)
         # Steps of a net this small take less time than to compile them.
         return Args(tuning=tuning, common=Common(compile=False))
     return Args(stride=64, tuning=Tuning(longest=256, epochs=3.0, batch=16))
