@@ -6,7 +6,6 @@ is named, skipped and counted; more than a tenth of them is an error.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
