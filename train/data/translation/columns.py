@@ -60,12 +60,17 @@ def columns(first: str, source: str, target: str) -> tuple[int, int] | None:
 
     Args:
         first: the line.
-        source, target: codes of the languages, such as "de" and "en".
+        source, target: codes of the languages, such as "de" and "en", or names of columns as they are.
 
-    Raises DataError (without the table's name): it names columns, but neither these languages nor source and target.
+    Raises DataError (without the table's name): it names columns, but neither these nor source and target.
     """
     cells = [cell.strip() for cell in first.split("\t")]
-    words = [_words(cell.lower()) for cell in cells]
+    names = [cell.lower() for cell in cells]
+    if all(name.lower() in names for name in (source, target)):
+        return names.index(source.lower()), names.index(target.lower())
+    words = [_words(name) for name in names]
+    if any(_is_name(name) for name in (source, target)):
+        raise DataError(f"no columns '{source}' and '{target}'; there are {', '.join(cells)}")
     if len(cells) < 2 or not all(words) or not all(_is_known(word) for parts in words for word in parts):
         return None
     codes = [language.lower().replace("_", "-") for language in (source, target)]
@@ -78,7 +83,14 @@ def columns(first: str, source: str, target: str) -> tuple[int, int] | None:
             return (sources or texts)[0], targets[0]
         if len(texts) == 2:
             return texts[0], texts[1]
+    if source in SOURCES and target in TARGETS:
+        raise DataError(f"no columns '{source}' and '{target}'; there are {', '.join(cells)}")
     raise DataError(f"no pair of languages {source}-{target}; there are {', '.join(cells)}")
+
+
+def _is_name(name: str) -> bool:
+    """True of what can be the name of a column alone, and of no language: "article"."""
+    return not re.fullmatch(r"[a-z]{2,3}([-_]\w+)?", name.lower()) and not all(map(_is_known, _words(name.lower())))
 
 
 def _words(cell: str) -> list[str]:

@@ -1,20 +1,24 @@
-"""Sentences and their translations in files: a sentence per line in two files, a TSV, or the markup of IWSLT and WMT.
+"""Sentences and their translations, or any pairs of texts, in files: a sentence per line in two files, a table (TSV,
+CSV, JSON lines), or the markup of IWSLT and WMT.
 
-A line that cannot be used (not UTF-8, too few columns) counts as empty and is logged; a file with more than a tenth of
-such lines is an error.
+A line that cannot be used (not UTF-8, too few columns, no JSON) counts as empty and is logged; a file with more than a
+tenth of such lines is an error.
 """
 
 import codecs
+import csv
 import functools
 import gzip
 import html
 import itertools
+import json
 import logging
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.data import DataError
 from train.data.text.files import unpacked
@@ -37,20 +41,22 @@ class PairFiles:
 
     Attributes:
         sources, targets: files with a sentence per line, translations of each other, read one after the other; or one
-            TSV, twice.
-        columns: those of source and target in a TSV.
-        header: True if the first line of the TSV names its columns.
+            table, twice.
+        columns: those of source and target in a table: their numbers, or of JSON objects their keys.
+        header: True if the first line of the table names its columns.
         every: if not 0, sentences every - 1, 2 every - 1 ... are held out as a part of their own, and the rest is the
             other part.
         held: True for the part that is held out.
+        block: number of sentences in a row that are held out together, as neighbours may resemble each other.
     """
 
     sources: tuple[Path, ...]
     targets: tuple[Path, ...]
-    columns: tuple[int, int] | None = None
+    columns: tuple[int, int] | tuple[str, str] | None = None
     header: bool = False
     every: int = 0
     held: bool = False
+    block: int = 1
 
     @property
     def name(self) -> str:
@@ -78,7 +84,7 @@ def lines(pairs: Pairs) -> Iterator[Pair]:
         _columns(pairs) if pairs.columns else itertools.chain.from_iterable(map(_aligned, pairs.sources, pairs.targets))
     )
     for number, pair in enumerate(both):
-        if not pairs.every or (number % pairs.every == pairs.every - 1) == pairs.held:
+        if not pairs.every or (number // pairs.block % pairs.every == pairs.every - 1) == pairs.held:
             yield pair
 
 
@@ -117,7 +123,7 @@ def no_pairs(pairs: Pairs) -> DataError:
             where = f"the {name}s"
             if isinstance(pairs, PairFiles):
                 files = (pairs.sources, pairs.targets)[side]
-                where = f"column {pairs.columns[side] + 1} of {files[0]}" if pairs.columns else str(files[0])
+                where = f"column {column_name(pairs.columns[side])} of {files[0]}" if pairs.columns else str(files[0])
             return DataError(f"{name_of(pairs)}: there is not one pair of sentences, as all of {where} is empty")
     return DataError(f"{name_of(pairs)}: there is not one pair of sentences")
 
@@ -126,17 +132,34 @@ def name_of(pairs: Pairs) -> str:
     return pairs.name if isinstance(pairs, PairFiles) else "the sentences"
 
 
-def tsv(path: Path, source: str, target: str) -> PairFiles:
-    """A TSV with a pair per line: source first, then target, unless the first line names the columns (`columns`).
+def column_name(column: int | str) -> str:
+    """The name of a column for messages: its number, from 1, or its key."""
+    return str(column + 1) if isinstance(column, int) else f"'{shown(column)}'"
 
-    Raises DataError: the first line names columns, but not these languages; or as `lines` for the first line.
+
+def table(path: Path, source: str, target: str) -> PairFiles:
+    """The pairs of a TSV, of a CSV (by its name), or of JSON lines (.jsonl, .ndjson, .json): an object per line.
+
+    The first line may name the columns (`columns`), by languages, as "source" and "target", or just as the arguments
+    are; otherwise source comes first, then target. JSON objects with two other keys have them in this order.
+
+    Raises DataError: the first line names columns, but not these; or as `lines` for the first line.
     """
-    first = next(_decoded(path), "")
+    first = next(_rows(path), (0, []))[1]
+    if isinstance(first, str):
+        raise DataError(f"{path} line 1 {first}")
+    keys = list(first) if isinstance(first, dict) else None
     try:
-        order = columns(first, source, target)
+        order = columns("\t".join(keys or map(str, first)), source, target)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    return PairFiles((path,), (path,), order or (0, 1), header=order is not None)
+        if keys is None or len(keys) != 2 or not {source, target} == {"source", "target"}:
+            raise DataError(f"{path}: {error}") from None
+        order = 0, 1
+    if keys is None:
+        return PairFiles((path,), (path,), order or (0, 1), header=order is not None)
+    if order is None and len(keys) != 2:
+        raise DataError(f"{path}: no keys '{source}' and '{target}'; there are {', '.join(keys)}")
+    return PairFiles((path,), (path,), tuple(keys[i] for i in order or (0, 1)))
 
 
 def _aligned(source: Path, target: Path) -> Iterator[Pair]:
@@ -148,18 +171,63 @@ def _aligned(source: Path, target: Path) -> Iterator[Pair]:
 
 
 def _columns(pairs: PairFiles) -> Iterator[Pair]:
-    (path,), least = pairs.sources, 1 + max(pairs.columns)
+    (path,), both = pairs.sources, pairs.columns
     number, bad = 0, _Unusable(path)
-    for number, line in enumerate(_decoded(path), 1):
-        cells = line.split("\t")
+    for number, row in _rows(path):
         if number == 1 and pairs.header:
             continue
-        if len(cells) < least and line.strip():
-            bad.add(number, f"has {len(cells)} columns, expected at least {least}")
-            cells = []
-        cells += [""] * least
-        yield cells[pairs.columns[0]].strip(), cells[pairs.columns[1]].strip()
+        problem = row if isinstance(row, str) else _problem(row, both)
+        if problem:
+            bad.add(number, problem)
+        source, target = ("", "") if problem or not row else (str(row[column]) for column in both)
+        yield source.strip(), target.strip()
     bad.report(number)
+
+
+def _problem(row: Any, both: tuple) -> str:
+    """Why a row has no pair; "" if it has one, or is empty."""
+    if row == []:
+        return ""
+    if isinstance(both[0], str):
+        if not isinstance(row, dict) or not set(both) <= row.keys():
+            there = f"; there are {', '.join(map(shown, row))}" if isinstance(row, dict) else ""
+            return f"has no {' and '.join(map(column_name, both))}{there}"
+    elif isinstance(row, dict) or len(row) <= max(both):
+        size = "an object" if isinstance(row, dict) else f"{len(row)} columns"
+        return f"has {size}, expected at least {1 + max(both)}"
+    odd = [row[column] for column in both if isinstance(row[column], bool | None | list | dict)]
+    return f"has {json.dumps(odd[0])[:40]} instead of a text" if odd else ""
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, cells) of a table, [] of an empty line; of JSON a list or a dict, or its fault as a text."""
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # documents are longer than the library's 131,072
+        reader = csv.reader(_decoded(path))
+        try:
+            yield from ((reader.line_num, row if any(row) else []) for row in reader)
+        except csv.Error as error:
+            raise DataError(f"{path} line {reader.line_num} is no CSV: {error}") from None
+    elif kind not in ("json", "jsonl", "ndjson"):
+        for number, line in enumerate(_decoded(path), 1):
+            yield number, line.split("\t") if line.strip() else []
+    else:
+        for number, line in enumerate(_records(path) if kind == "json" else _decoded(path), 1):
+            try:
+                value = json.loads(line) if line.strip() else []
+                yield number, value if isinstance(value, list | dict) else "is no JSON object"
+            except json.JSONDecodeError as error:
+                yield number, f"is no JSON: {error.msg} at character {error.pos + 1}"
+
+
+def _records(path: Path) -> Iterator[str]:
+    """The lines of a file, or the entries of the one list that it is."""
+    try:
+        whole = json.loads("".join(_decoded(path)))
+    except json.JSONDecodeError:
+        whole = None
+    return map(json.dumps, whole) if isinstance(whole, list) else _decoded(path)
 
 
 def _decoded(path: Path) -> Iterator[str]:

@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 from train.data import DataError
 from train.data.downloads import Download, fetch_all
 from train.data.file_tree import Skipped
+from train.data.text import docstrings
 from train.data.text.tokenizers import SentenceTokenizer
-from train.data.translation import dates
+from train.data.translation import dates, number_pairs
 from train.data.translation.corpus import Corpus, fitting
-from train.data.translation.files import Pair, PairFiles, Pairs, no_pairs, read, tsv
+from train.data.translation.files import Pair, PairFiles, Pairs, column_name, lines, no_pairs, read, table
 from train.files import shown
 
 log = logging.getLogger(__name__)
 
 VALIDATIONS = ("val", "valid", "validation", "dev")
 """Names of the validation part of a folder; the first that is there is used."""
+TABLES = ("tsv", "csv", "jsonl")
+"""Ends of the names of tables, in a folder."""
 HELD = 100
 """Where there is no validation part, every hundredth pair is held out for it."""
 
@@ -90,43 +93,48 @@ DOWNLOADS = {
 }
 UNCHECKED = {"iwslt14": "https://wit3.fbk.eu/archive/2014-01/texts/de/en/de-en.tgz"}
 """Sets whose files have no published checksum, and their addresses; they are read from a folder."""
-NAMES = ("dates", *DOWNLOADS, *UNCHECKED)
 
 
-def open_pairs(data: str, source: str = "de", target: str = "en") -> ParallelSet:
+def open_pairs(data: str, source: str = "de", target: str = "en", *, every: int = HELD, block: int = 1) -> ParallelSet:
     """The pairs that `data` names.
 
     - "dates": the embedded sentences (`dates.pairs`), German and English.
+    - "numbers": numbers, dates and prices in words and in digits (`number_pairs.pairs`), both ways.
+    - "docstrings": first line and body of the docstrings of Python's library (`docstrings.title_and_body`).
     - "multi30k", "iwslt17", "wmt14": downloaded once, checked, kept in the user's cache; German and English.
-    - a folder with `train.de` and `train.en` (any two languages, gzipped or not) or `train.tsv`; the same with `val`,
-      `valid`, `validation` or `dev` for validation, and with any names that begin with `test`; or a folder with the
-      original files of IWSLT-14, IWSLT-17 or WMT-14.
-    - FILE.tsv, or SOURCE,TARGET: one file or two; or PREFIX, where PREFIX.de and PREFIX.en are.
+    - a folder with `train.de` and `train.en` (any two languages, gzipped or not), `train.tsv`, `train.csv` or
+      `train.jsonl`; the same with `val`, `valid`, `validation` or `dev` for validation, and with any names that begin
+      with `test`; or a folder with the original files of IWSLT-14, IWSLT-17 or WMT-14.
+    - FILE.tsv, FILE.csv or FILE.jsonl, or SOURCE,TARGET: one file or two; or PREFIX, where PREFIX.de and PREFIX.en are.
 
-    A TSV has the source in its first column and the target in its second, unless its first line names the columns
-    (`columns.columns`). Without a validation part every hundredth pair is for validation.
+    A table has the source in its first column and the target in its second, unless its first line names the columns
+    (`files.table`). Without a validation part one pair in a hundred is for validation.
+
+    Args:
+        every, block: without a validation part, one of `every` blocks of `block` pairs in a row is for validation;
+            smaller blocks where the pairs are few.
 
     Raises:
         DataError: nothing of this is there, or not in these languages; an empty part; or as `files.lines`.
     """
     path = Path(data)
     if source == target:
-        raise DataError(f"source and target are both {source}; expected two languages")
+        raise DataError(f"source and target are both {source}; expected two languages or columns")
     if not path.exists():
-        if data == "dates":
-            return _embedded(source, target)
+        if data in EMBEDDED:
+            return EMBEDDED[data](source, target)
         if data in DOWNLOADS:
             return _open_folder(download(data), data, source, target)
         if data in UNCHECKED:
             address = UNCHECKED[data]
             raise DataError(f"{data} has no published checksum to download by: unpack {address} and name the folder")
     if path.is_dir():
-        return _open_folder(path, path.resolve().name, source, target)
+        return _open_folder(path, path.resolve().name, source, target, every, block)
     part = _one_part(data, source, target)
     if part is None:
-        expected = f"a folder, a TSV, SOURCE,TARGET or one of {', '.join(NAMES)}"
+        expected = f"a folder, a TSV, CSV or JSONL, SOURCE,TARGET or one of {', '.join(NAMES)}"
         raise DataError(f"'{data}' does not exist; expected {expected}")
-    return _held_out(*part, (source, target))
+    return _held_out(*part, (source, target), every, block)
 
 
 def open_tests(data: str, source: str = "de", target: str = "en") -> dict[str, list[Pair]]:
@@ -181,7 +189,25 @@ def _embedded(source: str, target: str) -> ParallelSet:
     return ParallelSet("dates", (source, target), train, validation, {"test": test}, "random sentences")
 
 
-def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelSet:
+def _numbers(source: str, target: str) -> ParallelSet:
+    train, validation, test = number_pairs.pairs()
+    origin = "what is held out is so both ways"
+    return ParallelSet("numbers", (source, target), train, validation, {"test": test}, origin)
+
+
+def _docstrings(source: str, target: str) -> ParallelSet:
+    parts: tuple[list[Pair], ...] = ([], [], [])
+    for i, pair in enumerate(docstrings.title_and_body()):
+        parts[max(0, i // docstrings.BLOCK % 10 - 7)].append(pair)
+    origin = f"validation and test are two of every ten blocks of {docstrings.BLOCK} neighbours"
+    return ParallelSet("docstrings", (source, target), *parts[:2], {"test": parts[2]}, origin)
+
+
+EMBEDDED = {"dates": _embedded, "docstrings": _docstrings, "numbers": _numbers}
+NAMES = (*EMBEDDED, *DOWNLOADS, *UNCHECKED)
+
+
+def _open_folder(folder: Path, name: str, source: str, target: str, every: int = HELD, block: int = 1) -> ParallelSet:
     tagged = [*folder.glob("train.tags.*"), *folder.glob("*/train.tags.*")]
     if tagged:
         return _open_iwslt(tagged[0].parent, name, source, target)
@@ -189,13 +215,14 @@ def _open_folder(folder: Path, name: str, source: str, target: str) -> ParallelS
         return _open_wmt14(folder, name, source, target)
     parts = _parts(folder)
     if "train" not in parts:
-        raise DataError(f"no train.{source} and train.{target}, nor train.tsv, in {folder}")
+        raise DataError(f"no train.{source} and train.{target}, nor train.tsv, train.csv or train.jsonl, in {folder}")
     train = _files(folder / "train", source, target)
     tests, skipped = _tests(folder, parts, source, target)
     validations = [part for part in VALIDATIONS if part in parts]
     skipped += [(folder / part, f"is not used: {validations[0]} is for validation") for part in validations[1:]]
     if not validations:
-        return _held_out(name, train, (source, target))._replace(tests=tests, skipped=tuple(skipped))
+        held_out = _held_out(name, train, (source, target), every, block)
+        return held_out._replace(tests=tests, skipped=tuple(skipped))
     validation = read(_files(folder / validations[0], source, target))
     return ParallelSet(name, (source, target), train, validation, tests, validations[0], tuple(skipped))
 
@@ -206,7 +233,7 @@ def _tests(
     """(The test sets of a folder by name, those that are not in both languages)."""
     tests, skipped = {}, []
     for part in sorted(part for part in parts if part.startswith("test")):
-        if parts[part].keys() >= {source, target} or "tsv" in parts[part]:
+        if parts[part].keys() >= {source, target} or parts[part].keys() & set(TABLES):
             tests[part] = read(_files(folder / part, source, target))
         else:
             reason = f"there is only {', '.join(parts[part])}; this test set is left out"
@@ -254,15 +281,18 @@ def _open_wmt14(folder: Path, name: str, source: str, target: str) -> ParallelSe
     return ParallelSet(name, (source, target), PairFiles(*sides), validation, tests, "newstest2013")
 
 
-def _held_out(name: str, files: PairFiles, languages: Pair, every: int = HELD) -> ParallelSet:
-    options = {"columns": files.columns, "header": files.header, "every": every}
+def _held_out(name: str, files: PairFiles, languages: Pair, every: int = HELD, block: int = 1) -> ParallelSet:
+    if block > 1:
+        block = max(1, min(block, sum(1 for _ in lines(files)) // every))
+    options = {"columns": files.columns, "header": files.header, "every": every, "block": block}
     train, held = (PairFiles(files.sources, files.targets, held=held, **options) for held in (False, True))
     validation = list(held)
     if not validation:
         if not any(True for _ in files):
             raise no_pairs(files)
         raise DataError(f"{files.name}: too few sentences to hold out one in {every} for validation")
-    return ParallelSet(name, languages, train, validation, {}, f"one pair in {every}")
+    origin = f"one pair in {every}" if block == 1 else f"one of every {every} blocks of {block} pairs"
+    return ParallelSet(name, languages, train, validation, {}, origin)
 
 
 def facts(
@@ -276,8 +306,9 @@ def facts(
     """
     out: dict[str, Any] = {"pairs": data.name, "languages": " to ".join(data.languages)}
     if isinstance(data.train, PairFiles) and data.train.columns:
-        order = " and ".join(str(column + 1) for column in data.train.columns)
-        out["columns"] = f"{order} (named by the first line)" if data.train.header else f"{order} (no header)"
+        order = " and ".join(map(column_name, data.train.columns))
+        named = "named by the first line" if data.train.header else "no header"
+        out["columns"] = f"{order} ({named})" if isinstance(data.train.columns[0], int) else order
     first = next(iter(data.train), None)
     if first is not None:
         out["first pair"] = " = ".join(text if len(text) <= 60 else text[:57] + "..." for text in first)
@@ -295,7 +326,7 @@ def _one_part(data: str, source: str, target: str) -> tuple[str, PairFiles] | No
     """(name, pairs) of a TSV, SOURCE,TARGET or PREFIX; None for anything else."""
     path = Path(data)
     if path.is_file():
-        return path.name, tsv(path, source, target)
+        return path.name, table(path, source, target)
     if path.exists() or data in NAMES:
         return None
     if "," in data:
@@ -321,6 +352,7 @@ def _files(prefix: Path, source: str, target: str) -> PairFiles:
     files = _parts(prefix.parent)[prefix.name]
     if source in files and target in files:
         return PairFiles((files[source],), (files[target],))
-    if "tsv" in files:
-        return tsv(files["tsv"], source, target)
+    for kind in TABLES:
+        if kind in files:
+            return table(files[kind], source, target)
     raise DataError(f"{prefix}: no pair of languages {source}-{target}; there are {', '.join(sorted(files))}")

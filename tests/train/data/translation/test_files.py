@@ -110,10 +110,10 @@ def test_fingerprint_is_of_the_content(tmp_path):
 )
 def test_tsv(first, expected, tmp_path):
     write(tmp_path, a_tsv=[*first, "eins \tone\tnoch etwas", "zwei\ttwo"])
-    assert list(pair_files.tsv(tmp_path / "a.tsv", "de", "en")) == expected
+    assert list(pair_files.table(tmp_path / "a.tsv", "de", "en")) == expected
     if first:
         flipped = [(target, source) for source, target in expected]
-        assert list(pair_files.tsv(tmp_path / "a.tsv", "en", "de")) == flipped
+        assert list(pair_files.table(tmp_path / "a.tsv", "en", "de")) == flipped
 
 
 def test_lines_that_cannot_be_read_are_left_empty_and_named(tmp_path, caplog):
@@ -127,7 +127,7 @@ def test_lines_that_cannot_be_read_are_left_empty_and_named(tmp_path, caplog):
     table = [f"{i}\t{i}!" for i in range(30)]
     table[7] = "no tab"
     write(tmp_path, a_tsv=table)
-    assert len(list(pair_files.tsv(tmp_path / "a.tsv", "de", "en"))) == 29
+    assert len(list(pair_files.table(tmp_path / "a.tsv", "de", "en"))) == 29
     assert "a.tsv: 1 lines are left empty; line 8 has 1 columns, expected at least 2" in caplog.text
 
 
@@ -151,7 +151,7 @@ def test_a_long_file_of_another_encoding_is_refused_early(tmp_path):
 def test_a_header_is_no_pair(tmp_path):
     for header in ("German\tEnglish", "source\ttarget"):
         write(tmp_path, a_tsv=[header, "eins\tone", "zwei\ttwo"])
-        files = pair_files.tsv(tmp_path / "a.tsv", "de", "en")
+        files = pair_files.table(tmp_path / "a.tsv", "de", "en")
         assert list(files) == [("eins", "one"), ("zwei", "two")] and files.header
 
 
@@ -164,6 +164,61 @@ def test_a_table_with_one_empty_column(tmp_path):
 def test_bad_tsv(tmp_path):
     write(tmp_path, a_tsv=["eins\tone", "", "zwei"], b_tsv=["de\tfr\ten-US", "a\tb\tc"])
     with pytest.raises(DataError, match="a.tsv line 3 has 1 columns, expected at least 2"):
-        list(pair_files.tsv(tmp_path / "a.tsv", "de", "en"))
+        list(pair_files.table(tmp_path / "a.tsv", "de", "en"))
     with pytest.raises(DataError, match="b.tsv: no pair of languages de-en; there are de, fr, en-US"):
-        pair_files.tsv(tmp_path / "b.tsv", "de", "en")
+        pair_files.table(tmp_path / "b.tsv", "de", "en")
+
+
+TABLES = {
+    "a.csv": 'question,"the answer",note\n"a ""b"", c","d\ne",x\nf,g,\n',
+    "a.jsonl": '{"question": "a \\"b\\", c", "the answer": "d\\ne"}\n\n{"id": 3, "the answer": "g", "question": "f"}\n',
+    "a.json": '[{"question": "a \\"b\\", c", "the answer": "d\\ne"},\n {"question": "f", "the answer": "g"}]',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_named_columns_of_tables(name, tmp_path):
+    (tmp_path / name).write_text(TABLES[name], encoding="utf-8")
+    files = pair_files.table(tmp_path / name, "Question", "the answer")
+    assert list(files) == [('a "b", c', "d\ne"), ("f", "g")]
+    with pytest.raises(DataError, match=r"no columns 'article' and 'summary'; there are question, the answer"):
+        pair_files.table(tmp_path / name, "article", "summary")
+
+
+def test_json_without_known_keys(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "eins", "y": 1}\n{"x": "zwei", "y": 2.5}\n', encoding="utf-8")
+    assert list(pair_files.table(tmp_path / "a.jsonl", "source", "target")) == [("eins", "1"), ("zwei", "2.5")]
+    (tmp_path / "b.jsonl").write_text('["eins", "one"]\n["zwei", "two"]\n', encoding="utf-8")
+    assert list(pair_files.table(tmp_path / "b.jsonl", "source", "target")) == [("eins", "one"), ("zwei", "two")]
+    (tmp_path / "c.jsonl").write_text('{"x": "eins", "y": "1", "z": "2"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="c.jsonl: no keys 'source' and 'target'; there are x, y, z"):
+        pair_files.table(tmp_path / "c.jsonl", "source", "target")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"de": "eins", "en": "one"', "is no JSON: Expecting ',' delimiter at character 28"),
+        ('{"de": "eins"}', "has no 'de' and 'en'; there are de"),
+        ('{"de": null, "en": "one"}', "has null instead of a text"),
+        ('["eins", "one"]', "has no 'de' and 'en'"),
+        ('"eins"', "is no JSON object"),
+    ],
+)
+def test_json_lines_that_cannot_be_used_are_named(line, fault, tmp_path, caplog):
+    whole = [f'{{"de": "satz {i}", "en": "sentence {i}"}}' for i in range(29)]
+    write(tmp_path, a_jsonl=[*whole[:7], line, *whole[7:]])
+    assert len(list(pair_files.table(tmp_path / "a.jsonl", "de", "en"))) == 29
+    assert f"a.jsonl: 1 lines are left empty; line 8 {fault}" in caplog.text
+    write(tmp_path, b_jsonl=[line, *whole[:3]])
+    with pytest.raises(DataError, match="b.jsonl"):
+        list(pair_files.table(tmp_path / "b.jsonl", "de", "en"))
+
+
+def test_blocks_are_held_out_together(tmp_path):
+    write(tmp_path, a_tsv=[f"{i}\t{i}!" for i in range(100)])
+    data = open_pairs(str(tmp_path / "a.tsv"), every=5, block=4)
+    assert [int(source) for source, _ in data.validation] == [i for i in range(100) if i // 4 % 5 == 4]
+    assert not set(data.train) & set(data.validation) and len(list(data.train)) == 80
+    write(tmp_path, b_tsv=[f"{i}\t{i}!" for i in range(12)])  # too few for blocks of four
+    assert open_pairs(str(tmp_path / "b.tsv"), every=5, block=4).validation == [("8", "8!"), ("9", "9!")]

@@ -143,7 +143,11 @@ def test_parts_that_fit():
 @pytest.mark.parametrize(
     ("data", "languages", "message"),
     [
-        ("nothing", ("de", "en"), "'nothing' does not exist; expected a folder, .* or one of dates, multi30k, iwslt17"),
+        (
+            "nothing",
+            ("de", "en"),
+            "'nothing' does not exist; expected a folder, .* or one of dates, .*multi30k, iwslt17",
+        ),
         ("dates", ("de", "fr"), "dates: no pair of languages de-fr; there are de, en"),
         ("dates", ("de", "de"), "source and target are both de"),
         (
@@ -151,7 +155,7 @@ def test_parts_that_fit():
             ("de", "en"),
             "iwslt14 has no published checksum .*unpack https://.*/de-en.tgz and name the folder",
         ),
-        ("empty", ("de", "en"), "no train.de and train.en, nor train.tsv, in .*empty"),
+        ("empty", ("de", "en"), "no train.de and train.en, nor train.tsv, train.csv or train.jsonl, in .*empty"),
         ("few.de,few.en", ("de", "en"), "too few sentences to hold out one in 100 for validation"),
         ("few.de,gone.en", ("de", "en"), "gone.en does not exist"),
     ],
