@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from core import random, tree
-from nets.language import t5, t5_weights
+from nets.language import t5, t5_attention, t5_weights
 from nets.language.beam_search import beam_search
 from nets.language.decoding import greedy, sample
 from nets.weights import WeightsError, fill
@@ -73,6 +73,23 @@ def test_logits_equal_transformers_in_single_precision(published):
     with torch.no_grad():
         expected = outputs(model_in(folder), *pairs())
     assert distance(t5.apply(params, pairs(), cfg), expected) < 1e-5
+
+
+def test_attention_maps_equal_transformers(published):
+    model, folder = published
+    params, cfg = loaded(folder)
+    source, target = pairs()
+    mask = (source != 0).long()
+    with torch.no_grad():
+        out = model(source, attention_mask=mask, decoder_input_ids=target, use_cache=False, output_attentions=True)
+    maps = t5_attention.attention_maps(params, (source, target), cfg)
+    expected = {"encoder": out.encoder_attentions, "decoder": out.decoder_attentions, "cross": out.cross_attentions}
+    assert maps.keys() == expected.keys()
+    for name, layers in expected.items():
+        rows = mask.bool()[:, None, :, None] if name == "encoder" else torch.tensor(True)  # not those of padding
+        for i, weights in enumerate(layers):
+            # transformers computes the softmax in single precision
+            assert distance(torch.where(rows, maps[name][:, i], 0), torch.where(rows, weights, 0)) < 1e-6, (name, i)
 
 
 def test_loss_and_its_gradient_equal_transformers(published):
