@@ -117,7 +117,7 @@ def train(args: Args) -> None:
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
     step = make_step(objective, optimizer, donate=True, **options)
 
-    runs.learn(run, task, transformer, state, step, order_key, lambda source, target, at: (source, target))
+    runs.learn(run, task, transformer, state, step, order_key)
 
 
 def translate(args: TranslateArgs) -> None:

@@ -3,9 +3,10 @@
 import codecs
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from core import tree
 from experiments.parts import translator as translators
-from experiments.parts.translator import DECODED, SUMMARY, Decoder, Translator, draw_attention, translations
+from experiments.parts.translator import DECODED, NETS, SUMMARY, Decoder, Translator, draw_attention, translations
 from train import plots
 from train.data.fingerprint import fingerprint
 from train.data.text import tokenizers
+from train.data.text.subwords import T5Tokenizer
 from train.data.text.tokenizers import PAD, SentenceTokenizer
 from train.data.translation import buckets, corpus
 from train.data.translation import files as pair_files
 from train.data.translation import sets as pair_sets
+from train.data.translation.files import Pair
 from train.data.understood import understood
 from train.files import replacing
 from train.losses import cross_entropy
@@ -67,15 +70,19 @@ class EvaluateArgs(Decoder, FromRun):
 
 
 class Task(NamedTuple):
-    """Sentences and tokens of a run, the shapes of its batches, the name of its first test set, its net."""
+    """Sentences and tokens of a run, the shapes of its batches, the name of its first test set, its net.
+
+    `model` makes a translator of what is trained.
+    """
 
     data: pair_sets.ParallelSet
-    tokenizer: SentenceTokenizer
+    tokenizer: SentenceTokenizer | T5Tokenizer
     pairs: corpus.Corpus
     validation: corpus.Corpus
     shapes: buckets.Buckets
     test: str
     cfg: Any
+    model: Callable[[tree.Tree], Translator]
 
     def config(self) -> dict[str, Any]:
         """The entries of a run's configuration that a resumed run must share."""
@@ -87,17 +94,30 @@ def open_task(args: Any, run: Run, root: Path, cfg_of: Callable[[int], Any]) -> 
     data = pair_sets.open_pairs(args.data, args.source, args.target)
     tokenizer = _tokenizer(args, data, run.resumed_from)
     cfg = cfg_of(tokenizer.vocabulary_size)
-    parts, left_out = pair_sets.fit({"validation": data.validation, **data.tests}, tokenizer, cfg.context)
+    task, facts = task_of(args, root, data, Translator((), cfg, tokenizer))
+    understood(print, facts | translators.copy_baseline(task.data.test_sets[task.test], args.target) | {"net": cfg})
+    return task
+
+
+def task_of(args: Any, root: Path, data: pair_sets.ParallelSet, translator: Translator) -> tuple[Task, dict[str, Any]]:
+    """(The task of some pairs, its facts to print); pairs longer than the net's positions are left out.
+
+    Args:
+        translator: its parameters do not count.
+    """
+    tokenizer, longest = translator.tokenizer, translator.context
+    parts, left_out = pair_sets.fit({"validation": data.validation, **data.tests}, tokenizer, longest)
     data = data._replace(validation=parts.pop("validation"), tests=parts)
-    cache = None if args.data == "dates" else root / "corpora"
-    pairs = corpus.open_corpus(data.train, tokenizer, cache, longest=cfg.context)
+    cache = None if isinstance(data.train, Sequence) else root / "corpora"
+    pairs = corpus.open_corpus(data.train, tokenizer, cache, longest=longest)
     validation = corpus.open_corpus(data.validation, tokenizer)
-    shapes = buckets.make_buckets(pairs, args.tokens, cfg.context, args.shapes)
-    test = next(iter(data.test_sets))
-    copied = translators.copy_baseline(data.test_sets[test], args.target)
-    facts = pair_sets.facts(data, pairs, left_out=left_out) | copied
-    understood(print, facts | {"vocabulary": tokenizer.vocabulary_size, "net": cfg})
-    return Task(data, tokenizer, pairs, validation, shapes, test, cfg)
+    shapes = buckets.make_buckets(pairs, args.tokens, longest, args.shapes)
+    facts = pair_sets.facts(data, pairs, left_out=left_out) | {"vocabulary": tokenizer.vocabulary_size}
+
+    def model(params: tree.Tree) -> Translator:
+        return translator._replace(params=params)
+
+    return Task(data, tokenizer, pairs, validation, shapes, next(iter(data.test_sets)), translator.cfg, model), facts
 
 
 def _tokenizer(args: Any, data: pair_sets.ParallelSet, folder: Path | None) -> SentenceTokenizer:
@@ -109,13 +129,21 @@ def _tokenizer(args: Any, data: pair_sets.ParallelSet, folder: Path | None) -> S
 
 
 def learn(
-    run: Run, task: Task, net: ModuleType, state: TrainState, step: Callable, order: Tensor, batch_of: Callable
+    run: Run,
+    task: Task,
+    net: ModuleType,
+    state: TrainState,
+    step: Callable,
+    order: Tensor,
+    batch_of: Callable = lambda source, target, at: (source, target),
+    ending: Callable[[tree.Tree], None] | None = None,
 ) -> None:
     """Train in the run's folder, with the figures and pictures of the test set at the end.
 
     Args:
         order: key of the order of the batches.
         batch_of: (source, target, step) -> the batch of the loss.
+        ending: called with what is trained, instead of `report` on averaged checkpoints.
     """
     args, tokenizer, data = run.args, task.tokenizer, task.data
     with run.open({}, unit="tokens", files={"tokenizer.json": tokenizer.save}):
@@ -125,36 +153,46 @@ def learn(
             state, metrics = step(state, tree.move(batch_of(*batch, at), run.device))
             run.record(at, metrics, int((batch[1] != PAD).sum()))
             if run.due(at, args.eval_every):
-                figures = validate(net, state.params, task.cfg, task.validation)
+                model = task.model(state.params)
+                figures = validate(model, task.validation)
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
-                translators.write_samples(run, Translator(state.params, task.cfg, tokenizer), data.validation[:4])
+                translators.write_samples(run, model, data.validation[:4])
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        report(run, net, task)
+        if ending:
+            ending(state.params)
+            return
+        saved = open_run(run.folder, run.folder.parent)
+        model = translators.load(saved, args.common.device, args.average_checkpoints, net)
+        report(run, task, model, partial(translators.evaluate, language=args.target), SUMMARY)
 
 
 @torch.no_grad()
-def validate(net: ModuleType, params: tree.Tree, cfg: Any, pairs: corpus.Corpus) -> dict[str, float]:
+def validate(model: Translator, pairs: corpus.Corpus) -> dict[str, float]:
     """Cross-entropy in nats per token, and the fraction of tokens that are right, given those before."""
-    device, total, right, count = tree.leaves(params)[0].device, 0.0, 0, 0
-    for _, *batch in buckets.evaluation_batches(pairs, DECODED, cfg.context):
+    net, device = NETS[type(model.cfg)], tree.leaves(model.params)[0].device
+    total, right, count = 0.0, 0, 0
+    for _, *batch in buckets.evaluation_batches(pairs, DECODED, model.context):
         source, target = tree.move(tuple(batch), device)
-        logits, labels = net.apply(params, (source, target[:, :-1]), cfg), target[:, 1:]
+        logits, labels = net.apply(model.params, (source, target[:, :-1]), model.cfg), target[:, 1:]
         total += float(cross_entropy(logits, labels, ignore_id=PAD, reduction="sum"))
         right += int((logits.argmax(-1) == labels)[labels != PAD].sum())
         count += int((labels != PAD).sum())
     return {"loss": total / count, "token_accuracy": right / count}
 
 
-def report(run: Run, net: ModuleType, task: Task) -> None:
-    """The figures of the test sentences, the curves, the attention to the first of them."""
+def report(run: Run, task: Task, model: Translator, evaluate: Callable, summary: str) -> None:
+    """The figures of the test sentences, the curves, the attention to the first of them.
+
+    Args:
+        evaluate: (model, pairs) -> (figures, translations).
+        summary: the line to print, with the figures' names in braces.
+    """
     args, pairs = run.args, task.data.test_sets[task.test]
-    saved = open_run(run.folder, run.folder.parent)
-    model = translators.load(saved, args.common.device, args.average_checkpoints, net)
-    figures, best = translators.evaluate(model, pairs, args.target)
+    figures, best = evaluate(model, pairs)
     figures |= {"test": task.test, "sentences": len(pairs)}
     tokens = corpus.open_corpus(pairs, model.tokenizer)
-    loss, ends = validate(net, model.params, model.cfg, tokens)["loss"], len(pairs)
+    loss, ends = validate(model, tokens)["loss"], len(pairs)
     nats = loss * (int(tokens.lengths[:, 1].sum()) + ends)
     perplexity = translation.word_perplexity(nats, [reference for _, reference in pairs], args.target)
     figures |= {"test_loss": loss, "word_perplexity": perplexity}
@@ -163,22 +201,26 @@ def report(run: Run, net: ModuleType, task: Task) -> None:
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title=title)
     draw_attention(run.folder / "attention", model, pairs[0][0], best[0].ids)
     print("".join(f"\n{s}\n= {r}\n> {t}\n" for (s, r), (t, *_) in zip(pairs[:5], best, strict=False)))
-    print(f"{SUMMARY.format(**figures)}\n{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
+    print(f"{summary.format(**figures)}\n{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
-def sentences_of(args: TranslateArgs, model: Translator) -> Iterable[list[str]]:
-    """The sentences in parts: those of standard input one by one, each as it comes."""
+def sentences_of(args: TranslateArgs, model: Translator, prefix: str = "") -> Iterable[list[str]]:
+    """The sentences in parts, after the prefix: those of standard input one by one, each as it comes."""
+
+    def prefixed(sentences: Sequence[str]) -> list[str]:
+        return [prefix + sentence if sentence.strip() else sentence for sentence in sentences]
+
     if args.sentences:
-        return [list(args.sentences)]
+        return [prefixed(args.sentences)]
     if args.file:
-        return translators.usable(model, [pair_files.sentences(args.file)])
+        return translators.usable(model, [prefixed(pair_files.sentences(args.file))])
     lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip() for line in sys.stdin.buffer)
-    return translators.usable(model, ([line] for line in lines))
+    return translators.usable(model, (prefixed([line]) for line in lines))
 
 
-def translate(args: TranslateArgs, model: Translator) -> None:
-    """Write the model's translations of the sentences."""
-    parts = sentences_of(args, model)
+def translate(args: TranslateArgs, model: Translator, prefix: str = "") -> None:
+    """Write the model's translations of the sentences, each after the prefix."""
+    parts = sentences_of(args, model, prefix)
     with ExitStack() as stack:
         out = sys.stdout
         if args.out:
@@ -200,15 +242,21 @@ def evaluate(args: EvaluateArgs, run: SavedRun, trained: Any, model: Translator)
         tests = pair_sets.open_pairs(trained.data, *languages).test_sets
     else:
         tests = pair_sets.open_tests(args.data, *languages)
-    name = next(iter(tests)) if args.test is None else args.test
-    if name not in tests:
-        there = f"there are {', '.join(tests)}"
-        raise ValueError(f"--test '{name}' is no test set of {args.data or trained.data}; {there}")
-    tests, left_out = pair_sets.fit({name: tests[name]}, model.tokenizer, model.cfg.context)
-    facts = {"languages": " to ".join(languages), "test pairs": {name: len(tests[name])}, "left out": left_out}
-    understood(print, facts)
+    name, pairs, facts = test_of(args, tests, trained.data, model)
+    understood(print, {"languages": " to ".join(languages)} | facts)
     began = time.perf_counter()
-    figures, _ = translators.evaluate(model, tests[name], trained.target, args)
-    speed = len(tests[name]) / (time.perf_counter() - began)
+    figures, _ = translators.evaluate(model, pairs, trained.target, args)
+    speed = len(pairs) / (time.perf_counter() - began)
     way = f"{args.beam} beams" if args.temperature is None else f"temperature {args.temperature}"
     print(f"{SUMMARY.format(**figures, test=name)}\n{way}, checkpoint of step {run.step}, {speed:.0f} sentences/s")
+
+
+def test_of(
+    args: EvaluateArgs, tests: Mapping[str, list[Pair]], data: str, model: Translator
+) -> tuple[str, list[Pair], dict[str, Any]]:
+    """(name, pairs, facts to print) of the test set of the flags; pairs that are too long are left out."""
+    name = next(iter(tests)) if args.test is None else args.test
+    if name not in tests:
+        raise ValueError(f"--test '{name}' is no test set of {args.data or data}; there are {', '.join(tests)}")
+    parts, left_out = pair_sets.fit({name: tests[name]}, model.tokenizer, model.context)
+    return name, parts[name], {"test pairs": {name: len(parts[name])}, "left out": left_out}

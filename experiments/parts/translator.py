@@ -1,5 +1,5 @@
-"""A translator that translate.py or seq2seq.py has trained, or a published one, to be used: sentences in, translations
-out, their figures, and pictures of where its attention looks."""
+"""A translator that translate.py, seq2seq.py or text2text.py has trained, or a published one, to be used: sentences in,
+translations out, their figures, and pictures of where its attention looks."""
 
 import logging
 import math
@@ -16,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from core import random, tree
 from nets import weights
-from nets.language import marian, seq2seq, transformer
+from nets.language import marian, seq2seq, t5, t5_attention, transformer
 from nets.language.beam_search import beam_search
 from nets.language.decoding import Decoded, greedy, sample
 from train import plots
 from train.data.text import tokenizers
+from train.data.text.subwords import T5Tokenizer
 from train.data.text.tokenizers import BOS, EOS, SentenceTokenizer
 from train.data.translation import buckets, corpus, marian_tokenizer
 from train.data.translation.files import Pair
@@ -32,23 +33,30 @@ log = logging.getLogger(__name__)
 
 RUNS = Path("runs/translate")
 DECODED = 4000  # tokens of sentences that are translated at once
-NETS: dict[type, ModuleType] = {transformer.Config: transformer, seq2seq.Config: seq2seq}
+NETS: dict[type, ModuleType] = {transformer.Config: transformer, seq2seq.Config: seq2seq, t5.Config: t5}
 LONGER = 50  # tokens by which a translation may be longer than its source (section 6.1 of the paper)
 
 
 class Marks(NamedTuple):
-    """Ids of the token before a translation and of that after a sentence, and those that no translation has."""
+    """Ids of the token before a translation and of that after a sentence, and those that no translation has; the most
+    tokens of a sentence for a net without a context of its own."""
 
     start: int = BOS
     end: int = EOS
     forbidden: tuple[int, ...] = ()
+    longest: int | None = None
 
 
 class Translator(NamedTuple):
     params: tree.Tree
-    cfg: transformer.Config | seq2seq.Config
-    tokenizer: SentenceTokenizer | MarianTokenizer
+    cfg: transformer.Config | seq2seq.Config | t5.Config
+    tokenizer: SentenceTokenizer | MarianTokenizer | T5Tokenizer
     marks: Marks = Marks()
+
+    @property
+    def context(self) -> int:
+        """Positions of either side."""
+        return self.marks.longest or self.cfg.context
 
 
 class Translation(NamedTuple):
@@ -167,27 +175,22 @@ def avoiding(step: Callable, forbidden: tuple[int, ...]) -> Callable:
 
 @torch.no_grad()
 def decode(
-    params: tree.Tree,
-    cfg: transformer.Config | seq2seq.Config,
-    source: Tensor,
-    decoder: Decoder,
-    n_best: int = 1,
-    keys: Tensor | None = None,
-    marks: Marks = Marks(),  # noqa: B008 # immutable
+    translator: Translator, source: Tensor, decoder: Decoder, n_best: int = 1, keys: Tensor | None = None
 ) -> Decoded:
     """Translations of source (batch, time), padded: n_best of each, (batch, n_best, tokens).
 
     keys: (batch, 2), to sample with a temperature.
     """
-    most = min(cfg.context, source.shape[1] + LONGER)
+    params, cfg, _, marks = translator
+    net, most = NETS[type(cfg)], min(translator.context, source.shape[1] + LONGER)
     options = {"max_length": most, "end": marks.end, "padding": cfg.padding_id}
-    if isinstance(cfg, seq2seq.Config):
+    if net is seq2seq:
         cache, step = seq2seq.start(params, seq2seq.encode(params, source, cfg), cfg), seq2seq.stepper(params, cfg)
     else:
         mask = source != cfg.padding_id
-        memory = transformer.encode(params, source, cfg, mask=mask)
-        cache = transformer.start(params, memory, mask, cfg, min(16, most))
-        step = transformer.stepper(params, cfg, partial(transformer.step, donate=True))
+        memory = net.encode(params, source, cfg, mask=mask)
+        cache = net.start(params, memory, mask, cfg, min(16, most))
+        step = net.stepper(params, cfg, partial(net.step, donate=True))
         options["positions_axis"] = 2
     first = torch.full((len(source),), marks.start, device=source.device)
     step, options["shared"] = avoiding(step, marks.forbidden), cache["shared"]
@@ -213,15 +216,15 @@ def translations(
     """
     params, cfg, tokenizer, marks = translator
     device = tree.leaves(params)[0].device
-    pairs = corpus.of_sentences(sentences, tokenizer, cfg.context)
+    pairs = corpus.of_sentences(sentences, tokenizer, translator.context)
     best: list[list[Translation]] = [[] for _ in sentences]
-    for indices, *_ in buckets.evaluation_batches(pairs, DECODED, cfg.context):
+    for indices, *_ in buckets.evaluation_batches(pairs, DECODED, translator.context):
         rows = [torch.tensor([*pairs.ids(i, 0), marks.end]) for i in indices.tolist()]
         source = pad_sequence(rows, batch_first=True, padding_value=cfg.padding_id).to(device)  # (sentences, time)
         for number in range(1 if decoder.temperature is None else n_best):
             key = random.fold_in(random.key(decoder.seed), number)
             keys = random.fold_in(key, indices).to(device)
-            out = decode(params, cfg, source, decoder, n_best, keys, marks)
+            out = decode(translator, source, decoder, n_best, keys)
             for i, rows, scores in zip(indices.tolist(), out.tokens.tolist(), out.scores.tolist(), strict=True):
                 written = [[token for token in row if token not in (marks.end, cfg.padding_id)] for row in rows]
                 rated = zip(written, scores, strict=True)
@@ -236,7 +239,7 @@ def usable(translator: Translator, parts: Iterable[list[str]]) -> Iterator[list[
     bad, total = 0, 0
     for sentences in parts:
         options = {"skip": True, "first": total + 1}
-        checked = corpus.of_sentences(sentences, translator.tokenizer, translator.cfg.context, **options)
+        checked = corpus.of_sentences(sentences, translator.tokenizer, translator.context, **options)
         bad, total = bad + len(checked.left_out), total + len(sentences)
         yield ["" if i in checked.left_out else sentence for i, sentence in enumerate(sentences)]
     if bad:
@@ -277,16 +280,18 @@ BLEU|{bleu_signature}"""
 def maps(translator: Translator, sentence: str, ids: list[int]) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """(The net's `attention_maps` of one pair, its source tokens, its target tokens), each with the end token."""
     params, cfg, tokenizer, marks = translator
-    source, target = [*tokenizer.encode(sentence), marks.end], ids[: cfg.context - 1]
+    source, target = [*tokenizer.encode(sentence), marks.end], ids[: translator.context - 1]
     x = torch.tensor([source]), torch.tensor([[marks.start, *target]])
-    maps = NETS[type(cfg)].attention_maps(tree.move(params, "cpu"), x, cfg)
+    net = t5_attention if isinstance(cfg, t5.Config) else NETS[type(cfg)]
+    maps = net.attention_maps(tree.move(params, "cpu"), x, cfg)
     return maps, tokenizer.tokens(source), tokenizer.tokens([*target, marks.end])
 
 
 def draw_attention(folder: Path, translator: Translator, sentence: str, ids: list[int]) -> None:
     """`cross.png`, and of a transformer `encoder.png` and `decoder.png`, each as `draw_maps`."""
     layers, read, written = maps(translator, sentence, ids)
-    sides = {"encoder": (read, read), "decoder": (written, ["<bos>", *written[:-1]]), "cross": (written, read)}
+    (first,) = translator.tokenizer.tokens([translator.marks.start])
+    sides = {"encoder": (read, read), "decoder": (written, [first, *written[:-1]]), "cross": (written, read)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_layers in layers.items():
         draw_maps(folder / f"{name}.png", of_layers, *sides[name])

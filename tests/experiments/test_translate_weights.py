@@ -126,7 +126,7 @@ def test_older_repositories_have_one_configuration(here):
     settings = json.loads(Path("weights/generation_config.json").read_text())
     Path("weights/generation_config.json").unlink()
     cfg = types.SimpleNamespace(padding_id=settings["pad_token_id"], target_vocabulary=settings["pad_token_id"] + 1)
-    assert translator.published_marks("weights", cfg) == (cfg.padding_id, 0, (cfg.padding_id,))
+    assert translator.published_marks("weights", cfg) == translator.Marks(cfg.padding_id, 0, (cfg.padding_id,))
     config = json.loads(Path("weights/config.json").read_text())
     Path("weights/config.json").write_text(json.dumps(config | {"bad_words_ids": [[1], [2, 3]]}))
     assert translator.published_marks("weights", cfg).forbidden == (1, cfg.padding_id)

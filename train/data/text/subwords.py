@@ -5,7 +5,7 @@ Neither reproduces every text, so `tokenizers.load` reads them with `lossy=True`
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from train.data import DataError
@@ -110,6 +110,39 @@ def train_unigram(texts: Iterable[str], vocabulary_size: int, progress: bool = F
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
     return BytePairTokenizer(tokenizer)
+
+
+class T5Tokenizer(BytePairTokenizer):
+    """Unigram pieces of texts for T5, learned or published, with the face of `tokenizers.SentenceTokenizer`.
+
+    A text ends with </s>, and what is written begins with <pad>: `start` and `end` are their ids.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+
+    Raises DataError if it does not have these two tokens.
+    """
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+        self.start, self.end = (tokenizer.token_to_id(token) for token in T5_SPECIAL[:2])
+        if self.start is None or self.end is None:
+            raise DataError(f"the tokenizer has no {' and '.join(T5_SPECIAL[:2])}; expected unigram pieces as T5's")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, by several threads. Raises DataError as `encode` does."""
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        except TypeError:
+            return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Without <pad> and </s>; an unknown character is written as <unk>."""
+        return super().decode([i for i in ids if i not in (self.start, self.end)])
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The piece of each id, a space in it as an underscore."""
+        return [self.tokenizer.id_to_token(i).replace(SPACE, "_") for i in ids]
 
 
 def _in_order(vocabulary: list, special: int) -> list[tuple[str, float]]:

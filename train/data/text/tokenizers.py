@@ -164,6 +164,8 @@ class SentenceTokenizer(BytePairTokenizer):
     Raises DataError if ids 0 to 3 are different tokens.
     """
 
+    start, end = BOS, EOS
+
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
         if not _is_for_sentences(tokenizer):

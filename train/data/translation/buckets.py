@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from train.data import DataError, batching
-from train.data.text.tokenizers import BOS, EOS, PAD
+from train.data.text.tokenizers import PAD
 from train.data.translation.corpus import Corpus, exceeds
 
 MARKS = np.array([1, 2])
@@ -197,9 +197,9 @@ def _padded(corpus: Corpus, indices: np.ndarray, rows: int, source: int, target:
             at = corpus.starts[indices, side][:, None] + np.arange(width - side)  # (pairs, width without <bos>)
             words[: len(indices)] = corpus.tokens.ids[np.minimum(at, len(corpus.tokens) - 1)]
             words[~text] = PAD
-        words[np.arange(rows), lengths] = EOS
+        words[np.arange(rows), lengths] = corpus.last
         if side:
-            table[:, 0] = BOS
+            table[:, 0] = corpus.first
             table[len(indices) :, 1] = PAD
         tables.append(torch.from_numpy(table))
     return tables[0], tables[1]

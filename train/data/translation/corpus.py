@@ -13,7 +13,7 @@ import numpy as np
 from train.data import DataError
 from train.data.fingerprint import fingerprint
 from train.data.text.token_files import TokenFile, open_tokens, write_tokens
-from train.data.text.tokenizers import SentenceTokenizer
+from train.data.text.tokenizers import BOS, EOS, SentenceTokenizer
 from train.data.translation.files import Pair, Pairs, lines, name_of, no_pairs, report_empty
 from train.files import read_json, replacing, shown, write_json
 
@@ -26,12 +26,13 @@ SHORT = 60  # characters of a sentence in a message
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of sentence pairs, without <bos> and <eos>.
+    """Token ids of sentence pairs, without the ones before and after a sentence.
 
     Attributes:
         tokens: the ids of the first source, the first target, the second source ...
         lengths: (count, 2) int32, the number of ids of source and target.
         starts: (count, 2) int64, their positions in `tokens`.
+        first, last: ids before a target and after each side, of the tokenizer.
         empty: number of further pairs that were left out because a side is empty.
         left_out: indices of the pairs that were too long (`open_corpus`), or of the sentences that were left empty
             (`of_sentences`).
@@ -44,6 +45,8 @@ class Corpus:
     empty: int = 0
     left_out: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    first: int = BOS
+    last: int = EOS
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -96,7 +99,8 @@ def open_corpus(
         keep = np.setdiff1d(np.arange(len(corpus)), too_long)
         corpus = replace(corpus, lengths=corpus.lengths[keep], starts=corpus.starts[keep])
         notes += (note,)
-    return replace(corpus, left_out=tuple(map(int, too_long)), notes=notes)
+    ends = {"first": tokenizer.start, "last": tokenizer.end}
+    return replace(corpus, left_out=tuple(map(int, too_long)), notes=notes, **ends)
 
 
 def exceeds(lengths: np.ndarray, longest: int) -> np.ndarray:

@@ -122,3 +122,18 @@ def test_merges_need_byte_pairs_and_one_word(kinds, pairs):
 def test_vocabularies_without_room(kind, size):
     with pytest.raises(DataError, match=f"a vocabulary of {size} is too small"):
         TRAINERS[kind](["a"], size)
+
+
+def test_t5_tokenizer_has_the_face_of_those_of_sentences(kinds):
+    tokenizer = subwords.T5Tokenizer(kinds["unigram"].tokenizer)
+    assert (tokenizer.start, tokenizer.end) == (0, 1)
+    ids = tokenizer.encode("The value  of it")
+    assert tokenizer.encode_batch(["The value of it", ""]) == [ids, []]
+    assert (
+        tokenizer.decode([0, *ids, 1, 0]) == "The value of it" == "".join(tokenizer.tokens(ids)).replace("_", " ")[1:]
+    )
+    assert "<unk>" in tokenizer.decode(tokenizer.encode("a 東京 b"))
+    with pytest.raises(DataError, match="is no Unicode text"):
+        tokenizer.encode_batch(["The value", "\ud800"])
+    with pytest.raises(DataError, match="has no <pad> and </s>; expected unigram pieces"):
+        subwords.T5Tokenizer(kinds["WordPiece"].tokenizer)
