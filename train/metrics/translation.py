@@ -67,6 +67,22 @@ def scores(translations: Sequence[str], references: Sequence[str], language: str
     }
 
 
+def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`rouge_1`, `rouge_2` and `rouge_l`, means of the F1 of each text in [0, 100], with stemming, by rouge-score.
+
+    Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries". Words are of Latin letters and digits only.
+
+    Raises ValueError: the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("ROUGE needs the package rouge-score: pip install rouge-score") from None
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rows = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    return {f"rouge_{name[5:].lower()}": 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in rows[0]}
+
+
 def word_perplexity(nats: float, references: Sequence[str], language: str = "") -> float:
     """exp(nats / words): the same for any division of the sentences into tokens.
 

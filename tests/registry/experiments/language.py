@@ -1,5 +1,6 @@
 """Rows of the experiments with texts."""
 
+import json
 from pathlib import Path
 
 from tests.registry.experiments.experiment import Experiment
@@ -23,7 +24,81 @@ def pairs(folder: Path) -> None:
     (folder / "b.en").write_text("one\n", encoding="utf-8")
 
 
+def questions(folder: Path) -> None:
+    """questions.csv with a bad row; pairs.jsonl with a bad line; lines.txt; tables that are empty or too small."""
+    things = ("cat", "dog", "house", "river", "tree", "lamp", "train", "letter")
+    rows = [f'what is a {a} {b}?,"a {b}, and it has a {a}: number {i}"' for i, a in enumerate(things) for b in things]
+    (folder / "questions.csv").write_text("\n".join(["question,answer", *rows, "no answer", ""]), encoding="utf-8")
+    lines = [json.dumps({"source": f"say {i}", "target": f"{i} {i + 1}"}) for i in range(120)]
+    (folder / "pairs.jsonl").write_text("\n".join([*lines[:7], "{", *lines[7:]]), encoding="utf-8")
+    (folder / "lines.txt").write_text("a cat in a house\n\nthe river\na train\n", encoding="utf-8")
+    (folder / "reviews.tsv").write_text("text\tlabel\na cat\tx\na dog\ty\na house\tx\na tree\ty\n", encoding="utf-8")
+    (folder / "few.tsv").write_text("one\teins\ntwo\tzwei\n", encoding="utf-8")
+    (folder / "empty.csv").write_text("", encoding="utf-8")
+
+
+QUESTIONS = ("--data", "questions.csv", "--source", "question", "--target", "answer")
+
 ROWS = [
+    Experiment(
+        "embed",
+        (*QUESTIONS, "--layers", "1", "--width", "32", "--vocabulary", "80", "--longest", "16", "--batch", "8")
+        + ("--epochs", "1", "--cloze", "1", "--shapes", "2", "--save-every", "4"),
+        14,
+        pictures=("loss.png", "recall.png", "similarity.png"),
+        files=("tokenizer.json", "mistakes.txt"),
+        inputs=questions,
+        baseline="tfidf_recall_at_1",
+        refusals=(
+            (("--data", "nowhere"), "'nowhere' does not exist; expected a folder, a TSV, CSV or JSONL"),
+            (
+                ("--data", "questions.csv", "--source", "title"),
+                "no columns 'title' and 'target'; there are question",
+            ),
+            (("--data", "empty.csv"), "empty.csv: there is not one pair of sentences"),
+            (("--data", "few.tsv"), "few.tsv: too few sentences to hold out one in 10"),
+            ((*QUESTIONS, "--batch", "500"), "a batch of 500 is more than the"),
+            (("--lora", "4"), "--lora adapts weights that have learned something; name them with --weights"),
+            (("--weights", "runs"), "config.json"),
+            (("--width", "40", *QUESTIONS), "--width is 40; expected a multiple of 32"),
+            (("--resume", "--name", "a", "--scale", "10"), "with --scale 10.0: it was started with 20.0"),
+        ),
+        commands=(
+            (("search", "--file", "lines.txt", "a cat"), ()),
+            (("evaluate",), ("evaluations/validation/similarity.png", "evaluations/validation/result.json")),
+            (("evaluate", *QUESTIONS), ("evaluations/questions.csv/mistakes.txt",)),
+            (("encode", "--file", "lines.txt"), ()),
+            (("map", "--data", "reviews.tsv"), ("map.png",)),
+            (("similarity", "a cat", "a dog"), ("similarity_2.png",)),
+        ),
+    ),
+    Experiment(
+        "text2text",
+        ("--data", "pairs.jsonl", "--prefix", "count: ", "--vocabulary", "40", "--longest", "32", "--tokens", "200")
+        + ("--shapes", "2", "--dropout", "0.1", "--steps", "12", "--save-every", "6", "--eval-every", "6"),
+        12,
+        pictures=("loss.png", "attention/encoder.png", "attention/decoder.png", "attention/cross.png"),
+        files=("samples.txt", "tokenizer.json", "mistakes.txt"),
+        inputs=questions,
+        baseline="nearest_exact_match",
+        refusals=(
+            (("--preset", "huge"), "--preset"),
+            (("--data", "nowhere"), "'nowhere' does not exist; expected a folder, a TSV, CSV or JSONL"),
+            ((*QUESTIONS[:2], "--source", "title"), "no columns 'title' and 'target'; there are question, answer"),
+            (("--data", "pairs.jsonl", "--longest", "3"), "has up to 3 tokens on both sides"),
+            (("--data", "pairs.jsonl", "--vocabulary", "3"), "a vocabulary of 3 is too small"),
+            (("--data", "pairs.jsonl", "--tokens", "2"), "a batch of 2 tokens has no room for a sentence"),
+            (("--lora", "4"), "--lora adapts weights that have learned something; name them with --weights"),
+            (("--weights", "runs"), "config.json"),
+            (("--resume", "--name", "a", "--preset", "v1.1-tiny"), "v1.1-tiny: it was started with tiny"),
+        ),
+        commands=(
+            (("predict", "say 3", "--beam", "2", "--n-best", "2"), ()),
+            (("predict", "say 3", "--temperature", "1", "--checkpoint", "6"), ()),
+            (("evaluate", "--beam", "1"), ("evaluations/validation/result.json",)),
+            (("evaluate", "--data", "pairs.jsonl", "--metric", "bleu"), ("evaluations/pairs.jsonl/mistakes.txt",)),
+        ),
+    ),
     Experiment(
         "gpt",
         ("--text", "text.txt", "--batch", "2", "--steps", "20", "--eval-every", "4", "--save-every", "8"),
