@@ -28,7 +28,6 @@ from core import random, tree
 from experiments.parts import text_to_text as parts
 from experiments.parts import translation_runs as runs
 from nets.language import t5
-from train import optimizers
 from train.data.fingerprint import fingerprint
 from train.data.translation import sets as pair_sets
 from train.data.understood import understood
@@ -65,24 +64,26 @@ class Args:
     """Text before each source, which names the task; "numbers" has its own."""
     metric: Metric = "exact"
     """Figure of the summary; BLEU and chrF are sacrebleu's, ROUGE-L needs the package rouge-score."""
-    vocabulary: Count = 100
+    tokenizer: Literal["bpe", "unigram"] = "bpe"
+    """Pieces from scratch: pairs of characters, each digit alone, or unigram pieces as T5's own."""
+    vocabulary: Count = 200
     """Size of the vocabulary from scratch, at most; all characters are in it."""
-    longest: Count = 64
+    longest: Count = 32
     """Tokens of a text, at most; longer pairs are left out and counted."""
     lora: Natural = 0
     """Rank of LoRA's adapters, which alone are trained then; 0 trains all weights."""
     alpha: Positive = 16.0
     """Scale of the adapters: alpha / rank."""
-    steps: Count = 1200
+    steps: Count = 600
     """Training steps."""
-    tokens: Count = 1500
+    tokens: Count = 1000
     """Source tokens per batch, and as many target tokens, at most."""
     micro_batches: Count = 1
     """Parts that a batch is cut into to save memory (gradient accumulation)."""
-    shapes: Count = 1
+    shapes: Count = 2
     """Shapes of batches, by length, at most: more of them pad less, but the step is compiled for each."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate, which falls to 0 as a cosine."""
+    learning_rate: Positive = 3e-3
+    """Peak learning rate, which falls to 0 as a cosine; less for queries, more for embeddings, by their size."""
     warmup: Natural = 100
     """Steps in which the learning rate rises; up to a tenth of all."""
     weight_decay: NonNegative = 0.01
@@ -96,7 +97,7 @@ class Args:
     common: Shared = Common(save_every=200)
 
 
-TEXTS = Args(vocabulary=4000, longest=128, tokens=2000, shapes=4, steps=2000, dropout=0.1)
+TEXTS = Args(vocabulary=4000, longest=128, tokens=2000, shapes=4, steps=2000, learning_rate=2e-3, dropout=0.1)
 PUBLISHED = dataclasses.replace(TEXTS, longest=512, tokens=4000, learning_rate=3e-4)
 
 
@@ -174,7 +175,7 @@ def train(args: Args) -> None:
         net = parts.of_weights(args.weights)
     else:
         texts = itertools.chain.from_iterable(data.train)
-        net = parts.scratch(functools.partial(net_of, args), texts, args.vocabulary, net_key)
+        net = parts.scratch(functools.partial(net_of, args), texts, args.tokenizer, args.vocabulary, net_key)
     cfg = dataclasses.replace(net.cfg, dropout=args.dropout)
     net = net._replace(cfg=cfg, params=tree.move(net.params, run.device))
     base = fingerprint(net.params) if args.weights else None
@@ -184,8 +185,7 @@ def train(args: Args) -> None:
     understood(print, facts | {"languages": None} | parts.facts(net, task.data.test_sets[task.test], args.metric))
 
     rate = schedules.warmup_cosine(args.learning_rate, min(args.warmup, args.steps // 10), args.steps)
-    adamw = optimizers.adamw(rate, weight_decay=args.weight_decay, mask=lambda name, leaf: leaf.ndim >= 2)
-    optimizer = optimizers.chain(optimizers.clip_by_global_norm(1.0), adamw)
+    optimizer = parts.adamw(rate, args.weight_decay, cfg)
     state = start(run_key.to(run.device), tree.move(own.values, run.device), own.model, optimizer)
     state = run.restore(state, task.config() | {"kind": "t5", "weights": base}, args.steps)
     objective = functools.partial(loss, cfg=cfg, whole=own.whole, smoothing=args.label_smoothing)

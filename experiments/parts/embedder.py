@@ -129,7 +129,9 @@ def embed(embedder: Embedder, texts: Sequence[str]) -> Tensor:
     encoder, longest = embedder
     tokens, lengths = encoders.tokens_of(encoder, texts, longest)
     device, out = tree.leaves(encoder.params)[0].device, torch.empty(len(texts), encoder.cfg.width)
-    for rows, batch in ragged.evaluation_batches(tokens, lengths, max(1, TOKENS // max(1, tokens.shape[1]))):
+    if not texts:
+        return out
+    for rows, batch in ragged.evaluation_batches(tokens, lengths, max(1, TOKENS // tokens.shape[1])):
         out[rows] = vectors(encoder.params, *tree.move(batch, device), encoder).float().cpu()
     return out
 

@@ -16,12 +16,15 @@ from experiments.parts.translator import GREEDY, Decoder, Marks, Translation, Tr
 from nets import adapters as peft
 from nets import weights
 from nets.language import t5, t5_weights
+from train import optimizers
 from train.data.fingerprint import fingerprint
 from train.data.text import tokenizers
-from train.data.text.subwords import T5Tokenizer, train_unigram
+from train.data.text.subwords import T5Tokenizer, train_character_pairs, train_unigram
 from train.data.translation.files import Pair, Pairs, read
 from train.files import replacing, shown
 from train.metrics import retrieval, translation
+from train.optimizers import Optimizer
+from train.optimizers.schedules import Schedule
 from train.run import SavedRun, checkpoints, open_run
 
 RUNS = Path("runs/text2text")
@@ -63,9 +66,11 @@ def tokenizer_of(path: Path, cfg: t5.Config) -> T5Tokenizer:
     return tokenizer
 
 
-def scratch(cfg_of: Callable[[int], t5.Config], texts: Iterable[str], vocabulary: int, key: Tensor) -> Net:
-    """A T5 that knows nothing, whose pieces are learned from the texts; `cfg_of` has one of a vocabulary's size."""
-    tokenizer = T5Tokenizer(train_unigram(texts, vocabulary).tokenizer)
+def scratch(cfg_of: Callable[[int], t5.Config], texts: Iterable[str], kind: str, vocabulary: int, key: Tensor) -> Net:
+    """A T5 that knows nothing, whose pieces, "bpe" or "unigram", are learned from the texts; `cfg_of` has one of a
+    vocabulary's size."""
+    learn = {"bpe": train_character_pairs, "unigram": train_unigram}[kind]
+    tokenizer = T5Tokenizer(learn(texts, vocabulary).tokenizer)
     cfg = cfg_of(tokenizer.vocabulary_size)
     return Net(spec.init(key, t5.spec(cfg)), cfg, tokenizer)
 
@@ -94,7 +99,9 @@ def of_run(run: SavedRun, device: torch.device | str = "cpu") -> Translator:
 
 def translator(net: Net, longest: int) -> Translator:
     """What writes texts of up to `longest` tokens, for texts of as many."""
-    marks = Marks(net.tokenizer.start, net.tokenizer.end, (net.tokenizer.start,), longest)
+    # Published embeddings have more rows than there are pieces.
+    forbidden = (net.tokenizer.start, *range(net.tokenizer.vocabulary_size, net.cfg.vocabulary))
+    marks = Marks(net.tokenizer.start, net.tokenizer.end, forbidden, longest)
     return Translator(net.params, net.cfg, net.tokenizer, marks)
 
 
@@ -109,6 +116,28 @@ def trainable(net: Net, rank: int, alpha: float, key: Tensor) -> Trainable:
     own, scale = lora.spec(model, TARGETS, rank), lora.scale(rank, alpha)
     forms = (functools.partial(form, net.params, scale=scale) for form in (lora.adapted, lora.merge))
     return Trainable(own, lora.init(key, own, net.params), *forms)
+
+
+def adamw(rate: Schedule, weight_decay: float, cfg: t5.Config) -> Optimizer:
+    """AdamW after clipping, whose steps are in proportion to the initial values of T5's three kinds of parameters.
+
+    Queries are small, as the scores are not divided by sqrt(depth), and embeddings large. Adafactor, by which T5 was
+    trained, scales each step by the parameter's size (Shazeer and Stern 2018, arXiv:1804.04235, section 8).
+    """
+
+    def rule(factor: float) -> Optimizer:
+        scaled = functools.partial(_scaled, rate, factor)
+        return optimizers.adamw(scaled, weight_decay=weight_decay, mask=lambda name, leaf: leaf.ndim >= 2)
+
+    def kind(name: str, _: Any) -> str:
+        return "queries" if name.endswith("q.weight") else "tokens" if name.startswith("tokens") else "others"
+
+    rules = {"others": rule(1.0), "queries": rule(cfg.depth**-0.5), "tokens": rule(cfg.width**0.5)}
+    return optimizers.chain(optimizers.clip_by_global_norm(1.0), optimizers.by_path(rules, kind))
+
+
+def _scaled(rate: Schedule, factor: float, count: Tensor) -> Tensor:
+    return factor * rate(count)
 
 
 def write_adapters(folder: Path, net: Net, args: Any, own: Tree) -> None:

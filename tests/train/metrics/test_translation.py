@@ -53,6 +53,13 @@ def test_bleu_of_languages_without_spaces():
     assert translation.scores(near, references)["bleu"] < 60  # a sentence is one word or two
 
 
+def test_rouge():
+    """By hand: 5 of 6 words, 3 of 5 pairs of words, and 5 in order."""
+    pytest.importorskip("rouge_score")
+    out = translation.rouge(["the cat sat on the mat"], ["the cat lay on the mats"])
+    assert out == pytest.approx({"rouge_1": 100 * 5 / 6, "rouge_2": 60, "rouge_l": 100 * 5 / 6})
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="as many translations as references, found 1 and 2"):
         translation.scores(["a"], ["a", "b"])

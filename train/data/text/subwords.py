@@ -1,6 +1,6 @@
-"""Training of the two kinds of subwords beside byte pairs: WordPiece (BERT's) and unigram pieces (T5's).
+"""Training of subwords beside byte pairs: WordPiece (BERT's), unigram pieces (T5's), pairs of characters.
 
-Neither reproduces every text, so `tokenizers.load` reads them with `lossy=True`.
+None reproduces every text, so `tokenizers.load` reads them with `lossy=True`.
 """
 
 import json
@@ -87,25 +87,69 @@ def train_unigram(texts: Iterable[str], vocabulary_size: int, progress: bool = F
     </s>.
 
     Args:
-        vocabulary_size: largest number of ids. All characters of the texts are among them, whatever the number is.
+        vocabulary_size: largest number of ids, with room for all characters of the texts.
 
-    Raises DataError if the vocabulary has no room for the special tokens.
+    Raises DataError if the vocabulary has no room for the special tokens and the characters.
     """
     import tokenizers
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import models, trainers
 
     _check_size(vocabulary_size, len(T5_SPECIAL))
     tokenizer = tokenizers.Tokenizer(models.Unigram())
+    _spaced(tokenizer)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(T5_SPECIAL), unk_token="<unk>", show_progress=progress
+    )
+    try:
+        tokenizer.train_from_iterator(texts, trainer)
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"a vocabulary of {vocabulary_size} is too small for these texts: {error}") from None
+    model = json.loads(tokenizer.to_str())["model"]
+    tokenizer.model = models.Unigram(_in_order(model["vocab"], len(T5_SPECIAL)), model["unk_id"], byte_fallback=False)
+    return _ended(tokenizer)
+
+
+def train_character_pairs(texts: Iterable[str], vocabulary_size: int, progress: bool = False) -> BytePairTokenizer:
+    """Learn pairs of characters, as byte pairs are learned, with the special tokens and spaces of `train_unigram`.
+
+    Sennrich et al. 2016, arXiv:1508.07909. Each digit is a token of its own, as in Llama's (Touvron et al. 2023,
+    arXiv:2302.13971). For texts of few different words: the library takes no unigram piece that is in one word alone.
+
+    Args:
+        vocabulary_size: largest number of ids, with room for all characters of the texts.
+
+    Raises DataError if the vocabulary has no room for the special tokens and the characters.
+    """
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    _check_size(vocabulary_size, len(T5_SPECIAL))
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    _spaced(tokenizer)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([tokenizer.pre_tokenizer, digits])
+    options = {"vocab_size": vocabulary_size, "special_tokens": list(T5_SPECIAL), "show_progress": progress}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    if tokenizer.get_vocab_size() > vocabulary_size:
+        size = f"{tokenizer.get_vocab_size()} special tokens and characters"
+        raise DataError(f"a vocabulary of {vocabulary_size} is too small: there are {size}")
+    return _ended(tokenizer)
+
+
+def _spaced(tokenizer: Any) -> None:
+    """White space as SentencePiece has it: one space of any, which is part of the piece after it."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
     parts = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]
     tokenizer.normalizer = normalizers.Sequence(parts)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary_size, special_tokens=list(T5_SPECIAL), unk_token="<unk>", show_progress=progress
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    tokenizer.model = models.Unigram(_in_order(model["vocab"], len(T5_SPECIAL)), model["unk_id"], byte_fallback=False)
+
+
+def _ended(tokenizer: Any) -> BytePairTokenizer:
+    """With </s> after each text that the library's own `encode` is given."""
+    from tokenizers import processors
+
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )

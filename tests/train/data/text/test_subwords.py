@@ -137,3 +137,21 @@ def test_t5_tokenizer_has_the_face_of_those_of_sentences(kinds):
         tokenizer.encode_batch(["The value", "\ud800"])
     with pytest.raises(DataError, match="has no <pad> and </s>; expected unigram pieces"):
         subwords.T5Tokenizer(kinds["WordPiece"].tokenizer)
+
+
+def test_character_pairs_have_whole_words_and_single_digits():
+    """Of a text with few words, of which the library's unigram pieces spell those that have no part in common."""
+    texts = [f"number {i} of a thousand" for i in range(200)]
+    tokenizer = subwords.T5Tokenizer(subwords.train_character_pairs(texts, 60).tokenizer)
+    assert tokenizer.tokens(tokenizer.encode("number 194")) == ["_number", "_", "1", "9", "4"]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts[:3])] == texts[:3]
+    assert [tokenizer.token_id(token) for token in T5_SPECIAL] == [0, 1, 2] and tokenizer.vocabulary_size <= 60
+    again = subwords.train_character_pairs(iter(texts), 60)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert tokenizer.tokenizer.encode("number").ids[-1] == 1
+
+
+@pytest.mark.parametrize("train", [subwords.train_character_pairs, subwords.train_unigram])
+def test_a_vocabulary_without_room_for_the_characters(train):
+    with pytest.raises(DataError, match="a vocabulary of 5 is too small"):
+        train(["many characters"] * 3, 5)
