@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from nets import weights
 from nets.language import bert, distilbert, roberta
 from nets.language.bert import HEADS
 from train import optimizers
+from train.data import DataError
 from train.data.fingerprint import fingerprint
 from train.data.text import tokenizers
 from train.data.text.subwords import train_word_piece
@@ -157,12 +159,20 @@ def encodings(
 
     Args:
         cutting: stride, strategy and direction of the library's `enable_truncation`.
+
+    Raises DataError: a text is no Unicode.
     """
     import tokenizers as library
 
     tokenizer = library.Tokenizer.from_str(encoder.tokenizer.tokenizer.to_str())
     tokenizer.enable_truncation(longest, **cutting)
-    return tokenizer.encode_batch(list(texts))
+    try:
+        return tokenizer.encode_batch(list(texts))
+    except TypeError:
+        text = next((text for text in texts if re.search("[\ud800-\udfff]", "".join(text))), None)
+        if text is None:
+            raise
+        raise DataError(f"{text!r} is no Unicode text") from None
 
 
 def tokens_of(encoder: Encoder, texts: Sequence[str], longest: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from core import random, tree
 from experiments.parts import encoder as parts
 from experiments.parts.encoder import Tuning
 from nets import weights
+from train.data import DataError
 from train.losses import cross_entropy
 from train.step import make_step, start
 
@@ -46,6 +47,8 @@ def test_texts_of_no_tokens():
     tokens, lengths = parts.tokens_of(encoder, ["", " "], SMALL.longest)
     assert tokens.shape == (2, 2) and lengths.tolist() == [2, 2]
     assert parts.tokens_of(encoder, [], SMALL.longest)[0].shape == (0, 1)
+    with pytest.raises(DataError, match="is no Unicode text"):
+        parts.tokens_of(encoder, ["a text", "half a \ud83d letter"], SMALL.longest)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
