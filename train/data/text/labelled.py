@@ -1,11 +1,12 @@
 """Texts with a label each, for classification: files of many forms, and the part held out where there is none.
 
 A line is `label<TAB>text` or `text<TAB>label` (which of the two the file itself shows), `label text` where there is no
-tab, a row of a CSV, or an object of JSON Lines; a first line such as `text<TAB>label` names the columns. One bad line
-is named, skipped and counted; more than a tenth of them is an error.
+tab, a row of a CSV, or an object of JSON Lines; a first line such as `text<TAB>label` names the columns, and so do the
+keys of JSON. One bad line is named, skipped and counted; more than a tenth of them is an error.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -27,8 +28,20 @@ TEXTS = "text texts sentence review content comment document phrase title 文本
 NAMES = ("class.txt", "classes.txt", "labels.txt")
 """Files beside the data in which line i + 1 is the name of the label i."""
 
+JSON = re.compile(r"\.(jsonl|ndjson|json)(\.gz)?$")
+
 Skipped = tuple[str, str]
 """A record that is not used, and the reason."""
+
+
+class Columns(NamedTuple):
+    """Names of the columns with the texts and labels; None for those that the file itself shows."""
+
+    text: str | None = None
+    label: str | None = None
+
+
+BY_NAME = Columns()
 
 
 class Records(NamedTuple):
@@ -61,31 +74,39 @@ class LabelledSet(NamedTuple):
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-def read(path: Path, classes: Collection[str] = ()) -> Records:
-    """The records of a file. Raises DataError: it cannot be read, is in no known form, or a tenth of it is unusable.
+def read(path: Path, columns: Columns = BY_NAME, classes: Collection[str] = ()) -> Records:
+    """The records of a file.
 
     Args:
         classes: labels that are known, by which their column is told from that of the texts.
+
+    Raises DataError: it cannot be read, is in no known form, has no such column, or a tenth of it is unusable.
     """
     with unpacked(path, "a file with a labelled text per line") as file:
         lines, foreign = decoded_lines(file.read())
-    if path.name.removesuffix(".gz").endswith(".csv"):
+    skipped: list[Skipped] = []
+    if JSON.search(path.name) or (lines and lines[0].startswith("{")):
+        (rows, skipped), separator = _objects(path, lines), "JSON"
+    elif path.name.removesuffix(".gz").endswith(".csv"):
         mark = table.separator_of(lines)
         rows, separator = table.rows_of(lines, mark, str(path)), {",": "a comma", "\t": "a tab"}.get(mark, f"'{mark}'")
-    elif lines and lines[0].startswith("{"):
-        rows, separator = _objects(lines), "keys (JSON Lines)"
     elif any("\t" in line for line in lines[:100]):
         rows, separator = [(i, line.split("\t")) for i, line in enumerate(lines, 1)], "a tab"
     else:
         rows, separator = [(i, line.split(maxsplit=1)) for i, line in enumerate(lines, 1)], "a space"
     rows = [(i, cells) for i, cells in rows if any(cell.strip() for cell in cells)]
-    if not rows:
+    if not rows and not skipped:
         raise DataError(f"{path} is empty, expected a labelled text per line")
-    label, text, header = _columns(path, rows, separator, classes)
-    form = f"label in column {label + 1}, text in column {text + 1}, separated by {separator}"
-    form += f"; the first line names them: {', '.join(rows[0][1])}" if header else "; no header"
+    total = len(rows) + len(skipped)
+    _check_share(skipped, total)
+    label, text, header = _columns(path, rows, separator, columns, classes)
+    if separator == "JSON":
+        form = f"label under '{shown(rows[0][1][label])}', text under '{shown(rows[0][1][text])}' of JSON objects"
+    else:
+        form = f"label in column {label + 1}, text in column {text + 1}, separated by {separator}"
+        form += f"; the first line names them: {', '.join(rows[0][1])}" if header else "; no header"
     form += f"; {foreign} lines are not UTF-8, read as Latin-1" if foreign else ""
-    records, skipped = [], []
+    records = []
     for i, cells in rows[1:] if header else rows:
         problem = None
         if max(label, text) >= len(cells):
@@ -100,38 +121,75 @@ def read(path: Path, classes: Collection[str] = ()) -> Records:
             skipped.append((f"{shown(path.name)} line {i}", problem))
         else:
             records.append((cells[text].strip(), cells[label].strip()))
-    if len(skipped) * HELD > len(rows):
-        (where, problem), more = skipped[0], len(skipped) - 1
-        rest = f" (and {more} more lines)" if more else ""
-        raise DataError(f"{where} {problem}{rest}; more than a tenth of the lines")
+    _check_share(skipped, total)
+    if not records:
+        raise DataError(f"{path} has a header and no record, expected a labelled text per line")
     texts, labels = zip(*records, strict=True)
     return Records(texts, labels, form, tuple(skipped))
 
 
-def _objects(lines: list[str]) -> list[table.Row]:
-    """The keys of the first object of JSON Lines, and the values of each object; a line that is none is one cell."""
-    rows: list[table.Row] = []
+def _check_share(skipped: Sequence[Skipped], total: int) -> None:
+    """Raise DataError if more than a tenth of the lines is unusable."""
+    if len(skipped) * HELD > total:
+        (where, problem), more = skipped[0], len(skipped) - 1
+        rest = f" (and {more} more lines)" if more else ""
+        raise DataError(f"{where} {problem}{rest}; more than a tenth of the lines")
+
+
+def _objects(path: Path, lines: list[str]) -> tuple[list[table.Row], list[Skipped]]:
+    """The keys of the objects as a header, line 0, then their values; and the lines that are no objects."""
+    objects, skipped = [], []
     for i, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            rows.append((i, [line]))
+        if not line.strip():
             continue
-        keys = rows[0][1] if rows else list(record)
-        rows += [] if rows else [(i, keys)]
-        values = (record.get(key) for key in keys)
-        rows.append((i, ["" if value is None else str(value) for value in values]))
-    return rows
+        try:
+            value, problem = json.loads(line), "is no JSON object"
+        except ValueError as error:
+            value, problem = None, f"is no JSON: {error}"
+        except RecursionError:
+            value, problem = None, "is nested too deeply"
+        if isinstance(value, dict):
+            objects.append((i, value))
+        else:
+            skipped.append((f"{shown(path.name)} line {i}", problem))
+    names = list(dict.fromkeys(name for _, value in objects for name in value))
+    rows = [(i, [_cell(value.get(name)) for name in names]) for i, value in objects]
+    return [(0, names), *rows] if rows else [], skipped
 
 
-def _columns(path: Path, rows: list[table.Row], separator: str, classes: Collection[str]) -> tuple[int, int, bool]:
+def _cell(value: Any) -> str:
+    """Text or a number as text, "" for anything else; halves of surrogate pairs, which JSON can spell, replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return json.dumps(value) if isinstance(value, bool | int | float) else ""
+
+
+def _columns(
+    path: Path, rows: list[table.Row], separator: str, columns: Columns, classes: Collection[str]
+) -> tuple[int, int, bool]:
     """(column of the label, column of the text, whether the first line names them)."""
-    first = [cell.strip().lower() for cell in rows[0][1]]
-    named = [next((first.index(name) for name in names if name in first), None) for names in (LABELS, TEXTS)]
-    if None not in named and separator != "a space":
+    cells = [cell.strip() for cell in rows[0][1]]
+    first = [cell.lower() for cell in cells]
+    wanted = [name for name in columns if name]
+    if wanted and separator == "a space":
+        raise DataError(f"{path} has no column '{shown(wanted[0])}': it is no table with a header")
+    for name in wanted:
+        if name not in cells:
+            raise DataError(f"{path} has no column '{shown(name)}'; there are {', '.join(map(shown, cells))}")
+    if wanted and columns.label == columns.text:
+        raise DataError(f"texts and labels are both in the column '{shown(wanted[0])}'; expected two columns")
+    named = [
+        cells.index(name) if name else next((first.index(other) for other in others if other in first), None)
+        for name, others in ((columns.label, LABELS), (columns.text, TEXTS))
+    ]
+    if wanted and None in named and len(cells) == 2:
+        sole = named[0] if named[1] is None else named[1]
+        named = [1 - sole if i is None else i for i in named]
+    if None not in named and named[0] != named[1] and separator != "a space":
         return *named, True
+    if wanted or separator == "JSON":
+        problem = f"has the columns {', '.join(map(shown, cells))}"
+        raise DataError(f"{path} {problem}; name those of texts and labels with --text-column and --label-column")
     if separator == "a space":
         return 0, 1, False
     (width, _), *_ = Counter(len(cells) for _, cells in rows).most_common(1)
@@ -140,14 +198,16 @@ def _columns(path: Path, rows: list[table.Row], separator: str, classes: Collect
         raise DataError(f"{path} {problem}; expected label{'<TAB>' if separator == 'a tab' else ','}text")
     # Labels recur, texts do not; where all but the first label do, that is the name of their column.
     kinds = [Counter(cells[i].strip() for _, cells in rows if len(cells) == 2) for i in (0, 1)]
-    known = [len(kind.keys() & set(classes)) for kind in kinds]
-    label = int(len(kinds[0]) > len(kinds[1])) if known[0] == known[1] else int(known[1] > known[0])
+    matches = [len(kind.keys() & set(classes)) for kind in kinds]
+    label = int(len(kinds[0]) > len(kinds[1])) if matches[0] == matches[1] else int(matches[1] > matches[0])
     (name, count), *others = kinds[label].items()
     header = name not in classes and count == 1 and min((n for _, n in others), default=1) > 1
     return label, 1 - label, header
 
 
-def open_labelled(data: str, validation: str | None = None, test: str | None = None) -> LabelledSet:
+def open_labelled(
+    data: str, validation: str | None = None, test: str | None = None, columns: Columns = BY_NAME
+) -> LabelledSet:
     """The texts of `--data`: "brackets" (generated), "docstrings" (of Python, by package), a file, or a folder with one
     training file.
 
@@ -162,9 +222,9 @@ def open_labelled(data: str, validation: str | None = None, test: str | None = N
         return _docstrings()
     path = training_file(Path(data))
     beside = {"validation": validation or neighbour(path, VALIDATIONS), "test": test or neighbour(path, TESTS)}
-    parts = {"train": read(path)}
+    parts = {"train": read(path, columns)}
     classes = frozenset(parts["train"].labels)
-    parts |= {name: read(Path(other), classes) for name, other in beside.items() if other}
+    parts |= {name: read(Path(other), columns, classes) for name, other in beside.items() if other}
     skipped = [entry for part in parts.values() for entry in part.skipped]
     origins = [f"{name} in {shown(Path(other).name)}" for name, other in beside.items() if other]
     everything, taken = parts["train"], set()
@@ -207,11 +267,11 @@ def known(records: Records, labels: Sequence[str], name: str) -> tuple[Records, 
     return records.some(rest), skipped
 
 
-def open_test(data: str, classes: Sequence[str]) -> tuple[Records, tuple[Skipped, ...]]:
+def open_test(data: str, classes: Sequence[str], columns: Columns = BY_NAME) -> tuple[Records, tuple[Skipped, ...]]:
     """All records of a file with one of these classes, and those that are not used. Raises DataError as `read` does, or
     if more than a tenth has another class."""
     path = Path(data)
-    records = read(path, classes)
+    records = read(path, columns, classes)
     names = _names(path, sorted(set(records.labels)))
     records = records._replace(labels=tuple(names[label] for label in records.labels))
     usable, unknown = known(records, classes, shown(path.name))

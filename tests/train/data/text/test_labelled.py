@@ -1,6 +1,8 @@
 """Labelled texts: the forms of files, their parts, brackets, what is refused."""
 
+import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from core import random
 from train.data import DataError
 from train.data.text import brackets, labelled
+from train.data.text.labelled import Columns
 
 SETS = Path(os.environ.get("FUNCTREE_DATA", ""))
 public = pytest.mark.skipif(not os.environ.get("FUNCTREE_DATA"), reason="FUNCTREE_DATA names no folder of public data")
@@ -41,8 +44,8 @@ def write(tmp_path):
         ),
         (
             "a.jsonl",
-            '{"text": "fine", "label": "pos"}\n{"label": "neg", "text": "dull"}\n{"text": "good", "label": "pos"}\n',
-            "separated by keys (JSON Lines); the first line names them: text, label",
+            '{"label": "pos", "text": "fine"}\n\n{"text": "dull", "label": "neg"}\n{"label": "pos", "text": "good"}',
+            "label under 'label', text under 'text' of JSON objects",
         ),
     ],
 )
@@ -73,7 +76,7 @@ def test_first_line_whose_label_alone_does_not_recur_is_a_header(write):
     [
         ("a.csv", 'text,label\nfine,1\n"dull,0\ngood,1\n', "row 3: a quotation mark is not closed"),
         ("a.tsv", "1\tfine\n0\tdull\n".encode("utf-16-le"), "line 1 has a NUL byte, expected text"),
-        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text"\n', "line 2 has 1 column, expected at least 2"),
+        ("a.jsonl", '{"text": "fine", "label": 1}\n{"text"\n', "line 2 is no JSON: "),
     ],
 )
 def test_errors(write, name, content, message):
@@ -95,6 +98,58 @@ def test_bad_records_are_named_and_skipped(write):
 def test_lines_that_are_not_utf8_are_latin(write):
     records = labelled.read(write("a.txt", b"1 caf\xe9 \x85 bar\n0 dull\n"))
     assert records.texts == ("café \x85 bar", "dull") and "1 lines are not UTF-8, read as Latin-1" in records.form
+
+
+def test_columns_by_name(write):
+    lines = [{"id": i, "body": f"text {i}", "title": f"head {i}", "stars": i % 2, "safe": i % 2 == 0} for i in range(3)]
+    table = write("a.csv", "id,body,stars\n" + "".join(f'{i},"a ""b""\nc",{i % 2}\n' for i in range(3)))
+    records = labelled.read(table, Columns("body", "stars"))
+    assert records.texts == ('a "b"\nc',) * 3 and records.labels == ("0", "1", "0")
+    objects = write("a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert labelled.read(objects, Columns("body", "stars")).labels == ("0", "1", "0")
+    assert labelled.read(objects, Columns("body", "safe")).labels == ("true", "false", "true")
+    two = write("b.tsv", "body\tstars\nfine\t5\n")
+    assert labelled.read(two, Columns(label="stars")).texts == ("fine",)  # the other of two
+    data = labelled.open_labelled(
+        str(write("c.jsonl", "\n".join(map(json.dumps, lines * 10)))), None, None, Columns("body", "stars")
+    )
+    assert data.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "problem"),
+    [
+        ("a.csv", "id,body,stars\n1,x,2\n", Columns("text", "stars"), "no column 'text'; there are id, body, stars"),
+        ("a.jsonl", '{"body": "x", "stars": 1}\n', Columns("text"), "no column 'text'; there are body, stars"),
+        ("a.jsonl", '{"body": "x", "stars": 1}\n', Columns(), "has the columns body, stars; name those of"),
+        ("a.csv", "id,body,stars\n1,x,2\n", Columns("body"), "has the columns id, body, stars; name those"),
+        ("a.csv", "id,body,stars\n1,x,2\n", Columns("body", "body"), "both in the column 'body'"),
+        ("a.txt", "1 fine\n0 dull\n", Columns("body"), "has no column 'body': it is no table with a header"),
+        ("a.csv", "label,text\n", Columns(), "has a header and no record"),
+        ("a.csv", 'label,text\n1,"' + "x" * 200_000, Columns(), "row 2: a quotation mark is not closed"),
+        ("a.jsonl", '{"label": 1, "text": "x"}\n{"label": \n', Columns(), "a.jsonl line 2 is no JSON: Expecting value"),
+        ("a.json", '[{"label": 1, "text": "x"}]', Columns(), "a.json line 1 is no JSON object; more than a tenth"),
+    ],
+)  # fmt: skip
+def test_refused(write, name, content, columns, problem):
+    with pytest.raises(DataError, match=re.escape(problem)):
+        labelled.read(write(name, content), columns)
+
+
+def test_bad_json_lines_are_named_and_skipped(write):
+    good = "".join(json.dumps({"label": i % 2, "text": f"text {i}"}) + "\n" for i in range(50))
+    bad = '{"label": 1, "text": \n[1, 2]\n{"label": null, "text": "x"}\n{"text": "x"}\n{"label": 1, "text": ["x"]}\n'
+    records = labelled.read(write("a.jsonl", good + bad))
+    assert len(records.texts) == 50
+    assert records.skipped == (
+        ("a.jsonl line 51", "is no JSON: Expecting value: line 1 column 22 (char 21)"),
+        ("a.jsonl line 52", "is no JSON object"),
+        ("a.jsonl line 53", "has no label"),
+        ("a.jsonl line 54", "has no label"),
+        ("a.jsonl line 55", "has no text"),
+    )
+    broken = labelled.read(write("b.jsonl", '{"label": 1, "text": "half \\ud83d of one"}\n'))
+    assert broken.texts == ("half \ufffd of one",)
 
 
 def test_files_of_other_parts_lie_beside(write):
