@@ -1,10 +1,11 @@
-"""Scores per example and of per-example gradients: difficulty, influence, similarity, noise.
+"""Scores per example and of per-example gradients: difficulty, influence, similarity, noise; attribution to inputs.
 
 Where a score of an example does not depend on the other examples, the scores of a large set are those of its parts,
 joined by `torch.cat`.
 """
 
 from core.scores.alignment import cosine_matrix, gradient_cosine, task_gram
+from core.scores.attribution import Attribution, integrated_gradients
 from core.scores.difficulty import el2n, forgetting_events, grand, normalised_within_class, vog
 from core.scores.fisher import empirical_fisher_diagonal, fisher_diagonal
 from core.scores.influence import (
@@ -20,6 +21,7 @@ from core.scores.noise import gradient_diversity, gradient_snr, layer_snr
 from core.scores.tracin import gradient_products, tracin, tracin_on_mean, tracin_self
 
 __all__ = [
+    "Attribution",
     "cosine_matrix",
     "el2n",
     "empirical_fisher_diagonal",
@@ -32,6 +34,7 @@ __all__ = [
     "gradient_snr",
     "grand",
     "influence",
+    "integrated_gradients",
     "inverse_by_conjugate_gradient",
     "layer_snr",
     "low_rank_influence",
