@@ -290,6 +290,19 @@ def apply(
         ValueError: tokens, types or mask of another shape, more tokens than the context, no key where one is needed.
     """
     x = features(params, x, cfg, mask=mask, key=key, train=train)  # (batch, time, width)
+    return outputs(params, x, cfg, key=key, train=train)
+
+
+def outputs(
+    params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, train: bool = False
+) -> Tensor | dict[str, Tensor]:
+    """Output of the head alone. All but `features`, `masked_tokens`, `tokens` and `spans` see the first state only.
+
+    Args:
+        x: last hidden states, (batch, time, width).
+
+    Returns: as `apply`.
+    """
     first_rate, rate = _head_dropout(cfg)
     *_, first_key, last_key = _keys(key, train and first_rate + rate > 0)
     if cfg.head == "features":

@@ -8,10 +8,10 @@ of a sequence.
 from torch import Tensor
 
 from nets.language import bert_weights
-from nets.language.bert import Config, apply, features, hidden_states, sentence_embeddings, spec, token_logits
+from nets.language.bert import Config, apply, features, hidden_states, outputs, sentence_embeddings, spec, token_logits
 from nets.weights import Rename, config_of
 
-__all__ = ["Config", "apply", "features", "hidden_states", "sentence_embeddings", "spec", "token_logits"]
+__all__ = ["Config", "apply", "features", "hidden_states", "outputs", "sentence_embeddings", "spec", "token_logits"]
 
 PRESETS = {"distilbert": Config(layers=6, types=0, head="features", pooler_activation="relu")}
 

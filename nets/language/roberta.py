@@ -17,13 +17,14 @@ from nets.language.bert import (
     apply,
     features,
     hidden_states,
+    outputs,
     sentence_embeddings,
     spec,
     token_logits,
 )
 from nets.weights import Rename, WeightsError, config_of
 
-__all__ = ["Config", "apply", "features", "hidden_states", "sentence_embeddings", "spec", "token_logits"]
+__all__ = ["Config", "apply", "features", "hidden_states", "outputs", "sentence_embeddings", "spec", "token_logits"]
 
 BASE = Config(vocabulary=50265, types=1, eps=1e-5, padding_id=1, positions="tokens", pooler_dropout=0.1)
 PRESETS = {
