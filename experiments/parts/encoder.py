@@ -260,8 +260,16 @@ def identity(encoder: Encoder, args: Tuning) -> dict[str, Any]:
     return {"encoder": fingerprint(*body, encoder.tokenizer) if args.weights else None}
 
 
-def of_finetuned(run: SavedRun, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder of a run at its checkpoint; adapters are merged into the weights that they were trained on.
+class Finetuned(NamedTuple):
+    """The encoder that a run began with, what it trained of it, and the values of that at a checkpoint."""
+
+    base: Encoder
+    parts: Trainable
+    values: Tree
+
+
+def finetuned_parts(run: SavedRun, device: torch.device | str = "cpu") -> Finetuned:
+    """A run with an encoder, its adapters apart from the weights that they were trained on.
 
     Raises ValueError: it has none; the weights under its adapters are not there any more, or are others.
     """
@@ -272,16 +280,27 @@ def of_finetuned(run: SavedRun, device: torch.device | str = "cpu") -> Encoder:
             f"'{run.folder}' is no run with an encoder; expected one of pretrain.py or a fine-tuning script"
         )
     cfg, tokenizer = run.read("net", bert.Config), tokenizers.load(run.folder / "tokenizer.json", lossy=True)
-    model = KINDS[kind].spec(cfg)
+    args, key = Tuning(), random.key(0)
     if not flags.get("lora"):
-        return Encoder(kind, tree.move(run.restore(model, "params"), device), cfg, tokenizer)
-    args, key = Tuning(**{name: flags[name] for name in ("weights", "longest", "lora", "alpha")}), random.key(0)
+        params = tree.move(run.restore(KINDS[kind].spec(cfg), "params"), device)
+        base = Encoder(kind, params, cfg, tokenizer)
+        return Finetuned(base, trainable(base, args, key), params)
+    args = Tuning(**{name: flags[name] for name in ("weights", "longest", "lora", "alpha")})
     base = load(args, (), cfg.head, cfg.classes, key=key)
     if identity(base, args)["encoder"] != config.get("encoder"):
         raise ValueError(f"'{args.weights}' has other weights than those that the adapters of '{run.folder}' fit")
-    parts = trainable(base, args, key)
-    params = parts.merged(run.restore(parts.model, "params"))
-    return Encoder(kind, tree.move(params, device), cfg, tokenizer)
+    base = base._replace(params=tree.move(base.params, device))
+    parts = trainable(base, args, key.to(device))
+    return Finetuned(base, parts, tree.move(run.restore(parts.model, "params"), device))
+
+
+def of_finetuned(run: SavedRun, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder of a run at its checkpoint; adapters are merged into the weights that they were trained on.
+
+    Raises ValueError: as `finetuned_parts`.
+    """
+    base, parts, values = finetuned_parts(run, device)
+    return base._replace(params=parts.merged(values))
 
 
 def write_adapters(folder: Path, encoder: Encoder, args: Tuning, own: Tree) -> None:
