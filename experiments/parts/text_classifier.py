@@ -1,7 +1,6 @@
 """A classifier of texts that `experiments/sequences.py` has trained: its predictions, figures and pictures."""
 
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +9,15 @@ import torch
 from torch import Tensor
 
 from core import tree
+from experiments.parts import labelled_texts
 from experiments.parts.sequence_task import Task, net_of
 from nets.language import sequence_classifier as net
 from train.data.fingerprint import fingerprint
 from train.data.text import labelled, ragged, tokenizers
-from train.data.text.files import decoded_lines, unpacked
 from train.data.text.ragged import Ragged
 from train.data.text.tokenizers import SentenceTokenizer
-from train.files import replacing, shown
 from train.losses import cross_entropy
 from train.metrics import classification
-from train.plots import classification as pictures
 from train.run import SavedRun
 
 
@@ -114,44 +111,11 @@ def classify(model: TextClassifier, texts: Sequence[str]) -> Tensor:
 
 
 def study(folder: Path, model: TextClassifier, texts: Sequence[str], data: Ragged) -> dict[str, float]:
-    """Accuracy, NLL and calibration error; writes confusion.png, report.txt and mistakes.txt.
-
-    Args:
-        texts: those of `data`.
-    """
+    """Figures and pictures of `labelled_texts.study`; texts are those of `data`."""
     log_probs = log_probabilities(model.params, model.cfg, data.tokens, data.lengths)
-    pictures.confusion(folder / "confusion.png", classification.confusion(log_probs, data.labels), model.classes)
-    with replacing(folder / "report.txt") as path:
-        path.write_text(classification.report(log_probs, data.labels, model.classes), encoding="utf-8")
-    lines = ["class\tprobability\tpredicted\ttext"]
-    for i in classification.worst_mistakes(log_probs, data.labels, 50).tolist():
-        label, best = int(data.labels[i]), int(log_probs[i].argmax())
-        lines.append(f"{model.classes[label]}\t{log_probs[i, label].exp():.4f}\t{model.classes[best]}\t{texts[i]}")
-    with replacing(folder / "mistakes.txt") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return classification.figures(log_probs, data.labels)
+    return labelled_texts.study(folder, log_probs, data.labels, texts, model.classes)
 
 
 def print_classes(model: TextClassifier, texts: Sequence[str], file: Path | None) -> None:
-    """A line `class<TAB>probability<TAB>text` for each text, or each line of the file or of standard input.
-
-    Empty lines are left out, and counted on standard error.
-    """
-    if texts and file:
-        raise ValueError("there are texts and a --file; expected one of them")
-    if texts:
-        lines = [list(texts)]
-    elif file:
-        with unpacked(file) as content:
-            lines = [decoded_lines(content.read())[0]]
-    else:
-        lines = ([line.decode("utf-8", "replace")] for line in sys.stdin.buffer)
-    empty = 0
-    for part in lines:
-        whole = [stripped for text in part if (stripped := text.strip().removeprefix("\ufeff"))]
-        empty += len(part) - len(whole)
-        for text, log_probs in zip(whole, classify(model, whole) if whole else (), strict=True):
-            best = int(log_probs.argmax())
-            print(f"{shown(model.classes[best])}\t{log_probs[best].exp():.4f}\t{shown(text)}", flush=True)
-    if empty:
-        print(f"{empty} empty line{'s are' if empty > 1 else ' is'} left out", file=sys.stderr)
+    """Lines of `labelled_texts.print_classes`."""
+    labelled_texts.print_classes(functools.partial(classify, model), model.classes, texts, file)

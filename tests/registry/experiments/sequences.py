@@ -32,7 +32,7 @@ ROWS = [
         "sequences",
         (*REVIEWS, "--save-every", "4", "--shapes", "2", "--dropout", "0.2"),
         16,
-        pictures=("loss.png", "accuracy.png", "confusion.png"),
+        pictures=("loss.png", "accuracy.png", "confusion.png", "calibration.png"),
         files=("tokenizer.json", "report.txt", "mistakes.txt"),
         inputs=files,
         baseline="bag_of_words_accuracy",
