@@ -131,6 +131,8 @@ SUMMARY = (
 
 def train(args: Args) -> None:
     run, tuning = begin(RUNS, args, free=FREE), args.tuning
+    if tuning.lora and tuning.weights is None:
+        raise ValueError("--lora adapts trained weights; name them with --weights")
     data = args.source.open()
     encoder_key, own_key, create_key, order_key = random.split(random.key(args.common.seed), 4).unbind(0)
     encoder = encoders.load(tuning, data.train.texts, "sequence", len(data.classes), key=encoder_key)
@@ -187,13 +189,12 @@ def train(args: Args) -> None:
 def evaluate(args: EvaluateArgs) -> None:
     """Figures of a run's classifier on its test part, or on other data."""
     run, device = open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device)
-    model, trained = encoder_classifier.load(run, device), run.read("args", Args)
+    model, own = encoder_classifier.load(run, device), run.read("args", Args).source
     if args.data:
-        columns = Columns(args.text_column or trained.text_column, args.label_column or trained.label_column)
+        columns = Columns(args.text_column or own.text_column, args.label_column or own.label_column)
         records, skipped = labelled.open_test(args.data, model.classes, columns)
-        records, data, empty = encoder_classifier.encoded(
-            model.encoder, records, model.classes, model.longest, "record"
-        )
+        options = (model.classes, model.longest, "record")
+        records, data, empty = encoder_classifier.encoded(model.encoder, records, *options)
         facts = {"data": args.data, "form": records.form, "records": len(records.texts), "skipped": [*skipped, *empty]}
     else:
         prepared = data_of(run, model)

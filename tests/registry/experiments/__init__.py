@@ -6,6 +6,7 @@ Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, b
 from tests.registry.experiments import (
     classification,
     detection,
+    encoders,
     generative,
     language,
     pictures,
@@ -15,13 +16,5 @@ from tests.registry.experiments import (
 )
 from tests.registry.experiments.experiment import Experiment
 
-EXPERIMENTS: list[Experiment] = [
-    *classification.ROWS,
-    *language.ROWS,
-    *sequences.ROWS,
-    *spans.ROWS,
-    *generative.ROWS,
-    *pictures.ROWS,
-    *segmentation.ROWS,
-    *detection.ROWS,
-]
+PARTS = (classification, language, encoders, sequences, spans, generative, pictures, segmentation, detection)
+EXPERIMENTS: list[Experiment] = [row for part in PARTS for row in part.ROWS]
