@@ -306,10 +306,19 @@ def of_finetuned(run: SavedRun, device: torch.device | str = "cpu") -> Encoder:
 def write_adapters(folder: Path, encoder: Encoder, args: Tuning, own: Tree) -> None:
     """`FOLDER/adapter` in peft's format, with the head among its `modules_to_save`."""
     model, scale = encoder.net.spec(encoder.cfg), lora.scale(args.lora, args.alpha)
-    table = encoder.net.rename_table(encoder.cfg)
-    options = {"modules": own["head"], "base": args.weights, "prefix": PREFIXES[encoder.kind]}
-    peft.write_peft(str(folder / "adapter"), own["adapters"], scale, model, table, **options)
+
+    def inside(name: str) -> str:
+        return encoder.kind + "." + name if name.partition(".")[0] in INSIDE else name
+
+    table = {
+        ours: dataclasses.replace(rename, theirs=tuple(map(inside, rename.names)))
+        for ours, rename in encoder.net.rename_table(encoder.cfg).items()
+    }
+    peft.write_peft(
+        str(folder / "adapter"), own["adapters"], scale, model, table, modules=own["head"], base=args.weights
+    )
 
 
-PREFIXES = {"bert": "bert.", "distilbert": "distilbert.", "roberta": "roberta."}
-"""Where transformers' models with a head keep the encoder."""
+INSIDE = ("embeddings", "encoder", "pooler", "transformer")
+"""Modules that transformers' nets with a head keep under the name of the encoder, such as "bert."; the rest is beside
+it."""
