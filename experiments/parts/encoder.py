@@ -20,7 +20,6 @@ from nets import weights
 from nets.language import bert, distilbert, roberta
 from nets.language.bert import HEADS
 from train import optimizers
-from train.data import DataError
 from train.data.fingerprint import fingerprint
 from train.data.text import tokenizers
 from train.data.text.subwords import train_word_piece
@@ -29,6 +28,8 @@ from train.optimizers import Optimizer, schedules
 from train.run import SavedRun, checkpoints, open_run
 from train.run.flags import Count, Natural, NonNegative, Positive, Rate
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of characters, as JSON and bytes of a command line that are no UTF-8 bring: the library takes no such text."""
 KINDS = {"bert": bert, "distilbert": distilbert, "roberta": roberta}
 RUNS = Path("runs/pretrain")
 TARGETS = ("attn.qkv.weight", "attn.proj.weight", "mlp.up.weight", "mlp.down.weight")
@@ -160,19 +161,18 @@ def encodings(
     Args:
         cutting: stride, strategy and direction of the library's `enable_truncation`.
 
-    Raises DataError: a text is no Unicode.
+    Halves of characters (surrogates alone), which some files hold, become U+FFFD.
     """
     import tokenizers as library
 
     tokenizer = library.Tokenizer.from_str(encoder.tokenizer.tokenizer.to_str())
     tokenizer.enable_truncation(longest, **cutting)
-    try:
-        return tokenizer.encode_batch(list(texts))
-    except TypeError:
-        text = next((text for text in texts if re.search("[\ud800-\udfff]", "".join(text))), None)
-        if text is None:
-            raise
-        raise DataError(f"{text!r} is no Unicode text") from None
+
+    def whole(text: str) -> str:
+        return SURROGATE.sub("\ufffd", text)
+
+    pairs = [whole(text) if isinstance(text, str) else tuple(map(whole, text)) for text in texts]
+    return tokenizer.encode_batch(pairs)
 
 
 def tokens_of(encoder: Encoder, texts: Sequence[str], longest: int) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,8 @@ def trainable(encoder: Encoder, args: Tuning, key: Tensor) -> Trainable:
     values = {"adapters": lora.init(key, spec["adapters"], encoder.params), "head": head}
 
     def put(form: Callable[..., Tree], own: Tree) -> Tree:
-        return tree.merge(form(body, own["adapters"], scale), own["head"])
+        dtype = tree.leaves(own["head"])[0].dtype  # that of the step's policy
+        return tree.merge(form(tree.cast(body, dtype), own["adapters"], scale), own["head"])
 
     return Trainable(spec, values, functools.partial(put, lora.adapted), functools.partial(put, lora.merge))
 

@@ -11,7 +11,6 @@ from core import random, tree
 from experiments.parts import encoder as parts
 from experiments.parts.encoder import Tuning
 from nets import weights
-from train.data import DataError
 from train.losses import cross_entropy
 from train.step import make_step, start
 
@@ -47,8 +46,22 @@ def test_texts_of_no_tokens():
     tokens, lengths = parts.tokens_of(encoder, ["", " "], SMALL.longest)
     assert tokens.shape == (2, 2) and lengths.tolist() == [2, 2]
     assert parts.tokens_of(encoder, [], SMALL.longest)[0].shape == (0, 1)
-    with pytest.raises(DataError, match="is no Unicode text"):
-        parts.tokens_of(encoder, ["a text", "half a \ud83d letter"], SMALL.longest)
+
+
+def test_halves_of_characters_are_unknown():
+    encoder = parts.load(SMALL, TEXTS, "features", key=random.key(0))
+    half, whole = parts.tokens_of(encoder, ["words \udcff more", "words \ufffd more"], SMALL.longest)[0]
+    assert torch.equal(half, whole)
+    assert len(parts.encodings(encoder, [("a \ud83d", "text")], SMALL.longest)[0].ids) > 3
+
+
+def test_adapters_compute_in_the_dtype_of_the_step():
+    args = dataclasses.replace(SMALL, lora=2)
+    encoder = parts.load(args, TEXTS, "sequence", 3, key=random.key(0))
+    own = parts.trainable(encoder, args, random.key(1))
+    logits = logits_of(encoder, own.whole(tree.cast(own.values, torch.bfloat16)))
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), logits_of(encoder, own.whole(own.values)), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -100,6 +100,13 @@ def test_predict_reads_texts_files_and_standard_input(here, monkeypatch, capsys)
     assert capsys.readouterr().out == first.out
 
 
+def test_evaluation_is_that_of_the_run(here):
+    assert call("evaluate", "--run", ROOT / "b") == 0
+    own = json.loads((ROOT / "b" / "evaluations" / "test" / "result.json").read_text(encoding="utf-8"))
+    assert {name: runs.result(ROOT / "b")[name] for name in ("accuracy", "nll")}.items() <= own.items()
+    assert call("predict", "--run", ROOT / "b", "bytes \udcff of no text") == 0
+
+
 def test_prediction_does_not_depend_on_the_batch(here):
     model = model_of("b")
     together = encoder_classifier.classify(model, TEXTS)
