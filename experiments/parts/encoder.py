@@ -275,7 +275,8 @@ def finetuned_parts(run: SavedRun, device: torch.device | str = "cpu") -> Finetu
     Raises ValueError: it has none; the weights under its adapters are not there any more, or are others.
     """
     config = run.config if isinstance(run.config, dict) else {}
-    kind, flags = config.get("kind"), config.get("args", {}).get("tuning") or {}
+    kind, args = config.get("kind"), config.get("args", {})
+    flags = args.get("tuning") or args  # pretrain.py has flags of its own
     if kind not in KINDS:
         raise ValueError(
             f"'{run.folder}' is no run with an encoder; expected one of pretrain.py or a fine-tuning script"
@@ -286,7 +287,7 @@ def finetuned_parts(run: SavedRun, device: torch.device | str = "cpu") -> Finetu
         params = tree.move(run.restore(KINDS[kind].spec(cfg), "params"), device)
         base = Encoder(kind, params, cfg, tokenizer)
         return Finetuned(base, trainable(base, args, key), params)
-    args = Tuning(**{name: flags[name] for name in ("weights", "longest", "lora", "alpha")})
+    args = Tuning(**{name: flags[name] for name in ("weights", "lora", "alpha")}, longest=1)
     base = load(args, (), cfg.head, cfg.classes, key=key)
     if identity(base, args)["encoder"] != config.get("encoder"):
         raise ValueError(f"'{args.weights}' has other weights than those that the adapters of '{run.folder}' fit")
