@@ -14,7 +14,7 @@ from train.run import SavedRun, checkpoints, open_run
 
 PRESETS = gpt2.PRESETS | {"llama-tiny" if name == "tiny" else name: cfg for name, cfg in llama.PRESETS.items()}
 """Every decoder that `experiments/gpt.py` trains."""
-OWN = {"gpt": "params", "char_rnn": "state.params", "generate": "params"}
+OWN = {"gpt": "params", "char_rnn": "state.params", "generate": "params", "pretrain": "params"}
 """Experiments whose runs write, and the part of their checkpoints with the parameters."""
 KINDS = ("gpt2", "openai-gpt", *llama.KINDS, "t5", "marian")
 
@@ -85,7 +85,7 @@ class Writer(NamedTuple):
 
 
 def of_run(folder: Path, checkpoint: str = "latest", part: str = "target") -> Writer:
-    """The net of a run of gpt.py, char_rnn.py or generate.py. part: of the latter, target or draft.
+    """The net of a run of gpt.py, char_rnn.py, pretrain.py or generate.py. part: of the latter, target or draft.
 
     Raises ValueError: no such run, or one of another script.
     """
@@ -98,7 +98,9 @@ def of_run(folder: Path, checkpoint: str = "latest", part: str = "target") -> Wr
     if name not in OWN:
         raise ValueError(f"'{folder}' is a run of {name}.py; expected one of gpt.py, char_rnn.py or generate.py")
     run, where = open_run(folder, Path("runs") / name, checkpoint), OWN[name]  # an error lists the runs that there are
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    tokenizer = tokenizers.load(folder / "tokenizer.json", lossy=name == "pretrain")
+    if name == "pretrain":
+        return _of_pretrained(run, tokenizer)
     if name == "gpt":
         net, cfg = net_of_run(run)
     elif name == "char_rnn":
@@ -106,6 +108,18 @@ def of_run(folder: Path, checkpoint: str = "latest", part: str = "target") -> Wr
     else:
         net, cfg, where = llama, run.read(part, llama.Config), f"{where}.{part}"
     return Writer(net, run.restore(net.spec(cfg), where), cfg, tokenizer)
+
+
+def _of_pretrained(run: SavedRun, tokenizer: Any) -> Writer:
+    """The net of a run of pretrain.py, causal or of corrupted spans."""
+    nets = {"gpt2": gpt2, "llama": llama, "t5": t5}
+    if run.config.get("kind") not in nets:
+        raise ValueError(f"'{run.folder}' writes no text; use: python experiments/pretrain.py fill --run {run.folder}")
+    net = nets[run.config["kind"]]
+    cfg = run.read("net", net.Config)
+    ends = (tokenizer.token_id("</s>"),) if net is t5 else ()
+    params = run.restore(net.spec(cfg), "params")
+    return Writer(net, params, cfg, tokenizer, ends, cfg.padding_id if net is t5 else None)
 
 
 def of_weights(source: str) -> Writer:

@@ -14,6 +14,7 @@ from train.losses.basic import (
     multiclass_hinge,
     nll,
     smooth_l1,
+    soft_targets,
 )
 from train.losses.weighted import WeightedLoss, token_cross_entropy
 
@@ -32,5 +33,6 @@ __all__ = [
     "multiclass_hinge",
     "nll",
     "smooth_l1",
+    "soft_targets",
     "token_cross_entropy",
 ]

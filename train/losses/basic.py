@@ -174,6 +174,20 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, *, reduction: str = "mean") -> T
     return _reduce(torch.where(impossible, 0.0, safe_p.exp() * (safe_p - safe_q)).sum(-1), reduction)
 
 
+def soft_targets(
+    logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, reduction: str = "mean"
+) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (..., classes).
+
+    Hinton et al., arXiv:1503.02531. The T^2 keeps the size of the gradient, which falls as 1 / T^2.
+    """
+    _same_shape(logits, teacher_logits, "logits and teacher_logits")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    teacher, student = (torch.log_softmax(_wide(x) / temperature, -1) for x in (teacher_logits, logits))
+    return temperature**2 * kl_divergence(teacher, student, reduction=reduction)
+
+
 def gaussian_kl(mean: Tensor, log_variance: Tensor, *, reduction: str = "mean") -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2 over the last axis.
 

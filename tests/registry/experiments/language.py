@@ -162,6 +162,50 @@ ROWS = [
         ),
     ),
     Experiment(
+        "pretrain",
+        ("--data", "text.txt", "--vocabulary", "300", "--layers", "2", "--width", "32", "--context", "24")
+        + ("--batch", "2", "--steps", "20", "--eval-every", "4", "--save-every", "8", "--dropout", "0.1"),
+        20,
+        pictures=("loss.png", "loss_by_position.png", "filled.png", "attention.png"),
+        files=("filled.txt", "tokenizer.json"),
+        inputs=text,
+        baseline="unigram_entropy",
+        refusals=(
+            (("--data", "nowhere.txt"), "nowhere.txt does not exist"),
+            (("--objective", "replaced"), "invalid choice 'replaced' for argument '--objective'"),
+            (("--data", "text.txt", "--width", "48"), "--width is 48; expected a multiple of 32"),
+            (("--data", "text.txt", "--context", "900"), "tokens; windows of 898 need over ten times as many"),
+            (("--data", "text.txt", "--context", "2"), "--context is 2; expected at least 3, room for [CLS] and [SEP]"),
+            (("--data", "text.txt", "--lines", "--batch", "50"), "a batch of 50 is more than the 36 sequences"),
+            (("--data", "text.txt", "--vocabulary", "5"), "a vocabulary of 5 is too small"),
+            (("--objective", "span", "--vocabulary", "90"), "--vocabulary is 90; expected more than the 100 sentinels"),
+            (("--objective", "span", "--context", "4"), "--context 4 has no room for a span"),
+            (("--objective", "span", "--lines"), "--lines is for the objectives masked and distil"),
+            (("--objective", "causal", "--lora", "2", "--weights", "a"), "--lora is for --objective masked"),
+            (
+                (
+                    "--objective",
+                    "distil",
+                ),
+                "--objective distil needs --teacher",
+            ),
+            (("--teacher", "runs/pretrain/a"), "--teacher is for --objective distil; the objective is masked"),
+            (
+                ("--objective", "distil", "--teacher", "runs/pretrain/a", "--data", "text.txt", "--context", "24")
+                + ("--layers", "3"),
+                "--layers is 3; expected up to the 2 of the teacher",
+            ),
+            (("--lora", "2"), "--lora needs --weights"),
+            (("--weights", "runs/pretrain/a", "--data", "text.txt", "--context", "200"), "expected up to the 128"),
+            (("--resume", "--name", "a", "--mask-rate", "0.2"), "with --mask-rate 0.2: it was started with 0.15"),
+        ),
+        commands=(
+            (("fill", "The [MASK] brown [MASK] jump", "--top", "2"), ()),
+            (("evaluate",), ("evaluations/held_out/result.json", "evaluations/held_out/filled.png")),
+            (("evaluate", "--data", "text.txt", "--checkpoint", "8"), ("evaluations/text.txt/result.json",)),
+        ),
+    ),
+    Experiment(
         "noise_scale",
         ("--text", "text.txt", "--batch", "4", "--steps", "12", "--save-every", "6"),
         12,

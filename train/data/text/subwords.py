@@ -16,6 +16,8 @@ BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Tokens 0 to 4 of WordPiece: fill up a batch, replace what has no pieces, begin and end a text, hide a token."""
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 """Tokens 0 to 2 of unigram pieces: they fill up a batch, end a text, and replace an unknown character."""
+SENTINELS = 100
+"""Sentinels of T5, `<extra_id_0>` and so on."""
 CONTINUED = "##"
 """Before a piece of WordPiece that does not begin a word."""
 
@@ -187,6 +189,18 @@ class T5Tokenizer(BytePairTokenizer):
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id, a space in it as an underscore."""
         return [self.tokenizer.id_to_token(i).replace(SPACE, "_") for i in ids]
+
+
+def add_sentinels(tokenizer: BytePairTokenizer, count: int = SENTINELS) -> BytePairTokenizer:
+    """The tokenizer with T5's sentinels after all other ids; `<extra_id_0>` is the last id, and they count down.
+
+    A space before one is part of it, as a corrupted text has none there. The tokenizer that is passed in changes too.
+    """
+    import tokenizers
+
+    names = (f"<extra_id_{i}>" for i in reversed(range(count)))
+    tokenizer.tokenizer.add_special_tokens([tokenizers.AddedToken(name, lstrip=True) for name in names])
+    return BytePairTokenizer(tokenizer.tokenizer)
 
 
 def _in_order(vocabulary: list, special: int) -> list[tuple[str, float]]:

@@ -63,7 +63,8 @@ def open_text(
     lossy: bool = False,
 ) -> Text:
     """The tokens of a file, plain or gzipped, of all text files below a folder in sorted order, of a stream such as
-    /dev/stdin, of a text of `sets.TEXTS` by its name, or of the embedded text if `path` is None.
+    /dev/stdin, of a text of `sets.TEXTS` by its name, of `docstrings.corpus()` as "docstrings", or of the embedded text
+    if `path` is None.
 
     Between two files of a folder comes the end-of-text token, or a blank line if the tokenizer has none.
 
@@ -83,11 +84,15 @@ def open_text(
     if path is None:
         return _in_memory(embedded_text(), tokenizer, "embedded: the language reference of Python")
     path, name = Path(path), shown(path)
+    if not path.exists() and str(path) == "docstrings":
+        from train.data.text.docstrings import corpus
+
+        return _in_memory(corpus(), tokenizer, "docstrings of Python's standard library, and its language reference")
     if not path.exists() and str(path) in sets.TEXTS:
         name = f"{path} ({sets.TEXTS[str(path)].about})"
         path = sets.fetch_text(str(path))
     if not path.exists():
-        known = ", ".join(sets.TEXTS)
+        known = ", ".join(["docstrings", *sets.TEXTS])
         raise DataError(f"{path} does not exist, expected a text file, a folder of them, or one of {known}")
     if not path.is_file() and not path.is_dir():
         return _in_memory(read_text(path, minimum=2), tokenizer, name)
@@ -197,6 +202,13 @@ def unigram_entropy(
     n, m = (torch.nn.functional.pad(c, (0, size - len(c))).double() for c in counts)
     log_p = (n + 1).log() - math.log(float(n.sum()) + size)
     return float(-(m * log_p).sum() / m.sum())
+
+
+def commonest_share(train: Tensor | TokenFile | Blocks, validation: Tensor | TokenFile | Blocks) -> float:
+    """Share of the validation part's tokens that are the commonest token of the training part: how often who always
+    guesses it is right."""
+    counts, commonest = _counts(validation, 0), int(_counts(train, 0).argmax())
+    return float(counts[commonest] / counts.sum()) if commonest < len(counts) else 0.0
 
 
 def _counts(tokens: Tensor | TokenFile | Blocks, vocabulary: int, chunk: int = 1 << 20, most: int = 64) -> Tensor:
