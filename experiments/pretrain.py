@@ -65,8 +65,8 @@ OBJECTIVES = {
 @dataclass(frozen=True)
 class Args:
     objective: Literal[tuple(OBJECTIVES)] = "masked"
-    """What is learned. masked: tokens that are hidden (BERT). causal: each next token (GPT-2, Llama). span: spans that
-    are hidden (T5). distil: what --teacher computes (DistilBERT)."""
+    """Task to learn. masked: tokens that are hidden (BERT). causal: each next token (GPT-2, Llama). span: spans that
+    are hidden (T5). distil: the outputs of --teacher (DistilBERT)."""
     data: str = "docstrings"
     """Text to learn from: docstrings of Python's standard library, shakespeare or wikitext-2 (downloaded once), or a
     UTF-8 file (.gz too) or a folder of them."""

@@ -22,7 +22,7 @@ from train.plots import coloured_text
 from train.plots.coloured_text import Passage
 
 MASK = "[MASK]"
-"""How a missing word, or span, is written."""
+"""A missing word, or span, in a text."""
 SHOWN = 4
 """Passages, layers and heads that are drawn."""
 

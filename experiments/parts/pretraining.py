@@ -275,6 +275,12 @@ def encoder_and_examples(
     return encoder or make(tokenizer), windows, facts
 
 
+def log_frequencies(tokens: Any, vocabulary: int) -> Tensor:
+    """(vocabulary,): with these as the biases of the output, a net begins at the unigram entropy."""
+    counts = text.token_counts(tokens, vocabulary).float() + 1
+    return (counts / counts.sum()).log()
+
+
 def tokens_of(batch: Any, marks: Marks, lines: bool) -> Tensor:
     """(batch, time) with [CLS] and [SEP], which lines have already."""
     return batch[0] if lines else masking.surrounded(batch[0], marks)
@@ -290,7 +296,7 @@ def at(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def scores_of(logits: Tensor, batch: Masked) -> Scores:
-    """Of logits (batch, most, vocabulary) at the positions of the batch."""
+    """Scores of logits (batch, most, vocabulary) at the positions of the batch."""
     nats = cross_entropy(logits, batch.targets, reduction="none")
     return Scores(nats, logits.detach().argmax(-1) == batch.targets, batch.positions, batch.counted)
 
@@ -312,6 +318,8 @@ def masked(args: Any, folder: Path | None, key: Tensor, *, split: bool = True) -
     known = None if source is None else source.tokenizer
     encoder, examples, facts = encoder_and_examples(args, folder, make, known, split=split)
     encoder, marks = with_dropout(encoder, args.dropout), masking.marks_of(encoder.tokenizer)
+    if source is None:
+        encoder.params["masked_tokens"]["bias"] = log_frequencies(examples.train, encoder.cfg.vocabulary)
     own = encoders.trainable(encoder, args, lora_key)
     facts |= {"masked": f"{args.mask_rate:.0%} of the tokens: 80 % [MASK], 10 % random, 10 % as they are"}
     facts |= {"weights": args.weights, "head": None if has_head else "drawn anew: the weights have none"}

@@ -43,6 +43,13 @@ def charbonnier_as_a_norm(predictions, targets, reduction):
     return {"none": values, "sum": values.sum(), "mean": values.mean()}[reduction]
 
 
+def soft_of_torch(logits, teacher, reduction):
+    # "batchmean" divides the sum over all classes by the number of rows
+    parts = (F.log_softmax(logits / 3, -1).flatten(0, 1), F.softmax(teacher / 3, -1).flatten(0, 1))
+    values = 9 * F.kl_div(*parts, reduction="batchmean" if reduction == "mean" else reduction)
+    return values.sum(-1).unflatten(0, (4, 5)) if reduction == "none" else values
+
+
 def gaussian_of_torch(mean, log_variance, reduction):
     normal = torch.distributions.Normal
     values = torch.distributions.kl_divergence(
@@ -109,6 +116,7 @@ CASES = {
     "huber": (with_options(losses.huber, delta=1.7), with_options(F.huber_loss, delta=1.7), LOGITS, OTHER),
     "smooth l1": (with_options(losses.smooth_l1, beta=0.6), with_options(F.smooth_l1_loss, beta=0.6), LOGITS, OTHER),
     "kl": (losses.kl_divergence, kl_of_torch, LOGITS.log_softmax(-1), OTHER.log_softmax(-1)),
+    "soft targets": (with_options(losses.soft_targets, temperature=3.0), soft_of_torch, LOGITS, OTHER),
     "gaussian kl": (losses.gaussian_kl, gaussian_of_torch, LOGITS, OTHER),
     "hinge": (losses.hinge, lambda x, y, reduction: rows_hinge(x, y, reduction), LOGITS, SIGNS),
     "multiclass hinge": (losses.multiclass_hinge, rows(F.multi_margin_loss), LOGITS, LABELS),
@@ -226,6 +234,8 @@ def test_impossible_classes_add_nothing_to_the_divergence():
         (lambda: losses.mse(LOGITS, OTHER, reduction="batchmean"), ValueError, "'none', got 'batchmean'"),
         (lambda: losses.huber(LOGITS, OTHER, delta=0.0), ValueError, "delta must be positive"),
         (lambda: losses.charbonnier(LOGITS, OTHER, eps=0.0), ValueError, "eps must be positive"),
+        (lambda: losses.soft_targets(LOGITS, OTHER, temperature=0.0), ValueError, "temperature must be positive"),
+        (lambda: losses.soft_targets(LOGITS, OTHER[:1]), ValueError, "logits and teacher_logits must have one shape"),
         (lambda: losses.nll(LOGITS, LABELS.unsqueeze(-1)), ValueError, "labels must have the shape"),
     ],
 )

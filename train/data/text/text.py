@@ -197,7 +197,7 @@ def unigram_entropy(
     """
     if not len(train) or not len(validation):
         raise DataError(f"no entropy of {len(validation)} tokens by the frequencies of {len(train)}")
-    counts = [_counts(tokens, vocabulary or 0) for tokens in (train, validation)]
+    counts = [token_counts(tokens, vocabulary or 0) for tokens in (train, validation)]
     size = max(map(len, counts))
     n, m = (torch.nn.functional.pad(c, (0, size - len(c))).double() for c in counts)
     log_p = (n + 1).log() - math.log(float(n.sum()) + size)
@@ -207,12 +207,15 @@ def unigram_entropy(
 def commonest_share(train: Tensor | TokenFile | Blocks, validation: Tensor | TokenFile | Blocks) -> float:
     """Share of the validation part's tokens that are the commonest token of the training part: how often who always
     guesses it is right."""
-    counts, commonest = _counts(validation, 0), int(_counts(train, 0).argmax())
+    counts, commonest = token_counts(validation), int(token_counts(train).argmax())
     return float(counts[commonest] / counts.sum()) if commonest < len(counts) else 0.0
 
 
-def _counts(tokens: Tensor | TokenFile | Blocks, vocabulary: int, chunk: int = 1 << 20, most: int = 64) -> Tensor:
-    """Counts of the ids in all chunks, or in about `most` of them at equal distances if there are more."""
+def token_counts(
+    tokens: Tensor | TokenFile | Blocks, vocabulary: int = 0, *, chunk: int = 1 << 20, most: int = 64
+) -> Tensor:
+    """Counts of the ids (vocabulary or more,), int64: in all chunks, or in about `most` of them at equal distances if
+    there are more."""
     starts = range(0, len(tokens), chunk)
     starts = starts[:: max(1, len(starts) // most)]
     total = torch.zeros(vocabulary, dtype=torch.int64)

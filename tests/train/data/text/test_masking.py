@@ -147,7 +147,7 @@ def noise_of_the_authors(lengths: list[int], spans: int, generator: torch.Genera
 
 
 def test_spans_are_distributed_as_the_authors():
-    """How often each position is hidden, and how long the first span is."""
+    """Positions that are hidden, and lengths of the first span."""
     count, time, generator = 4000, 40, torch.Generator().manual_seed(0)
     sizes = masking.span_sizes(time)
     texts = torch.arange(time).expand(count, time) + 100

@@ -55,7 +55,7 @@ def test_known_names_are_downloaded(name, expected, published, tmp_path):
 
 
 def test_what_is_not_there_is_one_line(published, tmp_path):
-    known = "expected a text file, a folder of them, or one of shakespeare, wikitext-2, wikitext-2-valid, wikitext-2-te"
+    known = "expected a text file, a folder of them, or one of docstrings, shakespeare, wikitext-2, wikitext-2-valid"
     with pytest.raises(DataError, match=f"shakespear does not exist, {known}"):
         open_text("shakespear", None, tmp_path)
     (published / "input.txt").unlink()

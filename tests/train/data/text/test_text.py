@@ -9,6 +9,7 @@ from train.data import DataError
 from train.data.text import text as text_module
 from train.data.text import token_files, tokenizers
 from train.data.text.text import (
+    commonest_share,
     embedded_text,
     open_text,
     read_text,
@@ -127,13 +128,15 @@ def test_unigram_entropy(kind, tmp_path):
     assert unigram_entropy(train, validation, 100) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(DataError, match="no entropy of 0 tokens"):
         unigram_entropy(train, validation[:0])
+    assert commonest_share(train, validation) == pytest.approx(1 / 3)
+    assert commonest_share(validation, train) == pytest.approx(1 / 2)  # the first of those that are as common
 
 
 def test_unigram_entropy_of_many_tokens_is_of_a_sample(monkeypatch):
     tokens = torch.arange(10**6) % 10
-    full = text_module._counts(tokens, 12, chunk=1000, most=10**6)
+    full = text_module.token_counts(tokens, 12, chunk=1000, most=10**6)
     assert full.tolist() == [100_000] * 10 + [0, 0]
-    sampled = text_module._counts(tokens, 12, chunk=1000, most=50)
+    sampled = text_module.token_counts(tokens, 12, chunk=1000, most=50)
     assert sampled.tolist() == [5000] * 10 + [0, 0]
 
 
