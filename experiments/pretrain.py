@@ -112,17 +112,17 @@ class Args:
     """Weight of 1 - cosine of the sentence embeddings, of a teacher that predicts no tokens."""
     dropout: Rate = 0.0
     """Dropout rate of hidden states and attention weights."""
-    steps: Count = 1000
+    steps: Count = 2000
     """Training steps; the learning rate falls to 0 over all of them."""
-    batch: Count = 32
+    batch: Count = 16
     """Examples per step."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate."""
     warmup: Natural = 100
     """Steps in which the learning rate rises, up to a tenth of all steps."""
     weight_decay: NonNegative = 0.01
     """Weight decay of matrices."""
-    eval_every: Count = 200
+    eval_every: Count = 250
     """Steps between evaluations on held-out text."""
     common: Shared = Common(compile=False)
 
