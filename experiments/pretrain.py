@@ -94,7 +94,7 @@ class Args:
     """Layers from scratch, 4 if None, for span on either side; of a student, half of its teacher's if None."""
     width: Count = 128
     """Size of the hidden states from scratch, a multiple of 32."""
-    context: Count = 64
+    context: Count = 48
     """Tokens of an example, with its special tokens; of span those of the input."""
     mask_rate: Fraction = 0.15
     """Share of the tokens that are predicted, of masked, span and distil."""
@@ -112,9 +112,9 @@ class Args:
     """Weight of 1 - cosine of the sentence embeddings, of a teacher that predicts no tokens."""
     dropout: Rate = 0.0
     """Dropout rate of hidden states and attention weights."""
-    steps: Count = 2000
+    steps: Count = 2300
     """Training steps; the learning rate falls to 0 over all of them."""
-    batch: Count = 16
+    batch: Count = 20
     """Examples per step."""
     learning_rate: Positive = 3e-3
     """Peak learning rate."""
@@ -205,11 +205,8 @@ def train(args: Args) -> None:
             encoders.write_adapters(run.folder, net, args, state.params)
         run.result({**figures, "parameters": tree.count(net.params)})
     pretraining.draw_curves(run.folder, args.objective, figures)
-    print(
-        f"held-out text: {pretraining.summary(args.objective, figures)}\nafter {run.at} steps in {run.seconds:.0f} s",
-        end="; ",
-    )
-    print(f"files in {run.folder}/")
+    print(f"held-out text: {pretraining.summary(args.objective, figures)}")
+    print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 
 
 def evaluate(args: EvaluateArgs) -> None:

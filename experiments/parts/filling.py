@@ -124,7 +124,7 @@ def _after(row: list[int], sentinel: int, ends: set[int]) -> list[int]:
 def passages(net: Encoder | Writer, batch: Any) -> list[Passage]:
     """Texts of a batch with what the net puts in: blue where it is right, orange with the truth where it is not."""
     one = of_masks if isinstance(net, Encoder) else of_spans
-    return [one(net, batch, i) for i in range(min(SHOWN, len(batch[0])))]
+    return [one(net, batch, i) for i in range(0, len(batch[0]), -(-len(batch[0]) // SHOWN))]  # from all of the batch
 
 
 def of_masks(net: Encoder, batch: masking.Masked, i: int) -> Passage:

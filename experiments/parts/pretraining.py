@@ -32,6 +32,8 @@ from train.run.logs import read_curves
 RUNS = Path("runs/pretrain")
 CACHE = RUNS / "tokens"
 LAYERS = 4
+GROUPS = 10
+"""Points of the loss by position, about."""
 MOST = 300
 """Batches of held-out text that are evaluated at the end."""
 EVALUATION = random.key(0)
@@ -156,7 +158,7 @@ def study(folder: Path, task: Objective, params: Tree, objective: str) -> dict[s
     net = task.net(params)
     batch = next(task.held_out_batches(1))
     if by_position:
-        size = max(1, len(by_position) // 16)
+        size = max(1, len(by_position) // GROUPS)
         groups = [by_position[i : i + size] for i in range(0, len(by_position), size)]
         groups = [[value for value in group if math.isfinite(value)] for group in groups]
         means = [(i * size + (size - 1) / 2, sum(g) / len(g)) for i, g in enumerate(groups) if g]
@@ -167,7 +169,7 @@ def study(folder: Path, task: Objective, params: Tree, objective: str) -> dict[s
             filling.draw_filled(folder, filling.passages(net, batch))
     if isinstance(net, Encoder):
         tokens = batch[0][0]
-        filling.draw_attention(folder / "attention.png", net, tokens[tokens != net.cfg.padding_id][:20])
+        filling.draw_attention(folder / "attention.png", net, tokens[tokens != net.cfg.padding_id][:16])
     return figures
 
 
