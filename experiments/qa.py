@@ -6,8 +6,8 @@ Mary went to the garden at half past nine.": where is the apple, when did Mary g
 
     python experiments/qa.py                                                 three minutes on 2 CPU cores
     python experiments/qa.py --data FILE.json --weights MODEL                SQuAD files; published weights or a run
-    python experiments/qa.py predict --run runs/qa/NAME --context story.txt --question "Where is the apple?"
-    python experiments/qa.py predict --run runs/qa/NAME --context story.txt --n-best 3 --json < questions.txt
+    python experiments/qa.py predict --run runs/qa/NAME --text story.txt --question "Where is the apple?"
+    python experiments/qa.py predict --run runs/qa/NAME --text story.txt --n-best 3 --json < questions.txt
     python experiments/qa.py evaluate --run runs/qa/NAME --data OTHER.json
 
 Expected:
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from core import random, tree
@@ -81,7 +82,7 @@ class EvaluateArgs(FromRun):
 class PredictArgs(FromRun):
     checkpoint: str = "best"
     """Checkpoint of the run: best on the validation part, latest or a step."""
-    context: Path | None = None
+    text: str | None = None
     """Text file that the answers are in."""
     question: tuple[str, ...] = ()
     """Questions; without any, the lines of --file or of standard input."""
@@ -103,8 +104,12 @@ def train(args: Args) -> None:
     texts = dict.fromkeys(text for q in data.train.questions for text in (q.context, q.question))
     encoder = encoders.load(tuning, list(texts), "spans", key=net_key)
     learn, windows = answerer.encoded(encoder, data.train.questions, tuning.longest, args.stride)
+    unheld = set(answerer.unheld(learn, windows, data.train.questions))
+    rows = [row for row, window in enumerate(windows) if window.question not in unheld]
+    learn = answerer.narrow(learn, torch.tensor(rows, dtype=torch.int64), learn.tokens.shape[1])
     buckets = ragged.make_buckets(learn.lengths, tuning.shapes, tuning.batch)
-    facts = {"windows": len(windows), "of them without the answer": int((learn.start == 0).sum())}
+    facts = {"windows": len(rows), "of them without the answer": int((learn.start == 0).sum())}
+    facts |= {"left out": f"{len(unheld):,} answers that no window holds"} if unheld else {}
     facts |= {"widths of batches": [bucket.width for bucket in buckets], "net": encoder.cfg}
     understood(print, {**squad.facts(data), "vocabulary": encoder.tokenizer.vocabulary_size, **facts})
     simple = [squad.overlap_answer(question) for question in data.test.questions]
@@ -145,7 +150,9 @@ def train(args: Args) -> None:
                 run.save(at, state, **figures)
         best = open_run(run.folder, RUNS, "best")
         figures = answerer.study(run.folder, answerer.load(best, run.device), data.test, simple)
-        figures |= {f"overlap_{name}": value for name, value in baseline.items()} | {"skipped": len(data.skipped)}
+        figures |= {f"overlap_{name}": value for name, value in baseline.items()} | {
+            "skipped": len(data.skipped) + len(unheld)
+        }
         run.result({**figures, "parameters": tree.count(state.params), "best_step": best.step})
         if tuning.lora:
             encoders.write_adapters(run.folder, encoder, tuning, best.restore(own.model, "params"))
@@ -182,11 +189,11 @@ def evaluate(args: EvaluateArgs) -> None:
 def predict(args: PredictArgs) -> None:
     """Answers to questions about a text: question, answer, probability, first character, last + 1."""
     model = answerer.load(open_run(args.run, RUNS, args.checkpoint), command_line.device(args.device))
-    if args.context is None:
-        raise ValueError("no context; expected --context FILE, the text that the answers are in")
-    context = read_text(args.context)
+    if args.text is None:
+        raise ValueError("no text; expected --text FILE, in which the answers are")
+    context = read_text(args.text)
     if not context.strip():
-        raise ValueError(f"{args.context} is empty; expected a text")
+        raise ValueError(f"{args.text} is empty; expected a text")
     for text in lines_of(args.question, args.file):
         if not text.strip():
             continue

@@ -139,6 +139,15 @@ def encoded(
     return Examples(tokens, types, lengths, *(torch.tensor(column, dtype=torch.int64) for column in columns)), spots
 
 
+def unheld(data: Examples, spots: Sequence[Window], questions: Sequence[Question]) -> list[int]:
+    """Numbers of the questions whose answer lies in no window as a whole, or has no token.
+
+    To learn from them would be to learn that they have no answer.
+    """
+    held = {window.question for window, start in zip(spots, data.start.tolist(), strict=True) if start}
+    return [i for i, question in enumerate(questions) if question.answers and i not in held]
+
+
 def batch_at(data: Examples, buckets: Sequence[Bucket], key: Tensor, step: int, batch: int) -> Examples:
     """The batch of a step, a pure function of key and step, as wide as its bucket."""
     counts = tuple(len(bucket.members) for bucket in buckets)
@@ -193,6 +202,8 @@ def scores(start: Tensor, end: Tensor, first: Tensor, last: Tensor) -> Tensor:
 @torch.no_grad()
 def answer(model: Answerer, questions: Sequence[Question]) -> list[list[Answer]]:
     """The candidates for each question, the best first: passages of all windows, and "" if the net may refuse."""
+    if not questions:
+        return []
     data, spots = encoded(model.encoder, questions, model.longest, model.stride)
     device = tree.leaves(model.encoder.params)[0].device
     best: list[dict[tuple[int, int], float]] = [{} for _ in questions]

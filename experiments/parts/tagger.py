@@ -137,6 +137,8 @@ def losses(params: tree.Tree, batch: Ragged, keys: Tensor, encoder: Encoder, own
 @torch.no_grad()
 def tag(model: Tagger, rows: Sequence[Sequence[str]]) -> list[list[tuple[str, float]]]:
     """(tag, probability) of each word of each sentence; a word without a token is surely O."""
+    if not rows:
+        return []
     encoder, tags = model.encoder, model.tags
     ids, spots = windows(encoder, rows, model.longest)
     tokens, lengths = encoders.padded(ids, encoder.cfg.padding_id)

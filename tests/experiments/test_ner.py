@@ -63,6 +63,7 @@ def test_labels_are_at_first_tokens_and_words_without_any_survive(encoder):
     assert data.labels[0].tolist() == expected and len(firsts) < len(WORDS)
     out = tagger.tag(tagger.Tagger(encoder, ("a",), 100), [WORDS, [], ["\ufe0f"]])
     assert [len(row) for row in out] == [8, 0, 1]
+    assert tagger.tag(tagger.Tagger(encoder, ("a",), 100), []) == []
     lost = [word for word in range(len(WORDS)) if word not in firsts]
     assert lost and all(out[0][word] == ("O", 1.0) for word in lost) and out[2] == [("O", 1.0)]
 

@@ -62,6 +62,12 @@ def test_windows_cover_the_context_and_labels_are_the_answer(encoder):
     assert (data.tokens[data.start == 0][:, 0] == encoder.tokenizer.token_id("[CLS]")).all()
 
 
+def test_answers_that_no_window_holds_are_not_learned_as_none(encoder):
+    asked = [question(), question(TEXT), question("\ufe0f", "a \ufe0f b"), question("")]
+    data, windows = answerer.encoded(encoder, asked, 20, 4)
+    assert answerer.unheld(data, windows, asked) == [1, 2]
+
+
 def test_long_questions_leave_room_for_the_context(encoder):
     data, windows = answerer.encoded(encoder, [question(text="What did Clara sell? " * 30)], 32, 11)
     assert int(data.lengths.max()) <= 32 and all(window.spots for window in windows)
@@ -113,7 +119,7 @@ def test_run_counts_what_it_skips(here):
 def test_predict_reads_questions_and_gives_characters(here, monkeypatch, capsys):
     text = Path("story.txt").read_text(encoding="utf-8")
     capsys.readouterr()
-    options = ("predict", "--run", RUN, "--context", "story.txt", "--n-best", "3")
+    options = ("predict", "--run", RUN, "--text", "story.txt", "--n-best", "3")
     assert call(*options, "--question", "Where is Anna?", "Who?", "--json") == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["question"] == "Where is Anna?" and second["question"] == "Who?"
@@ -124,10 +130,10 @@ def test_predict_reads_questions_and_gives_characters(here, monkeypatch, capsys)
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ["Where is Anna?"] * 3 + ["Who?"] * 3
     Path("blank.txt").write_text(" \n", encoding="utf-8")
-    assert call("predict", "--run", RUN, "--context", "blank.txt", "--question", "Who?") == 2
+    assert call("predict", "--run", RUN, "--text", "blank.txt", "--question", "Who?") == 2
     assert "blank.txt is empty; expected a text" in capsys.readouterr().err
     assert call("predict", "--run", RUN, "--question", "Who?") == 2
-    assert "expected --context FILE" in capsys.readouterr().err
+    assert "expected --text FILE" in capsys.readouterr().err
 
 
 @pytest.mark.slow

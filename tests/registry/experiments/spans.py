@@ -122,8 +122,8 @@ ROWS = [
             (("--resume", "--name", "a", "--stride", "3"), "with --stride 3: it was started with 4"),
         ),
         commands=(
-            (("predict", "--context", "story.txt", "--question", "Where is Anna?"), ()),
-            (("predict", "--context", "story.txt", "--question", "Who?", "When?", "--n-best", "3", "--json"), ()),
+            (("predict", "--text", "story.txt", "--question", "Where is Anna?"), ()),
+            (("predict", "--text", "story.txt", "--question", "Who?", "When?", "--n-best", "3", "--json"), ()),
             (("evaluate",), ("evaluations/test/f1_by_kind.png", "evaluations/test/result.json")),
             (("evaluate", "--data", "two.json"), ("evaluations/two.json/answers.html",)),
         ),

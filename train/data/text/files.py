@@ -127,10 +127,12 @@ def byte_lines(content: bytes) -> list[bytes]:
 def lines_of(texts: Sequence[str], path: str | os.PathLike | None) -> Iterator[str]:
     """The texts; without any the lines of a file, or of standard input as they come, without their ends.
 
-    Bytes of standard input that are no UTF-8 become U+FFFD. Raises DataError as `read_text` does.
+    Bytes that are no UTF-8, of standard input or of a command line, become U+FFFD. Raises DataError as `read_text`
+    does.
     """
     if texts:
-        yield from texts
+        for text in texts:
+            yield text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     elif path is not None:
         yield from read_text(path).removesuffix("\n").split("\n")
     else:
