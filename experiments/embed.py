@@ -71,7 +71,7 @@ class Args:
     eval_every: Count | None = None
     """Steps between evaluations on the validation pairs; those of an epoch if None."""
     tuning: Annotated[Tuning, tyro.conf.OmitArgPrefixes] = SCRATCH
-    common: Shared = Common(save_every=100)
+    common: Shared = Common(save_every=100, compile=False)  # compiling takes longer than the default's gain
 
 
 def presets(words: dict[str, str]) -> Args:
@@ -171,7 +171,8 @@ def train(args: Args) -> None:
     per_epoch = parts.ragged.steps_per_epoch(buckets, tuning.batch)
     steps = max(1, round(tuning.epochs * per_epoch))
     facts = {"training pairs": f"{len(pairs):,}, with sentences of them {len(learn.numbers):,}", "net": encoder.cfg}
-    facts |= {"languages": None, "trained": f"LoRA of rank {tuning.lora}" if tuning.lora else None}
+    note = parts.cut(parts.Embedder(encoder, tuning.longest), [text for pair in pairs for text in pair])
+    facts |= {"cut": note, "languages": None, "trained": f"LoRA of rank {tuning.lora}" if tuning.lora else None}
     understood(print, pair_sets.facts(data) | facts)
 
     own = encoders.trainable(encoder, tuning, lora_key)
@@ -212,7 +213,7 @@ def search(args: SearchArgs) -> None:
     """The lines of a file that are nearest to each query: cosine, number of the line, the line."""
     model = parts.opened(args, RUNS)
     lines = parts.numbered(args.file)
-    items, numbers = parts.embed(model, list(lines.values())), list(lines)
+    items, numbers = parts.embed_lines(model, list(lines.values())), list(lines)
     for query in args.queries or parts.standard_input():
         if len(args.queries) != 1:
             print(f"> {shown(query)}")
@@ -247,7 +248,7 @@ def encode(args: EncodeArgs) -> None:
     """Vectors of texts, of norm 1, a row per text; an empty line's is 0."""
     model, out = parts.opened(args, RUNS), None if args.out is None else unused(args.out, args.out)
     texts = parts.lines_of(args.texts, args.file)
-    vectors = parts.embed(model, texts)
+    vectors = parts.embed_lines(model, texts)
     vectors = torch.where(torch.tensor([bool(text.strip()) for text in texts])[:, None], vectors, 0)
     if out is None:
         print("\n".join(" ".join(f"{x:.5f}" for x in row) for row in vectors.tolist()))

@@ -74,7 +74,7 @@ class Args:
     """Rank of LoRA's adapters, which alone are trained then; 0 trains all weights."""
     alpha: Positive = 16.0
     """Scale of the adapters: alpha / rank."""
-    steps: Count = 600
+    steps: Count = 900
     """Training steps."""
     tokens: Count = 1000
     """Source tokens per batch, and as many target tokens, at most."""
@@ -94,7 +94,8 @@ class Args:
     """Probability of each target token that is spread over the vocabulary."""
     eval_every: Count = 200
     """Steps between evaluations on the validation pairs."""
-    common: Shared = Common(save_every=200)
+    # Compiling the step for each shape takes as long as it then saves.
+    common: Shared = Common(save_every=200, compile=False)
 
 
 TEXTS = Args(vocabulary=4000, longest=128, tokens=2000, shapes=4, steps=2000, learning_rate=2e-3, dropout=0.1)

@@ -136,6 +136,19 @@ def embed(embedder: Embedder, texts: Sequence[str]) -> Tensor:
     return out
 
 
+def cut(embedder: Embedder, texts: Sequence[str]) -> str:
+    """A note on the texts with more tokens than the net sees, of which the rest does not count; "" if there is none."""
+    count = sum(bool(e.overflowing) for e in encoders.encodings(embedder.encoder, texts, embedder.longest))
+    return f"{count:,} of {len(texts):,} texts have more than {embedder.longest} tokens" if count else ""
+
+
+def embed_lines(embedder: Embedder, texts: Sequence[str]) -> Tensor:
+    """`embed`, with the note on cut texts on standard error."""
+    if note := cut(embedder, texts):
+        print(f"{note}; the rest does not count", file=sys.stderr)
+    return embed(embedder, texts)
+
+
 def nearest(embedder: Embedder, items: Tensor, query: str, count: int) -> list[tuple[float, int]]:
     """(cosine, number) of the items (items, width) nearest to a text, best first."""
     cosines = items @ embed(embedder, [query])[0]  # (items,)

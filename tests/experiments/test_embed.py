@@ -79,6 +79,9 @@ def test_encode_keeps_a_row_per_line(here, capsys):
     assert vectors.shape == (4, 32) and vectors.dtype == np.float32 and not vectors[1].any()
     expected = parts.embed(trained(), ["the river"])[0]
     np.testing.assert_allclose(vectors[2], expected, atol=1e-6)
+    assert not capsys.readouterr().err
+    assert call("encode", "--run", RUN, "the river " * 20) == 0
+    assert capsys.readouterr().err == "1 of 1 texts have more than 16 tokens; the rest does not count\n"
     assert call("encode", "--run", RUN, "the river") == 0
     printed = [float(x) for x in capsys.readouterr().out.splitlines()[-1].split()]
     np.testing.assert_allclose(printed, expected, atol=1e-5)

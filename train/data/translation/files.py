@@ -196,7 +196,10 @@ def _problem(row: Any, both: tuple) -> str:
         size = "an object" if isinstance(row, dict) else f"{len(row)} columns"
         return f"has {size}, expected at least {1 + max(both)}"
     odd = [row[column] for column in both if isinstance(row[column], bool | None | list | dict)]
-    return f"has {json.dumps(odd[0])[:40]} instead of a text" if odd else ""
+    if odd:
+        return f"has {json.dumps(odd[0])[:40]} instead of a text"
+    # JSON can spell half of a surrogate pair.
+    return "is no Unicode text" if any("\ud800" <= c <= "\udfff" for i in both for c in str(row[i])) else ""
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -203,6 +203,7 @@ def test_json_without_known_keys(tmp_path):
         ('{"de": null, "en": "one"}', "has null instead of a text"),
         ('["eins", "one"]', "has no 'de' and 'en'"),
         ('"eins"', "is no JSON object"),
+        ('{"de": "\\ud83d", "en": "one"}', "is no Unicode text"),
     ],
 )
 def test_json_lines_that_cannot_be_used_are_named(line, fault, tmp_path, caplog):
