@@ -274,6 +274,7 @@ def net_of(args: FillArgs) -> encoders.Encoder | writer.Writer:
     return net
 
 
+COMMANDS: dict[str, tuple] = {"fill": (FillArgs, fill), "evaluate": (EvaluateArgs, evaluate)}
+
 if __name__ == "__main__":
-    commands: dict[str, tuple] = {"fill": (FillArgs, fill), "evaluate": (EvaluateArgs, evaluate)}
-    command_line.run(__doc__, (Args, train, presets), root=RUNS, **commands)
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, **COMMANDS)

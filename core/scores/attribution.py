@@ -33,7 +33,7 @@ class Attribution(NamedTuple):
 def integrated_gradients(
     function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, points: int = 32, *, chunk: int | None = None
 ) -> Attribution:
-    """What each entry of x contributes to f(x) - f(baseline).
+    """Share of each entry of x in f(x) - f(baseline).
 
     Args:
         function: `function(x) -> ()`, of one input, which vmap can map.

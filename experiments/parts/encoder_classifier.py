@@ -46,7 +46,7 @@ class Source:
 
 
 class Classifier(NamedTuple):
-    """Of a longer text the encoder sees the first `longest` tokens."""
+    """A classifier of texts, of which the encoder sees the first `longest` tokens."""
 
     encoder: Encoder
     classes: tuple[str, ...]

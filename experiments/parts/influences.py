@@ -33,7 +33,7 @@ TEXTS = 32  # training texts at a time
 
 
 class Read(NamedTuple):
-    """What the head sees, (examples, width), and labels (examples,)."""
+    """Inputs of the head, (examples, width), and labels (examples,)."""
 
     states: Tensor
     labels: Tensor

@@ -257,9 +257,7 @@ def token_logits(params: dict, x: Tensor, cfg: Config) -> Tensor:
 
 def sentence_embeddings(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of the hidden states over the mask, of norm 1: x (batch, time, width), mask (batch, time) -> (batch, width).
-
-    Reimers and Gurevych 2019, "Sentence-BERT" (arXiv:1908.10084). The products of two are cosine similarities.
-    """
+    Products are cosine similarities. Reimers and Gurevych 2019, "Sentence-BERT" (arXiv:1908.10084)."""
     total = torch.where(mask[..., None], x, 0).sum(1)  # (batch, width); its norm is free, so it need not be divided
     return torch.nn.functional.normalize(total, dim=-1)
 
@@ -300,8 +298,6 @@ def outputs(
 
     Args:
         x: last hidden states, (batch, time, width).
-
-    Returns: as `apply`.
     """
     first_rate, rate = _head_dropout(cfg)
     *_, first_key, last_key = _keys(key, train and first_rate + rate > 0)
@@ -392,13 +388,11 @@ def from_pretrained(
 ) -> tuple[dict, Config]:
     """(params, config) of a published BERT: a local directory or a Hugging Face repository id.
 
-    What the head does not use, what is drawn anew and an output layer that its configuration describes wrongly are
-    logged as warnings.
+    What is not used, what is drawn anew and an output layer other than the configuration says are logged as warnings.
 
     Args:
         head: one of `HEADS`; by default that of the file.
         classes: of the heads sequence and tokens; by default those of the file.
-        key: draws the parts of the head that the file does not have, to fine-tune them; without a key, that is an
-            error.
+        key: draws the parts of the head that the file does not have; without a key, that is an error.
     """
     return bert_weights.load(source, FAMILY, head, classes, key)

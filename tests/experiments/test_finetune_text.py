@@ -242,7 +242,7 @@ def test_support_of_a_head():
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_support_by_all_that_was_trained(here, name):
-    """Of all weights, and of adapters with the head: as one gradient after the other."""
+    """All weights, and adapters with the head: as one gradient after the other."""
     run = open_run(ROOT / name, ROOT, "best")
     model = encoder_classifier.load(run)
     base, parts, values = encoders.finetuned_parts(run)
