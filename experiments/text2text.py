@@ -4,14 +4,14 @@ Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Te
 (arXiv:1910.10683); version 1.1: Shazeer 2020 (arXiv:2002.05202). Without a flag a small one learns, offline, to write
 numbers, dates and prices in digits, and back in words. Data, batches and decoding are those of translate.py:
 
-    python experiments/text2text.py                                           two minutes on 2 CPU cores
+    python experiments/text2text.py                                           over two minutes on a CPU core
     python experiments/text2text.py --data FILE.csv --source article --target summary --metric chrf
     python experiments/text2text.py --weights google-t5/t5-small --data FILE.jsonl --prefix "summarize: " --lora 8
     python experiments/text2text.py predict --run runs/text2text/NAME "digits: May third, nineteen oh five"
     python experiments/text2text.py predict --weights google-t5/t5-small "translate English to German: Good morning."
     python experiments/text2text.py evaluate --run runs/text2text/NAME --beam 4 --data FILE.tsv
 
-Expected: 99 % of what it has not seen are right to the letter.
+Expected: 99.8 % of 500 that it has not seen are right to the letter; none by the nearest training pair.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip

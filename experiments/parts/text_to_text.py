@@ -98,7 +98,7 @@ def of_run(run: SavedRun, device: torch.device | str = "cpu") -> Translator:
 
 
 def translator(net: Net, longest: int) -> Translator:
-    """The net as a writer of texts of up to `longest` tokens, for texts of as many."""
+    """The net as a translator of texts of up to `longest` tokens into texts of as many."""
     # Published embeddings have more rows than there are pieces.
     forbidden = (net.tokenizer.start, *range(net.tokenizer.vocabulary_size, net.cfg.vocabulary))
     marks = Marks(net.tokenizer.start, net.tokenizer.end, forbidden, longest)
@@ -155,7 +155,7 @@ def prefixed(pairs: Pairs, prefix: str) -> list[Pair]:
 
 
 def facts(net: Net, pairs: Sequence[Pair], metric: str) -> dict[str, Any]:
-    """Names and values to tell before the first step, for `train.data.understood`."""
+    """Names and values to print before the first step, by `train.data.understood`."""
     targets = [target for _, target in pairs]
     ids = net.tokenizer.encode_batch(targets)
     lost = [t for t, row in zip(targets, ids, strict=True) if net.tokenizer.decode(row) != t]

@@ -140,7 +140,7 @@ def test_t5_tokenizer_has_the_face_of_those_of_sentences(kinds):
 
 
 def test_character_pairs_have_whole_words_and_single_digits():
-    """A text with few words, of which the library's unigram pieces spell those that have no part in common."""
+    """In a text of few words, the library's unigram pieces would spell those that have no part in common."""
     texts = [f"number {i} of a thousand" for i in range(200)]
     tokenizer = subwords.T5Tokenizer(subwords.train_character_pairs(texts, 60).tokenizer)
     assert tokenizer.tokens(tokenizer.encode("number 194")) == ["_number", "_", "1", "9", "4"]
