@@ -1,7 +1,20 @@
 """Texts classified by an encoder: BERT, DistilBERT or RoBERTa, fine-tuned or from scratch, whole or by LoRA.
 
 Devlin et al. 2019 (arXiv:1810.04805). Without a flag a small BERT learns from scratch, offline, which package of
-Python's library a docstring is from. Beside it, on any data: TF-IDF with logistic regression.
+Python's library a docstring is from. Every figure stands beside that of TF-IDF with logistic regression:
+
+    python experiments/finetune_text.py                                       a minute on 2 CPU cores
+    python experiments/finetune_text.py --weights runs/pretrain/NAME          from a run of pretrain.py
+    python experiments/finetune_text.py --weights FOLDER --data stsa.binary.train             SST-2; or an id of a hub
+    python experiments/finetune_text.py --weights FOLDER --data stsa.binary.train --lora 8    adapters in peft's form
+    python experiments/finetune_text.py --data FILE.jsonl --text-column body --label-column stars
+    python experiments/finetune_text.py predict --run runs/finetune_text/NAME --count 3 "a gripping film"
+    python experiments/finetune_text.py evaluate --run runs/finetune_text/NAME --data OTHER_FILE
+    python experiments/finetune_text.py explain --run runs/finetune_text/NAME "a gripping film"
+    python experiments/finetune_text.py influence-study --weights FOLDER --data stsa.binary.train
+
+Expected of docstrings: 71.5 % from scratch, 77.0 % from a run of pretrain.py, 78.1 % by TF-IDF; of SST-2: MiniLM 88.9
+%, TF-IDF 81.2 %.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
@@ -40,13 +53,16 @@ class Args:
     """Steps between evaluations on the validation part; those of an epoch if None."""
     source: Annotated[Source, tyro.conf.OmitArgPrefixes] = Source()
     tuning: Annotated[Tuning, tyro.conf.OmitArgPrefixes] = Tuning()
-    common: Shared = Common()
+    common: Shared = Common(compile=False)
 
 
 def presets(words: dict[str, str]) -> Args:
-    if "weights" in words:
-        return Args()
-    return Args(tuning=Tuning(epochs=20.0))
+    options = {"shapes": 3 if "compile" in words else 4}  # more shapes cost nothing where none is compiled
+    if "weights" not in words:
+        options |= {"dropout": 0.0, "epochs": 12.0}
+    if "lora" in words:
+        options["learning_rate"] = 1e-3
+    return Args(tuning=Tuning(**options))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,6 +231,7 @@ def _compared(one: Any, data: Boxed, i: int, classes: Sequence[str], score: floa
         left -= {row} if best >= 0.5 else set()
         colour = pictures.RIGHT if best >= 0.5 else pictures.WRONG
         out.append(pictures.Box(tuple(box.tolist()), f"{shown(classes[label])} {value:.2f}", colour))
+    out.sort(key=lambda box: box.colour == pictures.RIGHT)  # drawn last, above the others
     missed = [pictures.Box(tuple(data.boxes[i, j].tolist()), "", pictures.MISSED, dashed=True) for j in sorted(left)]
     return [*missed, *out]
 

@@ -139,7 +139,7 @@ def facts(text: Text, train: Any = None, validation: Any = None) -> dict[str, An
     else:
         out["tokens"] = len(text.tokens)
     if isinstance(text.tokenizer, SentenceTokenizer) and kind_of(text.tokenizer) == "words":
-        counts = _counts(text.tokens if validation is None else validation, text.tokenizer.vocabulary_size)
+        counts = token_counts(text.tokens if validation is None else validation, text.tokenizer.vocabulary_size)
         out["<unk>"] = (
             f"{float(counts[UNK] / counts.sum()):.1%} of the {'' if validation is None else 'validation '}tokens"
         )
