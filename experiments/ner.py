@@ -4,13 +4,13 @@ Devlin et al. 2019, "BERT" (arXiv:1810.04805), section 5.3: the tag of a word is
 flag a small BERT learns, from scratch and offline, generated sentences whose ambiguous and made-up names (is Jordan a
 person, a place or a company?) only the words around them explain:
 
-    python experiments/ner.py                                                two minutes on 2 CPU cores
+    python experiments/ner.py                                                107 CPU seconds
     python experiments/ner.py --data FOLDER --weights MODEL                  CoNLL files; published weights or a run
     python experiments/ner.py predict --run runs/ner/NAME "Anna met Jordan in Paris."
     python experiments/ner.py predict --run runs/ner/NAME --json < lines.txt
     python experiments/ner.py evaluate --run runs/ner/NAME --data OTHER_FILE
 
-Expected: an F1 of 97 % of whole entities, where the commonest tag of each word reaches 35 %.
+Expected: entity F1 97 % of unseen sentences, half of whose names are new; 35 % by the commonest tag of each word.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip

@@ -4,13 +4,13 @@ Devlin et al. 2019, "BERT" (arXiv:1810.04805), section 4.2, on questions as in S
 arXiv:1606.05250). Without a flag a small BERT learns, from scratch and offline, stories such as "Mary took the apple.
 Mary went to the garden at half past nine.": where is the apple, when did Mary go to the garden, who has the key?
 
-    python experiments/qa.py                                                 three minutes on 2 CPU cores
+    python experiments/qa.py                                                 266 CPU seconds
     python experiments/qa.py --data FILE.json --weights MODEL                SQuAD files; published weights or a run
     python experiments/qa.py predict --run runs/qa/NAME --text story.txt --question "Where is the apple?"
     python experiments/qa.py predict --run runs/qa/NAME --text story.txt --n-best 3 --json < questions.txt
     python experiments/qa.py evaluate --run runs/qa/NAME --data OTHER.json
 
-Expected: 63 % of the answers right to the letter; F1 65 %, by the sentence that shares most words 34 %.
+Expected: 63 % of the answers exact, F1 65 %; 34 % by the sentence that shares most words with the question.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
