@@ -59,7 +59,7 @@ class Args:
     """Random horizontal flips."""
     mosaic: bool = False
     """Four pictures at half their size in one."""
-    score: Fraction = 0.5
+    confidence: Fraction = 0.5
     """Boxes with a higher score are drawn."""
     steps: Count = 500
     """Training steps; the learning rate rises over a twentieth of them, and then falls to 0."""
@@ -93,7 +93,7 @@ def presets(words: dict[str, str]) -> Args:
 class EvaluateArgs(FromRun):
     data: str | None = None
     """Pictures with boxes, all of whose test part is used; the run's own if None."""
-    score: Fraction = 0.5
+    confidence: Fraction = 0.5
     """Boxes with a higher score are drawn."""
     out: Path | None = None
     """New folder for figures and pictures; RUN/evaluations/DATA, numbered if it exists, if None."""
@@ -101,9 +101,9 @@ class EvaluateArgs(FromRun):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArgs(FromRun):
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures, folders of them, a .txt file of names, or - for names on standard input."""
-    score: Fraction = 0.5
+    confidence: Fraction = 0.5
     """Boxes with a higher score are written and drawn."""
     out: Path | None = None
     """New folder for boxes.json, boxes.csv and pictures; "boxes", numbered if it exists, if None."""
@@ -151,7 +151,7 @@ def train(args: Args) -> None:
                 run.save(at, state)
         params = tree.merge(state.params, state.stats)
         trained = detector.Detector(args.net, params, cfg, data.classes, args.size)
-        figures = detector.study(run.folder, trained, data.test, args.score)
+        figures = detector.study(run.folder, trained, data.test, args.confidence)
         figures["regions_ap50"] = detector.baseline(data.test, data.train, len(data.classes))
         run.result({**figures, "parameters": tree.count(state.params), "skipped": data.skipped})
     names = [name for name in ("loss", "classes", "boxes", "l1", "giou", "centreness")]
@@ -177,7 +177,7 @@ def evaluate(args: EvaluateArgs) -> None:
     understood(print, {"data": args.data or trained.data, **data.facts})
     folder = unused(args.out, args.run / "evaluations" / (Path(args.data or "test").resolve().name))
     folder.mkdir(parents=True)
-    figures = detector.study(folder, model, data.test, args.score)
+    figures = detector.study(folder, model, data.test, args.confidence)
     figures["regions_ap50"] = detector.baseline(data.test, data.train, len(model.classes))
     write_json(folder / "result.json", {**figures, "checkpoint": run.step, "skipped": data.skipped})
     print("AP50 {ap50:.3f}, AP {ap:.3f}, AP75 {ap75:.3f} (AP50 without a net: {regions_ap50:.3f})".format(**figures))
@@ -190,7 +190,7 @@ def predict(args: PredictArgs) -> None:
     paths, skipped = folders.picture_paths(args.images)
     model, folder = detector.load(run, device), unused(args.out, Path("boxes"))
     folder.mkdir(parents=True)
-    count, bad = detector.write_predictions(folder, model, paths, args.score)
+    count, bad = detector.write_predictions(folder, model, paths, args.confidence)
     understood(print, {"pictures": count, "skipped": [*skipped, *bad]})
     print(f"files in {folder}/")
 

@@ -64,7 +64,7 @@ class Args:
     """Column of the first texts, or the end of their files' names."""
     target: str = "target"
     """Column of the second texts, or the end of their files' names."""
-    scale: Positive = 20.0
+    sharpness: Positive = 20.0
     """Factor of the cosines in the loss, one over the temperature."""
     cloze: Natural = 6
     """Further training pairs: up to this many sentences of each second text, each with all the rest."""
@@ -180,7 +180,7 @@ def train(args: Args) -> None:
     identity = {"data": fingerprint(learn), **encoders.identity(encoder, tuning)}
     values = tree.map(torch.clone, own.values)  # which the step overwrites
     state = run.restore(start(run_key.to(run.device), values, own.model, optimizer), identity, steps)
-    objective = functools.partial(loss, encoder=encoder, whole=own.whole, scale=args.scale)
+    objective = functools.partial(loss, encoder=encoder, whole=own.whole, scale=args.sharpness)
     step = make_step(objective, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
     files = {"tokenizer.json": encoder.tokenizer.save}
 

@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from core import random, spec, tree
-from experiments.parts import causal_and_spans, distillation, filling, pretraining, writer
+from experiments.parts import causal_and_spans, distillation, filling, language_model, pretraining, writer
 from experiments.parts import encoder as encoders
 from experiments.parts.pretraining import Objective
 from nets.weights import read_config
@@ -258,7 +258,7 @@ def net_of(args: FillArgs) -> encoders.Encoder | writer.Writer:
     source = args.weights or str(args.run)
     if args.weights:
         if read_config(source).get("model_type") == "t5":
-            return writer.of_weights(source)
+            return language_model.of_weights(source)
         net, has_head = pretraining.open_encoder(source)
     else:
         run = open_run(args.run, RUNS, args.checkpoint)
@@ -266,7 +266,7 @@ def net_of(args: FillArgs) -> encoders.Encoder | writer.Writer:
             other = f'python experiments/generate.py sample --run {source} --prompt "..."'
             raise ValueError(f"'{source}' is causal, and writes on from a text; use: {other}")
         if run.config.get("kind") == "t5":
-            return writer.of_run(args.run, args.checkpoint)
+            return language_model.of_run(args.run, args.checkpoint)
         net = encoders.of_finetuned(run)
         has_head = net.cfg.head == "masked_tokens"
     if not has_head:

@@ -82,7 +82,7 @@ class EvaluateArgs(FromRun):
 class PredictArgs(FromRun):
     checkpoint: str = "best"
     """Checkpoint of the run: best on the validation part, latest or a step."""
-    text: str | None = None
+    text: Path | None = None
     """Text file that the answers are in."""
     question: tuple[str, ...] = ()
     """Questions; without any, the lines of --file or of standard input."""

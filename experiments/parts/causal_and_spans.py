@@ -43,7 +43,9 @@ def open_source(args: Any, folder: Path | None, *nets: ModuleType) -> tuple[writ
     known = tokenizers.load(path, lossy=True) if path else None
     if not args.weights:
         return None, known
-    source = writer.of_run(Path(args.weights)) if is_run(args.weights) else writer.of_weights(args.weights)
+    source = (
+        language_model.of_run(Path(args.weights)) if is_run(args.weights) else language_model.of_weights(args.weights)
+    )
     if source.net not in nets:
         names = " or ".join(net.__name__.rpartition(".")[2] for net in nets)
         raise ValueError(f"--weights '{args.weights}' are of another kind of net; expected {names}")

@@ -227,7 +227,7 @@ def trainable(encoder: Encoder, args: Tuning, key: Tensor) -> Trainable:
     values = {"adapters": lora.init(key, spec["adapters"], encoder.params), "head": head}
 
     def put(form: Callable[..., Tree], own: Tree) -> Tree:
-        dtype = tree.leaves(own["head"])[0].dtype  # that of the step's policy
+        dtype = tree.leaves(own)[0].dtype  # that of the step's policy
         return tree.merge(form(tree.cast(body, dtype), own["adapters"], scale), own["head"])
 
     return Trainable(spec, values, functools.partial(put, lora.adapted), functools.partial(put, lora.merge))

@@ -75,7 +75,7 @@ def test_detr_trains_predicts_and_shows_its_attention(here, capsys):
     assert call("--net", "detr", *FLAGS) == 0
     assert (here / "runs/detect/a/attention.png").is_file()
     assert "AP50" in capsys.readouterr().out
-    predict = ("predict", "--run", "runs/detect/a", "cells/JPEGImages", "bare.json", "--score", "0.001")
+    predict = ("predict", "--run", "runs/detect/a", "cells/JPEGImages", "bare.json", "--confidence", "0.001")
     assert call(*predict) == 0
     out = capsys.readouterr().out
     assert "bare.json" in out and "files in boxes/" in out

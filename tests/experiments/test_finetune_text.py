@@ -90,7 +90,7 @@ def test_predict_reads_texts_files_and_standard_input(here, monkeypatch, capsys)
     capsys.readouterr()
     assert call("predict", "--run", ROOT / "a", "--file", "lines.txt", "--count", "9") == 0
     first = capsys.readouterr()
-    assert first.err == "1 empty lines are left out\n"
+    assert first.err == "1 empty line is left out\n"
     for line, text in zip(first.out.splitlines(), ("a moving film", "dull"), strict=True):
         name, high, other, low, shown = line.split("\t")
         assert {name, other} == {"0", "1"} and shown == text

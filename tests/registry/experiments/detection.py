@@ -52,7 +52,7 @@ ROWS = [
             (("--resume", "--name", "a", "--preset", "medium"), "with --preset medium: it was started with small"),
         ),
         commands=(
-            (("predict", "cells/JPEGImages", "--score", "0.01"), ()),
+            (("predict", "cells/JPEGImages", "--confidence", "0.01"), ()),
             (("evaluate",), ("evaluations/test/detections.png", "evaluations/test/result.json")),
             (("evaluate", "--data", "cells"), ("evaluations/cells/precision_recall.png",)),
         ),

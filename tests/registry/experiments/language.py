@@ -61,7 +61,7 @@ ROWS = [
             (("--lora", "4"), "--lora adapts weights that have learned something; name them with --weights"),
             (("--weights", "runs"), "config.json"),
             (("--width", "40", *QUESTIONS), "--width is 40; expected a multiple of 32"),
-            (("--resume", "--name", "a", "--scale", "10"), "with --scale 10.0: it was started with 20.0"),
+            (("--resume", "--name", "a", "--sharpness", "10"), "with --sharpness 10.0: it was started with 20.0"),
         ),
         commands=(
             (("search", "--file", "lines.txt", "a cat"), ()),
