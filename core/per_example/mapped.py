@@ -112,7 +112,9 @@ def _one_by_one(session, function: Callable, values: list, batched: list[bool], 
     if session.planning:
         outs = one(*(part[0] for part in parts))
         outs = tuple(x.new_empty((session.examples, *x.shape)) for x in outs)  # (N, *shape)
-        if any(batched):
+        if (
+            any(batched) and not torch.compiler.is_compiling()
+        ):  # no losses are compared then; Dynamo has no name of conv2d
             session.mapped.setdefault(what, name)
     else:
         outs = torch.func.vmap(one)(*parts)
