@@ -17,14 +17,14 @@ published(fsrcnn, {"fsrcnn": 12_464 + 345})
 net("espcn", espcn, espcn.Config(scale=2, widths=(3, 4), channels=2), images(2, 4, 5))
 published(espcn, {"espcn": 22_729, "espcn-relu": 22_729})
 
-net("vdsr", vdsr, vdsr.Config(depth=4, width=3), images(1, 5, 6))
+net("vdsr", vdsr, vdsr.Config(depth=3, width=3), images(1, 5, 6))
 published(vdsr, {"vdsr": 664_704})
 
 net("drcn", drcn, drcn.Config(recursions=3, width=3), images(1, 5, 6))
 # 1,774,080 weights, with biases and the weights of the average.
 published(drcn, {"drcn": 1_774_080 + 4 * 256 + 1 + 16})
 
-net("drrn", drrn, drrn.Config(blocks=2, units=3, width=3), images(1, 5, 6))
+net("drrn", drrn, drrn.Config(blocks=2, units=2, width=3), images(1, 5, 6))
 net("drrn, rectified", drrn, drrn.Config(units=2, width=3, rectified=True), images(1, 5, 6))
 published(drrn, {"drrn": 297_216, "drrn-b1u25": 297_216})
 
