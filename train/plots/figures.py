@@ -319,11 +319,12 @@ def scatter(
     for i, name in enumerate(classes):
         mine = coordinates[numbers == i]
         marker, size = (f"${name}$", 26) if letters else ("o", 12)
-        axes.scatter(*mine.T, s=size, color=map_(i % map_.N), marker=marker, lw=0, alpha=0.85, label=name)
+        # Not the name itself: matplotlib leaves those with an underscore first out of a legend.
+        axes.scatter(*mine.T, s=size, color=map_(i % map_.N), marker=marker, lw=0, alpha=0.85, label=str(i))
     if not letters and len(classes) <= 20:
         legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        for text, name in zip(legend.get_texts(), classes, strict=True):
+            text.set(text=name, parse_math=False)
     spread = np.ptp(coordinates, axis=0)
     if spread.min() > 0 and spread.max() / spread.min() < 5:
         axes.set_aspect("equal", "datalim")

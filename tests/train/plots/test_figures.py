@@ -144,3 +144,12 @@ def test_no_global_state(tmp_path):
     before = dict(matplotlib.rcParams)
     plots.curves(tmp_path / "c.png", {"a": ([1, 2], [1, 2])})
     assert dict(matplotlib.rcParams) == before
+
+
+def test_every_class_is_in_the_legend_of_points(tmp_path, monkeypatch):
+    """matplotlib leaves out labels that begin with an underscore."""
+    figures = []
+    monkeypatch.setattr("train.plots.figures.write", lambda path, figure: figures.append(figure))
+    plots.scatter(tmp_path / "a.png", torch.rand(3, 2), torch.arange(3), ["_pydecimal", "$email$", "asyncio"])
+    texts = figures[0].axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in texts] == ["_pydecimal", "$email$", "asyncio"]
