@@ -34,6 +34,7 @@ from experiments.parts.encoder import Tuning
 from train import plots
 from train.data.fingerprint import fingerprint
 from train.data.text import labelled
+from train.data.text.files import lines_of
 from train.data.translation import files as pair_files
 from train.data.translation import sets as pair_sets
 from train.data.understood import understood
@@ -214,7 +215,7 @@ def search(args: SearchArgs) -> None:
     model = parts.opened(args, RUNS)
     lines = parts.numbered(args.file)
     items, numbers = parts.embed_lines(model, list(lines.values())), list(lines)
-    for query in args.queries or parts.standard_input():
+    for query in filter(str.strip, lines_of(args.queries, None)):
         if len(args.queries) != 1:
             print(f"> {shown(query)}")
         for score, item in parts.nearest(model, items, query, args.count):
@@ -247,7 +248,7 @@ def evaluate(args: EvaluateArgs) -> None:
 def encode(args: EncodeArgs) -> None:
     """Vectors of texts, of norm 1, a row per text; an empty line's is 0."""
     model, out = parts.opened(args, RUNS), None if args.out is None else unused(args.out, args.out)
-    texts = parts.lines_of(args.texts, args.file)
+    texts = parts.texts_of(args.texts, args.file)
     vectors = parts.embed_lines(model, texts)
     vectors = torch.where(torch.tensor([bool(text.strip()) for text in texts])[:, None], vectors, 0)
     if out is None:
@@ -274,7 +275,7 @@ def map_texts(args: MapArgs) -> None:
 def similarity(args: SimilarityArgs) -> None:
     """A table of the cosines between texts, printed and as a picture."""
     model, out = parts.opened(args, RUNS), unused(args.out, (args.run or Path()) / "similarity.png")
-    texts = [text for text in parts.lines_of(args.texts, args.file) if text.strip()]
+    texts = [text for text in parts.texts_of(args.texts, args.file) if text.strip()]
     if not 2 <= len(texts) <= 60:
         raise ValueError(f"there are {len(texts)} texts; expected 2 to 60 to compare")
     vectors = parts.embed(model, texts)

@@ -37,7 +37,7 @@ from train.data.text.labelled import Columns
 from train.data.understood import understood
 from train.files import write_json
 from train.metrics.classification import worst_mistakes
-from train.run import Common, Count, Fraction, FromRun, Positive, SavedRun, Shared, begin, command_line, open_run
+from train.run import Common, Count, Fraction, FromBest, Positive, SavedRun, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
 from train.run.run import unused
 from train.step import make_step, start
@@ -66,9 +66,7 @@ def presets(words: dict[str, str]) -> Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class EvaluateArgs(FromBest):
     data: str | None = None
     """File of labelled texts of the run's classes; the run's own test part if None."""
     text_column: str | None = None
@@ -80,19 +78,17 @@ class EvaluateArgs(FromRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRun):
+class PredictArgs(FromBest):
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to classify; without any, the lines of --file or of standard input."""
     file: Path | None = None
     """File with a text per line."""
     count: Count = 1
     """Most probable classes that are printed per text."""
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainArgs(FromRun):
+class ExplainArgs(FromBest):
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts whose classification is explained; without any, the worst mistakes in the test part."""
     count: Count = 5
@@ -106,8 +102,6 @@ class ExplainArgs(FromRun):
     """Damping, added to the curvature of the influence."""
     points: Count = explanations.POINTS
     """Points between a text of [MASK] and the text, at which integrated gradients are taken."""
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
     out: Path | None = None
     """New folder for the explanations; RUN/explanations/SCORE, numbered if it exists, if None."""
 

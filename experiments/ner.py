@@ -33,7 +33,7 @@ from train.data.text.files import lines_of
 from train.data.understood import understood
 from train.files import write_json
 from train.metrics import entities as metrics
-from train.run import Common, Count, FromRun, Shared, begin, command_line, open_run
+from train.run import Common, Count, FromBest, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
 from train.run.run import unused
 from train.step import make_step, start
@@ -66,9 +66,7 @@ def presets(words: dict[str, str]) -> Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class EvaluateArgs(FromBest):
     data: str | None = None
     """File with sentences and their tags; the run's own test part if None."""
     out: Path | None = None
@@ -76,9 +74,7 @@ class EvaluateArgs(FromRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class PredictArgs(FromBest):
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts; without any, the lines of --file or of standard input."""
     file: Path | None = None

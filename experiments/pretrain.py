@@ -32,7 +32,7 @@ from experiments.parts import encoder as encoders
 from experiments.parts.pretraining import Objective
 from nets.weights import read_config
 from train import optimizers
-from train.data.text.files import read_text
+from train.data.text.files import lines_of
 from train.data.understood import understood
 from train.files import write_json
 from train.optimizers import schedules
@@ -140,7 +140,7 @@ class EvaluateArgs(FromRun):
     data: str | None = None
     """Text, all of which is evaluated: a file, a folder or a name, as for training; the run's held-out part if None."""
     lines: bool = False
-    """With --data: an example is a line, as of a run with --lines."""
+    """With --data: each line is an example of its own."""
     out: Path | None = None
     """New folder for the figures and pictures; RUN/evaluations/DATA, numbered if it exists, if None."""
 
@@ -235,9 +235,8 @@ def fill(args: FillArgs) -> None:
     check_source(args)
     device, net = command_line.device(args.device), net_of(args)
     net = net._replace(params=tree.move(net.params, device))
-    lines = read_text(args.file).split("\n") if args.file else (b.decode("utf-8", "replace") for b in sys.stdin.buffer)
     good, bad = 0, []
-    for text in filter(None, (text.strip() for text in args.texts or lines)):
+    for text in filter(None, map(str.strip, lines_of(args.texts, args.file))):
         try:
             filled = filling.fill(net, text, args.top)
         except ValueError as error:

@@ -35,7 +35,7 @@ from train.data.text.files import lines_of, read_text
 from train.data.understood import understood
 from train.files import shown, write_json
 from train.metrics import answers as metrics
-from train.run import Common, Count, FromRun, Natural, Shared, begin, command_line, open_run
+from train.run import Common, Count, FromBest, Natural, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
 from train.run.run import unused
 from train.step import make_step, start
@@ -69,9 +69,7 @@ def presets(words: dict[str, str]) -> Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class EvaluateArgs(FromBest):
     data: str | None = None
     """File with questions and their answers; the run's own test part if None."""
     out: Path | None = None
@@ -79,9 +77,7 @@ class EvaluateArgs(FromRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class PredictArgs(FromBest):
     text: Path | None = None
     """Text file that the answers are in."""
     question: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ from train.optimizers import schedules
 from train.run import (
     Common,
     Count,
-    FromRun,
+    FromBest,
     NonNegative,
     Positive,
     Rate,
@@ -133,9 +133,7 @@ def presets(words: dict[str, str]) -> Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class EvaluateArgs(FromBest):
     data: str | None = None
     """Labelled texts of the run's classes, or a CSV; the run's own test part if None."""
     column: str | None = None
@@ -145,9 +143,7 @@ class EvaluateArgs(FromRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRun):
-    checkpoint: str = "best"
-    """Checkpoint of the run: best on the validation part, latest or a step."""
+class PredictArgs(FromBest):
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to classify; without any, the lines of --file or of standard input."""
     file: Path | None = None

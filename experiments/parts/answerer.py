@@ -19,6 +19,7 @@ from experiments.parts import encoder as encoders
 from experiments.parts.encoder import Encoder, Trainable
 from train import plots
 from train.data import batching
+from train.data.text import ragged
 from train.data.text.ragged import Bucket
 from train.data.text.squad import Answered, Question
 from train.files import shown, write_json
@@ -132,8 +133,8 @@ def encoded(
     encoder: Encoder, questions: Sequence[Question], longest: int, stride: int
 ) -> tuple[Examples, list[Window]]:
     encodings, spots = windows(encoder, questions, longest, stride)
-    tokens, lengths = encoders.padded([encoding.ids for encoding in encodings], encoder.cfg.padding_id)
-    types, _ = encoders.padded([encoding.type_ids for encoding in encodings], 0)
+    tokens, lengths = ragged.padded([encoding.ids for encoding in encodings], encoder.cfg.padding_id)
+    types, _ = ragged.padded([encoding.type_ids for encoding in encodings], 0)
     labels = [label(window, questions[window.question]) for window in spots]
     columns = [[window.first for window in spots], [window.last for window in spots], *zip(*labels, strict=True)]
     return Examples(tokens, types, lengths, *(torch.tensor(column, dtype=torch.int64) for column in columns)), spots

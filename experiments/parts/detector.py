@@ -105,10 +105,15 @@ def augmented(args: Any, keys: Tensor, images: Tensor, boxes: Tensor, labels: Te
     return boxed.flip(own[:, 1], *values) if args.flip else values
 
 
+def normalised(images: Tensor) -> Tensor:
+    """Pictures in [0, 1] as the nets take them: about zero, with a standard deviation near 1."""
+    return 4 * (images - 0.5)
+
+
 def losses(params: tree.Tree, batch: tuple, keys: Tensor, net: str, cfg: Any):
     """The net's own losses of a batch of images, boxes and labels; crowds are no objects to learn."""
     images, boxes, labels = batch
-    images = (images - 0.5) * 4  # about zero, with a deviation near 1
+    images = normalised(images)
     if net == "detr":
         out = detr.apply(params, images, cfg, key=keys, train=True)
         height, width = images.shape[2:]
@@ -135,7 +140,7 @@ def detect(model: Detector, images: Tensor, score: float = 0.05) -> list[Any]:
     """`Detections` of each image, bytes of (count, channels, size, size), on the CPU."""
     device, out = tree.leaves(model.params)[0].device, []
     for batch in images.split(BATCH):
-        inputs = (batch.to(device).float() / 255 - 0.5) * 4
+        inputs = normalised(batch.to(device).float() / 255)
         each = model.module.detect(model.params, inputs, model.cfg, score=score)
         out += [type(one)(*(values.cpu() for values in one)) for one in each]
     return out
@@ -245,7 +250,7 @@ def attention(path: Path, model: Detector, image: Tensor, score: float) -> None:
         seen.append(weights)
         return weights
 
-    inputs = (image[None].float() / 255 - 0.5) * 4
+    inputs = normalised(image[None].float() / 255)
     params = tree.move(model.params, "cpu")
     detr.apply(params, inputs, model.cfg, see=see)
     (one,) = detr.detect(params, inputs, model.cfg, score=score)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from nets.language import bert
 from train import plots
 from train.data import batching
 from train.data.text import ragged
+from train.data.text.files import lines_of
 from train.data.text.ragged import Bucket
 from train.data.translation.files import Pair, sentences
 from train.files import replacing, shown
@@ -166,19 +167,12 @@ def numbered(file: Path | None) -> dict[int, str]:
     return lines
 
 
-def standard_input() -> Iterator[str]:
-    """Its lines that are not empty, each as it comes."""
-    lines = (line.decode("utf-8", "replace").strip() for line in sys.stdin.buffer)
-    return (line for line in lines if line)
-
-
-def lines_of(texts: Sequence[str], file: Path | None) -> list[str]:
-    """The texts, or without any the lines of the file or of standard input. Raises ValueError: there is none."""
-    if not texts:
-        texts = sentences(file) if file else [line.decode("utf-8", "replace").strip() for line in sys.stdin.buffer]
-    if not texts:
+def texts_of(texts: Sequence[str], file: Path | None) -> list[str]:
+    """`lines_of` the texts, the file or standard input. Raises ValueError: there is none."""
+    lines = list(lines_of(texts, file))
+    if not lines:
         raise ValueError(f"{file or 'standard input'} is empty; expected a text per line")
-    return list(texts)
+    return lines
 
 
 # Figures and pictures.

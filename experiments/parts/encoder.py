@@ -21,7 +21,7 @@ from nets.language import bert, distilbert, roberta
 from nets.language.bert import HEADS
 from train import optimizers
 from train.data.fingerprint import fingerprint
-from train.data.text import tokenizers
+from train.data.text import ragged, tokenizers
 from train.data.text.subwords import train_word_piece
 from train.data.text.tokenizers import BytePairTokenizer
 from train.optimizers import Optimizer, schedules
@@ -177,15 +177,7 @@ def encodings(
 
 def tokens_of(encoder: Encoder, texts: Sequence[str], longest: int) -> tuple[Tensor, Tensor]:
     """tokens (texts, longest of them), filled up with padding, and lengths (texts,), both int64."""
-    return padded([encoding.ids for encoding in encodings(encoder, texts, longest)], encoder.cfg.padding_id)
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as a table (rows, longest) and their lengths (rows,), both int64."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    width = max([1, *lengths.tolist()])
-    table = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
-    return table.reshape(len(rows), width), lengths
+    return ragged.padded([encoding.ids for encoding in encodings(encoder, texts, longest)], encoder.cfg.padding_id)
 
 
 def mask_of(tokens: Tensor, lengths: Tensor) -> Tensor:

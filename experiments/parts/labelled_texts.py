@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from train import plots
-from train.data.text.files import decoded_lines, unpacked
+from train.data.text.files import lines_of
 from train.files import replacing, shown
 from train.metrics import classification
 from train.metrics.calibration import reliability_bins
@@ -39,22 +39,14 @@ def study(
 
 
 def parts_of(texts: Sequence[str], file: Path | None) -> Iterator[list[str]]:
-    """The texts; without any the lines of the file, or of standard input, one by one as they come.
+    """The texts of `lines_of`: those of standard input one by one as they come, others together.
 
-    Empty ones are left out, and counted on standard error. Raises ValueError if there are texts and a file.
+    Empty ones are left out, and counted on standard error.
     """
-    if texts and file:
-        raise ValueError("there are texts and a --file; expected one of them")
-    if texts:
-        parts = iter([list(texts)])
-    elif file:
-        with unpacked(file) as content:
-            parts = iter([decoded_lines(content.read())[0]])
-    else:
-        parts = ([line.decode("utf-8", "replace")] for line in sys.stdin.buffer)
+    lines = lines_of(texts, file)
     empty = 0
-    for part in parts:
-        whole = [stripped for text in part if (stripped := text.strip().removeprefix("\ufeff"))]
+    for part in [list(lines)] if texts or file else ([line] for line in lines):
+        whole = [text.strip() for text in part if text.strip()]
         empty += len(part) - len(whole)
         if whole:
             yield whole

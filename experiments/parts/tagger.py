@@ -108,7 +108,7 @@ def encoded(encoder: Encoder, types: Sequence[str], part: Tagged, longest: int) 
     """Windows of sentences, with labels (windows, time): the tag of a word at its first token, else `IGNORED`."""
     numbers = {tag: i for i, tag in enumerate(tags_of(types))}
     ids, spots = windows(encoder, [sentence.words for sentence in part.sentences], longest)
-    tokens, lengths = encoders.padded(ids, encoder.cfg.padding_id)
+    tokens, lengths = ragged.padded(ids, encoder.cfg.padding_id)
     labels = torch.full_like(tokens, IGNORED)
     for row, (sentence, first, places) in enumerate(spots):
         for place, tag in zip(places, part.sentences[sentence].tags[first:], strict=False):
@@ -141,7 +141,7 @@ def tag(model: Tagger, rows: Sequence[Sequence[str]]) -> list[list[tuple[str, fl
         return []
     encoder, tags = model.encoder, model.tags
     ids, spots = windows(encoder, rows, model.longest)
-    tokens, lengths = encoders.padded(ids, encoder.cfg.padding_id)
+    tokens, lengths = ragged.padded(ids, encoder.cfg.padding_id)
     device = tree.leaves(encoder.params)[0].device
     out = [[("O", 1.0)] * len(words) for words in rows]
     for members, batch in ragged.evaluation_batches(tokens, lengths, 64):

@@ -228,7 +228,7 @@ def test_fill(here, monkeypatch, capsys):
     for argv, error in (
         (("--run", RUNS / "a", "no mask"), "no text could be filled in: 'no mask' has no [MASK]"),
         (("--run", RUNS / "a", "word " * 200 + "[MASK]"), "masks beyond the 128 tokens that the net sees"),
-        (("--run", RUNS / "a", "\udcff [MASK]"), "surrogates not allowed"),
+        (("--run", RUNS / "a", "a [MASK]", "--file", "lines.txt"), "there are texts and a --file"),
         (("--run", RUNS / "s", "no mask"), "has no [MASK] or <extra_id_0>"),
         (("--run", RUNS / "s", "[MASK] " * 101), "has 101 masks; the net has no <extra_id_100>"),
         (("--run", RUNS / "c", "[MASK]"), "is causal, and writes on from a text; use: python experiments/generate.py"),

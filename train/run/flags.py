@@ -90,6 +90,14 @@ class FromRun:
     """cpu, cuda, cuda:1, mps ..."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromBest(FromRun):
+    """Flags of a sub-command that uses the best net of a run that has a validation part."""
+
+    checkpoint: str = "best"
+    """Checkpoint of the run: best on the validation part, latest or a step."""
+
+
 def check_source(args: Any) -> None:
     """Raise ValueError unless a sub-command has either --run or --weights."""
     if (args.run is None) == (args.weights is None):

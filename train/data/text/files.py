@@ -125,19 +125,23 @@ def byte_lines(content: bytes) -> list[bytes]:
 
 
 def lines_of(texts: Sequence[str], path: str | os.PathLike | None) -> Iterator[str]:
-    """The texts; without any the lines of a file, or of standard input as they come, without their ends.
+    """The texts; without any the lines of a file, or of standard input as they come, without their ends and without a
+    byte order mark.
 
-    Bytes that are no UTF-8, of standard input or of a command line, become U+FFFD. Raises DataError as `read_text`
-    does.
+    Lines of a file that are no UTF-8 are read as Latin-1; elsewhere, bytes that are none become U+FFFD. Raises
+    ValueError: there are texts and a file; DataError: the file cannot be read.
     """
+    if texts and path is not None:
+        raise ValueError("there are texts and a --file; expected one of them")
     if texts:
         for text in texts:
             yield text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     elif path is not None:
-        yield from read_text(path).removesuffix("\n").split("\n")
+        with unpacked(path) as file:
+            yield from decoded_lines(file.read())[0]
     else:
         for line in sys.stdin.buffer:
-            yield line.decode("utf-8", "replace").rstrip("\r\n")
+            yield line.decode("utf-8", "replace").rstrip("\r\n").removeprefix("\ufeff")
 
 
 class Survey(NamedTuple):

@@ -6,7 +6,7 @@ all, become one sentinel each, and the target has the sentinels and what they st
 
     Thank you <0> me to your party <1> week </s>        <0> for inviting <1> last </s>
 
-Keys are one per example, (batch, 2), so that an example is corrupted anew whenever its key is another one.
+Keys are one per example, (batch, 2): with a new key, an example is corrupted anew.
 """
 
 from typing import NamedTuple

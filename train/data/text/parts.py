@@ -15,7 +15,7 @@ HELD = 10
 
 
 def has(name: str, part: str) -> bool:
-    """Whether a file's name has this word: "a.train.txt" and "a17train" have "train", "training" has not."""
+    """True if a file's name has this word: "train" is in "a.train.txt" and "a17train", not in "training"."""
     return re.search(rf"(?<![a-zA-Z]){part}(?![a-zA-Z])", name) is not None
 
 

@@ -51,17 +51,22 @@ def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str, min_count:
 
 
 def is_lower(texts: Sequence[str]) -> bool:
-    """Whether there are letters with a case, and none is a capital."""
+    """True if there are letters with a case and none is a capital."""
     return any(text != text.upper() for text in texts) and all(text == text.lower() for text in texts)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as a table (rows, longest) and their lengths (rows,), both int64."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    width = max([1, *lengths.tolist()])
+    table = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+    return table.reshape(len(rows), width), lengths
 
 
 def encode(texts: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> tuple[Tensor, Tensor]:
     """tokens (count, longest of the texts) and lengths (count,); of a longer text only its first `longest` tokens."""
     rows = [ids[:longest] for ids in tokenizer.encode_batch([spaced(text, kind) for text in texts])]
-    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
-    width = max([1, *lengths.tolist()])
-    table = [ids + [0] * (width - len(ids)) for ids in rows]
-    return torch.tensor(table, dtype=torch.int64).reshape(len(rows), width), lengths
+    return padded(rows)
 
 
 def encoded(records: Records, classes: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> Ragged:

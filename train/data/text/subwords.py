@@ -175,13 +175,6 @@ class T5Tokenizer(BytePairTokenizer):
         if self.start is None or self.end is None:
             raise DataError(f"the tokenizer has no {' and '.join(T5_SPECIAL[:2])}; expected unigram pieces as T5's")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, by several threads. Raises DataError as `encode` does."""
-        try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        except TypeError:
-            return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Without <pad> and </s>; an unknown character is written as <unk>."""
         return super().decode([i for i in ids if i not in (self.start, self.end)])

@@ -136,6 +136,13 @@ class BytePairTokenizer:
             position = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
             raise DataError(f"character {text[position]!r} at position {position} is no Unicode text") from None
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, by several threads. Raises DataError as `encode` does."""
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        except TypeError:
+            return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD. Raises DataError naming an id outside the vocabulary."""
         ids = _as_list(ids)
@@ -172,13 +179,6 @@ class SentenceTokenizer(BytePairTokenizer):
             first = [tokenizer.id_to_token(i) for i in range(len(SPECIAL))]
             raise DataError(f"the tokenizer begins with {first}, expected {list(SPECIAL)}")
         tokenizer.encode_special_tokens = True
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, by several threads. Raises DataError as `encode` does."""
-        try:
-            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        except TypeError:
-            return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without <pad>, <bos> and <eos>; unknown words are written as <unk>. Raises as `BytePairTokenizer.decode`."""

@@ -1,16 +1,18 @@
 """Files of text: packed, in folders, from streams, in other encodings, and cut into pieces."""
 
 import gzip
+import io
 import os
 import threading
 import time
+import types
 
 import pytest
 import torch
 
 from train.data import DataError
 from train.data.text import files as text_files
-from train.data.text.files import decoded, read_text, survey, whole_words
+from train.data.text.files import decoded, lines_of, read_text, survey, whole_words
 from train.data.text.text import embedded_text, facts, open_text, split
 from train.data.text.token_files import separator
 from train.data.text.tokenizers import CharTokenizer, train_byte_pairs
@@ -195,3 +197,16 @@ def test_chinese_in_pieces_has_the_tokens_of_the_whole(tmp_path):
     whole = tokenizer.encode(CHINESE)
     pieces = whole_words([CHINESE[i : i + 40] for i in range(0, len(CHINESE), 40)])
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == whole
+
+
+def test_lines_of_texts_files_and_standard_input(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ncaf\xe9\r\n")
+    assert list(lines_of((), tmp_path / "a.txt")) == ["one", "", "caf\xe9"]
+    assert list(lines_of(["two", "\udcff"], None)) == ["two", "\ufffd"]
+    content = io.BytesIO(b"\xef\xbb\xbfone\r\n\xff\n")
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=content))
+    lines = lines_of((), None)
+    assert next(lines) == "one" and content.tell() == 8  # each as it comes
+    assert list(lines) == ["\ufffd"]
+    with pytest.raises(ValueError, match="there are texts and a --file"):
+        list(lines_of(["two"], tmp_path / "a.txt"))
