@@ -37,7 +37,7 @@ from core.layers.checks import check_tensor
 from core.tree import Tree
 from nets.blocks.conv_norm import affine_names, fill_published, fitting_table
 from nets.blocks.residual_stages import TORCHVISION, TRANSFORMERS, Stages, stage_maps, stage_names, stages_spec
-from nets.blocks.transformer_block import feedforward, feedforward_spec, identity
+from nets.blocks.transformer_block import feedforward, feedforward_spec, identity, sinusoids
 from nets.weights import Rename, read
 
 RESNET50 = Stages((3, 4, 6, 3), "bottleneck")
@@ -129,10 +129,7 @@ def positions(mask: Tensor, width: int) -> Tensor:
     for axis in (1, 2):  # rows, columns
         count = inside.cumsum(axis)
         last = count.narrow(axis, count.shape[axis] - 1, 1)
-        place = count / (last + 1e-6) * SCALE  # (batch, h, w)
-        exponents = torch.arange(0, width // 2, 2, device=mask.device) / (width // 2)  # (width / 4,)
-        angles = place[..., None] / 10000.0**exponents
-        halves.append(torch.stack([angles.sin(), angles.cos()], -1).flatten(-2))  # (batch, h, w, width / 2)
+        halves.append(sinusoids(count / (last + 1e-6) * SCALE, width // 2))  # (batch, h, w, width / 2)
     return torch.cat(halves, -1).flatten(1, 2)
 
 
