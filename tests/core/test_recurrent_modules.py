@@ -60,7 +60,8 @@ def test_gradients_reports_and_ensembles(case):
     torch.testing.assert_close(members, torch.stack([apply(params, TOKENS), apply(halved, TOKENS)]))
 
 
-@pytest.mark.parametrize("case", ["lstm", pytest.param("gru, both directions", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the functional layer's is in the default suite
+@pytest.mark.parametrize("case", ["lstm", "gru, both directions"])
 def test_compiled(case):
     """torch refuses to compile its own."""
     torch._dynamo.reset()

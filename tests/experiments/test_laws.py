@@ -26,6 +26,8 @@ from train.run.run import Run
 
 DRAWN = True
 every_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str, scope="module")
+# Another script of the default suite has their adversarial step or their loop over pairs of sentences.
+SLOW_TO_RESUME = ("stylegan", "pix2pix", "cyclegan", "translate")
 SPEEDS = ("seconds", "per_second")
 
 
@@ -140,7 +142,12 @@ def test_prints_what_it_understood_and_where_its_files_are(experiment, folder, t
     assert figures(run_of(experiment, tmp_path)) == figures(run_of(experiment, folder))
 
 
-@every_experiment
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(e, marks=pytest.mark.slow) if e.name in SLOW_TO_RESUME else e for e in EXPERIMENTS],
+    ids=str,
+    scope="module",
+)
 def test_stopped_run_is_saved_and_goes_on_to_the_same_bits(experiment, here, monkeypatch, capsys):
     stop = experiment.steps // 2 + 1
     record = Run.record
