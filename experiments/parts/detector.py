@@ -258,14 +258,14 @@ def attention(path: Path, model: Detector, image: Tensor, score: float) -> None:
     maps = seen[-1][0].mean(0)[one.queries].unflatten(1, (side, side))  # (objects, side, side)
     count = max(1, min(6, len(maps)))
     with figures.panels(path, 1, 1 + count, 2.6, 2.8) as (first, *rest):
-        first.imshow(image.permute(1, 2, 0))
+        first.imshow(image.permute(1, 2, 0).numpy())
         first.set_axis_off()
         for panel in rest:
             panel.set_axis_off()
         for panel, values, box, label in zip(rest, maps, one.boxes.tolist(), one.labels.tolist(), strict=False):
-            panel.imshow(image.float().mean(0), cmap="gray")
+            panel.imshow(image.float().mean(0).numpy(), cmap="gray")
             extent = (-0.5, image.shape[2] - 0.5, image.shape[1] - 0.5, -0.5)
-            panel.imshow(values, cmap="magma", alpha=0.65, extent=extent, interpolation="bilinear")
+            panel.imshow(values.numpy(), cmap="magma", alpha=0.65, extent=extent, interpolation="bilinear")
             xs, ys = [box[0], box[2], box[2], box[0], box[0]], [box[1], box[1], box[3], box[3], box[1]]
             panel.plot(xs, ys, color="white", lw=1)
             panel.set_title(shown(model.classes[label]), fontsize=9)
