@@ -64,34 +64,6 @@ def arguments(script: str) -> list[type]:
     return [kind for name, kind in vars(module).items() if name.endswith("Args") and dataclasses.is_dataclass(kind)]
 
 
-# One idea has one name, the field's; no flag has another one for it.
-SYNONYMS = {
-    "average_checkpoints": "average avg_checkpoints num_checkpoints",
-    "batch": "batch_size bs batchsize examples_per_step",
-    "classifier": "features feature_net inception",
-    "compile": "compiled torch_compile jit",
-    "count": "n num number num_samples number_of_samples num_images",
-    "device": "gpu cuda place",
-    "dtype": "precision amp half bf16 bfloat16 mixed_precision",
-    "ema": "averaged ema_decay moving_average average_decay polyak",
-    "epochs": "passes num_epochs max_epochs",
-    "eval_every": "every test_every evaluate_every validate_every val_every eval_interval eval_steps",
-    "label_smoothing": "smoothing",
-    "learning_rate": "lr rate step_size",
-    "max_new_tokens": "max_tokens max_length new_tokens",
-    "micro_batches": "accumulate accumulation grad_accum gradient_accumulation",
-    "out": "output output_dir outdir out_dir save_to to",
-    "run": "checkpoint_dir from_run run_dir model_dir",
-    "sampler_steps": "sampling_steps num_inference_steps inference_steps",
-    "save_every": "checkpoint_every save_interval",
-    "seed": "random_seed key",
-    "steps": "iterations iters max_steps train_steps training_steps num_steps updates",
-    "warmup": "warmup_steps warm_up",
-    "weight_decay": "wd l2",
-    "workers": "num_workers processes",
-}
-
-
 def colours(path: Path) -> int:
     with Image.open(path) as picture:
         return len(picture.convert("RGB").getcolors(2**24))
@@ -234,7 +206,7 @@ def test_one_spelling_per_flag():
     scripts = flags_of_scripts()
     wrong = [
         f"{script}: {flags.flag(other)}; better: {flags.flag(name)}"
-        for name, others in SYNONYMS.items()
+        for name, others in flags.OTHER_NAMES.items()
         for other in others.split()
         for script in scripts.get(other, ())
     ]

@@ -222,6 +222,9 @@ def _parse(kind: type, program: str, description: str, argv: list[str], default:
     error = _condensed(errors.getvalue())
     if error in ("Unrecognized options: True", "Unrecognized options: False"):
         error += "; a switch has no value: --NAME switches it on, --no-NAME off"
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", error)
+    if unknown and (here := flags.called_here(unknown[1], kind)):
+        error = f"{unknown[0]}; this script has {here}"
     raise ValueError(error)
 
 

@@ -74,6 +74,34 @@ class Common:
     """Compile the train step with torch.compile: up to a minute the first time, a few seconds from its cache."""
 
 
+OTHER_NAMES = {
+    "average_checkpoints": "average avg_checkpoints num_checkpoints",
+    "batch": "batch_size bs batchsize examples_per_step",
+    "classifier": "features feature_net inception",
+    "compile": "compiled torch_compile jit",
+    "count": "n num number num_samples number_of_samples num_images",
+    "device": "gpu cuda place",
+    "dtype": "precision amp half bf16 bfloat16 mixed_precision",
+    "ema": "averaged ema_decay moving_average average_decay polyak",
+    "epochs": "passes num_epochs max_epochs",
+    "eval_every": "every test_every evaluate_every validate_every val_every eval_interval eval_steps",
+    "label_smoothing": "smoothing",
+    "learning_rate": "lr rate step_size",
+    "max_new_tokens": "max_tokens max_length new_tokens",
+    "micro_batches": "accumulate accumulation grad_accum gradient_accumulation",
+    "out": "output output_dir outdir out_dir save_to to",
+    "run": "checkpoint_dir from_run run_dir model_dir",
+    "sampler_steps": "sampling_steps num_inference_steps inference_steps",
+    "save_every": "checkpoint_every save_interval",
+    "seed": "random_seed key",
+    "steps": "iterations iters max_steps train_steps training_steps num_steps updates",
+    "warmup": "warmup_steps warm_up",
+    "weight_decay": "wd l2",
+    "workers": "num_workers processes",
+}
+"""One idea has one name, the field's; what other programs call it is no flag's name, but is understood in an error."""
+
+
 # A box of its own in the help, and flags without a prefix: `--seed`, not `--common.seed`.
 Shared = Annotated[Common, tyro.conf.OmitArgPrefixes]
 
@@ -96,6 +124,24 @@ class FromBest(FromRun):
 
     checkpoint: str = "best"
     """Checkpoint of the run: best on the validation part, latest or a step."""
+
+
+def called_here(name: str, kind: type) -> str | None:
+    """The flag of a dataclass of arguments for what other programs call `name`; None where there is none."""
+    fields = names(kind)
+    wanted = [field for field, others in OTHER_NAMES.items() if name.replace("-", "_") in others.split()]
+    wanted += {"steps": ["epochs"], "epochs": ["steps"]}.get((wanted or [name])[0], [])
+    return next((flag(field) for field in wanted if field in fields), None)
+
+
+def names(kind: type) -> list[str]:
+    """The fields of a dataclass of arguments, those of nested ones too."""
+    kinds = typing.get_type_hints(kind)
+    out = []
+    for field in dataclasses.fields(kind):
+        inner = kinds[field.name]
+        out += names(inner) if dataclasses.is_dataclass(inner) else [field.name]
+    return out
 
 
 def check_source(args: Any) -> None:

@@ -192,6 +192,9 @@ def test_interruption_outside_of_stop(number, monkeypatch, capsys):
     ("argv", "line"),
     [
         (["--stepz", "3"], "error: Unrecognized options: --stepz, 3 Perhaps you meant: --steps"),
+        (["--max_steps", "3"], "error: Unrecognized options: --max_steps; this script has --steps"),
+        (["--epochs=3"], "error: Unrecognized options: --epochs; this script has --steps"),
+        (["--lr", "3"], "error: Unrecognized options: --lr, 3"),  # this script has none
         (["--steps", "many"], "error: Error parsing --steps: invalid literal for int() with base 10: 'many'"),
         (["--steps", "0"], "error: --steps is 0; expected at least 1"),
         (["--preset", "huge"], "error: invalid choice 'huge' for argument '--preset'"),
