@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from core import tree
+from core.fallbacks import with_fallbacks
 from core.per_example import PerExampleError
-from core.per_example.leaves import Watched, call
-from core.recurrent_modules import Cell, Recurrent, replaced
+from core.per_example.leaves import Watched
+from core.recurrent_modules import replaced
 from core.tap import tap
 from core.tree import Tree
 
@@ -35,6 +36,8 @@ def lift(module: nn.Module) -> Lifted:
     In training mode the change of a buffer is tapped to its leaf, and 1 to the leaf `count`, as batch norm of
     `core.layers` does: `increments = grad(loss, argnums=1)(params, stats)`, then `core.stats.update`.
     Every floating-point output carries the reports, so the loss may use any of them.
+
+    Inside a loss of `core.per_example` the layers run on watched parameters as they are written; see `core.fallbacks`.
 
     Raises:
         TypeError: not a module.
@@ -78,10 +81,9 @@ def lift(module: nn.Module) -> Lifted:
         for train in (False, True)
     }
     module = replaced(module)
-    recurrent = any(isinstance(layer, (Cell, Recurrent)) for layer in module.modules())
+    layered = with_fallbacks(module)
 
     def apply(values: Tree, *args, train: bool = False, **kwargs):
-        # Inside a loss of core.per_example, which maps the whole call over the examples.
         watched = any(isinstance(leaf, Watched) for leaf in tree.leaves(values))
         if watched and mixing[train]:
             mode, advice = ("in training mode", "use train=False") if train else ("in eval mode too", "use group norm")
@@ -89,8 +91,6 @@ def lift(module: nn.Module) -> Lifted:
                 f"lift: layer '{mixing[train][0]}' {mode} mixes the examples of a batch, so no example has a gradient "
                 f"of its own; {advice}"
             )
-        if watched and (dtypes or not recurrent):  # a recurrence has rules, which leave it whole
-            return call(apply, (values, *args), {"train": train, **kwargs})
         if train and drawing:
             raise ValueError(
                 f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
@@ -109,14 +109,15 @@ def lift(module: nn.Module) -> Lifted:
         # In-place updates of buffers inside the module land on these copies.
         fresh = {name: sinks[name].detach().to(dtype, copy=True) for name, dtype in dtypes.items()}
         fixed = {name: b.clone() for name, b in module.named_buffers() if name in constants}
-        modes = [(layer, layer.training) for layer in module.modules()]
+        called = layered if watched else module
+        modes = [(layer, layer.training) for layer in called.modules()]
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
-            module.train(train)
+            called.train(train)
             if attending:  # the fused kernels for inference have no derivative
                 torch.backends.mha._is_fastpath_enabled = False  # its setter is not compiled
             with _attention_kernel():
-                out = torch.func.functional_call(module, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
+                out = torch.func.functional_call(called, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
         finally:
             if attending:
                 torch.backends.mha._is_fastpath_enabled = fast

@@ -37,16 +37,19 @@ def compare_losses(
     plans: dict[str, LeafPlan],
     answers: tuple,
     mapped: dict[str, str],
+    lifted: bool,
     eps: float,
     has_aux: bool,
 ) -> None:
     """Compare the losses of the first and the last example, computed as planned, with those of the loss itself; of an
     ensemble under vmap, those of its first member.
 
-    Operations without a rule, and lifted modules, are mapped over the examples, one at a time; where they mix the
-    examples of a batch, the two differ.
+    Operations without a rule, and layers of lifted modules that cannot be covered otherwise, are mapped over the
+    examples, one at a time; where they mix the examples of a batch, the two differ. Of lifted layers that run whole,
+    as their authors wrote them, the losses are compared with those of the examples alone, too.
 
     Args:
+        lifted: some layers of a lifted module run whole.
         eps: of the coarsest dtype that the loss computes in. Rounding is allowed 4 sqrt(eps) of the larger loss.
 
     Raises:
@@ -67,14 +70,28 @@ def compare_losses(
 
         return torch.func.vjp(losses, tree.leaves(params))[0]
 
+    def alone() -> Tensor:
+        ones = [tree.map(lambda x, i=i: x[i : i + 1], pair) for i in range(min(count, 2))]
+        return torch.cat([split_aux(loss(params, one), has_aux)[0] for one in ones])
+
     values = []
-    for f in (lambda: inside_vjp(planned), plain):
+    for f in (plain, lambda: inside_vjp(planned), *([alone] if lifted and count > 1 else [])):
         with torch.random.fork_rng(devices=list(devices)):  # a loss that draws from it draws the same twice
             values.append(f().detach())
-    reported, expected = values
+    expected, reported = values[:2]
     tolerance = 4 * eps**0.5
     scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
-    if torch.allclose(reported, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+    if lifted and count > 1 and not agree(values[2], expected):
+        worst = int((values[2] - expected).abs().nan_to_num(torch.inf).argmax())
+        raise PerExampleError(
+            f"the loss mixes its examples in a lifted module: that of one of two is {float(expected[worst]):g} beside "
+            f"the other, {float(values[2][worst]):g} alone; or it changes from call to call"
+        )
+    if agree(reported, expected):
         return
     worst = int((reported - expected).abs().nan_to_num(torch.inf).argmax())
     functions = " or ".join(f"{what} of '{name}'" for what, name in list(mapped.items())[:3])

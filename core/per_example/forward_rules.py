@@ -49,13 +49,15 @@ def _times(session, y, weight):
 
 
 def _product(session, x, weight: Parameter, what: str):
-    """x W^T. x: (N, ..., d), W: (p, d)."""
-    if not isinstance(x, Tensor) or x.ndim < 2 or not session.batched(x, weight.name, what):
+    """x W^T. x: (..., d) with the batch in any axis but the last, W: (p, d)."""
+    axis = session.axis(x, weight.name, what) if isinstance(x, Tensor) and x.ndim > 1 else None
+    if axis is None or axis == x.ndim - 1:
         return NotImplemented
+    x = x.movedim(axis, 0)
     y = F.linear(x, session.operand(weight))  # (N, ..., p)
     p, d = weight.base.shape
     sizes = Sizes(x[0].numel() // x.shape[-1] if x.ndim > 2 else 1, 1, p, d)
-    return session.record(weight, "linear", what, (weight.transposed,), sizes, y, x)
+    return session.record(weight, "linear", what, (weight.transposed,), sizes, y, x).movedim(0, axis)
 
 
 def _matmul(session, input, other):
@@ -172,14 +174,16 @@ def _embedding(
 
 
 def _look_up(session, weight: Parameter, ids: Tensor, padding_idx: int | None, what: str):
-    batched = session.batched(ids, weight.name, what)
-    if not batched:  # the same rows for every example
+    axis = session.axis(ids, weight.name, what)
+    if axis is None:  # the same rows for every example
         ids = ids.unsqueeze(0).expand(session.examples, *ids.shape)  # (N, ...)
+    else:
+        ids = ids.movedim(axis, 0)
     padding = None if padding_idx is None else padding_idx % weight.value.shape[0]
     y = F.embedding(ids, session.operand(weight), padding)  # (N, ..., D)
     sizes = Sizes(ids[0].numel(), 1, *weight.value.shape)
     y = session.record(weight, "embedding", what, (padding,), sizes, y, ids)
-    return y if batched else Copies(session, weight.name, y)
+    return Copies(session, weight.name, y) if axis is None else y.movedim(0, axis)
 
 
 def _getitem(session, weight, index):
@@ -191,12 +195,16 @@ def _getitem(session, weight, index):
 
 def _normalised(session, operation: str, settings: tuple, normalise: Callable, x: Any, weight: Any) -> Any:
     """weight * normalised x."""
-    own = isinstance(weight, Parameter) and not weight.transposed and isinstance(x, Tensor)
-    if own and session.batched(x, weight.name, operation):
-        y = normalise(x, session.operand(weight))
-        sizes = Sizes(1, 1, 1, weight.base.numel())
-        return session.record(weight, operation, operation, settings, sizes, y, x)
-    return NotImplemented
+    if not isinstance(weight, Parameter) or weight.transposed or not isinstance(x, Tensor):
+        return NotImplemented
+    axis = session.axis(x, weight.name, operation)
+    last = 0 if operation == "group_norm" else x.ndim - len(settings[0]) - 1  # the batch may be any up to it
+    if axis is None or axis > last:
+        return NotImplemented
+    x = x.movedim(axis, 0)
+    y = normalise(x, session.operand(weight))
+    sizes = Sizes(1, 1, 1, weight.base.numel())
+    return session.record(weight, operation, operation, settings, sizes, y, x).movedim(0, axis)
 
 
 def _layer_norm(session, input, normalized_shape, weight=None, bias=None, eps=1e-5):

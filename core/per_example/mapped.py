@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from core import tree
+from core.attention import attention
 from core.per_example.errors import ADVICE, PerExampleError
 from core.per_example.leaves import Copies, Parameter, called, contents_in, invoke, plain
 
@@ -27,34 +30,36 @@ def spread_call(session, func: Callable, args: tuple, kwargs: dict) -> Any:
     """Map a function over the examples, each a batch of one with its own copy of the parameters.
 
     Returns:
-        a tensor (or a tree of them) with the batch leading if an argument had it, else `Copies`.
+        a tensor (or a tree of them) with a batch axis if an argument had one, else `Copies`.
 
     Raises:
-        PerExampleError: the function cannot be mapped, or its result has no leading batch axis of its own.
+        PerExampleError: the function cannot be mapped, or its result has no batch axis of its own.
     """
     arguments, what = (args, kwargs), called(func, args)
     name = contents_in(arguments)[0].name
-    values, batched = [], []
+    values, axes = [], []
     for value in tree.leaves(arguments):
         if isinstance(value, Parameter):
             value = session.spread(value)
         sized = what in _SIZED and type(value) is int
         values.append(value)
-        batched.append((isinstance(value, Tensor) or sized) and session.batched(value, name, what))
+        axes.append(session.axis(value, name, what) if isinstance(value, Tensor) or sized else None)
+    batched = any(axis is not None for axis in axes)
 
     def function(flat: list) -> Any:
         args, kwargs = tree.unflatten(arguments, flat)
-        with session.observer:  # sees what happens inside
+        with session.observer, _ExplicitAttention():  # the observer sees what happens inside
             return invoke(func, args, kwargs)
 
     try:
         if what in _ELEMENTWISE:
-            out = _aligned(function, values, batched)
+            out = _aligned(function, values, axes, name, what)
+            whole = function([plain(v) for v in values]) if session.planning else None
         else:
-            out = _one_by_one(session, function, values, batched, name, what)
+            whole = function([plain(v) for v in values]) if session.planning else None
+            out = _one_by_one(session, function, values, axes, whole, name, what)
         if session.planning:
-            whole = function([plain(v) for v in values])
-            _check_axes(whole, out, any(batched), name, what)
+            _check_axes(whole, out, batched, name, what)
     except PerExampleError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
@@ -62,45 +67,55 @@ def spread_call(session, func: Callable, args: tuple, kwargs: dict) -> Any:
             f"'{name}' is used by {what}, which has no rule here and cannot be mapped over the examples "
             f"({str(error).splitlines()[0]}): {ADVICE}"
         ) from error
-    if any(batched):
+    if batched:
         return out
     return pytree.tree_map(lambda x: Copies(session, name, x) if isinstance(x, Tensor) else x, out)
 
 
-def _aligned(function: Callable, values: list, batched: list[bool]) -> Tensor:
+def _aligned(function: Callable, values: list, axes: list, name: str, what: str) -> Tensor:
     """An elementwise function: the copies broadcast against the batch, nothing is mapped."""
     ranks = [v.ndim if isinstance(v, Tensor) else v.value.ndim - 1 for v in values if isinstance(v, (Tensor, Copies))]
     rank = max(ranks)  # of the result, a batch of one with it
+    places = {axis + rank - v.ndim for v, axis in zip(values, axes, strict=True) if axis is not None}
+    if len(places) > 1:
+        raise PerExampleError(f"'{name}': the batch is not the same axis of all arguments of {what}: {ADVICE}")
     flat = []
     for value in values:
         if isinstance(value, Copies):
             shape = (1,) * (rank - value.value.ndim + 1) + tuple(value.value.shape[1:])
-            if any(batched) and shape[0] != 1:
-                raise PerExampleError(
-                    f"'{value.name}': a value of shape {tuple(shape)}, the same for every example, meets the batch in "
-                    "its first axis; everything with a batch axis must come in through `batch`"
-                )
-            shape = shape[1:] if any(batched) else shape
-            value = value.value.reshape(value.value.shape[0], *shape)  # (N, 1, ..., *shape of one copy)
+            copies = value.value.reshape(value.value.shape[0], *shape)  # (N, 1, ..., *shape of one copy)
+            for place in places:
+                if shape[place] != 1:
+                    raise PerExampleError(
+                        f"'{value.name}': a value of shape {tuple(shape)}, the same for every example, meets the batch "
+                        f"in axis {place}; everything with a batch axis must come in through `batch`"
+                    )
+                copies = copies.squeeze(place + 1).movedim(0, place)  # N in the place of the batch
+            value = copies
         flat.append(value)
     return function(flat)
 
 
-def _one_by_one(session, function: Callable, values: list, batched: list[bool], name: str, what: str) -> Any:
-    """Any other function, by vmap. While planning, one example gives the shapes: vmap calls a function without a
-    batching rule once per example."""
-    sized = [type(v) is int and b for v, b in zip(values, batched, strict=True)]
-    mapped = [isinstance(v, Copies) or (isinstance(v, Tensor) and b) for v, b in zip(values, batched, strict=True)]
-    parts = [v.value if isinstance(v, Copies) else v for v, m in zip(values, mapped, strict=True) if m]
+def _one_by_one(session, function: Callable, values: list, axes: list, whole: Any, name: str, what: str) -> Any:
+    """Any other function, by vmap. While planning, one example gives the shapes, and `whole`, the result for all, their
+    batch axes: vmap calls a function without a batching rule once per example."""
+    sized = [type(v) is int and axis is not None for v, axis in zip(values, axes, strict=True)]
+    dims = [
+        0 if isinstance(v, Copies) else axis if isinstance(v, Tensor) else None
+        for v, axis in zip(values, axes, strict=True)
+    ]
+    parts = [v.value if isinstance(v, Copies) else v for v, dim in zip(values, dims, strict=True) if dim is not None]
+    in_dims = tuple(dim for dim in dims if dim is not None)
+    batched = any(axis is not None for axis in axes)
     structure: list = []  # of the output: its tree, whether each leaf is a tensor, and the leaves that are not
 
     def one(*parts: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(parts)
         flat: list[Any] = []
-        for value, is_batched, is_sized, is_mapped in zip(values, batched, sized, mapped, strict=True):
-            if is_mapped:
+        for value, axis, dim, is_sized in zip(values, axes, dims, sized, strict=True):
+            if dim is not None:
                 part = next(remaining)
-                flat.append(part.unsqueeze(0) if is_batched else part)
+                flat.append(part if axis is None else part.unsqueeze(axis))
             else:
                 flat.append(1 if is_sized else value)
         # torch's trees, because the outputs of transformers are registered with these.
@@ -110,19 +125,52 @@ def _one_by_one(session, function: Callable, values: list, batched: list[bool], 
         return tuple(x for x, t in zip(leaves, tensors, strict=True) if t)
 
     if session.planning:
-        outs = one(*(part[0] for part in parts))
+        outs = one(*(part.select(dim, 0) for part, dim in zip(parts, in_dims, strict=True)))
         outs = tuple(x.new_empty((session.examples, *x.shape)) for x in outs)  # (N, *shape)
-        if (
-            any(batched) and not torch.compiler.is_compiling()
-        ):  # no losses are compared then; Dynamo has no name of conv2d
+        if batched and not torch.compiler.is_compiling():  # no losses are compared then; Dynamo has no name of conv2d
             session.mapped.setdefault(what, name)
     else:
-        outs = torch.func.vmap(one)(*parts)
-    if any(batched):
-        outs = tuple(x.squeeze(1) if x.ndim > 1 else x for x in outs)  # (N, 1, ...) -> (N, ...)
+        outs = torch.func.vmap(one, in_dims)(*parts)
     spec, tensors, others = structure
+    if batched:
+        wholes = [x for x in pytree.tree_leaves(whole) if isinstance(x, Tensor)] if session.planning else outs
+        outs = tuple(_as_batch(session, x, like, name, what) for x, like in zip(outs, wholes, strict=True))
     remaining = iter(outs)
     return pytree.tree_unflatten([next(remaining) if t else x for x, t in zip(others, tensors, strict=True)], spec)
+
+
+class _ExplicitAttention(TorchFunctionMode):
+    """`core.attention` in place of torch's fused attention, which has no batching rule on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if dropout_p or query.ndim != 4 or (is_causal and query.shape[2] != key.shape[2]):  # torch's triangle is another
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    mask, bias = attn_mask, None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:  # added to the scores
+        mask = attn_mask > -torch.inf
+        bias = torch.where(mask, attn_mask, 0)
+    return attention(query, key, value, mask=mask, causal=is_causal, bias=bias, scale=scale, method="explicit")
+
+
+def _as_batch(session, x: Tensor, like: Tensor, name: str, what: str) -> Tensor:
+    """Results of batches of one, (N, ..., 1, ...), as that of the batch, (..., N, ...)."""
+    axis = session.axis(like, name, what)
+    if axis is None or x.ndim < axis + 2 or x.shape[axis + 1] != 1:
+        raise _mixed(name, what)
+    return x.squeeze(axis + 1).movedim(0, axis)
+
+
+def _mixed(name: str, what: str) -> PerExampleError:
+    return PerExampleError(
+        f"'{name}': the result of {what} has no batch axis of its own (it mixes or moves the examples): {ADVICE}"
+    )
 
 
 def _check_axes(whole: Any, out: Any, batched: bool, name: str, what: str) -> None:
@@ -130,7 +178,4 @@ def _check_axes(whole: Any, out: Any, batched: bool, name: str, what: str) -> No
     pairs = zip(pytree.tree_leaves(whole), pytree.tree_leaves(out), strict=True)
     for expected, mapped in ((a, b) for a, b in pairs if isinstance(a, Tensor)):
         if tuple(expected.shape) != tuple(mapped.shape if batched else mapped.shape[1:]):
-            raise PerExampleError(
-                f"'{name}': the result of {what} has no leading batch axis of its own (it mixes or moves the "
-                f"examples): {ADVICE}"
-            )
+            raise _mixed(name, what)

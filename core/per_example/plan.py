@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Plan:
     """The plan of `reports` for one loss and one shape of its inputs; `print` it.
 
     `leaves` has an entry for each parameter that is reported on; `answers` tells which arguments had the batch axis,
-    in the order of the loss.
+    in the order of the loss, and which lifted layers run whole; `layers` why the others do not.
     """
 
     leaves: dict[str, LeafPlan]
@@ -40,6 +40,7 @@ class Plan:
     want: tuple[str, ...]
     keep: bool
     inputs: tuple
+    layers: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "used by", "T x p x d (groups)", "way")]
@@ -54,8 +55,9 @@ class Plan:
             if not leaf.uses:
                 rows.append((name, str(leaf.shape), "nothing", "", "zero"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+            [*lines, *(f"layer {name} is mapped over the examples: {why}" for name, why in self.layers.items())]
         )
 
 
@@ -99,8 +101,9 @@ def make_plan(
         eps = max(
             [planning.observer.eps, *(torch.finfo(use.dtype).eps for leaf in leaves.values() for use in leaf.uses)]
         )
-        compare_losses(loss, params, batch, leaves, answers, planning.mapped, eps, has_aux)
-    return Plan(leaves, answers, want, keep, signature(params, batch))
+        lifted = any(answer is True for _, answer in answers)
+        compare_losses(loss, params, batch, leaves, answers, planning.mapped, lifted, eps, has_aux)
+    return Plan(leaves, answers, want, keep, signature(params, batch), planning.layers)
 
 
 @contextmanager

@@ -53,6 +53,14 @@ def inside_vjp(f: Callable[[], Any]) -> Any:
     return outs[0]
 
 
+def _misplaced(shape: tuple, n: int, name: str, what: str) -> PerExampleError:
+    sizes = ["N" if size == n else f"{size // n}*N" if size and size % n == 0 else f"{size}" for size in shape]
+    return PerExampleError(
+        f"'{name}' meets ({', '.join(sizes)}) in {what}, for a batch of N: the batch must be one axis of its own"
+        f"{', and the leading one' if sizes.count('N') == 1 else ''}; {ADVICE}"
+    )
+
+
 class Session:
     """The state that the watched parameters of one call of the loss share."""
 
@@ -65,8 +73,12 @@ class Session:
         self.uses: dict[str, list[Use]] = {}
         self.copies: dict[str, Tensor] = {}
 
-    def answer(self, question: str, shape: tuple, name: str, what: str) -> bool:
-        """True if a shape has the batch axis."""
+    def answer(self, question: str, shape: tuple, name: str, what: str) -> int | None:
+        """The batch axis of a shape, None if it has none."""
+        raise NotImplementedError
+
+    def whole(self, layer: str, run: Callable[[], Any], mapped: Callable[[], Any]) -> Any:
+        """`run()`, a layer on watched parameters; where that cannot be covered, `mapped()`."""
         raise NotImplementedError
 
     def record(self, leaf: Parameter, operation: str, called: str, settings: tuple, sizes: Sizes, y, saved) -> Tensor:
@@ -77,9 +89,16 @@ class Session:
         """The value that an operation takes."""
         raise NotImplementedError
 
-    def batched(self, x: Any, name: str, what: str) -> bool:
-        """True if x, a tensor or a size, has the batch axis: by its odd size while planning, by the plan later."""
+    def axis(self, x: Any, name: str, what: str) -> int | None:
+        """The batch axis of x, a tensor or a size: by its odd size while planning, by the plan later."""
         return self.answer(f"{what} of '{name}'", x.shape if isinstance(x, Tensor) else (x,), name, what)
+
+    def batched(self, x: Tensor, name: str, what: str) -> bool:
+        """True if x has the batch axis, which must be the leading one."""
+        axis = self.axis(x, name, what)
+        if axis:
+            raise _misplaced(x.shape, self.examples, name, what)
+        return axis == 0
 
     def use(self, leaf: Parameter, operation: str, called: str, settings: tuple, sizes: Sizes, y: Tensor) -> Use:
         use = Use(leaf.name, operation, called, settings, sizes, tuple(y.shape[1:]), y.dtype)
@@ -131,24 +150,34 @@ class Planning(Session):
 
     def __init__(self, examples: int, observer):
         super().__init__(examples, observer)
-        self.answers: list[tuple[str, bool]] = []
+        self.answers: list[tuple[str, Any]] = []
         self.mapped: dict[str, str] = {}  # functions that are mapped over the examples, by name: a parameter of each
+        self.layers: dict[str, str] = {}  # lifted layers that are mapped over the examples: why
 
-    def answer(self, question: str, shape: tuple, name: str, what: str) -> bool:
-        self.answers.append((question, self._has_batch_axis(shape, name, what)))
+    def answer(self, question: str, shape: tuple, name: str, what: str) -> int | None:
+        axes = [i for i, size in enumerate(shape) if size and size % self.examples == 0]
+        if len(axes) > 1 or any(shape[i] != self.examples for i in axes):
+            raise _misplaced(shape, self.examples, name, what)
+        self.answers.append((question, axes[0] if axes else None))
         return self.answers[-1][1]
 
-    def _has_batch_axis(self, shape: tuple, name: str, what: str) -> bool:
-        n = self.examples
-        if not any(size and size % n == 0 for size in shape):
-            return False
-        if shape[0] == n and n not in shape[1:]:
-            return True
-        sizes = ["N" if size == n else f"{size // n}*N" if size and size % n == 0 else f"{size}" for size in shape]
-        raise PerExampleError(
-            f"'{name}' meets ({', '.join(sizes)}) in {what}, for a batch of N: the batch must be one axis of its own, "
-            f"and the leading one; {ADVICE}"
-        )
+    def whole(self, layer: str, run: Callable[[], Any], mapped: Callable[[], Any]) -> Any:
+        uses = {name: list(of) for name, of in self.uses.items()}
+        before = len(self.answers), uses, dict(self.copies), dict(self.mapped), dict(self.layers)
+        try:
+            self.answers.append((layer, True))
+            return run()
+        except PerExampleError as refusal:
+            error = refusal  # the name after `as` ends with the clause
+            count, self.uses, self.copies, self.mapped, self.layers = before
+            self.answers = self.answers[:count]
+            try:
+                self.answers.append((layer, False))
+                out = mapped()
+            except PerExampleError:
+                raise error from None
+        self.layers[layer] = str(error).partition(ADVICE)[0].rstrip(";: ")
+        return out
 
     def record(self, leaf, operation, called, settings, sizes, y, saved) -> Tensor:
         self.use(leaf, operation, called, settings, sizes, y)
@@ -183,8 +212,11 @@ class Following(Session):
         self.want, self.sinks, self.direction, self.budget = want, sinks, direction or {}, budget
         self.inputs: dict[str, list] = {}
 
-    def answer(self, question: str, shape: tuple, name: str, what: str) -> bool:
-        planned, answer = self.answers[self.answered] if self.answered < len(self.answers) else ("nothing more", False)
+    def whole(self, layer: str, run: Callable[[], Any], mapped: Callable[[], Any]) -> Any:
+        return (run if self.answer(layer, (), layer, layer) else mapped)()
+
+    def answer(self, question: str, shape: tuple, name: str, what: str) -> Any:
+        planned, answer = self.answers[self.answered] if self.answered < len(self.answers) else ("nothing more", None)
         self.answered += 1
         if planned != question:
             raise PerExampleError(f"the plan is of another loss: it has {planned} where the loss has {question}")

@@ -29,9 +29,12 @@ class Around(nn.Module):
 
 
 MIXING = {
-    "centred": (lambda h: h - h.mean(0), "mixes its examples in the lifted Around of 'layer.bias'"),
-    "softmax over the batch": (lambda h: h.softmax(0), "mixes its examples in the lifted Around"),
-    "weighted by its place": (lambda h: h * torch.arange(1, 1 + len(h))[:, None], "mixes its examples in the lifted"),
+    "centred": (lambda h: h - h.mean(0), "mixes its examples in a lifted module"),
+    "softmax over the batch": (lambda h: h.softmax(0), "mixes its examples in a lifted module"),
+    "weighted by its place": (
+        lambda h: h * torch.arange(1, 1 + len(h))[:, None],
+        "mixes its examples in a lifted module",
+    ),
     "functional batch norm": (
         lambda h: F.batch_norm(h, None, None, training=True),
         "batch norm in training mode mixes",

@@ -1,0 +1,89 @@
+"""Architectures of other libraries, lifted: exact per example, with no layer mapped that need not be."""
+
+import pytest
+import torch
+
+from core import per_example, tree
+from core.lift import lift
+from core.per_example import PerExampleError
+from tests.registry.public_modules import BUILDS, N, public
+
+# One for each thing that a module may do: tie weights, take and return objects, a Conv1D, fold windows into the batch,
+# learn a bias of the attention.
+QUICK = ("gpt2", "llama", "bert", "swin", "t5")
+MAPPED = {
+    "deberta_v2": {"DisentangledSelfAttention"},
+    "swin": {"SwinLayer"},
+    "torchvision's SwinTransformer": {"ShiftedWindowAttention"},
+}
+"""Kinds of layers that fold the batch into another axis, or spread what has no batch axis over it."""
+
+
+def gradients(about) -> dict[str, torch.Tensor]:
+    """(N, *shape) by parameter: plain autograd of the module itself, one example after the other."""
+    rows: dict[str, list] = {}
+    for i in range(N):
+        loss = about.losses(about.module, tuple(x[i : i + 1] for x in about.batch)).sum()
+        found = torch.autograd.grad(loss, list(about.module.parameters()), allow_unused=True)
+        for (name, p), g in zip(about.module.named_parameters(), found, strict=True):
+            rows.setdefault(name, []).append(torch.zeros_like(p) if g is None else g)
+    return {name: torch.stack(gs).detach() for name, gs in rows.items()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUILDS]
+)
+def test_public_modules_are_exact_per_example(name):
+    about = public(name)
+    params, stats, apply = lift(about.module)
+
+    def loss(p, batch):
+        values = tree.merge(p, stats)
+        return about.losses(lambda *args, **kwargs: apply(values, *args, **kwargs), batch)
+
+    plan = per_example.plan(loss, params, about.batch, ("norm", "gram", "square"))
+    out = per_example.reports(loss, params, about.batch, ("norm", "gram", "square"), plan=plan)
+    expected = gradients(about)
+    total = torch.cat([g.flatten(1) for g in expected.values()], 1).norm(dim=1)
+    for parameter, norm in tree.items(out.norm):
+        g = expected[parameter].flatten(1)
+        pairs = ((norm / total, g.norm(dim=1) / total), (tree.get(out.gram, parameter), g @ g.T))
+        for ours, theirs in (*pairs, (tree.get(out.square, parameter).flatten(), g.square().sum(0))):
+            scale = 1.0 if ours is pairs[0][0] else float(total.max()) ** 2
+            torch.testing.assert_close(
+                ours / scale, theirs / scale, rtol=0, atol=1e-10, msg=lambda m, n=parameter: f"{n}: {m}"
+            )
+    assert {layer.rpartition("(")[2].rstrip(")") for layer in plan.layers} == MAPPED.get(name, set())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "bert" else pytest.mark.long) for name in QUICK]
+)
+def test_public_modules_compile(name):
+    about = public(name)
+    params, stats, apply = lift(about.module)
+
+    def loss(p, batch):
+        values = tree.merge(p, stats)
+        return about.losses(lambda *args, **kwargs: apply(values, *args, **kwargs), batch)
+
+    plan = per_example.plan(loss, params, about.batch)
+
+    def norms(p, batch):
+        return per_example.reports(loss, p, batch, plan=plan).total_norm
+
+    torch._dynamo.reset()
+    compiled = torch.compile(norms, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(params, about.batch), norms(params, about.batch), rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_refused_by_name():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"vocab_size": 20, "intermediate_size": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    params, _, apply = lift(MixtralForCausalLM(MixtralConfig(**sizes)).double())
+    ids = torch.randint(20, (N, 5), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PerExampleError, match="'model.layers.0.mlp.gate.weight' meets"):
+        per_example.reports(lambda p, x: apply(p, x).logits.sum((1, 2)), params, ids)
