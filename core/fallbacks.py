@@ -27,7 +27,8 @@ def with_fallbacks(module: nn.Module) -> nn.Module:
 def _copied(module: nn.Module, names: Mapping[nn.Module, str], copies: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in copies:
         asks = _may_fail(module)
-        kind = _layer(type(module)) if asks else type(module)
+        own: Any = type(module)
+        kind = _layer(own) if asks else own
         out = copies[module] = kind.__new__(kind)
         children = {name: child and _copied(child, names, copies) for name, child in module._modules.items()}
         # functional_call writes into these dicts.
