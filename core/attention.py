@@ -80,6 +80,36 @@ def attention(
     return _explicit(q, k, v, mask, causal, bias, drop, scale)
 
 
+def torch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """torch's F.scaled_dot_product_attention in the explicit form of `attention`, which vmaps.
+
+    query, key, value: (batch, heads, time, depth), or without heads. The causal mask is aligned at the start, as it is
+    there. drop: in place of dropout_p, as in `attention`.
+    """
+    if query.ndim == 3:
+        mask = attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(1)
+        q, k, v = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        return torch_attention(q, k, v, mask, is_causal, scale, drop=drop).squeeze(1)
+    mask, bias = attn_mask, None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:  # added to the scores
+        mask = attn_mask > -torch.inf
+        bias = torch.where(mask, attn_mask, 0)
+    if is_causal:
+        triangle = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = triangle if mask is None else mask & triangle
+    return attention(query, key, value, mask=mask, bias=bias, scale=scale, drop=drop, method="explicit")
+
+
 @assume_constant_result
 def _beyond_first_derivatives() -> bool:
     """True in forward mode, and in a gradient inside a gradient (of torch.func)."""

@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from core import tree
+from core.draws import Attention, Draws
 from core.fallbacks import with_fallbacks
 from core.per_example import PerExampleError
+from core.per_example.dynamo import like_draws
 from core.per_example.leaves import Watched
 from core.recurrent_modules import replaced
 from core.tap import tap
@@ -29,7 +31,8 @@ class Lifted(NamedTuple):
 def lift(module: nn.Module) -> Lifted:
     """Turn a module into (params, stats, apply). The module is only read: its values are copied, never changed.
 
-    `apply(tree.merge(params, stats), *args, train=False, **kwargs)` calls the module with these values. A parameter
+    `apply(tree.merge(params, stats), *args, train=False, key=None, **kwargs)` calls the module with these values; what
+    it draws in training mode, it draws from the key, (2,) or one per example (batch, 2), see `core.draws`. A parameter
     that the module uses under several names (tied weights) is one leaf, under the first of them. Buffers that a state
     dict holds become `stats`: floating-point ones as they are, integer ones (torch's num_batches_tracked) as float64.
 
@@ -42,8 +45,8 @@ def lift(module: nn.Module) -> Lifted:
     Raises:
         TypeError: not a module.
         ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, values that
-            are missing or left over, and training mode with a layer that draws random numbers, since a module has no
-            key to draw from. All are named.
+            are missing or left over, training mode with a layer that draws random numbers and no key, and dropout
+            between the layers of a recurrence. All are named.
     """
     if not isinstance(module, nn.Module):
         called = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
@@ -80,10 +83,16 @@ def lift(module: nn.Module) -> Lifted:
         train: [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer, train)]
         for train in (False, True)
     }
+    between = [
+        name or type(layer).__name__
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.RNNBase) and layer.dropout > 0
+    ]
     module = replaced(module)
-    layered = with_fallbacks(module)
+    written_out = replaced(module, {nn.MultiheadAttention: Attention})
+    layered = with_fallbacks(written_out)
 
-    def apply(values: Tree, *args, train: bool = False, **kwargs):
+    def apply(values: Tree, *args, train: bool = False, key: Tensor | None = None, **kwargs):
         watched = any(isinstance(leaf, Watched) for leaf in tree.leaves(values))
         if watched and mixing[train]:
             mode, advice = ("in training mode", "use train=False") if train else ("in eval mode too", "use group norm")
@@ -91,10 +100,11 @@ def lift(module: nn.Module) -> Lifted:
                 f"lift: layer '{mixing[train][0]}' {mode} mixes the examples of a batch, so no example has a gradient "
                 f"of its own; {advice}"
             )
-        if train and drawing:
+        if train and (between or (drawing and key is None)):
+            advice = " between its layers, where no key is taken:" if between else "; pass a key,"
             raise ValueError(
-                f"lift: layer '{drawing[0]}' draws random numbers in training mode, and a module takes no key; "
-                "set its rate to 0 or use train=False"
+                f"lift: layer '{(between or drawing)[0]}' draws random numbers in training mode{advice} set its rate "
+                "to 0 or use train=False"
             )
         is_tree = isinstance(values, (dict, list))  # a list if all names are numbers
         flat = tree.flatten(values) if is_tree else {}
@@ -109,15 +119,21 @@ def lift(module: nn.Module) -> Lifted:
         # In-place updates of buffers inside the module land on these copies.
         fresh = {name: sinks[name].detach().to(dtype, copy=True) for name, dtype in dtypes.items()}
         fixed = {name: b.clone() for name, b in module.named_buffers() if name in constants}
-        called = layered if watched else module
+        draws = Draws(key) if train and key is not None else nullcontext()
+        called = layered if watched else module if isinstance(draws, nullcontext) else written_out
         modes = [(layer, layer.training) for layer in called.modules()]
         fast = torch.backends.mha.get_fastpath_enabled()
         try:
             called.train(train)
             if attending:  # the fused kernels for inference have no derivative
                 torch.backends.mha._is_fastpath_enabled = False  # its setter is not compiled
-            with _attention_kernel():
+            before = like_draws() if train and torch.compiler.is_compiling() else 0
+            with draws, _attention_kernel():
                 out = torch.func.functional_call(called, {**flat, **fresh, **fixed}, args, kwargs, tie_weights=True)
+            if train and torch.compiler.is_compiling() and like_draws() != before:
+                raise ValueError(
+                    "lift: torch.rand_like and the like draw past the key while compiling; use torch.rand(x.shape)"
+                )
         finally:
             if attending:
                 torch.backends.mha._is_fastpath_enabled = fast

@@ -1,7 +1,7 @@
 """torch's recurrent modules on the recurrences of this library: they compile, map and report as its own layers do."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,24 +13,28 @@ from core.layers.recurrent_stack import recurrent
 from core.recurrence import CELLS
 
 
-def replaced(module: nn.Module) -> nn.Module:
-    """The module with `Recurrent` for nn.RNN, nn.GRU and nn.LSTM, `Cell` for their cells; itself if it has none.
+def replaced(module: nn.Module, kinds: Mapping[type, type[nn.Module]] | None = None) -> nn.Module:
+    """The module with layers of other classes, by their type, that have the same attributes; itself if it has none.
 
     What contains a replaced layer is copied, without its tensors; everything else is shared.
+
+    kinds: by default `Recurrent` for nn.RNN, nn.GRU and nn.LSTM, `Cell` for their cells.
     """
-    return _replaced(module, {})
+    return _replaced(module, _KINDS if kinds is None else kinds, {})
 
 
-def _replaced(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+def _replaced(
+    module: nn.Module, kinds: Mapping[type, type[nn.Module]], copies: dict[nn.Module, nn.Module]
+) -> nn.Module:
     if module in copies:
         return copies[module]
     out = module
-    kind = _KINDS.get(type(module))
+    kind = kinds.get(type(module))
     if kind is not None:
         out = kind.__new__(kind)
         out.__dict__.update(module.__dict__, _parameters=dict(module._parameters))
     else:
-        children = {name: child and _replaced(child, copies) for name, child in module._modules.items()}
+        children = {name: child and _replaced(child, kinds, copies) for name, child in module._modules.items()}
         if any(child is not module._modules[name] for name, child in children.items()):
             out = copy.copy(module)
             # A module's own copy shares these dicts, and functional_call writes into them.

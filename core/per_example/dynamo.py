@@ -49,6 +49,14 @@ def functions_applied() -> tuple[int, str]:
         return 0, ""
 
 
+@assume_constant_result
+def like_draws() -> int:
+    """Number of `torch.rand_like` and the like in the graph, which Dynamo hides from function modes."""
+    output = _output()
+    functions = (torch.rand_like, torch.randn_like, torch.randint_like)
+    return 0 if output is None else sum(node.target in functions for node in output.graph.nodes)
+
+
 def _functions_of(output: Any) -> tuple[int, str]:
     variables = importlib.import_module(_VARIABLES)
     context, function = variables.AutogradFunctionContextVariable, variables.AutogradFunctionVariable

@@ -3,16 +3,18 @@ parameters, of stride 0. The per-example gradients are then those of the copies.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from core import tree
-from core.attention import attention
+from core.attention import torch_attention
 from core.per_example.errors import ADVICE, PerExampleError
 from core.per_example.leaves import Copies, Parameter, called, contents_in, invoke, plain
 
@@ -48,7 +50,7 @@ def spread_call(session, func: Callable, args: tuple, kwargs: dict) -> Any:
 
     def function(flat: list) -> Any:
         args, kwargs = tree.unflatten(arguments, flat)
-        with session.observer, _ExplicitAttention():  # the observer sees what happens inside
+        with session.observer, _attention_that_maps():  # the observer sees what happens inside
             return invoke(func, args, kwargs)
 
     try:
@@ -139,24 +141,21 @@ def _one_by_one(session, function: Callable, values: list, axes: list, whole: An
     return pytree.tree_unflatten([next(remaining) if t else x for x, t in zip(others, tensors, strict=True)], spec)
 
 
+def _attention_that_maps() -> AbstractContextManager:
+    """torch's fused attention has no batching rule on the CPU: its math form, which torch.compile cannot choose."""
+    return _ExplicitAttention() if torch.compiler.is_compiling() else sdpa_kernel(SDPBackend.MATH)
+
+
 class _ExplicitAttention(TorchFunctionMode):
-    """`core.attention` in place of torch's fused attention, which has no batching rule on the CPU."""
+    """`core.attention` in place of torch's fused attention."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p or query.ndim != 4 or (is_causal and query.shape[2] != key.shape[2]):  # torch's triangle is another
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    mask, bias = attn_mask, None
-    if attn_mask is not None and attn_mask.dtype != torch.bool:  # added to the scores
-        mask = attn_mask > -torch.inf
-        bias = torch.where(mask, attn_mask, 0)
-    return attention(query, key, value, mask=mask, causal=is_causal, bias=bias, scale=scale, method="explicit")
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not (args[4:5] or (kwargs.get("dropout_p", 0.0),))[0]:
+            return torch_attention(
+                *args[:4], *args[5:], **{name: x for name, x in kwargs.items() if name != "dropout_p"}
+            )
+        return invoke(func, args, kwargs)
 
 
 def _as_batch(session, x: Tensor, like: Tensor, name: str, what: str) -> Tensor:

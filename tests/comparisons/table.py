@@ -8,6 +8,7 @@ README.md says what the words in it mean.
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import itertools
 import linecache
@@ -95,16 +96,17 @@ def markdown(rows: dict[str, list[str]], tools: list[str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def versions(tools: list[str]) -> str:
+def versions(tools: list[str], *libraries: str) -> str:
     numbers = {"torch": torch.__version__} | {TOOLS[tool][1]: version(tool) for tool in tools if TOOLS[tool][1]}
+    numbers |= {library: importlib.metadata.version(library) for library in libraries}
     return "With " + ", ".join(f"{name} {number or 'not installed'}" for name, number in numbers.items()) + "."
 
 
-def write(text: str) -> None:
+def write(text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the text between the markers of the README."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    before, _, rest = README.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    README.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ def gradients(about) -> dict[str, torch.Tensor]:
     rows: dict[str, list] = {}
     for i in range(N):
         loss = about.losses(about.module, tuple(x[i : i + 1] for x in about.batch)).sum()
-        found = torch.autograd.grad(loss, list(about.module.parameters()), allow_unused=True)
-        for (name, p), g in zip(about.module.named_parameters(), found, strict=True):
+        own = torch.autograd.grad(loss, list(about.module.parameters()), allow_unused=True)
+        for (name, p), g in zip(about.module.named_parameters(), own, strict=True):
             rows.setdefault(name, []).append(torch.zeros_like(p) if g is None else g)
     return {name: torch.stack(gs).detach() for name, gs in rows.items()}
 

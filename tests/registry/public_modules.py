@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tests.benchmarks.torchvision_operators  # noqa: F401 - transformers imports torchvision, whose own may not load
+
 N = 3
 VOCABULARY, TIME = 50, 7
 
@@ -244,8 +246,6 @@ def _torchvision(name: str, *args, **options) -> None:
     def build():
         from torchvision import models
 
-        import tests.benchmarks.torchvision_operators  # noqa: F401 - torchvision's own do not load everywhere
-
         return _classifier(getattr(models, name)(*args, num_classes=5, **options))
 
     BUILDS[f"torchvision's {name}"] = build
@@ -274,6 +274,6 @@ def unet_of_diffusers():
 
 @add
 def transformer_of_torch():
-    module = nn.Transformer(16, 2, 1, 1, 24, batch_first=True)
+    module = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=True)
     losses = lambda call, batch: call(*batch).square().mean((1, 2))  # noqa: E731
     return module, (torch.rand(N, TIME, 16), torch.rand(N, 5, 16)), losses
