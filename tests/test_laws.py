@@ -316,12 +316,15 @@ def check_compiled(net: Net, backend):
         assert_trees_close(net, actual, expected, "compiled", rtol=1e-4, atol=noise)
 
 
-ONE_OF_EACH_KIND = ("mlp", "convolutional", "resnet", "vit", "dcgan critic", "vqvae", "gpt2")  # the others are slow
+ONE_OF_EACH_KIND = ("mlp", "convolutional", "resnet", "vit", "dcgan critic", "vqvae", "gpt2")
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ONE_OF_EACH_KIND else pytest.param(n, marks=pytest.mark.slow) for n in NETS]
-)
+def compiled_by_kind(name: str):
+    marks = [] if name in ONE_OF_EACH_KIND else pytest.mark.slow if name in PLAIN else pytest.mark.long
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [compiled_by_kind(name) for name in NETS])
 def test_compile_is_one_graph(name):
     net = NETS[name]
     counter = CompileCounterWithBackend("aot_eager")
