@@ -121,6 +121,11 @@ PRESETS = {
 }
 
 
+def _conv_spec(d_in: int, d_out: int) -> Tree:
+    init = initializers.kaiming_normal(nonlinearity="relu")
+    return {"conv": conv_spec(d_in, d_out, 3, bias=False, init=init), "norm": group_norm_spec(d_out)}
+
+
 def spec(cfg: Config) -> Tree:
     """`encoder` and `decoder`, and the `bridge` between them where their widths differ.
 
@@ -138,7 +143,7 @@ def spec(cfg: Config) -> Tree:
     }
     if cfg.stem:
         pairs = zip(channels, cfg.stem, strict=False)
-        encoder["stem"] = [{"conv": conv_spec(a, b, 3, bias=False), "norm": group_norm_spec(b)} for a, b in pairs]
+        encoder["stem"] = [[_conv_spec(a, b), _conv_spec(b, b)] for a, b in pairs]
     decoder = {
         "blocks": [decoder_block_spec(cfg.text_width, cfg.text_heads, cfg.text_hidden)] * cfg.text_layers,
         "norm": layer_norm_spec(cfg.text_width),
@@ -160,9 +165,10 @@ def _drops(key: Tensor | None, cfg: Config, train: bool, side: int, n: int, shap
 
 def _embed_patches(p: Tree, x: Tensor, cfg: Config) -> Tensor:
     """x (batch, channels, image, image) -> (batch, patches, width)."""
-    for one in p.get("stem", ()):
-        x = conv(one["conv"], x, stride=2, padding=1)  # (batch, stem, height / 2, width / 2)
-        x = F.relu(group_norm(one["norm"], x, GROUPS))
+    for first, second in p.get("stem", ()):
+        for one, stride in ((first, 2), (second, 1)):
+            x = conv(one["conv"], x, stride=stride, padding=1)  # (batch, stem, height / 2, width / 2)
+            x = F.relu(group_norm(one["norm"], x, GROUPS))
     return patch_embedding(p["patches"], x).flatten(2).transpose(1, 2)  # (batch, patches, width)
 
 

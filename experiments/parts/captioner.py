@@ -1,0 +1,329 @@
+"""A captioner that `experiments/caption.py` trains, or a published one: its data and loss, what it writes, figures."""
+
+import csv
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core import random, spec, tree
+from core.tree import Tree
+from experiments.parts.translator import GREEDY, Decoder, Marks, avoiding, search
+from nets import weights
+from nets.multimodal import captioner, captioner_weights
+from train.data import DataError, batching
+from train.data.images import augment, captions, scenes
+from train.data.images.arrays import digits
+from train.data.text import tokenizers
+from train.data.text.ragged import padded
+from train.data.text.token_files import END_OF_TEXT
+from train.data.text.tokenizers import PAD, UNK, BytePairTokenizer, SentenceTokenizer
+from train.files import replacing, shown, write_json
+from train.losses import token_cross_entropy
+from train.metrics import translation
+from train.plots import captions as pictures
+from train.plots import figures
+from train.run import SavedRun
+
+TRAINING, TESTING = 4000, 500
+"""Scenes to learn from and to test on."""
+MOST = 3
+"""Digits of a scene, at most."""
+BATCH = 64
+"""Pictures at once, without a gradient."""
+NOTHING = -1
+"""Label of the positions after a caption, which do not count."""
+SHOWN = 12
+"""Pictures of a sheet."""
+DRAWN = 3
+"""Pictures whose attention is drawn."""
+WRITTEN = 50
+"""Tokens that a published captioner writes, at most."""
+RIGHT, WRONG = figures.COLOURS[2], figures.COLOURS[1]
+
+
+class Captioner(NamedTuple):
+    params: Tree
+    cfg: captioner.Config
+    tokenizer: SentenceTokenizer | BytePairTokenizer
+    marks: Marks
+
+
+class Pictures(NamedTuple):
+    """images: (count, 3, side, side) bytes, each with at least one caption; `names` of their files."""
+
+    images: Tensor
+    captions: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+
+
+class Data(NamedTuple):
+    """Pictures to learn from and to test on; `facts` are what was understood of them."""
+
+    train: Pictures
+    test: Pictures
+    facts: dict[str, Any]
+    skipped: int
+
+
+class Caption(NamedTuple):
+    text: str
+    score: float
+    ids: list[int]
+    """The tokens that were decoded, without the end."""
+
+
+# Data.
+
+
+def _of_scenes(key: Tensor, count: int, pool: Any, side: int) -> Pictures:
+    content = scenes.scenes(key, count, pool, side=side, most=MOST, sizes=(side // 4, 15 * side // 32))
+    texts = tuple((text,) for text in scenes.captions(content))
+    names = tuple(f"scene {i + 1}" for i in range(count))
+    return Pictures((255 * content.images).round().to(torch.uint8), texts, names)
+
+
+def open_data(data: str, side: int) -> Data:
+    """The pictures of `--data`: "scenes", or files with captions. Raises DataError as `captions.open_captions`."""
+    if data == "scenes" and not Path(data).exists():
+        keys, pools = random.split(random.key(0)).unbind(0), digits()
+        parts = zip(keys, (TRAINING, TESTING), pools, strict=True)
+        learn, test = (_of_scenes(key, count, pool, side) for key, count, pool in parts)
+        counts = {"train": TRAINING, "test": TESTING}
+        return Data(learn, test, {"pictures": counts, "to test on": "scenes of other digits"}, 0)
+    files = captions.open_captions(data)
+    learn, bad = _of_files(files.train, side)
+    test, also_bad = _of_files(files.test, side)
+    files = files._replace(skipped=(*files.skipped, *bad, *also_bad))
+    return Data(learn, test, captions.facts(files), len(files.skipped))
+
+
+def _of_files(part: Sequence[captions.Captioned], side: int) -> tuple[Pictures, list[tuple]]:
+    images, numbers, skipped = captions.read_pictures([one.path for one in part], side, whole=True)
+    rows = [part[i] for i in numbers.tolist()]
+    return Pictures(images, tuple(one.captions for one in rows), tuple(shown(one.path) for one in rows)), skipped
+
+
+def learn_tokenizer(data: Pictures, kind: str, vocabulary: int) -> SentenceTokenizer:
+    texts = (text for several in data.captions for text in several)
+    return tokenizers.train_sentences(texts, vocabulary, kind == "words")
+
+
+def table(data: Pictures, model: Captioner) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """(tokens (captions, time) from the start to the end, filled with `NOTHING`; the picture of each (captions,); those
+    that are left out as they are longer than the net's context).
+
+    Raises DataError: all are.
+    """
+    rows, owners, left_out = [], [], []
+    texts = [(i, text) for i, several in enumerate(data.captions) for text in several]
+    ids = model.tokenizer.encode_batch([text for _, text in texts])
+    for (i, _), own in zip(texts, ids, strict=True):
+        if len(own) < model.cfg.context:
+            rows.append([model.marks.start, *own, model.marks.end])
+            owners.append(i)
+        else:
+            reason = f"has {len(own)} tokens, expected less than {model.cfg.context}"
+            left_out.append((f"a caption of {data.names[i]}", reason))
+    if not rows:
+        raise DataError(f"{left_out[0][0]} {left_out[0][1]}, as all {len(left_out)}; --longest sets it")
+    return padded(rows, NOTHING)[0], torch.tensor(owners), left_out
+
+
+def facts(data: Data, model: Captioner) -> dict[str, Any]:
+    """Names and values to print before the first step, by `train.data.understood`."""
+    texts = [text for several in data.test.captions for text in several]
+    lost = [t for t, ids in zip(texts, model.tokenizer.encode_batch(texts), strict=True) if UNK in ids]
+    unknown = isinstance(model.tokenizer, SentenceTokenizer) and lost
+    note = f"{len(lost):,} of {len(texts):,}, such as {lost[0][:60]!r}" if unknown else ""
+    return {"vocabulary": model.tokenizer.vocabulary_size, "test captions with unknown words": note, "net": model.cfg}
+
+
+# Nets.
+
+
+def scratch(args: Any, tokenizer: SentenceTokenizer, key: Tensor) -> Captioner:
+    """A captioner that knows nothing. Raises ValueError: sizes that do not fit each other."""
+    cfg = captioner.PRESETS[args.preset]
+    sizes = {"image": args.size, "vocabulary": tokenizer.vocabulary_size, "context": args.longest + 1}
+    cfg = dataclasses.replace(cfg, **sizes, dropout=args.dropout)
+    return Captioner(spec.init(key, captioner.spec(cfg)), cfg, tokenizer, marks_of(tokenizer, cfg))
+
+
+def marks_of(tokenizer: SentenceTokenizer | BytePairTokenizer, cfg: captioner.Config) -> Marks:
+    """Raises ValueError: GPT-2's tokenizer without its end, or one with more tokens than the net."""
+    size = tokenizer.vocabulary_size
+    if size > cfg.vocabulary:
+        raise ValueError(f"the tokenizer has {size} tokens; expected up to the {cfg.vocabulary} of the net")
+    unused = tuple(range(size, cfg.vocabulary))
+    if isinstance(tokenizer, SentenceTokenizer):
+        return Marks(tokenizer.start, tokenizer.end, (PAD, tokenizer.start, UNK, *unused))
+    end = tokenizer.token_id(END_OF_TEXT)
+    if end is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT}; expected GPT-2's")
+    return Marks(end, end, unused, WRITTEN)
+
+
+def of_weights(source: str) -> Captioner:
+    """A ViT-GPT2 of a folder or repository with config.json, the weights and GPT-2's tokenizer.
+
+    Raises ValueError: a file that is missing or does not fit.
+    """
+    params, cfg = captioner_weights.from_pretrained(source)
+    tokenizer = tokenizers.load(weights.locate(weights.beside(source), ("tokenizer.json",)))
+    return Captioner(params, cfg, tokenizer, marks_of(tokenizer, cfg))
+
+
+def of_run(run: SavedRun, device: torch.device | str = "cpu") -> Captioner:
+    """The captioner of a run, at its checkpoint."""
+    cfg, tokenizer = run.read("net", captioner.Config), tokenizers.load(run.folder / "tokenizer.json")
+    params = tree.move(run.restore(captioner.spec(cfg), "params"), device)
+    return Captioner(params, cfg, tokenizer, marks_of(tokenizer, cfg))
+
+
+# Training.
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Bytes as numbers in [-1, 1], as ViT's published weights take them."""
+    return images.float() / 127.5 - 1
+
+
+def batch_of(images: Tensor, rows: Tensor, keys: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """(pictures as the net takes them, at random shifted by up to so `shift` pixels; tokens)."""
+    return normalised(augment.crop(keys, images, shift) if shift else images), rows
+
+
+def loss(params: Tree, batch: tuple[Tensor, Tensor], keys: Tensor, cfg: captioner.Config, smoothing: float):
+    images, rows = batch
+    inputs, labels = rows[:, :-1].clamp(min=0), rows[:, 1:]
+    logits = captioner.apply(params, (images, inputs), cfg, key=keys, train=True)
+    hits = translation.token_accuracy(logits, labels, NOTHING)
+    return token_cross_entropy(logits, labels, label_smoothing=smoothing, ignore_id=NOTHING), {"accuracy": hits}
+
+
+# Captions.
+
+
+@torch.no_grad()
+def write(model: Captioner, images: Tensor, decoder: Decoder = GREEDY) -> list[Caption]:
+    """The best caption of each of the images, bytes (count, 3, side, side); with a temperature a sample, that of image
+    i with the key `fold_in(seed, i)`."""
+    params, cfg, tokenizer, marks = model
+    device, out = tree.leaves(params)[0].device, []
+    keys = random.fold_in(random.key(decoder.seed), torch.arange(len(images), dtype=torch.int32))
+    most = min(cfg.context, marks.longest or cfg.context)
+    step = avoiding(captioner.stepper(params, cfg, partial(captioner.step, donate=True)), marks.forbidden)
+    options = {"max_length": most, "end": marks.end, "padding": marks.end, "positions_axis": 2}
+    for part in batching.evaluation_batches(len(images), BATCH):
+        memory = captioner.encode(params, normalised(images[part].to(device)), cfg)
+        cache = captioner.start(params, memory, cfg, min(16, most))
+        first = torch.full((len(memory),), marks.start, device=device)
+        inputs = cache["past"], first, decoder, 1, keys[part].to(device)
+        best = search(step, *inputs, shared=cache["shared"], **options)
+        for row, score in zip(best.tokens[:, 0].tolist(), best.scores[:, 0].tolist(), strict=True):
+            ids = row[: row.index(marks.end)] if marks.end in row else row
+            out.append(Caption(" ".join(tokenizer.decode(ids).split()), score, ids))
+    return out
+
+
+def commonest(train: Pictures) -> str:
+    return Counter(text for several in train.captions for text in several).most_common(1)[0][0]
+
+
+def nearest(images: Tensor, train: Pictures, side: int = 16) -> list[str]:
+    """The first caption of the training picture that is nearest in pixels, averaged to `side` per axis."""
+
+    def small(images: Tensor) -> Tensor:
+        parts = [F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in images.split(256)]
+        return torch.cat(parts)  # (count, 3 side side)
+
+    others = small(train.images)
+    rows = torch.cat([torch.cdist(part, others).argmin(1) for part in small(images).split(256)])
+    return [train.captions[i][0] for i in rows.tolist()]
+
+
+def baselines(test: Pictures, train: Pictures, language: str) -> dict[str, float]:
+    """Figures of two captions without a net: the commonest one, and that of the nearest training picture."""
+    texts = {"commonest": [commonest(train)] * len(test.images), "nearest": nearest(test.images, train)}
+    out = {}
+    for name, own in texts.items():
+        values = translation.caption_scores(own, test.captions, language)
+        out |= {f"{name}_exact_match": values["exact_match"], f"{name}_bleu": values["bleu"]}
+    return out
+
+
+SUMMARY = """\
+{exact_match:.2%} of {pictures} captions word for word (the commonest: {commonest_exact_match:.2%}, that of the \
+nearest picture: {nearest_exact_match:.2%}), BLEU {bleu:.2f} ({commonest_bleu:.2f}, {nearest_bleu:.2f})
+BLEU|{bleu_signature}"""
+
+
+def study(folder: Path, model: Captioner, data: Data, language: str, decoder: Decoder = GREEDY) -> dict[str, Any]:
+    """Figures of the captions of the test part; writes captions.png, attention_1.png ... and mistakes.txt."""
+    test = data.test
+    best = write(model, test.images, decoder)
+    texts = [one.text for one in best]
+    out = translation.caption_scores(texts, test.captions, language) | baselines(test, data.train, language)
+    lines = ["picture\tcaptions\twritten"]
+    for name, own, text in zip(test.names, test.captions, texts, strict=True):
+        if text not in own:
+            lines.append(f"{name}\t{' | '.join(map(shown, own))}\t{shown(text)}")
+    with replacing(folder / "mistakes.txt") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = range(min(SHOWN, len(texts)))
+    below = [_compared(texts[i], test.captions[i]) for i in rows]
+    title = "Captions: right (green), wrong (orange) above the truth"
+    pictures.captioned(folder / "captions.png", test.images[: len(rows)].numpy(), below, title=title)
+    for i in range(min(DRAWN, len(texts))):
+        attention(folder / f"attention_{i + 1}.png", model, test.images[i], best[i].ids)
+    return {**out, "pictures": len(texts)}
+
+
+def _compared(text: str, own: Sequence[str]) -> list[tuple[str, str]]:
+    return [(text, RIGHT)] if text in own else [(text or "no word", WRONG), (own[0], figures.INK)]
+
+
+@torch.no_grad()
+def attention(path: Path, model: Captioner, image: Tensor, ids: list[int]) -> None:
+    """Where each token of a caption looks, by the last layer of the decoder, mean over the heads; the class token, on
+    which some of the attention may lie, is left out."""
+    params, cfg, tokenizer, marks = model
+    tokens = torch.tensor([[marks.start, *ids][: cfg.context]])
+    maps = captioner.attention_maps(tree.move(params, "cpu"), (normalised(image[None]), tokens), cfg)
+    side = cfg.image // cfg.patch
+    rows = maps[0, -1].mean(0)[:, 1:].unflatten(1, (side, side))  # (tokens, side, side)
+    names = [tokenizer.decode([token]).strip() for token in [*ids, marks.end][: len(rows)]]
+    names[len(ids) :] = ["(end)"] * (len(names) - len(ids))
+    pictures.words(path, image.numpy(), rows.numpy(), names)
+
+
+def write_predictions(
+    folder: Path, model: Captioner, paths: Sequence[Path], decoder: Decoder, maps: bool
+) -> tuple[int, list[tuple]]:
+    """captions.json, captions.csv and sheets of twelve; with `maps` a picture of the attention of each.
+
+    -> (number of pictures, those that cannot be read and why).
+    """
+    images, numbers, skipped = captions.read_pictures(paths, model.cfg.image, whole=True)
+    names, best = [shown(paths[i]) for i in numbers.tolist()], write(model, images, decoder)
+    for name, one in zip(names, best, strict=True):
+        print(f"{name}: {shown(one.text)}")
+    records = [{"picture": n, "caption": one.text, "score": one.score} for n, one in zip(names, best, strict=True)]
+    write_json(folder / "captions.json", records)
+    with replacing(folder / "captions.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, ["picture", "caption", "score"])
+        lines.writeheader()
+        lines.writerows(records)
+    for page, start in enumerate(range(0, len(names), SHOWN), 1):
+        below = [[(one.text or "no word", figures.INK)] for one in best[start : start + SHOWN]]
+        pictures.captioned(folder / f"captions_{page}.png", images[start : start + SHOWN].numpy(), below)
+    for i in range(len(names) if maps else 0):
+        attention(folder / f"attention_{i + 1}.png", model, images[i], best[i].ids)
+    return len(names), skipped

@@ -1,0 +1,77 @@
+"""Pictures with captions below them, and where each word of a caption looks."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from train.plots.figures import INK, array, new_figure, write
+
+
+def _shown(panel: Any, image: Any, **options: Any) -> None:
+    pixels = array(image)
+    panel.imshow(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), cmap="gray", **options)
+
+
+def captioned(
+    path: str | os.PathLike,
+    images: Any,
+    captions: Sequence[Sequence[tuple[str, str]]],
+    columns: int = 4,
+    title: str = "",
+    side: float = 2.6,
+) -> None:
+    """Images, row after row, each above its captions.
+
+    Args:
+        images: (count, channels, height, width) in [0, 1], or bytes, or a list of such in sizes of their own.
+        captions: (text, colour) of each image, one below the other; long texts are wrapped.
+        side: size of an image in inches.
+    """
+    count, columns = len(images), min(columns, max(1, len(images)))
+    letters = int(side * 15)
+    texts = [[(part, ink) for text, ink in rows for part in textwrap.wrap(text, letters)[:4]] for rows in captions]
+    lines = max((len(rows) for rows in texts), default=0)
+    rows, height = -(-count // columns), side + 0.15 * lines + 0.1
+    figure = new_figure(columns * side, rows * height + 0.35 * bool(title))
+    top = 1 - 0.35 * bool(title) / (rows * height + 0.35 * bool(title))
+    for i in range(count):
+        row, column = divmod(i, columns)
+        bottom = top * (1 - (row + 1) / rows + (0.15 * lines + 0.05) / (rows * height))
+        panel = figure.add_axes((column / columns + 0.02, bottom, 1 / columns - 0.04, top * side / (rows * height)))
+        panel.set_axis_off()
+        _shown(panel, images[i])
+        for line, (text, ink) in enumerate(texts[i]):
+            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "ha": "left"}
+            shift = (0, -3 - 10.8 * line)
+            panel.annotate(text, (0, 0), shift, fontsize=7.5, color=ink, parse_math=False, **place)
+    if title:
+        figure.suptitle(title, color=INK, fontsize=11)
+    write(path, figure)
+
+
+def words(path: str | os.PathLike, image: Any, maps: Any, names: Sequence[str], columns: int = 6) -> None:
+    """An image, and once more for each word with the word's attention over it.
+
+    Args:
+        image: (channels, height, width) in [0, 1], or bytes.
+        maps: (words, rows, columns) of weights, each drawn up to its largest.
+        names: the words.
+    """
+    pixels, weights = array(image), array(maps)
+    count, columns = 1 + len(weights), min(columns, 1 + len(weights))
+    rows = -(-count // columns)
+    figure = new_figure(1.7 * columns, 1.95 * rows)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    extent = (-0.5, pixels.shape[2] - 0.5, pixels.shape[1] - 0.5, -0.5)
+    for i, panel in enumerate(axes):
+        panel.set_axis_off()
+        if i == 0:
+            _shown(panel, image)
+        elif i < count:
+            panel.imshow(pixels.mean(0), cmap="gray")
+            look = {"cmap": "magma", "alpha": 0.6, "interpolation": "bilinear", "vmin": 0}
+            panel.imshow(weights[i - 1], extent=extent, **look)
+            panel.set_title(names[i - 1], fontsize=9, color=INK, parse_math=False)
+    write(path, figure)
