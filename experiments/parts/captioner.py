@@ -1,8 +1,6 @@
-"""A captioner that `experiments/caption.py` trains, or a published one: its data and loss, what it writes, figures."""
+"""A captioner that `experiments/caption.py` trains, or a published one: its data, its loss and what it writes."""
 
-import csv
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from core import random, spec, tree
 from core.tree import Tree
 from experiments.parts.translator import GREEDY, Decoder, Marks, avoiding, search
 from nets import weights
 from nets.multimodal import captioner, captioner_weights
+from train import optimizers
 from train.data import DataError, batching
 from train.data.images import augment, captions, scenes
 from train.data.images.arrays import digits
@@ -24,11 +22,10 @@ from train.data.text import tokenizers
 from train.data.text.ragged import padded
 from train.data.text.token_files import END_OF_TEXT
 from train.data.text.tokenizers import PAD, UNK, BytePairTokenizer, SentenceTokenizer
-from train.files import replacing, shown, write_json
+from train.files import shown
 from train.losses import token_cross_entropy
 from train.metrics import translation
-from train.plots import captions as pictures
-from train.plots import figures
+from train.optimizers import recipes, schedules
 from train.run import SavedRun
 
 TRAINING, TESTING = 4000, 500
@@ -39,13 +36,8 @@ BATCH = 64
 """Pictures at once, without a gradient."""
 NOTHING = -1
 """Label of the positions after a caption, which do not count."""
-SHOWN = 12
-"""Pictures of a sheet."""
-DRAWN = 3
-"""Pictures whose attention is drawn."""
 WRITTEN = 50
 """Tokens that a published captioner writes, at most."""
-RIGHT, WRONG = figures.COLOURS[2], figures.COLOURS[1]
 
 
 class Captioner(NamedTuple):
@@ -195,8 +187,23 @@ def normalised(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def optimizer_of(args: Any) -> optimizers.Optimizer:
+    """That of the flags, after clipping; Muon is for matrices and convolutions, not for embeddings."""
+    rate = schedules.warmup_cosine(args.learning_rate, args.steps // 10, args.steps)
+    dtype = torch.float32 if args.common.device == "cpu" else torch.bfloat16
+
+    def decayed(name: str, leaf: Any) -> bool:
+        return leaf.ndim >= 2
+
+    def hidden(name: str, leaf: Any) -> bool:
+        return leaf.ndim in (2, 4) and "tokens" not in name and "positions" not in name
+
+    rule = recipes.optimizer(args.optimizer, rate, args.weight_decay, decayed, hidden, dtype)
+    return optimizers.chain(optimizers.clip_by_global_norm(args.clip), rule)
+
+
 def batch_of(images: Tensor, rows: Tensor, keys: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    """(pictures as the net takes them, at random shifted by up to so `shift` pixels; tokens)."""
+    """(pictures as the net takes them, shifted at random by up to `shift` pixels; tokens)."""
     return normalised(augment.crop(keys, images, shift) if shift else images), rows
 
 
@@ -231,99 +238,3 @@ def write(model: Captioner, images: Tensor, decoder: Decoder = GREEDY) -> list[C
             ids = row[: row.index(marks.end)] if marks.end in row else row
             out.append(Caption(" ".join(tokenizer.decode(ids).split()), score, ids))
     return out
-
-
-def commonest(train: Pictures) -> str:
-    return Counter(text for several in train.captions for text in several).most_common(1)[0][0]
-
-
-def nearest(images: Tensor, train: Pictures, side: int = 16) -> list[str]:
-    """The first caption of the training picture that is nearest in pixels, averaged to `side` per axis."""
-
-    def small(images: Tensor) -> Tensor:
-        parts = [F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in images.split(256)]
-        return torch.cat(parts)  # (count, 3 side side)
-
-    others = small(train.images)
-    rows = torch.cat([torch.cdist(part, others).argmin(1) for part in small(images).split(256)])
-    return [train.captions[i][0] for i in rows.tolist()]
-
-
-def baselines(test: Pictures, train: Pictures, language: str) -> dict[str, float]:
-    """Figures of two captions without a net: the commonest one, and that of the nearest training picture."""
-    texts = {"commonest": [commonest(train)] * len(test.images), "nearest": nearest(test.images, train)}
-    out = {}
-    for name, own in texts.items():
-        values = translation.caption_scores(own, test.captions, language)
-        out |= {f"{name}_exact_match": values["exact_match"], f"{name}_bleu": values["bleu"]}
-    return out
-
-
-SUMMARY = """\
-{exact_match:.2%} of {pictures} captions word for word (the commonest: {commonest_exact_match:.2%}, that of the \
-nearest picture: {nearest_exact_match:.2%}), BLEU {bleu:.2f} ({commonest_bleu:.2f}, {nearest_bleu:.2f})
-BLEU|{bleu_signature}"""
-
-
-def study(folder: Path, model: Captioner, data: Data, language: str, decoder: Decoder = GREEDY) -> dict[str, Any]:
-    """Figures of the captions of the test part; writes captions.png, attention_1.png ... and mistakes.txt."""
-    test = data.test
-    best = write(model, test.images, decoder)
-    texts = [one.text for one in best]
-    out = translation.caption_scores(texts, test.captions, language) | baselines(test, data.train, language)
-    lines = ["picture\tcaptions\twritten"]
-    for name, own, text in zip(test.names, test.captions, texts, strict=True):
-        if text not in own:
-            lines.append(f"{name}\t{' | '.join(map(shown, own))}\t{shown(text)}")
-    with replacing(folder / "mistakes.txt") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    rows = range(min(SHOWN, len(texts)))
-    below = [_compared(texts[i], test.captions[i]) for i in rows]
-    title = "Captions: right (green), wrong (orange) above the truth"
-    pictures.captioned(folder / "captions.png", test.images[: len(rows)].numpy(), below, title=title)
-    for i in range(min(DRAWN, len(texts))):
-        attention(folder / f"attention_{i + 1}.png", model, test.images[i], best[i].ids)
-    return {**out, "pictures": len(texts)}
-
-
-def _compared(text: str, own: Sequence[str]) -> list[tuple[str, str]]:
-    return [(text, RIGHT)] if text in own else [(text or "no word", WRONG), (own[0], figures.INK)]
-
-
-@torch.no_grad()
-def attention(path: Path, model: Captioner, image: Tensor, ids: list[int]) -> None:
-    """Where each token of a caption looks, by the last layer of the decoder, mean over the heads; the class token, on
-    which some of the attention may lie, is left out."""
-    params, cfg, tokenizer, marks = model
-    tokens = torch.tensor([[marks.start, *ids][: cfg.context]])
-    maps = captioner.attention_maps(tree.move(params, "cpu"), (normalised(image[None]), tokens), cfg)
-    side = cfg.image // cfg.patch
-    rows = maps[0, -1].mean(0)[:, 1:].unflatten(1, (side, side))  # (tokens, side, side)
-    names = [tokenizer.decode([token]).strip() for token in [*ids, marks.end][: len(rows)]]
-    names[len(ids) :] = ["(end)"] * (len(names) - len(ids))
-    pictures.words(path, image.numpy(), rows.numpy(), names)
-
-
-def write_predictions(
-    folder: Path, model: Captioner, paths: Sequence[Path], decoder: Decoder, maps: bool
-) -> tuple[int, list[tuple]]:
-    """captions.json, captions.csv and sheets of twelve; with `maps` a picture of the attention of each.
-
-    -> (number of pictures, those that cannot be read and why).
-    """
-    images, numbers, skipped = captions.read_pictures(paths, model.cfg.image, whole=True)
-    names, best = [shown(paths[i]) for i in numbers.tolist()], write(model, images, decoder)
-    for name, one in zip(names, best, strict=True):
-        print(f"{name}: {shown(one.text)}")
-    records = [{"picture": n, "caption": one.text, "score": one.score} for n, one in zip(names, best, strict=True)]
-    write_json(folder / "captions.json", records)
-    with replacing(folder / "captions.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, ["picture", "caption", "score"])
-        lines.writeheader()
-        lines.writerows(records)
-    for page, start in enumerate(range(0, len(names), SHOWN), 1):
-        below = [[(one.text or "no word", figures.INK)] for one in best[start : start + SHOWN]]
-        pictures.captioned(folder / f"captions_{page}.png", images[start : start + SHOWN].numpy(), below)
-    for i in range(len(names) if maps else 0):
-        attention(folder / f"attention_{i + 1}.png", model, images[i], best[i].ids)
-    return len(names), skipped

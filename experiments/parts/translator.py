@@ -200,7 +200,7 @@ def decode(
 def search(
     step: Callable, cache: tree.Tree, first: Tensor, decoder: Decoder, n_best: int, keys: Tensor | None, **options
 ) -> Decoded:
-    """What the decoder's flags ask for, by `nets.language`: n_best of each, (batch, n_best, tokens)."""
+    """Texts by the decoder's flags, beams, greedy or sampled: n_best of each, (batch, n_best, tokens)."""
     if decoder.temperature is None and decoder.beam > 1:
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
         return beam_search(step, cache, first, **options)

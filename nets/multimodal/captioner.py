@@ -7,8 +7,8 @@ transformers' ViT-GPT2:
     y = tokens[words] + positions;   y = decoder_i(y, memory);   logits = norm(y) tokensᵀ
 
 A layer of the decoder attends to the words so far, then to the patches: where a word looks. Dosovitskiy et al. 2021
-(arXiv:2010.11929); Radford et al. 2019. With `stem` the patches are embedded by small convolutions, each of stride 2,
-by which a ViT learns from far fewer pictures (Xiao et al. 2021, arXiv:2106.14881).
+(arXiv:2010.11929); Radford et al. 2019. With `stem`, stages of two small convolutions come before the patches, by which
+a ViT learns from far fewer pictures (Xiao et al. 2021, arXiv:2106.14881).
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from core.layers.checks import check_tensor
 from core.spec import Param
 from core.tree import Tree
 from nets.blocks.conv_norm import check_images, patch_embedding, patch_embedding_spec
-from nets.blocks.transformer_block import block, block_spec, cached_block, decoder_block_spec, identity
+from nets.blocks.transformer_block import block, block_spec, cached_block, decoder_block_spec, identity, sinusoids
 
 SIZES = ("image", "channels", "patch", "image_layers", "image_heads", "image_width", "image_hidden")
 SIZES += ("vocabulary", "context", "text_layers", "text_heads", "text_width", "text_hidden")
@@ -55,7 +55,8 @@ class Config:
     patch: int = 16
     """Pixels per side of a patch."""
     stem: tuple[int, ...] = ()
-    """Channels of convolutions of stride 2 before the patches are embedded; they are part of a patch's size."""
+    """Channels of each stage of convolutions before the patches are embedded; a stage halves the sides,
+    so that there are up to log2(patch) of them."""
     image_layers: int = 12
     image_heads: int = 12
     image_width: int = 768
@@ -98,27 +99,25 @@ class Config:
             raise ValueError(f"captioner: dropout {self.dropout} is outside [0, 1)")
 
 
-TINY = {"image_layers": 2, "image_heads": 4, "image_width": 128, "image_hidden": 256, "vocabulary": 256, "context": 32}
+TINY = {"image_layers": 1, "image_heads": 4, "image_width": 128, "image_hidden": 256, "vocabulary": 256, "context": 32}
 TINY |= {"text_layers": 2, "text_heads": 4, "text_width": 128, "text_hidden": 256}
+SMALL = {"image_layers": 6, "image_heads": 4, "image_width": 256, "image_hidden": 1024, "vocabulary": 8000}
+SMALL |= {"context": 64, "text_layers": 4, "text_heads": 4, "text_width": 256, "text_hidden": 1024}
 PRESETS = {
-    "tiny": Config(image=64, patch=8, stem=(32, 64, 128), **TINY),
-    "small": Config(
-        image=128,
-        patch=16,
-        stem=(32, 64, 128, 256),
-        image_layers=6,
-        image_heads=4,
-        image_width=256,
-        image_hidden=1024,
-        vocabulary=8000,
-        context=64,
-        text_layers=4,
-        text_heads=4,
-        text_width=256,
-        text_hidden=1024,
-    ),
+    "tiny": Config(image=64, patch=8, stem=(16, 32, 64), **TINY),
+    "small": Config(image=128, patch=16, stem=(16, 32, 64, 128), **SMALL),
     "vit-gpt2": Config(),
 }
+
+
+def _grid(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sinusoids of the row and of the column of each patch, (1, 1 + patches, width); 0 for the class token."""
+    _, count, width = shape
+    places, half = torch.arange(round((count - 1) ** 0.5), device=key.device), width // 4 * 2
+    one = sinusoids(places, half)  # (side, half)
+    both = one[:, None].expand(-1, len(one), -1), one[None].expand(len(one), -1, -1)
+    table = torch.cat(both, -1).flatten(0, 1)  # (patches, 2 half)
+    return F.pad(table, (0, width - 2 * half, 1, 0))[None].to(dtype)
 
 
 def _conv_spec(d_in: int, d_out: int) -> Tree:
@@ -129,8 +128,8 @@ def _conv_spec(d_in: int, d_out: int) -> Tree:
 def spec(cfg: Config) -> Tree:
     """`encoder` and `decoder`, and the `bridge` between them where their widths differ.
 
-    Matrices are initialised by Glorot's uniform, embeddings of words and positions by N(0, 0.02^2). The embedding of
-    the words is the output layer too.
+    Matrices are initialised by Glorot's uniform, the embeddings of words and of their positions by N(0, 0.02^2), the
+    positions of the patches by sinusoids. The embedding of the words is the output layer too.
     """
     small = initializers.normal(0.02)
     channels, patch = (cfg.channels, *cfg.stem), cfg.patch // 2 ** len(cfg.stem)
@@ -139,7 +138,7 @@ def spec(cfg: Config) -> Tree:
         "class_token": Param((1, 1, cfg.image_width), axes=(None, None, "embed")),
         "norm": layer_norm_spec(cfg.image_width),
         "patches": patch_embedding_spec(channels[-1], cfg.image_width, patch, init=initializers.lecun_normal()),
-        "positions": Param((1, 1 + (cfg.image // cfg.patch) ** 2, cfg.image_width), small, (None, "time", "embed")),
+        "positions": Param((1, 1 + (cfg.image // cfg.patch) ** 2, cfg.image_width), _grid, (None, "time", "embed")),
     }
     if cfg.stem:
         pairs = zip(channels, cfg.stem, strict=False)

@@ -9,8 +9,8 @@ PAIRS = both(images(3, 8), tokens(11, 6))
 net("clip", clip, VIT, PAIRS)
 RESNET = clip.Config(6, 32, depths=(1, 1, 1, 1), image_width=4, image_heads=2, end_id=10, zero_init=False, **TEXT)
 net("clip, resnet", clip, RESNET, both(images(3, 32), tokens(11, 6)))
-SIZES = {"image_layers": 2, "image_heads": 2, "image_width": 12, "image_hidden": 16, "vocabulary": 11, "context": 7}
-SIZES |= {"text_layers": 2, "text_heads": 2, "text_width": 8, "text_hidden": 16}
+SIZES = {"image_layers": 1, "image_heads": 2, "image_width": 12, "image_hidden": 16, "vocabulary": 11, "context": 7}
+SIZES |= {"text_layers": 1, "text_heads": 2, "text_width": 8, "text_hidden": 16}
 CAPTIONER = captioner.Config(8, patch=4, dropout=0.1, **SIZES)
 CAPTIONS = both(images(3, 8), tokens(11, 6))
 net("captioner", captioner, CAPTIONER, CAPTIONS, draws=True)

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from train.plots.figures import INK, array, new_figure, write
 
 
@@ -51,7 +53,7 @@ def captioned(
 
 
 def words(path: str | os.PathLike, image: Any, maps: Any, names: Sequence[str], columns: int = 6) -> None:
-    """An image, and once more for each word with the word's attention over it.
+    """An image, and once more for each word, dark where the word does not look.
 
     Args:
         image: (channels, height, width) in [0, 1], or bytes.
@@ -67,11 +69,12 @@ def words(path: str | os.PathLike, image: Any, maps: Any, names: Sequence[str], 
     extent = (-0.5, pixels.shape[2] - 0.5, pixels.shape[1] - 0.5, -0.5)
     for i, panel in enumerate(axes):
         panel.set_axis_off()
-        if i == 0:
+        if i < count:
             _shown(panel, image)
-        elif i < count:
-            panel.imshow(pixels.mean(0), cmap="gray")
-            look = {"cmap": "magma", "alpha": 0.6, "interpolation": "bilinear", "vmin": 0}
-            panel.imshow(weights[i - 1], extent=extent, **look)
+        if 0 < i < count:
+            own = weights[i - 1]
+            shade = np.zeros((*own.shape, 4))  # black, the more opaque the less is seen there
+            shade[..., 3] = 0.85 * (1 - own / max(float(own.max()), 1e-12))
+            panel.imshow(shade, extent=extent, interpolation="bilinear")
             panel.set_title(names[i - 1], fontsize=9, color=INK, parse_math=False)
     write(path, figure)
