@@ -10,9 +10,10 @@ import numpy as np
 from train.plots.figures import INK, array, new_figure, write
 
 
-def _shown(panel: Any, image: Any, **options: Any) -> None:
+def _show(panel: Any, image: Any) -> None:
     pixels = array(image)
-    panel.imshow(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), cmap="gray", **options)
+    pixels = pixels.repeat(3, 0) if len(pixels) == 1 else pixels
+    panel.imshow(pixels.transpose(1, 2, 0))
 
 
 def captioned(
@@ -42,7 +43,7 @@ def captioned(
         bottom = top * (1 - (row + 1) / rows + (0.15 * lines + 0.05) / (rows * height))
         panel = figure.add_axes((column / columns + 0.02, bottom, 1 / columns - 0.04, top * side / (rows * height)))
         panel.set_axis_off()
-        _shown(panel, images[i])
+        _show(panel, images[i])
         for line, (text, ink) in enumerate(texts[i]):
             place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "ha": "left"}
             shift = (0, -3 - 10.8 * line)
@@ -70,7 +71,7 @@ def words(path: str | os.PathLike, image: Any, maps: Any, names: Sequence[str], 
     for i, panel in enumerate(axes):
         panel.set_axis_off()
         if i < count:
-            _shown(panel, image)
+            _show(panel, image)
         if 0 < i < count:
             own = weights[i - 1]
             shade = np.zeros((*own.shape, 4))  # black, the more opaque the less is seen there
