@@ -71,19 +71,19 @@ class Args:
     """Dropout rate."""
     label_smoothing: Rate = 0.0
     """Probability of each word that is spread over the vocabulary."""
-    steps: Count = 1000
+    steps: Count = 1500
     """Training steps; the learning rate rises over a tenth of them, and then falls to 0."""
     batch: Count = 32
     """Captions per step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW, or Muon for the hidden matrices and convolutions, which learns captions from scratch far sooner."""
-    learning_rate: Positive = 3e-3
-    """Peak learning rate."""
-    weight_decay: NonNegative = 0.1
+    learning_rate: Positive = 4e-3
+    """Peak learning rate; beside Muon, AdamW has half of it."""
+    weight_decay: NonNegative = 0.05
     """Weight decay, not on biases and norms."""
     clip: Positive = 1.0
     """Norm that gradients are clipped to."""
-    eval_every: Count = 250
+    eval_every: Count = 300
     """Steps between evaluations on the first pictures to test on."""
     # Compiling the step takes as long as it then saves.
     common: Shared = Common(compile=False)
@@ -92,6 +92,7 @@ class Args:
 PICTURES = Args(
     preset="small",
     size=128,
+    tokenizer="bpe",
     vocabulary=8000,
     longest=40,
     shift=8,
@@ -208,7 +209,8 @@ def evaluate(args: EvaluateArgs) -> None:
     if args.run is None and args.data is None:
         raise ValueError("published weights have no data of their own; name pictures with --data")
     data = parts.open_data(args.data or trained.data, net.cfg.image)
-    understood(print, {"data": args.data or trained.data, **data.facts, **parts.facts(data, net)})
+    way = f"{args.beam} beams" if args.temperature is None else f"samples at temperature {args.temperature}"
+    understood(print, {"data": args.data or trained.data, **data.facts, "captions by": way, **parts.facts(data, net)})
     name = Path(args.data or "test").resolve().name
     folder = unused(args.out, args.run / "evaluations" / name if args.run else Path("evaluations") / name)
     folder.mkdir(parents=True)

@@ -15,6 +15,7 @@ from experiments.parts import captioner as parts
 from experiments.parts.translator import GREEDY, Decoder
 from nets.multimodal import captioner
 from train.data.images import captions
+from train.data.text.tokenizers import SentenceTokenizer
 from train.files import replacing, shown, write_json
 from train.metrics import translation
 from train.plots import captions as pictures
@@ -97,7 +98,9 @@ def attention(path: Path, model: parts.Captioner, image: Tensor, ids: list[int])
     maps = captioner.attention_maps(tree.move(params, "cpu"), (parts.normalised(image[None]), tokens), cfg)
     side = cfg.image // cfg.patch
     rows = maps[0, -1].mean(0)[:, 1:].unflatten(1, (side, side))  # (tokens, side, side)
-    names = [*(tokenizer.decode([token]).strip() for token in ids), "(end)"][: min(len(rows), WORDS)]
+    whole = isinstance(tokenizer, SentenceTokenizer)
+    own = tokenizer.tokens(ids) if whole else [tokenizer.decode([token]).strip() for token in ids]
+    names = [*own, "(end)"][: min(len(rows), WORDS)]
     pictures.words(path, image.numpy(), rows[: len(names)].numpy(), names)
 
 

@@ -25,10 +25,10 @@ from train.data.text.tokenizers import PAD, UNK, BytePairTokenizer, SentenceToke
 from train.files import shown
 from train.losses import token_cross_entropy
 from train.metrics import translation
-from train.optimizers import recipes, schedules
+from train.optimizers import schedules
 from train.run import SavedRun
 
-TRAINING, TESTING = 4000, 500
+TRAINING, TESTING = 6000, 500
 """Scenes to learn from and to test on."""
 MOST = 3
 """Digits of a scene, at most."""
@@ -75,10 +75,16 @@ class Caption(NamedTuple):
 
 
 def _of_scenes(key: Tensor, count: int, pool: Any, side: int) -> Pictures:
-    content = scenes.scenes(key, count, pool, side=side, most=MOST, sizes=(side // 4, 15 * side // 32))
-    texts = tuple((text,) for text in scenes.captions(content))
-    names = tuple(f"scene {i + 1}" for i in range(count))
-    return Pictures((255 * content.images).round().to(torch.uint8), texts, names)
+    """Up to `count` scenes; those are left out whose order from left to right is a matter of a few pixels."""
+    sizes = (side // 4, 15 * side // 32)
+    content = scenes.scenes(key, count + count // 8, pool, side=side, most=MOST, sizes=sizes)
+    centres = (content.boxes[..., 0] + content.boxes[..., 2]) / 2
+    centres = torch.where(content.labels < 0, torch.inf, centres).sort(1).values  # (count, most)
+    gaps = (centres[:, 1:] - centres[:, :-1]).nan_to_num(torch.inf)
+    clear = ((gaps >= side / 16).all(1) & (content.labels >= 0).any(1)).nonzero()[:count, 0]
+    texts, images = scenes.captions(content), (255 * content.images[clear]).round().to(torch.uint8)
+    captions_of = tuple((texts[i],) for i in clear.tolist())
+    return Pictures(images, captions_of, tuple(f"scene {i + 1}" for i in range(len(clear))))
 
 
 def open_data(data: str, side: int) -> Data:
@@ -87,7 +93,7 @@ def open_data(data: str, side: int) -> Data:
         keys, pools = random.split(random.key(0)).unbind(0), digits()
         parts = zip(keys, (TRAINING, TESTING), pools, strict=True)
         learn, test = (_of_scenes(key, count, pool, side) for key, count, pool in parts)
-        counts = {"train": TRAINING, "test": TESTING}
+        counts = {"train": len(learn.images), "test": len(test.images)}
         return Data(learn, test, {"pictures": counts, "to test on": "scenes of other digits"}, 0)
     files = captions.open_captions(data)
     learn, bad = _of_files(files.train, side)
@@ -188,17 +194,23 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def optimizer_of(args: Any) -> optimizers.Optimizer:
-    """That of the flags, after clipping; Muon is for matrices and convolutions, not for embeddings."""
-    rate = schedules.warmup_cosine(args.learning_rate, args.steps // 10, args.steps)
-    dtype = torch.float32 if args.common.device == "cpu" else torch.bfloat16
-
-    def decayed(name: str, leaf: Any) -> bool:
-        return leaf.ndim >= 2
+    """That of the flags, after clipping; Muon is for matrices and convolutions, and AdamW at half its learning rate for
+    the rest."""
+    rate, half = (
+        schedules.warmup_cosine(peak, args.steps // 10, args.steps)
+        for peak in (args.learning_rate, args.learning_rate / 2)
+    )
+    decay = {"weight_decay": args.weight_decay, "mask": lambda name, leaf: leaf.ndim >= 2}
 
     def hidden(name: str, leaf: Any) -> bool:
         return leaf.ndim in (2, 4) and "tokens" not in name and "positions" not in name
 
-    rule = recipes.optimizer(args.optimizer, rate, args.weight_decay, decayed, hidden, dtype)
+    if args.optimizer == "adamw":
+        rule = optimizers.adamw(rate, **decay)
+    else:
+        dtype = torch.float32 if args.common.device == "cpu" else torch.bfloat16
+        options = {"flatten": True, "adjust": "match_rms_adamw", "dtype": dtype}
+        rule = optimizers.muon(rate, optimizers.adamw(half, **decay), matrices=hidden, **decay, **options)
     return optimizers.chain(optimizers.clip_by_global_norm(args.clip), rule)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from nets.multimodal import captioner
 from tests.experiments import runs
 from tests.registry.experiments.captions import SMALL, files
 from train.data import DataError
+from train.data.images import scenes
 from train.data.text import tokenizers
 
 call = functools.partial(runs.call, "caption")
@@ -85,8 +87,15 @@ def test_baselines():
 
 
 def test_scenes_have_captions_that_a_tokenizer_of_words_writes():
-    data = parts._of_scenes(random.key(0), 8, parts.digits()[0], 64)
-    assert data.images.dtype == torch.uint8 and data.images.shape == (8, 3, 64, 64)
+    data = parts._of_scenes(random.key(0), 16, parts.digits()[0], 64)
+    assert data.images.dtype == torch.uint8 and data.images.shape == (len(data.captions), 3, 64, 64)
+    content = scenes.scenes(random.key(0), 18, parts.digits()[0], most=parts.MOST, sizes=(16, 30))
+    clear = []
+    for boxes, labels, text in zip(content.boxes, content.labels, scenes.captions(content), strict=True):
+        centres = sorted(float(box[0] + box[2]) / 2 for box, label in zip(boxes, labels, strict=True) if label >= 0)
+        if all(b - a >= 4 for a, b in itertools.pairwise(centres)):
+            clear.append((text,))
+    assert 8 < len(clear) < 18 and data.captions == tuple(clear[:16])
     tokenizer = parts.learn_tokenizer(data, "words", 200)
     for (text,) in data.captions:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -94,7 +103,7 @@ def test_scenes_have_captions_that_a_tokenizer_of_words_writes():
 
 def test_bad_records_and_pictures_are_named_and_counted(here, capsys, monkeypatch):
     runs.coarse(monkeypatch)
-    assert call(*FLAGS) == 0
+    assert call(*FLAGS, "--steps", "2") == 0
     out = capsys.readouterr().out
     for reason in ("has a caption of no words", "names '99.png', which is not there", "garbled.png"):
         assert reason in out, reason
@@ -141,6 +150,7 @@ def published(here):
     return here
 
 
+@pytest.mark.slow
 def test_published_weights_caption_are_evaluated_and_trained_on(published, capsys, monkeypatch):
     runs.coarse(monkeypatch)
     weights = ("--weights", "vit-gpt2")
