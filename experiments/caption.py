@@ -224,7 +224,6 @@ def predict(args: PredictArgs) -> None:
     net, _ = opened(args)
     paths, skipped = folders.picture_paths(args.images)
     folder = unused(args.out, Path("captions"))
-    folder.mkdir(parents=True)
     count, bad = figures.write_predictions(folder, net, paths, args, args.maps)
     understood(print, {"pictures": count, "skipped": [*skipped, *bad]})
     print(f"files in {folder}/")

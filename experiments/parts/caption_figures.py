@@ -107,11 +107,13 @@ def attention(path: Path, model: parts.Captioner, image: Tensor, ids: list[int])
 def write_predictions(
     folder: Path, model: parts.Captioner, paths: Sequence[Path], decoder: Decoder, maps: bool
 ) -> tuple[int, list[tuple]]:
-    """captions.json, captions.csv and sheets of twelve; with `maps` a picture of the attention of each.
+    """A new folder with captions.json, captions.csv and sheets of twelve; with `maps` the attention of each.
 
     -> (number of pictures, those that cannot be read and why).
+    Raises DataError: none can be read.
     """
     images, numbers, skipped = captions.read_pictures(paths, model.cfg.image, whole=True)
+    folder.mkdir(parents=True)
     names, best = [shown(paths[i]) for i in numbers.tolist()], parts.write(model, images, decoder)
     for name, one in zip(names, best, strict=True):
         print(f"{name}: {shown(one.text)}")

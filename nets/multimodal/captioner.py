@@ -162,7 +162,7 @@ def _drops(key: Tensor | None, cfg: Config, train: bool, side: int, n: int, shap
     return dropout_sites(random.sites(key, 2)[side], n, shape, cfg.dropout)
 
 
-def _embed_patches(p: Tree, x: Tensor, cfg: Config) -> Tensor:
+def _embed_patches(p: Tree, x: Tensor) -> Tensor:
     """x (batch, channels, image, image) -> (batch, patches, width)."""
     for first, second in p.get("stem", ()):
         for one, stride in ((first, 2), (second, 1)):
@@ -186,7 +186,7 @@ def encode(params: Tree, x: Tensor, cfg: Config, *, key: Tensor | None = None, t
     if tuple(x.shape[2:]) != (cfg.image, cfg.image):
         raise ValueError(f"captioner: the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.image} x {cfg.image}")
     p = params["encoder"]
-    patches = _embed_patches(p, x, cfg)  # (batch, patches, width)
+    patches = _embed_patches(p, x)  # (batch, patches, width)
     token = p["class_token"].expand(len(x), 1, cfg.image_width)  # (batch, 1, width)
     z = torch.cat([token, patches], 1) + p["positions"]  # (batch, 1 + patches, width)
     first, *drops = _drops(key, cfg, train, 0, 1 + 2 * cfg.image_layers, tuple(z.shape))

@@ -101,10 +101,10 @@ def test_scenes_have_captions_that_a_tokenizer_of_words_writes():
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_bad_records_and_pictures_are_named_and_counted(here, capsys, monkeypatch):
+def test_bad_records_and_pictures_are_named_and_counted(here, capfd, monkeypatch):
     runs.coarse(monkeypatch)
     assert call(*FLAGS, "--steps", "2") == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     for reason in ("has a caption of no words", "names '99.png', which is not there", "garbled.png"):
         assert reason in out, reason
     assert "is a picture without a caption" in out
@@ -112,12 +112,14 @@ def test_bad_records_and_pictures_are_named_and_counted(here, capsys, monkeypatc
     (here / "more").mkdir()
     (here / "more/1.png").write_bytes((here / "squares/1.png").read_bytes())
     assert call("predict", "--run", "runs/caption/a", "more", "squares/garbled.png", "--beam", "1", "--maps") == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "garbled.png" in out and "cannot be read as a picture" in out
     (record,) = json.loads((here / "captions/captions.json").read_text())
     with open(here / "captions/captions.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert record["picture"] == row["picture"] == "more/1.png" and record["caption"] == row["caption"]
+    bad = ("predict", "--run", "runs/caption/a", "squares/garbled.png")
+    assert "no picture can be read; squares/garbled.png" in runs.refused("caption", capfd, *bad)
     assert (here / "captions/attention_1.png").is_file() and (here / "captions/captions_1.png").is_file()
 
 

@@ -47,7 +47,7 @@ SMALL = (
     "--shift",
     "1",
 )
-SMALL += ("--steps", "8", "--batch", "4", "--eval-every", "4")
+SMALL += ("--tokenizer", "words", "--steps", "8", "--batch", "4", "--eval-every", "4")
 
 ROWS = [
     Experiment(
