@@ -23,6 +23,8 @@ from train.plots import figures
 
 SHOWN = 12
 """Pictures of a sheet."""
+MISTAKES = 4
+"""Wrong captions that follow the first ones on the sheet."""
 DRAWN = 3
 """Pictures whose attention is drawn."""
 WORDS = 23
@@ -38,8 +40,8 @@ def nearest(images: Tensor, train: parts.Pictures, side: int = 16) -> list[str]:
     """The first caption of the training picture that is nearest in pixels, averaged to `side` per axis."""
 
     def small(images: Tensor) -> Tensor:
-        parts = [F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in images.split(256)]
-        return torch.cat(parts)  # (count, 3 side side)
+        rows = [F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in images.split(256)]
+        return torch.cat(rows)  # (count, 3 side side)
 
     others = small(train.images)
     rows = torch.cat([torch.cdist(part, others).argmin(1) for part in small(images).split(256)])
@@ -76,10 +78,12 @@ def study(
             lines.append(f"{name}\t{' | '.join(map(shown, own))}\t{shown(text)}")
     with replacing(folder / "mistakes.txt") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    rows = range(min(SHOWN, len(texts)))
+    wrong = [i for i, text in enumerate(texts) if text not in test.captions[i]]
+    first = range(min(SHOWN - len(wrong[:MISTAKES]), len(texts)))
+    rows = [*first, *[i for i in wrong if i not in first][:MISTAKES]]
     below = [_compared(texts[i], test.captions[i]) for i in rows]
-    title = "Captions: right (green), wrong (orange) above the truth"
-    pictures.captioned(folder / "captions.png", test.images[: len(rows)].numpy(), below, title=title)
+    title = "Captions of the first pictures, and the first mistakes (orange, above the truth)"
+    pictures.captioned(folder / "captions.png", test.images[rows].numpy(), below, title=title)
     for i in range(min(DRAWN, len(texts))):
         attention(folder / f"attention_{i + 1}.png", model, test.images[i], best[i].ids)
     return {**out, "pictures": len(texts)}

@@ -22,7 +22,7 @@ def captioned(
     captions: Sequence[Sequence[tuple[str, str]]],
     columns: int = 4,
     title: str = "",
-    side: float = 2.6,
+    side: float = 2.3,
 ) -> None:
     """Images, row after row, each above its captions.
 
@@ -32,16 +32,15 @@ def captioned(
         side: size of an image in inches.
     """
     count, columns = len(images), min(columns, max(1, len(images)))
-    letters = int(side * 15)
-    texts = [[(part, ink) for text, ink in rows for part in textwrap.wrap(text, letters)[:4]] for rows in captions]
-    lines = max((len(rows) for rows in texts), default=0)
-    rows, height = -(-count // columns), side + 0.15 * lines + 0.1
-    figure = new_figure(columns * side, rows * height + 0.35 * bool(title))
-    top = 1 - 0.35 * bool(title) / (rows * height + 0.35 * bool(title))
+    texts = [[(p, ink) for text, ink in rows for p in textwrap.wrap(text, int(15 * side))[:4]] for rows in captions]
+    lines, rows = max(map(len, texts), default=0), max(1, -(-count // columns))
+    row_height, head = side + 0.15 * lines + 0.25, 0.35 * bool(title)
+    width, height = columns * (side + 0.2), rows * row_height + head  # inches
+    figure = new_figure(width, height)
     for i in range(count):
         row, column = divmod(i, columns)
-        bottom = top * (1 - (row + 1) / rows + (0.15 * lines + 0.05) / (rows * height))
-        panel = figure.add_axes((column / columns + 0.02, bottom, 1 / columns - 0.04, top * side / (rows * height)))
+        left, bottom = column * (side + 0.2) + 0.1, height - head - row * row_height - side - 0.1
+        panel = figure.add_axes((left / width, bottom / height, side / width, side / height))
         panel.set_axis_off()
         _show(panel, images[i])
         for line, (text, ink) in enumerate(texts[i]):
@@ -49,7 +48,7 @@ def captioned(
             shift = (0, -3 - 10.8 * line)
             panel.annotate(text, (0, 0), shift, fontsize=7.5, color=ink, parse_math=False, **place)
     if title:
-        figure.suptitle(title, color=INK, fontsize=11)
+        figure.suptitle(title, y=1 - 0.12 / height, color=INK, fontsize=11)
     write(path, figure)
 
 
