@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from core import random, spec, tree
 from core.tree import Tree
@@ -32,6 +33,8 @@ TRAINING, TESTING = 6000, 500
 """Scenes to learn from and to test on."""
 MOST = 3
 """Digits of a scene, at most."""
+LARGEST = 64
+"""Pixels per side of a scene, at most."""
 BATCH = 64
 """Pictures at once, without a gradient."""
 NOTHING = -1
@@ -74,8 +77,12 @@ class Caption(NamedTuple):
 # Data.
 
 
-def _of_scenes(key: Tensor, count: int, pool: Any, side: int) -> Pictures:
-    """Up to `count` scenes; those are left out whose order from left to right is a matter of a few pixels."""
+def _of_scenes(key: Tensor, count: int, pool: Any, size: int) -> Pictures:
+    """Up to `count` scenes; those are left out whose order from left to right is a matter of a few pixels.
+
+    They are drawn with up to `LARGEST` pixels per side, and enlarged for a net that sees more.
+    """
+    side = min(size, LARGEST)
     sizes = (side // 4, 15 * side // 32)
     content = scenes.scenes(key, count + count // 8, pool, side=side, most=MOST, sizes=sizes)
     centres = (content.boxes[..., 0] + content.boxes[..., 2]) / 2
@@ -83,27 +90,30 @@ def _of_scenes(key: Tensor, count: int, pool: Any, side: int) -> Pictures:
     gaps = (centres[:, 1:] - centres[:, :-1]).nan_to_num(torch.inf)
     clear = ((gaps >= side / 16).all(1) & (content.labels >= 0).any(1)).nonzero()[:count, 0]
     texts, images = scenes.captions(content), (255 * content.images[clear]).round().to(torch.uint8)
+    if size > side:
+        parts = (F.interpolate(part.float(), (size, size), mode="bilinear") for part in images.split(BATCH))
+        images = torch.cat([part.round().to(torch.uint8) for part in parts])  # (count, 3, size, size)
     captions_of = tuple((texts[i],) for i in clear.tolist())
     return Pictures(images, captions_of, tuple(f"scene {i + 1}" for i in range(len(clear))))
 
 
-def open_data(data: str, side: int) -> Data:
+def open_data(data: str, size: int) -> Data:
     """The pictures of `--data`: "scenes", or files with captions. Raises DataError as `captions.open_captions`."""
     if data == "scenes" and not Path(data).exists():
         keys, pools = random.split(random.key(0)).unbind(0), digits()
         parts = zip(keys, (TRAINING, TESTING), pools, strict=True)
-        learn, test = (_of_scenes(key, count, pool, side) for key, count, pool in parts)
+        learn, test = (_of_scenes(key, count, pool, size) for key, count, pool in parts)
         counts = {"train": len(learn.images), "test": len(test.images)}
         return Data(learn, test, {"pictures": counts, "to test on": "scenes of other digits"}, 0)
     files = captions.open_captions(data)
-    learn, bad = _of_files(files.train, side)
-    test, also_bad = _of_files(files.test, side)
+    learn, bad = _of_files(files.train, size)
+    test, also_bad = _of_files(files.test, size)
     files = files._replace(skipped=(*files.skipped, *bad, *also_bad))
     return Data(learn, test, captions.facts(files), len(files.skipped))
 
 
-def _of_files(part: Sequence[captions.Captioned], side: int) -> tuple[Pictures, list[tuple]]:
-    images, numbers, skipped = captions.read_pictures([one.path for one in part], side, whole=True)
+def _of_files(part: Sequence[captions.Captioned], size: int) -> tuple[Pictures, list[tuple]]:
+    images, numbers, skipped = captions.read_pictures([one.path for one in part], size, whole=True)
     rows = [part[i] for i in numbers.tolist()]
     return Pictures(images, tuple(one.captions for one in rows), tuple(shown(one.path) for one in rows)), skipped
 

@@ -101,8 +101,8 @@ class Config:
 
 TINY = {"image_layers": 1, "image_heads": 4, "image_width": 128, "image_hidden": 256, "vocabulary": 256, "context": 32}
 TINY |= {"text_layers": 2, "text_heads": 4, "text_width": 128, "text_hidden": 256}
-SMALL = {"image_layers": 6, "image_heads": 4, "image_width": 256, "image_hidden": 1024, "vocabulary": 8000}
-SMALL |= {"context": 64, "text_layers": 4, "text_heads": 4, "text_width": 256, "text_hidden": 1024}
+SMALL = {"image_layers": 4, "image_heads": 4, "image_width": 192, "image_hidden": 768, "vocabulary": 8000}
+SMALL |= {"context": 64, "text_layers": 3, "text_heads": 4, "text_width": 192, "text_hidden": 768}
 PRESETS = {
     "tiny": Config(image=64, patch=8, stem=(16, 32, 64), **TINY),
     "small": Config(image=128, patch=16, stem=(16, 32, 64, 128), **SMALL),

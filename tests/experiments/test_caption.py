@@ -96,6 +96,10 @@ def test_scenes_have_captions_that_a_tokenizer_of_words_writes():
         if all(b - a >= 4 for a, b in itertools.pairwise(centres)):
             clear.append((text,))
     assert 8 < len(clear) < 18 and data.captions == tuple(clear[:16])
+    large = parts._of_scenes(random.key(0), 16, parts.digits()[0], 128)
+    assert large.captions == data.captions
+    small = torch.nn.functional.avg_pool2d(large.images.float(), 2)
+    assert float((small - data.images.float()).abs().mean()) < 10
     tokenizer = parts.learn_tokenizer(data, "words", 200)
     for (text,) in data.captions:
         assert tokenizer.decode(tokenizer.encode(text)) == text
