@@ -1,6 +1,7 @@
 """The captioner against transformers' ViT-GPT2, its files, and its decoding."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -102,6 +103,18 @@ def test_a_word_at_a_time_equals_the_whole(cfg):
         logits, cache = captioner.step(params, cache, tokens[:, t], torch.tensor(t), cfg)
         columns.append(logits)
     torch.testing.assert_close(torch.stack(columns, 1), captioner.apply(params, (images, tokens), cfg))
+
+
+def test_positions_of_patches_start_as_sinusoids_of_row_and_column():
+    cfg = captioner.Config(16, patch=4, image_width=16, image_heads=2, text_width=8, text_heads=2)
+    table = captioner.spec(cfg)["encoder"]["positions"].init(random.key(0), (1, 17, 16), torch.float64)[0]
+    assert not table[0].any()
+    grid = table[1:].unflatten(0, (4, 4))  # (rows, columns, width)
+    for place in range(4):
+        angles = [place / 10000 ** (2 * i / 8) for i in range(4)]
+        expected = torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)], dtype=torch.float64)
+        torch.testing.assert_close(grid[place, 2, :8], expected)
+        torch.testing.assert_close(grid[1, place, 8:], expected)
 
 
 def test_count_of_the_published_net():
