@@ -104,7 +104,8 @@ def open_data(data: str, size: int) -> Data:
         parts = zip(keys, (TRAINING, TESTING), pools, strict=True)
         learn, test = (_of_scenes(key, count, pool, size) for key, count, pool in parts)
         counts = {"train": len(learn.images), "test": len(test.images)}
-        return Data(learn, test, {"pictures": counts, "to test on": "scenes of other digits"}, 0)
+        apart = f"digits at least {min(size, LARGEST) / 16:g} pixels apart from left to right"
+        return Data(learn, test, {"pictures": counts, "scenes": apart, "to test on": "scenes of other digits"}, 0)
     files = captions.open_captions(data)
     learn, bad = _of_files(files.train, size)
     test, also_bad = _of_files(files.test, size)
