@@ -272,7 +272,7 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(name):
 # A minute or two each to trace: they have the most layers.
 LONG = (
     *("densenet", "googlenet", "inception", "mobilenet_v3", "sagan generator", "stylegan generator", "unet"),
-    *("edsr", "srgan critic", "srresnet"),
+    *("edsr", "srgan critic", "srresnet", "captioner"),
 )
 
 

@@ -194,14 +194,21 @@ def decode(
         options["positions_axis"] = 2
     first = torch.full((len(source),), marks.start, device=source.device)
     step, options["shared"] = avoiding(step, marks.forbidden), cache["shared"]
+    return search(step, cache["past"], first, decoder, n_best, keys, **options)
+
+
+def search(
+    step: Callable, cache: tree.Tree, first: Tensor, decoder: Decoder, n_best: int, keys: Tensor | None, **options
+) -> Decoded:
+    """Texts by the decoder's flags, beams, greedy or sampled: n_best of each, (batch, n_best, tokens)."""
     if decoder.temperature is None and decoder.beam > 1:
         options |= {"beams": decoder.beam, "n_best": n_best, "length_penalty": decoder.length_penalty}
-        return beam_search(step, cache["past"], first, **options)
+        return beam_search(step, cache, first, **options)
     if decoder.temperature is None:
-        out = greedy(step, cache["past"], first, **options)
+        out = greedy(step, cache, first, **options)
     else:
         options |= {"temperature": decoder.temperature, "top_k": decoder.top_k, "top_p": decoder.top_p}
-        out = sample(step, cache["past"], first, keys, **options)
+        out = sample(step, cache, first, keys, **options)
     return Decoded(*(part[:, None] for part in out))  # tokens (batch, 1, time), scores (batch, 1)
 
 

@@ -26,8 +26,8 @@ from train.run.run import Run
 
 DRAWN = True
 every_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str, scope="module")
-# Another script of the default suite has their adversarial step or their loop over pairs of sentences.
-SLOW_TO_RESUME = ("stylegan", "pix2pix", "cyclegan", "translate")
+# Another script of the default suite has their adversarial step, their loop over pairs of sentences or over pictures.
+SLOW_TO_RESUME = ("stylegan", "pix2pix", "cyclegan", "translate", "caption")
 SPEEDS = ("seconds", "per_second")
 
 

@@ -1,5 +1,6 @@
 """Metrics of translations: BLEU, chrF, exact matches, token accuracy, perplexity, divergence from smoothed targets."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -64,6 +65,28 @@ def scores(translations: Sequence[str], references: Sequence[str], language: str
         "exact_match": sum(a == b for a, b in zip(translations, references, strict=True)) / len(references),
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
+    }
+
+
+def caption_scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], language: str = ""
+) -> dict[str, float | str]:
+    """`bleu` in [0, 100] and its signature as in `scores`, `exact_match`, the fraction of captions equal to one of
+    theirs; each has at least one reference, any number of them.
+
+    Raises ValueError as `scores`.
+    """
+    from sacrebleu.metrics import BLEU
+
+    if len(captions) != len(references) or not captions:
+        raise ValueError(f"expected as many captions as references, found {len(captions)} and {len(references)}")
+    # sacrebleu's streams: the first references of all, the second ones, None where there is none.
+    streams = [list(row) for row in itertools.zip_longest(*references)]
+    bleu = BLEU(tokenize=_tokenizer(language))
+    return {
+        "bleu": bleu.corpus_score(list(captions), streams).score,
+        "exact_match": sum(a in several for a, several in zip(captions, references, strict=True)) / len(captions),
+        "bleu_signature": str(bleu.get_signature()),
     }
 
 

@@ -4,6 +4,7 @@ Experiment("gpt", ("--steps", "20", ...), pictures=("loss.png",), inputs=text, b
 """
 
 from tests.registry.experiments import (
+    captions,
     classification,
     detection,
     encoders,
@@ -16,5 +17,5 @@ from tests.registry.experiments import (
 )
 from tests.registry.experiments.experiment import Experiment
 
-PARTS = (classification, language, encoders, sequences, spans, generative, pictures, segmentation, detection)
+PARTS = (classification, language, encoders, sequences, spans, generative, pictures, segmentation, detection, captions)
 EXPERIMENTS: list[Experiment] = [row for part in PARTS for row in part.ROWS]

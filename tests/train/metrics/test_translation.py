@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torchmetrics.text import BLEUScore
 
 from core import random
 from train.metrics import translation
@@ -72,3 +73,20 @@ def test_word_perplexity_counts_words_punctuation_and_ends():
     nats = 8 * math.log(10)
     assert translation.word_perplexity(nats, ["Stop, you two", "Go!"]) == pytest.approx(10)
     assert translation.word_perplexity(nats, ["你好吗", "去吧"], "zh-CN") == pytest.approx(math.exp(nats / 7))
+
+
+def test_scores_of_captions_with_several_references():
+    """By hand: all words are in a reference, 6 of 7 pairs, 4 of 5 triples and 2 of 3 fours; and torchmetrics."""
+    own = ["a cat on the red mat", "a dog barks"]
+    references = [["a cat on the mat", "one cat on the red rug"], ["dogs bark", "a dog barks", "barking"]]
+    figures = translation.caption_scores(own, references)
+    assert figures["exact_match"] == 0.5 and figures["bleu_signature"].startswith("nrefs:var|")
+    assert figures["bleu"] == pytest.approx(100 * (6 / 7 * 4 / 5 * 2 / 3) ** 0.25)
+    assert figures["bleu"] / 100 == pytest.approx(float(BLEUScore()(own, references)), abs=1e-6)
+    single = [several[:1] for several in references]
+    one = translation.scores(own, [several[0] for several in single])
+    assert translation.caption_scores(own, single)["bleu"] == one["bleu"]
+    assert translation.caption_scores(own, [[text, "x"] for text in own])["exact_match"] == 1.0
+    for wrong in ([], own[:1]):
+        with pytest.raises(ValueError, match="as many captions as references"):
+            translation.caption_scores(wrong, references)
