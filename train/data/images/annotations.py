@@ -6,6 +6,7 @@ annotation or picture is named, skipped and counted.
 """
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -220,7 +221,7 @@ def _coco(file: Path, skipped: list[Skipped]) -> list[Annotated]:
     names = {entry.get("id"): str(entry.get("name", "")).strip() for entry in _records(content["categories"])}
     images, boxes = {}, {}
     for number, entry in enumerate(_records(content["images"]), 1):
-        path = _picture_of(file, str(entry.get("file_name", "")))
+        path = picture_of(file, str(entry.get("file_name", "")))
         if "id" not in entry or path is None:
             reason = (
                 "has no id"
@@ -266,7 +267,8 @@ def _size(entry: dict) -> tuple[int, int] | None:
     return tuple(sizes) if all(isinstance(x, int) and x > 0 for x in sizes) else None
 
 
-def _picture_of(file: Path, name: str) -> Path | None:
+def picture_of(file: Path, name: str) -> Path | None:
+    """The picture of this name that belongs to a file; None if it is not there."""
     places = [
         file.parent,
         file.parent / "images",
@@ -274,7 +276,7 @@ def _picture_of(file: Path, name: str) -> Path | None:
         file.parent.parent / "images",
         file.parent.parent,
     ]
-    places.append(file.parent.parent / file.stem.removeprefix("instances_"))
+    places.append(file.parent.parent / re.sub("^(instances|captions)_", "", file.stem))
     return next((place / name for place in places if name and (place / name).is_file()), None)
 
 
