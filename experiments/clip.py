@@ -10,7 +10,7 @@ Without a flag a small one learns generated scenes of digits, "a red seven left 
     python experiments/clip.py --task true-false --data nlvr           is the sentence true of the picture?
     python experiments/clip.py search --run runs/clip/NAME "a red seven"
     python experiments/clip.py search --weights FOLDER --folder PICTURES "a dog on a beach"
-    python experiments/clip.py predict --weights FOLDER --classes "cat,dog" --prompt "a photo of a {}" photo.jpg
+    python experiments/clip.py predict --weights FOLDER --labels "cat,dog" --prompt "a photo of a {}" photo.jpg
     python experiments/clip.py probe --weights FOLDER --data CLASSES    zero-shot, and a linear probe, of class folders
     python experiments/clip.py evaluate --run runs/clip/NAME --data OTHER
 """
@@ -58,7 +58,7 @@ class Args:
     weights: str | None = None
     """Weights to begin with: a folder or Hugging Face id of a CLIP, with its tokenizer. None: from scratch, with byte
     pairs of the captions."""
-    size: Count = 64
+    size: Count = 32
     """Pixels per side of a picture from scratch; published nets have their own."""
     fit: Literal["cut", "squeeze"] = "cut"
     """The middle of a picture, or all of it squeezed into the square; published nets cut."""
@@ -66,25 +66,27 @@ class Args:
     """Size of the vocabulary from scratch, at most."""
     longest: Count = 32
     """Tokens of a text from scratch, at most; longer ones are cut."""
-    steps: Count = 1000
+    steps: Count = 600
     """Training steps; the learning rate rises over a twentieth of them, and then falls to 0 as a cosine."""
-    batch: Count = 64
+    batch: Count = 256
     """Pairs per step, each of which has the others as negatives."""
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.05
     """Weight decay of AdamW, not on biases, norms and the scale."""
-    eval_every: Count = 250
+    eval_every: Count = 100
     """Steps between evaluations on the first pictures to test on."""
     common: Shared = Common()
 
 
 def presets(words: dict[str, str]) -> Args:
+    statements = words.get("task") == "true-false"
+    sizes = {"batch": 32 if statements else 128, "eval_every": 250}
     if "weights" in words:
-        return Args(steps=500, learning_rate=1e-5, weight_decay=0.2, batch=32)
-    if words.get("task") == "true-false":
-        return Args(steps=1500, learning_rate=1e-3, fit="squeeze")
-    return Args(steps=3000) if words.get("data", "scenes") != "scenes" else Args()
+        return Args(steps=1000, learning_rate=1e-5, weight_decay=0.2, **sizes)
+    if statements:
+        return Args(size=64, fit="squeeze", steps=1500, learning_rate=1e-3, **sizes)
+    return Args(size=64, steps=3000, learning_rate=1e-3, **sizes) if words.get("data", "scenes") != "scenes" else Args()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class SearchArgs(Source):
 class PredictArgs(Source):
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures, folders of them, a .txt file of names, or - for names on standard input."""
-    classes: str | None = None
+    labels: str | None = None
     """Names of the classes, separated by commas, or a file with one per line; the digits and colours of a run on scenes
     if None."""
     prompt: str = "{}"
@@ -134,7 +136,7 @@ class PredictArgs(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeArgs(Source):
-    data: str
+    data: str | None = None
     """Folder with one sub-folder of pictures per class, or with such folders to train and to test on."""
     prompt: str = "a photo of a {}"
     """Text about a class, {} being its name."""
@@ -210,7 +212,7 @@ def evaluate(args: EvaluateArgs) -> None:
     if data is None:
         raise ValueError("published weights have no data of their own; name pictures with captions with --data")
     if trained.task == "true-false":
-        model, head = picture_text.with_head(saved, true_false.head_spec, command_line.device(args.device))
+        model, head = picture_text.with_head(saved, command_line.device(args.device))
         judged = true_false.open_data(data, model.cfg.image, model.pixels.whole)
         facts, summary = judged.facts, true_false.SUMMARY
     else:
@@ -252,7 +254,7 @@ def searched(args: SearchArgs, model: Clip) -> tuple[Tensor, list[str]]:
 
 def predict(args: PredictArgs) -> None:
     """The class of each picture, by the text that is nearest to it."""
-    model, classes = picture_text.opened(args, RUNS), picture_search.classes_of(args.classes)
+    model, classes = picture_text.opened(args, RUNS), picture_search.classes_of(args.labels)
     folder = unused(args.out, Path("predictions"))
     images, names = picture_search.read(args.images, model)
     understood(print, {"pictures": len(images), "classes": classes, "prompt": args.prompt})
@@ -264,6 +266,8 @@ def predict(args: PredictArgs) -> None:
 def probe(args: ProbeArgs) -> None:
     """Zero-shot accuracy on pictures in class folders, and that of a linear probe, beside one on pixels."""
     model = picture_text.opened(args, RUNS)
+    if args.data is None:
+        raise ValueError("name a folder with one sub-folder of pictures per class with --data")
     facts, figures = picture_search.probe(model, args.data, args.prompt)
     understood(print, {"data": args.data, **facts, "prompt": args.prompt, "net": model.cfg})
     print(picture_search.SUMMARY.format(**figures))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from core import random
 from core.tree import Tree
 from experiments.parts import caption_scenes
-from experiments.parts.caption_scenes import thumbnails
+from experiments.parts.caption_scenes import TRAINING, thumbnails
 from experiments.parts.picture_task import Task
 from experiments.parts.picture_text import Clip, embed_pictures, embed_texts, normalised, scratch
 from nets.multimodal import clip
@@ -71,14 +71,17 @@ def open_data(data: str, size: int, whole: bool, *, learn: bool = True) -> Data:
     """The pairs of `--data`: "scenes", or files as `captions.open_captions` reads them.
 
     Args:
-        learn: False leaves out the training pictures of files.
+        learn: False leaves out the training pictures.
 
     Raises ValueError: scenes of another size; DataError as `open_captions`.
     """
     if data == "scenes" and not Path(data).exists():
-        if size != 64:
-            raise ValueError(f"--size is {size}; expected 64 for scenes")
-        train, test = _of_scenes(*caption_scenes.training()), _of_scenes(*caption_scenes.testing())
+        if size < 32:
+            raise ValueError(f"--size is {size}; expected at least 32 for scenes")
+        train, test = (
+            _of_scenes(*caption_scenes.training(size, TRAINING if learn else 1)),
+            _of_scenes(*caption_scenes.testing(size)),
+        )
         held = [f"{colour} {digit}" for colour, digit in caption_scenes.HELD]
         facts = {
             "pictures": {"train": len(train.images), "test": len(test.images)},
@@ -236,8 +239,9 @@ def study(folder: Path | None, model: Clip, data: Data) -> dict[str, Any]:
 
 
 def draw(folder: Path, test: Pairs, cosines: Tensor, texts: Sequence[str], fits: Tensor) -> None:
-    some = list(range(0, len(test.images), -(-len(test.images) // SHOWN)))
-    columns = [int(fits[i].float().argmax()) for i in some]
+    first = {int(own.float().argmax()): i for i, own in reversed(list(enumerate(fits)))}  # each caption once
+    columns = sorted(first)[:: -(-len(first) // SHOWN)]
+    some = [first[j] for j in columns]
     labels = [clipped(texts[j]) for j in columns]
     title = "cosines of captions and pictures"
     pictures.similarities(folder / "similarity.png", test.images[some], labels, cosines[some][:, columns].T, title)

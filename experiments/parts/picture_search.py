@@ -76,7 +76,7 @@ def draw(path: Path, rows: Sequence[Found], images: Tensor) -> None:
 
 
 def classes_of(classes: str | None) -> list[str]:
-    """The names of --classes: separated by commas, or the lines of a file; those of the scenes if None.
+    """The names of --labels: separated by commas, or the lines of a file; those of the scenes if None.
 
     Raises ValueError: there are fewer than two, or one twice.
     """
@@ -88,7 +88,7 @@ def classes_of(classes: str | None) -> list[str]:
     if len(names) < 2 or len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         problem = f"has '{shown(twice[0])}' twice" if twice else f"has {len(names)} class{'es' * (len(names) != 1)}"
-        raise ValueError(f"--classes {problem}; expected at least two names separated by commas, or a file of them")
+        raise ValueError(f"--labels {problem}; expected at least two names separated by commas, or a file of them")
     return names
 
 

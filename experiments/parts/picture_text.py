@@ -1,7 +1,7 @@
 """A CLIP of a run or of published files: its tokenizer and pixels, embeddings of pictures and texts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import tree
+from core.layers import linear_spec
 from core.tree import Tree
 from nets import weights
 from nets.multimodal import clip, clip_weights
@@ -23,8 +24,8 @@ BATCH = 64
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Means and standard deviations of the pixels of published nets, unless a file says otherwise."""
 SMALL = {"embedding": 64, "text_layers": 2, "text_heads": 2, "text_width": 64, "activation": "gelu"}
-VIT = SMALL | {"patch": 8, "image_layers": 3, "image_heads": 3, "image_width": 96}
-RESNET = SMALL | {"depths": (1, 1, 1, 1), "image_width": 16, "image_heads": 8}
+VIT = SMALL | {"image_layers": 3, "image_heads": 3, "image_width": 96}
+RESNET = SMALL | {"depths": (1, 1, 1, 1), "image_width": 16, "image_heads": 8, "zero_init": False}
 
 
 class Pixels(NamedTuple):
@@ -54,7 +55,7 @@ def scratch(args: Any, texts: Sequence[str], images: Tensor) -> Clip:
     tokenizer = clip_pairs.train_clip_pairs(texts, args.vocabulary)
     sizes = {"vocabulary": tokenizer.vocabulary_size, "end_id": tokenizer.token_id(clip_pairs.END)}
     sizes |= {"context": args.longest, "image": args.size}
-    small = {"vit": VIT, "resnet": RESNET}.get(args.net)
+    small = {"vit": VIT | {"patch": max(1, args.size // 8)}, "resnet": RESNET}.get(args.net)
     base = clip.Config(**small, **sizes) if small else dataclasses.replace(clip.PRESETS[args.net], **sizes)
     values = images[:: max(1, len(images) // 1000)].double() / 255
     mean, std = (tuple(x.tolist()) for x in (values.mean((0, 2, 3)), values.std((0, 2, 3)).clamp(min=1e-3)))
@@ -91,15 +92,15 @@ def of_weights(source: str, device: torch.device | str = "cpu") -> Clip:
     return Clip(tree.move(params, device), cfg, tokenizer, Pixels(*(tuple(map(float, value)) for value in values)))
 
 
-def load(run: SavedRun, device: torch.device | str = "cpu") -> Clip:
-    """The net of a run, at its checkpoint; of a run with --task true-false without its head."""
-    return with_head(run, None, device)[0]
+def head_spec(cfg: clip.Config) -> Tree:
+    """Of runs with --task true-false: an MLP on [u; v; u v; |u - v|], of the embeddings of a picture and a text."""
+    return {"hidden": linear_spec(4 * cfg.embedding, 2 * cfg.embedding), "out": linear_spec(2 * cfg.embedding, 1)}
 
 
-def with_head(run: SavedRun, head: Callable[[clip.Config], Tree] | None, device: Any = "cpu") -> tuple[Clip, Tree]:
-    """(The net of a run, its head), whose spec the function gives."""
+def with_head(run: SavedRun, device: torch.device | str = "cpu") -> tuple[Clip, Tree]:
+    """(The net of a run, at its checkpoint; its head, {} if it has none)."""
     cfg = run.read("net", clip.Config)
-    model = {"clip": clip.spec(cfg)} | ({"head": head(cfg)} if head else {})
+    model = {"clip": clip.spec(cfg)} | ({"head": head_spec(cfg)} if run.config["args"]["task"] == "true-false" else {})
     params = tree.move(run.learned(model, averaged=False), device)
     tokenizer = tokenizers.load(run.folder / "tokenizer.json", lossy=True)
     tokenizer.tokenizer.encode_special_tokens = True
@@ -110,11 +111,15 @@ def opened(args: Any, root: Path) -> Clip:
     """The net of --run, whose runs are in `root`, or of --weights."""
     check_source(args)
     device = command_line.device(args.device)
-    return of_weights(args.weights, device) if args.weights else load(open_run(args.run, root, args.checkpoint), device)
+    return (
+        of_weights(args.weights, device)
+        if args.weights
+        else with_head(open_run(args.run, root, args.checkpoint), device)[0]
+    )
 
 
 def stored(model: Clip) -> dict[str, Any]:
-    """Entries of a run's configuration, from which `load` makes the net again."""
+    """Entries of a run's configuration, from which `with_head` makes the net again."""
     return {"net": model.cfg, "pixels": model.pixels}
 
 
@@ -130,7 +135,7 @@ def normalised(images: Tensor, pixels: Pixels) -> Tensor:
 @torch.no_grad()
 def embed_pictures(model: Clip, images: Tensor) -> Tensor:
     """Embeddings (pictures, width) of norm 1, on the CPU, of bytes (pictures, 3, size, size)."""
-    device, out = tree.leaves(model.params)[0].device, [torch.empty(0, model.cfg.embedding)]
+    device, out = tree.leaves(model.params)[0].device, []
     for batch in images.split(BATCH):
         inputs = normalised(batch.to(device), model.pixels)
         out.append(F.normalize(clip.encode_image(model.params, inputs, model.cfg), dim=-1).float().cpu())
@@ -140,7 +145,7 @@ def embed_pictures(model: Clip, images: Tensor) -> Tensor:
 @torch.no_grad()
 def embed_texts(model: Clip, texts: Sequence[str]) -> Tensor:
     """Embeddings (texts, width) of norm 1, on the CPU."""
-    device, out = tree.leaves(model.params)[0].device, [torch.empty(0, model.cfg.embedding)]
+    device, out = tree.leaves(model.params)[0].device, []
     tokens, _ = clip_pairs.encode(model.tokenizer, texts, model.cfg.context)
     for batch in tokens.split(BATCH):
         out.append(F.normalize(clip.encode_text(model.params, batch.to(device), model.cfg), dim=-1).float().cpu())

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.layers import linear, linear_spec
+from core.layers import linear
 from core.tree import Tree
 from experiments.parts.picture_task import Task
-from experiments.parts.picture_text import Clip, embed_pictures, embed_texts, normalised
+from experiments.parts.picture_text import Clip, embed_pictures, embed_texts, head_spec, normalised
 from nets.multimodal import clip
 from train.data.images import captions, nlvr
 from train.data.images.nlvr import Statements
@@ -47,11 +47,6 @@ def open_data(data: str, size: int, whole: bool) -> Data:
         parts.append(Judged(images, part.some(rows.tolist())))
         skipped += bad
     return Data(*parts, nlvr.facts(files._replace(skipped=tuple(skipped))))
-
-
-def head_spec(cfg: clip.Config) -> Tree:
-    """An MLP on [u; v; u v; |u - v|], of the embeddings u of a picture and v of a text."""
-    return {"hidden": linear_spec(4 * cfg.embedding, 2 * cfg.embedding), "out": linear_spec(2 * cfg.embedding, 1)}
 
 
 def logits(head: Tree, image: Tensor, text: Tensor) -> Tensor:

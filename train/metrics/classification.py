@@ -45,7 +45,7 @@ def linear_probe(train: Tensor, test: Tensor, train_labels: Tensor, test_labels:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
     learn, look = (((part - mean) / std).double().numpy() for part in (train, test))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the weights do not matter

@@ -9,6 +9,7 @@ from tests.registry.experiments import (
     encoders,
     generative,
     language,
+    picture_text,
     pictures,
     segmentation,
     sequences,
@@ -16,5 +17,16 @@ from tests.registry.experiments import (
 )
 from tests.registry.experiments.experiment import Experiment
 
-PARTS = (classification, language, encoders, sequences, spans, generative, pictures, segmentation, detection)
+PARTS = (
+    classification,
+    language,
+    encoders,
+    sequences,
+    spans,
+    generative,
+    pictures,
+    segmentation,
+    detection,
+    picture_text,
+)
 EXPERIMENTS: list[Experiment] = [row for part in PARTS for row in part.ROWS]
