@@ -61,7 +61,7 @@ class Args:
     size: Count = 32
     """Pixels per side of a picture from scratch; published nets have their own."""
     fit: Literal["cut", "squeeze"] = "cut"
-    """The middle of a picture, or all of it squeezed into the square; published nets cut."""
+    """The middle of a picture, or all of it squeezed into the square; published nets expect the middle."""
     vocabulary: Count = 1000
     """Size of the vocabulary from scratch, at most."""
     longest: Count = 32
@@ -70,7 +70,7 @@ class Args:
     """Training steps; the learning rate rises over a twentieth of them, and then falls to 0 as a cosine."""
     batch: Count = 256
     """Pairs per step, each of which has the others as negatives."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.05
     """Weight decay of AdamW, not on biases, norms and the scale."""
@@ -83,7 +83,7 @@ def presets(words: dict[str, str]) -> Args:
     statements = words.get("task") == "true-false"
     sizes = {"batch": 32 if statements else 128, "eval_every": 250}
     if "weights" in words:
-        return Args(steps=1000, learning_rate=1e-5, weight_decay=0.2, **sizes)
+        return Args(fit="squeeze" if statements else "cut", steps=1000, learning_rate=1e-5, weight_decay=0.2, **sizes)
     if statements:
         return Args(size=64, fit="squeeze", steps=1500, learning_rate=1e-3, **sizes)
     return Args(size=64, steps=3000, learning_rate=1e-3, **sizes) if words.get("data", "scenes") != "scenes" else Args()
@@ -145,7 +145,9 @@ class ProbeArgs(Source):
 def open_task(args: Args) -> Task:
     """Data and net of the flags."""
     weights = picture_text.of_weights(args.weights) if args.weights else None
-    size, whole = (weights.cfg.image, False) if weights else (args.size, args.fit == "squeeze")
+    size, whole = weights.cfg.image if weights else args.size, args.fit == "squeeze"
+    if weights:
+        weights = weights._replace(pixels=weights.pixels._replace(whole=whole))
     if args.task == "true-false":
         if args.data == "scenes":
             raise ValueError("--task true-false needs sentences that are true or false; name NLVR's folder with --data")

@@ -17,7 +17,7 @@ HELD = tuple((colour, digit) for colour in ("red", "blue") for digit in (2, 7))
 """Pairs that are held out: neither the colour nor the digit alone tells one from all others."""
 PROMPTS = tuple(f"a {colour} {number}" for colour in scenes.COLOURS for number in scenes.NUMBERS)
 """Captions of all pictures of a single digit."""
-TRAINING, TESTING, SINGLES = 12000, 500, 500
+TRAINING, TESTING, SINGLES = 20000, 500, 500
 KEY = random.key(0)
 
 

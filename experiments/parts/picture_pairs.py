@@ -16,7 +16,7 @@ from core.tree import Tree
 from experiments.parts import caption_scenes
 from experiments.parts.caption_scenes import TRAINING, thumbnails
 from experiments.parts.picture_task import Task
-from experiments.parts.picture_text import Clip, embed_pictures, embed_texts, normalised, scratch
+from experiments.parts.picture_text import Clip, cut, embed_pictures, embed_texts, normalised, scratch
 from nets.multimodal import clip
 from train.data.images import captions
 from train.data.text import clip_pairs
@@ -76,8 +76,8 @@ def open_data(data: str, size: int, whole: bool, *, learn: bool = True) -> Data:
     Raises ValueError: scenes of another size; DataError as `open_captions`.
     """
     if data == "scenes" and not Path(data).exists():
-        if size < 32:
-            raise ValueError(f"--size is {size}; expected at least 32 for scenes")
+        if not 32 <= size <= 64:
+            raise ValueError(f"scenes have 32 to 64 pixels per side; those of the net are {size}")
         train, test = (
             _of_scenes(*caption_scenes.training(size, TRAINING if learn else 1)),
             _of_scenes(*caption_scenes.testing(size)),
@@ -149,7 +149,7 @@ def task(args: Any, data: Data, model: Clip) -> Task:
     summary = SUMMARY + SCENES * data.scenes
     recalls = tuple(f"validation/{name}_recall_at_1" for name in ("image_to_text", "text_to_image"))
     return Task(
-        data.facts,
+        data.facts | {"cut": cut(model, [text for texts in train.captions for text in texts])},
         (train.images, train.captions),
         len(train.images),
         model,

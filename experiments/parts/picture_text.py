@@ -23,7 +23,7 @@ BATCH = 64
 """Pictures or texts that are embedded at once."""
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Means and standard deviations of the pixels of published nets, unless a file says otherwise."""
-SMALL = {"embedding": 64, "text_layers": 2, "text_heads": 2, "text_width": 64, "activation": "gelu"}
+SMALL = {"embedding": 64, "text_layers": 1, "text_heads": 2, "text_width": 64, "activation": "gelu"}
 VIT = SMALL | {"image_layers": 3, "image_heads": 3, "image_width": 96}
 RESNET = SMALL | {"depths": (1, 1, 1, 1), "image_width": 16, "image_heads": 8, "zero_init": False}
 
@@ -52,6 +52,8 @@ def scratch(args: Any, texts: Sequence[str], images: Tensor) -> Clip:
 
     Raises ValueError: pictures of a size that the net does not take.
     """
+    if args.longest < 3:
+        raise ValueError(f"--longest is {args.longest}; expected at least 3")
     tokenizer = clip_pairs.train_clip_pairs(texts, args.vocabulary)
     sizes = {"vocabulary": tokenizer.vocabulary_size, "end_id": tokenizer.token_id(clip_pairs.END)}
     sizes |= {"context": args.longest, "image": args.size}
@@ -108,14 +110,18 @@ def with_head(run: SavedRun, device: torch.device | str = "cpu") -> tuple[Clip, 
 
 
 def opened(args: Any, root: Path) -> Clip:
-    """The net of --run, whose runs are in `root`, or of --weights."""
+    """The net of --run, whose runs are in `root`, or of --weights.
+
+    Raises ValueError: none of both; a run that did not learn to compare pictures and texts.
+    """
     check_source(args)
     device = command_line.device(args.device)
-    return (
-        of_weights(args.weights, device)
-        if args.weights
-        else with_head(open_run(args.run, root, args.checkpoint), device)[0]
-    )
+    if args.weights:
+        return of_weights(args.weights, device)
+    model, head = with_head(open_run(args.run, root, args.checkpoint), device)
+    if head:
+        raise ValueError(f"'{args.run}' learned what is true or false; expected a run that learned pairs")
+    return model
 
 
 def stored(model: Clip) -> dict[str, Any]:

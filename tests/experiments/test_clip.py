@@ -205,7 +205,8 @@ def test_true_or_false(here, capsys):
     assert call("evaluate", "--run", RUN.with_name("c")) == 0
     again = runs.result(RUN.with_name("c") / "evaluations/test")
     assert again["accuracy"] == result["accuracy"]
-    assert call("search", "--run", RUN.with_name("c"), "--folder", "things", "a square") == 0
+    assert call("search", "--run", RUN.with_name("c"), "--folder", "things", "a square") == 2
+    assert "learned what is true or false; expected a run that learned pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

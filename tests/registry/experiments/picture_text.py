@@ -69,7 +69,8 @@ ROWS = [
             (("--data", "bare"), "bare has none of captions.tsv, captions.csv, captions.jsonl; expected"),
             (("--data", "words.tsv"), "words.tsv: no columns of pictures and captions; there are a, b, c"),
             ((*SMALL, "--batch", "40"), "--batch is 40, but there are 16 pictures to learn from"),
-            (("--size", "31"), "--size is 31; expected at least 32 for scenes"),
+            (("--size", "96"), "scenes have 32 to 64 pixels per side; those of the net are 96"),
+            (("--data", "things", "--longest", "2"), "--longest is 2; expected at least 3"),
             (
                 ("--data", "things", "--size", "40"),
                 "for images of 40; expected four stages of at least one block, and a multiple of 32",
