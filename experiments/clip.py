@@ -66,13 +66,13 @@ class Args:
     """Size of the vocabulary from scratch, at most."""
     longest: Count = 32
     """Tokens of a text from scratch, at most; longer ones are cut."""
-    steps: Count = 600
+    steps: Count = 850
     """Training steps; the learning rate rises over a twentieth of them, and then falls to 0 as a cosine."""
     batch: Count = 256
     """Pairs per step, each of which has the others as negatives."""
-    learning_rate: Positive = 3e-3
+    learning_rate: Positive = 4e-3
     """Peak learning rate of AdamW."""
-    weight_decay: NonNegative = 0.05
+    weight_decay: NonNegative = 0.2
     """Weight decay of AdamW, not on biases, norms and the scale."""
     eval_every: Count = 100
     """Steps between evaluations on the first pictures to test on."""
@@ -83,7 +83,7 @@ def presets(words: dict[str, str]) -> Args:
     statements = words.get("task") == "true-false"
     sizes = {"batch": 32 if statements else 128, "eval_every": 250}
     if "weights" in words:
-        return Args(fit="squeeze" if statements else "cut", steps=1000, learning_rate=1e-5, weight_decay=0.2, **sizes)
+        return Args(fit="squeeze" if statements else "cut", steps=1000, learning_rate=1e-5, **sizes)
     if statements:
         return Args(size=64, fit="squeeze", steps=1500, learning_rate=1e-3, **sizes)
     return Args(size=64, steps=3000, learning_rate=1e-3, **sizes) if words.get("data", "scenes") != "scenes" else Args()

@@ -48,7 +48,7 @@ def training(size: int, count: int = TRAINING) -> tuple[Tensor, list[str]]:
 
 def testing(size: int, count: int = TESTING) -> tuple[Tensor, list[str]]:
     """Pictures of digits by other hands, of which no two have the same caption."""
-    content, images = _drawn(1, size, 3 * count, digits()[1], 2)
+    content, images = _drawn(1, size, 4 * count, digits()[1], 2)
     first: dict[str, int] = {}
     for i, caption in enumerate(scenes.captions(content)):
         first.setdefault(caption, i)
