@@ -3,7 +3,7 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv:2103.00020).
 Without a flag a small one learns generated scenes of digits, "a red seven left of a blue three", offline:
 
-    python experiments/clip.py                                         three minutes on 2 CPU cores
+    python experiments/clip.py                                         three to four minutes on 2 CPU cores
     python experiments/clip.py --net vit                               a ViT in place of a ResNet
     python experiments/clip.py --data FOLDER                           with captions.tsv; CSV, JSON Lines, COCO's JSON
     python experiments/clip.py --weights openai/clip-vit-base-patch32 --data FOLDER
@@ -13,6 +13,9 @@ Without a flag a small one learns generated scenes of digits, "a red seven left 
     python experiments/clip.py predict --weights FOLDER --labels "cat,dog" --prompt "a photo of a {}" photo.jpg
     python experiments/clip.py probe --weights FOLDER --data CLASSES    zero-shot, and a linear probe, of class folders
     python experiments/clip.py evaluate --run runs/clip/NAME --data OTHER
+
+Expected: of 500 unseen scenes 86 % find their caption at once, 88 % of the captions their scene; ridge regression 1 %.
+Pictures of pairs of a colour and a digit that were held out are named right among all 60 in 88 %.
 """
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
@@ -199,7 +202,8 @@ def train(args: Args) -> None:
         figures["scale"] = float(state.params["clip"]["scale"].exp())
         run.result({**figures, "parameters": tree.count(state.params)})
     for name, (metrics, label) in task.curves.items():
-        curves = read_curves(run.folder, *metrics)
+        points = read_curves(run.folder, *metrics.values())
+        curves = {legend: points[metric] for legend, metric in metrics.items()}
         plots.curves(run.folder / f"{name}.png", curves, ylabel=label, title=name.capitalize())
     print(task.summary.format(**figures))
     print(f"{run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")

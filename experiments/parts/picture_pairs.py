@@ -30,7 +30,7 @@ AT = (1, 5, 10)
 MOST = 5000
 """Pictures that the linear baseline learns from."""
 SHOWN = 12
-"""Pictures in similarity.png; half as many queries in retrieval.png."""
+"""Pictures in similarity.png; a third as many queries in retrieval.png."""
 VALIDATED = 200
 """Pictures that are evaluated while a net learns."""
 SUMMARY = """\
@@ -147,7 +147,8 @@ def task(args: Any, data: Data, model: Clip) -> Task:
         return {name: value for name, value in figures(model, few).items() if name.endswith("at_1")}
 
     summary = SUMMARY + SCENES * data.scenes
-    recalls = tuple(f"validation/{name}_recall_at_1" for name in ("image_to_text", "text_to_image"))
+    ways = {"captions of pictures": "image_to_text", "pictures of captions": "text_to_image"}
+    curves = {name: f"validation/{way}_recall_at_1" for name, way in ways.items()}
     return Task(
         data.facts | {"cut": cut(model, [text for texts in train.captions for text in texts])},
         (train.images, train.captions),
@@ -159,7 +160,11 @@ def task(args: Any, data: Data, model: Clip) -> Task:
         math.log(args.batch),
         validate,
         lambda folder, model, head: study(folder, model, data),
-        {"loss": (("train/loss",), "nats"), "scale": (("train/scale",), "scale"), "recall": (recalls, "recall at 1")},
+        {
+            "loss": ({"loss": "train/loss"}, "nats"),
+            "scale": ({"scale": "train/scale"}, "scale of the cosines"),
+            "recall": (curves, f"recall at 1 among {min(VALIDATED, len(data.test.images))}"),
+        },
         summary,
     )
 
@@ -245,7 +250,7 @@ def draw(folder: Path, test: Pairs, cosines: Tensor, texts: Sequence[str], fits:
     labels = [clipped(texts[j]) for j in columns]
     title = "cosines of captions and pictures"
     pictures.similarities(folder / "similarity.png", test.images[some], labels, cosines[some][:, columns].T, title)
-    queries = columns[: SHOWN // 2]
+    queries = columns[: SHOWN // 3]
     rows = [cosines[:, j].topk(min(5, len(cosines))) for j in queries]
     pictures.sheet(
         folder / "retrieval.png",

@@ -26,7 +26,7 @@ class Task(NamedTuple):
         guess: loss of a guess.
         validate: (net, head) -> figures of a part of the data to test on.
         study: (folder or None, net, head) -> figures; writes pictures.
-        curves: {picture: (names of metrics, label)}.
+        curves: {picture: ({name in the legend: metric}, label of the axis)}.
         summary: template of the figures.
     """
 
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     guess: float
     validate: Callable[[Clip, Tree], dict[str, float]]
     study: Callable[[Path | None, Clip, Tree], dict[str, Any]]
-    curves: dict[str, tuple[tuple[str, ...], str]]
+    curves: dict[str, tuple[dict[str, str], str]]
     summary: str
 
 

@@ -95,7 +95,7 @@ def of_weights(source: str, device: torch.device | str = "cpu") -> Clip:
 
 
 def head_spec(cfg: clip.Config) -> Tree:
-    """Of runs with --task true-false: an MLP on [u; v; u v; |u - v|], of the embeddings of a picture and a text."""
+    """The head of runs with --task true-false: an MLP on [u; v; u v; |u - v|] of a picture's and a text's embedding."""
     return {"hidden": linear_spec(4 * cfg.embedding, 2 * cfg.embedding), "out": linear_spec(2 * cfg.embedding, 1)}
 
 

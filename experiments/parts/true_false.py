@@ -86,7 +86,10 @@ def task(args: Any, data: Data, model: Clip) -> Task:
         math.log(2),
         lambda model, head: {"accuracy": accuracy(model, head, data.test)},
         lambda folder, model, head: study(folder, model, head, data),
-        {"loss": (("train/loss",), "nats"), "accuracy": (("train/accuracy", "validation/accuracy"), "accuracy")},
+        {
+            "loss": ({"loss": "train/loss"}, "nats"),
+            "accuracy": ({"trained on": "train/accuracy", "tested on": "validation/accuracy"}, "accuracy"),
+        },
         SUMMARY,
     )
 

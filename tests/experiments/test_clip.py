@@ -96,7 +96,7 @@ def test_loss_equals_transformers(here):
 
 
 def test_a_caption_of_two_pictures_is_no_negative():
-    """Of four pictures the first two have caption 7, the third has it beside its own."""
+    """Two of four pictures have caption 7 alone, and a third has it beside its own."""
     text = {"vocabulary": 9, "context": 4, "text_layers": 1, "text_heads": 2, "text_width": 8}
     cfg = clip.Config(6, 8, patch=4, image_layers=1, image_heads=2, image_width=8, **text)
     params = spec.init(random.key(0), clip.spec(cfg))

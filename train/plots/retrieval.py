@@ -69,10 +69,10 @@ def sheet(
     width = max(width, 0.2 + 0.08 * max([*map(len, queries), len(title)]))
     height = above + len(queries) * cell
     figure = new_figure(width, height)
-    for row, (query, found) in enumerate(zip(queries, images, strict=True)):
+    for row, (query, own) in enumerate(zip(queries, images, strict=True)):
         top = height - above - row * cell
         figure.text(0.1 / width, (top - 0.15) / height, query, fontsize=9, color=INK, va="center", parse_math=False)
-        for column, image in enumerate(_pixels(found)):
+        for column, image in enumerate(_pixels(own)):
             left, bottom = 0.1 + column * (side + 0.1), top - head - side
             axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
             axes.imshow(image, interpolation="nearest")
