@@ -115,7 +115,7 @@ class EvaluateArgs(Source):
 @dataclass(frozen=True, kw_only=True)
 class SearchArgs(Source):
     folder: Path | None = None
-    """Folder of pictures to search in; the run's pictures to test on if None."""
+    """Folder of pictures to search in; the run's pictures to test on, of scenes held-out pairs too, if None."""
     queries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Texts to look for; without any, the lines of standard input."""
     count: Count = 5
@@ -219,11 +219,11 @@ def evaluate(args: EvaluateArgs) -> None:
         raise ValueError("published weights have no data of their own; name pictures with captions with --data")
     if trained.task == "true-false":
         model, head = picture_text.with_head(saved, command_line.device(args.device))
-        judged = true_false.open_data(data, model.cfg.image, model.pixels.whole)
+        judged = true_false.open_data(data, *model.pictures)
         facts, summary = judged.facts, true_false.SUMMARY
     else:
         model = picture_text.opened(args, RUNS)
-        pairs = picture_pairs.open_data(data, model.cfg.image, model.pixels.whole)
+        pairs = picture_pairs.open_data(data, *model.pictures)
         facts, summary = pairs.facts, picture_pairs.SUMMARY + picture_pairs.SCENES * pairs.scenes
     understood(print, {"data": data, **facts, "net": model.cfg})
     folder = None
@@ -254,8 +254,7 @@ def searched(args: SearchArgs, model: Clip) -> tuple[Tensor, list[str]]:
     trained = open_run(args.run, RUNS, args.checkpoint).read("args", Args) if args.run else None
     if trained is None or trained.task != "pairs":
         raise ValueError("name the pictures to search in with --folder")
-    pairs = picture_pairs.open_data(trained.data, model.cfg.image, model.pixels.whole, learn=False)
-    return pairs.test.images, list(pairs.test.names)
+    return picture_pairs.to_search(picture_pairs.open_data(trained.data, *model.pictures, learn=False))
 
 
 def predict(args: PredictArgs) -> None:

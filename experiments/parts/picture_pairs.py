@@ -31,6 +31,8 @@ MOST = 5000
 """Pictures that the linear baseline learns from."""
 SHOWN = 12
 """Pictures in similarity.png; a third as many queries in retrieval.png."""
+HELD_SHOWN = 40
+"""Pictures of held-out pairs that are searched too."""
 VALIDATED = 200
 """Pictures that are evaluated while a net learns."""
 SUMMARY = """\
@@ -100,6 +102,15 @@ def open_data(data: str, size: int, whole: bool, *, learn: bool = True) -> Data:
         rows = rows.tolist()
         parts.append(Pairs(images, tuple(part[i].captions for i in rows), tuple(shown(part[i].path) for i in rows)))
     return Data(*parts, False, captions.facts(files._replace(skipped=tuple(skipped))))
+
+
+def to_search(data: Data) -> tuple[Tensor, list[str]]:
+    """(pictures, names) to test on; of scenes, also those of single digits in held-out pairs."""
+    images, names = data.test.images, list(data.test.names)
+    if not data.scenes:
+        return images, names
+    held = caption_scenes.singles(images.shape[-1], 2, HELD_SHOWN, True, True).images
+    return torch.cat([images, held]), names + [f"held-out scene {i + 1}" for i in range(len(held))]
 
 
 # Training.

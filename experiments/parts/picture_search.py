@@ -45,7 +45,7 @@ def read(inputs: Sequence[Path], model: Clip) -> tuple[Tensor, list[str]]:
     Raises DataError: none can be read.
     """
     paths, skipped = folders.picture_paths(inputs)
-    images, rows, bad = captions.read_pictures(paths, model.cfg.image, model.pixels.whole)
+    images, rows, bad = captions.read_pictures(paths, *model.pictures)
     understood(print, {"skipped": [*skipped, *bad]})
     return images, [shown(paths[i]) for i in rows.tolist()]
 
@@ -152,6 +152,6 @@ def probe(model: Clip, data: str, prompt: str) -> tuple[dict[str, Any], dict[str
 
 def _read(files: folders.Files, model: Clip, skipped: list[Skipped]) -> tuple[Tensor, Tensor]:
     """(pictures, labels); adds those that cannot be read to `skipped`."""
-    images, rows, bad = captions.read_pictures(files.paths, model.cfg.image, model.pixels.whole)
+    images, rows, bad = captions.read_pictures(files.paths, *model.pictures)
     skipped += bad
     return images, files.labels[rows]

@@ -43,6 +43,11 @@ class Clip(NamedTuple):
     tokenizer: BytePairTokenizer
     pixels: Pixels
 
+    @property
+    def pictures(self) -> tuple[int, bool]:
+        """Pixels per side, and whether pictures are squeezed, as `captions.read_pictures` takes them."""
+        return self.cfg.image, self.pixels.whole
+
 
 # Loading.
 
