@@ -265,7 +265,7 @@ def draw(folder: Path, test: Pairs, cosines: Tensor, texts: Sequence[str], fits:
     rows = [cosines[:, j].topk(min(5, len(cosines))) for j in queries]
     pictures.sheet(
         folder / "retrieval.png",
-        [texts[j] for j in queries],
+        [shown(texts[j]) for j in queries],
         [test.images[row.indices] for row in rows],
         [[f"{value:.2f}" for value in row.values.tolist()] for row in rows],
         [[bool(fits[i, j]) for i in row.indices.tolist()] for row, j in zip(rows, queries, strict=True)],
@@ -274,4 +274,4 @@ def draw(folder: Path, test: Pairs, cosines: Tensor, texts: Sequence[str], fits:
 
 
 def clipped(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return shown(text if len(text) <= most else text[: most - 3] + "...")

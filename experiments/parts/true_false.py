@@ -136,5 +136,6 @@ def study(folder: Path | None, model: Clip, head: Tree, data: Data) -> dict[str,
         labels = [[f"{share:.0%} true"] for share in shares]
         right = [[(share > 0.5) == bool(label)] for share, label in zip(shares, about.labels.tolist(), strict=True)]
         images = [data.test.images[i : i + 1] for i in rows]
-        pictures.sheet(folder / "statements.png", about.sentences, images, labels, right, "Statements about pictures")
+        title = "Statements about pictures: right (green) and wrong answers"
+        pictures.sheet(folder / "statements.png", about.sentences, images, labels, right, title, side=2.2)
     return out

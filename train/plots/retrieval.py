@@ -10,6 +10,8 @@ from train.plots.figures import COLOURS, INK, array, new_figure, write
 
 RIGHT, WRONG = COLOURS[2], COLOURS[1]
 """Frames of images that fit their query, and of others."""
+LONGEST = 90
+"""Letters of a query that are shown."""
 
 
 def similarities(path: str | os.PathLike, images: Any, texts: Sequence[str], values: Any, title: str = "") -> None:
@@ -64,6 +66,7 @@ def sheet(
         right: True for a green frame, False for an orange one, None for none.
         side: width of an image in inches.
     """
+    queries = [query if len(query) <= LONGEST else query[: LONGEST - 3] + "..." for query in queries]
     most, above, head = max(map(len, images)), 0.35 * bool(title), 0.26
     width, cell = most * (side + 0.1) + 0.1, side + 0.2 + head
     width = max(width, 0.2 + 0.08 * max([*map(len, queries), len(title)]))
