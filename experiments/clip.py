@@ -260,8 +260,11 @@ def searched(args: SearchArgs, model: Clip) -> tuple[Tensor, list[str]]:
 
 def predict(args: PredictArgs) -> None:
     """The class of each picture, by the text that is nearest to it."""
-    model, classes = picture_text.opened(args, RUNS), picture_search.classes_of(args.labels)
-    folder = unused(args.out, Path("predictions"))
+    model, folder = picture_text.opened(args, RUNS), unused(args.out, Path("predictions"))
+    trained = open_run(args.run, RUNS, args.checkpoint).read("args", Args) if args.run else None
+    if args.labels is None and (trained is None or trained.data != "scenes"):
+        raise ValueError("name the classes with --labels")
+    classes = picture_search.classes_of(args.labels)
     images, names = picture_search.read(args.images, model)
     understood(print, {"pictures": len(images), "classes": classes, "prompt": args.prompt})
     folder.mkdir(parents=True)
