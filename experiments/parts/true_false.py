@@ -2,6 +2,7 @@
 
 import functools
 import math
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from core.tree import Tree
 from experiments.parts.picture_task import Task
 from experiments.parts.picture_text import Clip, embed_pictures, embed_texts, head_spec, normalised
 from nets.multimodal import clip
+from train import plots
 from train.data.images import captions, nlvr
 from train.data.images.nlvr import Statements
 from train.data.text import clip_pairs
-from train.plots import retrieval as pictures
+from train.files import shown
 
 SHOWN = 6
 SUMMARY = """\
@@ -133,9 +135,11 @@ def study(folder: Path | None, model: Clip, head: Tree, data: Data) -> dict[str,
         rows = list(range(0, len(data.test.images), -(-len(data.test.images) // SHOWN)))
         about = data.test.about.some(rows)
         shares = odds(model, head, data.test.images[rows], about.sentences).sigmoid().tolist()
-        labels = [[f"{share:.0%} true"] for share in shares]
-        right = [[(share > 0.5) == bool(label)] for share, label in zip(shares, about.labels.tolist(), strict=True)]
-        images = [data.test.images[i : i + 1] for i in rows]
-        title = "Statements about pictures: right (green) and wrong answers"
-        pictures.sheet(folder / "statements.png", about.sentences, images, labels, right, title, side=2.2)
+        rights = [(share > 0.5) == bool(label) for share, label in zip(shares, about.labels.tolist(), strict=True)]
+        titles = [
+            f"{textwrap.fill(shown(text), 30)}\n{share:.0%} true: {'right' if right else 'wrong'}"
+            for text, share, right in zip(about.sentences, shares, rights, strict=True)
+        ]
+        images = data.test.images[rows].numpy()
+        plots.image_grid(folder / "statements.png", images, 3, titles, "Statements about pictures", scale=2.2)
     return out
