@@ -89,8 +89,9 @@ def presets(words: dict[str, str]) -> Args:
         return Args(fit="squeeze" if statements else "cut", steps=1000, learning_rate=1e-5, **sizes)
     if statements:
         return Args(size=64, fit="squeeze", steps=1000, learning_rate=1e-3, **sizes)
+    scenes = Args() if words.get("net", "resnet") == "resnet" else Args(learning_rate=1e-3)
     pictures = Args(size=64, vocabulary=4000, longest=64, steps=3000, learning_rate=1e-3, **sizes)
-    return Args() if words.get("data", "scenes") == "scenes" else pictures
+    return scenes if words.get("data", "scenes") == "scenes" else pictures
 
 
 @dataclass(frozen=True, kw_only=True)
