@@ -202,7 +202,7 @@ def from_pretrained(source: str, **changes: Any) -> tuple[Tree, Config]:
     """(params, config) of a published CLIP: a file, a directory, or a Hugging Face repository id.
 
     With a `config.json` of transformers beside it, the configuration is that one's; else the shapes say it, for names
-    of OpenAI's, and the activation is quick_gelu.
+    of OpenAI's, and the activation is quick_gelu, or as OpenCLIP's `open_clip_config.json` has it.
 
     Args:
         changes: fields of the configuration that no file holds: activation="gelu" for most of OpenCLIP's.
@@ -211,7 +211,9 @@ def from_pretrained(source: str, **changes: Any) -> tuple[Tree, Config]:
     if "logit_scale" not in state:
         raise WeightsError(f"{WHAT}: 'logit_scale' is missing; expected a CLIP of OpenAI, OpenCLIP or transformers")
     if "ln_final.weight" in state:
-        cfg = config_of(state, **changes)
+        model = read_config(source, "open_clip_config.json", optional=True).get("model_cfg")
+        activation = "quick_gelu" if model is None or model.get("quick_gelu") else "gelu"
+        cfg = config_of(state, **({"activation": activation} | changes))
     else:
         cfg = replace(published_config(read_config(source)), **changes)
     return from_published(state, cfg), cfg

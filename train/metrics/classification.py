@@ -1,5 +1,6 @@
 """Figures of a trained classifier: accuracy, calibration, confusion, its worst mistakes and its first filters."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1, ignore_id: int | N
         return hits.mean()
     valid = (labels != ignore_id).float()
     return (hits * valid).sum() / valid.sum().clamp(min=1)
+
+
+def linear_probe(train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor) -> float:
+    """Test accuracy of a logistic regression on features (examples, width) of a net that is not trained further.
+
+    The features are standardised by the training part; scikit-learn's own penalty.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
+    learn, look = (((part - mean) / std).double().numpy() for part in (train, test))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of the weights do not matter
+        model = LogisticRegression(max_iter=300).fit(learn, train_labels.numpy())
+    return float(model.score(look, test_labels.numpy()))
 
 
 def figures(log_probs: Tensor, labels: Tensor) -> dict[str, float]:

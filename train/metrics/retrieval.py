@@ -25,12 +25,21 @@ def ranks(similarities: Tensor, relevant: Tensor) -> Tensor:
     return 1 + ((similarities >= best) & ~relevant).sum(1)
 
 
-def figures(similarities: Tensor, relevant: Tensor) -> dict[str, float]:
+def figures(similarities: Tensor, relevant: Tensor, at: Sequence[int] = (1, 5)) -> dict[str, float]:
     """recall_at_1, recall_at_5: fractions of queries with a relevant item that high; mean_reciprocal_rank."""
-    at = ranks(similarities, relevant)
-    values = {f"recall_at_{k}": (at <= k).float().mean() for k in (1, 5)}
-    values["mean_reciprocal_rank"] = (1 / at.float()).mean()
+    places = ranks(similarities, relevant)
+    values = {f"recall_at_{k}": (places <= k).float().mean() for k in at}
+    values["mean_reciprocal_rank"] = (1 / places.float()).mean()
     return {name: float(value) for name, value in values.items()}
+
+
+def chance(relevant: Tensor, at: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """The recalls of a random order: 1 - (n - r over k) / (n over k), for r relevant items of n."""
+    items, counts, out = relevant.shape[1], relevant.sum(1).double(), {}
+    for k in at:
+        misses = [((items - counts - i) / (items - i)).clamp(min=0) for i in range(min(k, items))]
+        out[f"recall_at_{k}"] = float(1 - torch.stack(misses).prod(0).mean())
+    return out
 
 
 def equal_texts(targets: Sequence[str], items: Sequence[str]) -> Tensor:

@@ -102,6 +102,9 @@ def test_files_with_the_names_of_openai(cfg, tmp_path):
     other = {"patch", "image_layers", "zero_init"} if cfg.depths else {"image_heads"}
     assert all(getattr(stored, f) == getattr(cfg, f) for f in cfg.__dataclass_fields__ if f not in other)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(loaded), tree.leaves(params), strict=True))
+    for model, activation in (({}, "gelu"), ({"quick_gelu": True}, "quick_gelu")):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+        assert clip_weights.from_pretrained(str(tmp_path))[1].activation == activation
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

@@ -10,6 +10,7 @@ from tests.registry.experiments import (
     encoders,
     generative,
     language,
+    picture_text,
     pictures,
     segmentation,
     sequences,
@@ -17,5 +18,17 @@ from tests.registry.experiments import (
 )
 from tests.registry.experiments.experiment import Experiment
 
-PARTS = (classification, language, encoders, sequences, spans, generative, pictures, segmentation, detection, captions)
+PARTS = (
+    classification,
+    language,
+    encoders,
+    sequences,
+    spans,
+    generative,
+    pictures,
+    segmentation,
+    detection,
+    captions,
+    picture_text,
+)
 EXPERIMENTS: list[Experiment] = [row for part in PARTS for row in part.ROWS]

@@ -5,6 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from core import spec, tree
 from nets.classifiers import by_name
@@ -219,3 +222,12 @@ def test_study_with_one_mistake_and_with_none(tmp_path):
     assert figures["accuracy"] == 1
     assert not (tmp_path / "mistakes.png").exists()  # those of before are gone
     assert_picture(tmp_path / "confusion.png")
+
+
+def test_linear_probe_is_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (x * torch.randn(n, 5, generator=generator) for n, x in ((60, 1.0), (40, 2.0)))
+    labels = [(part.sum(1) > part.sum(1).median()).long() for part in (train, test)]
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    expected = pipeline.fit(train.numpy(), labels[0]).score(test.numpy(), labels[1])
+    assert classification.linear_probe(train, test, *labels) == pytest.approx(expected)

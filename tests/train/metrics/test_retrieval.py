@@ -1,5 +1,7 @@
 """Ranks and recalls, also of ties and of several right items; TF-IDF."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -44,3 +46,13 @@ def test_tfidf():
 def test_nearest_by_letters():
     items = ["digits: forty-two", "words: 1905-05-03", "digits: twelve"]
     assert retrieval.nearest_by_letters(["digits: forty-one", "words: 1905-05-04"], items) == [0, 1]
+
+
+def test_chance_is_the_mean_over_all_orders():
+    relevant = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    orders = torch.tensor(list(itertools.permutations(range(4)))).float()  # as similarities
+    expected = [retrieval.figures(order.expand(2, 4), relevant, (1, 2, 4)) for order in orders]
+    out = retrieval.chance(relevant, (1, 2, 4))
+    for name, value in out.items():
+        assert value == pytest.approx(sum(one[name] for one in expected) / len(expected)), name
+    assert retrieval.chance(relevant, (10,)) == {"recall_at_10": 1}

@@ -6,6 +6,7 @@ annotation or picture is named, skipped and counted.
 """
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
@@ -277,7 +278,7 @@ def picture_of(file: Path, name: str) -> Path | None:
         file.parent.parent,
     ]
     places.append(file.parent.parent / re.sub("^(instances|captions)_", "", file.stem))
-    return next((place / name for place in places if name and (place / name).is_file()), None)
+    return next((place / name for place in places if name and os.path.isfile(place / name)), None)
 
 
 def facts(data: BoxSet) -> dict[str, Any]:

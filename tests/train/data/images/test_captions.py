@@ -59,7 +59,7 @@ def test_forms(folder, name, lines):
 def test_bad_records_are_named_and_counted(folder):
     (folder / "bad.png").write_text("no picture")
     lines = [f"{i}.png\tpicture {i}" for i in range(6)]
-    lines += ["6.png\t...", "x.png\tnowhere", "lonely", "\tno name", "bad.png\tgarbled", ""]
+    lines += ["6.png\t...", f"{'x' * 300}\tnowhere", "lonely", "\tno name", "bad.png\tgarbled", ""]
     write(folder / "captions.tsv", "picture\tcaption", *lines)
     data = captions.open_captions(str(folder))
     reasons = sorted(reason for _, reason in data.skipped)
@@ -68,7 +68,7 @@ def test_bad_records_are_named_and_counted(folder):
         "line 10 has 1 column, expected at least 2",
         "line 11 names no picture",
         "line 8 has a caption of no words",
-        "line 9 names 'x.png', which is not there",
+        f"line 9 names '{'x' * 300}', which is not there",
     ]
     paths = [one.path for one in sorted(data.train + data.test)]
     images, rows, skipped = captions.read_pictures(paths, 8)
