@@ -5,8 +5,8 @@ learns generated scenes of scikit-learn's digits, offline:
 
     python experiments/caption.py                                          five minutes of one CPU core
     python experiments/caption.py --data FOLDER                            pictures and captions.tsv, or COCO's JSON
-    python experiments/caption.py --data FOLDER --weights nlpconnect/vit-gpt2-image-captioning
-    python experiments/caption.py predict --run runs/caption/NAME photo.jpg FOLDER --maps
+    python experiments/caption.py --data FOLDER --weights FOLDER           a ViT-GPT2
+    python experiments/caption.py predict --run runs/caption/NAME 1.jpg --maps
     python experiments/caption.py evaluate --run runs/caption/NAME --beam 4
     python experiments/caption.py evaluate --run runs/caption/NAME --data OTHER
 

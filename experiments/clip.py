@@ -6,11 +6,11 @@ Without a flag a small one learns generated scenes of digits, "a red seven left 
     python experiments/clip.py                                         three to four minutes on 2 CPU cores
     python experiments/clip.py --net vit                               a ViT in place of a ResNet
     python experiments/clip.py --data FOLDER                           with captions.tsv; CSV, JSON Lines, COCO's JSON
-    python experiments/clip.py --weights openai/clip-vit-base-patch32 --data FOLDER
+    python experiments/clip.py --weights openai/clip-vit-base-patch32 --data DIR
     python experiments/clip.py --task true-false --data nlvr           is the sentence true of the picture?
     python experiments/clip.py search --run runs/clip/NAME "a red seven"
-    python experiments/clip.py search --weights FOLDER --folder PICTURES "a dog on a beach"
-    python experiments/clip.py predict --weights FOLDER --labels "cat,dog" --prompt "a photo of a {}" photo.jpg
+    python experiments/clip.py search --weights FOLDER --folder DIR "a dog"
+    python experiments/clip.py predict --weights FOLDER --labels "cat,dog" 1.jpg
     python experiments/clip.py probe --weights FOLDER --data CLASSES    zero-shot, and a linear probe, of class folders
     python experiments/clip.py evaluate --run runs/clip/NAME --data OTHER
 

@@ -24,6 +24,8 @@ from nets.blocks.residual_stages import Stages, stage_maps, stage_names, stages_
 from nets.weights import Rename, read
 
 SMALL = initializers.normal(0.01)
+START = 2.0
+"""Distances at first, in strides: a side that is 0 for all pictures has no gradient by its relu, and stays so."""
 RESNET50 = Stages((3, 4, 6, 3), "bottleneck")
 
 
@@ -105,7 +107,7 @@ def spec(cfg: Config) -> Tree:
             "lateral": [conv_spec(d, cfg.width, 1, init=init) for d in channels],
             "smooth": [conv_spec(cfg.width, cfg.width, 3, init=init)] * len(channels),
         },
-        "regression": _head_spec(cfg, {"centreness": (1, 0.0), "distances": (4, 0.0)}),
+        "regression": _head_spec(cfg, {"centreness": (1, 0.0), "distances": (4, START)}),
     }
 
 

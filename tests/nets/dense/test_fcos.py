@@ -109,3 +109,12 @@ def test_outputs_losses_and_gradients_equal_torchvision(reference):
         if p is not None:
             scale = float(p.grad.abs().max().clamp(min=1e-3))
             torch.testing.assert_close(flat[name], p.grad, rtol=0, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("preset", ["small", "medium"])
+def test_every_side_learns_from_the_first_step(preset):
+    """A side whose distances are all cut off by their relu would stay at 0."""
+    cfg = replace(fcos.PRESETS[preset], classes=3)
+    params = spec.init(random.key(0), fcos.spec(cfg))
+    images = random.normal(random.key(1), (2, 3, 64, 64))
+    assert (fcos.apply(params, images, cfg)["distances"] > 0).all()
