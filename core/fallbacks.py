@@ -29,7 +29,7 @@ def _copied(module: nn.Module, names: Mapping[nn.Module, str], copies: dict[nn.M
         asks = _may_fail(module)
         own: Any = type(module)
         kind = _layer(own) if asks else own
-        out = copies[module] = kind.__new__(kind)
+        out = copies[module] = object.__new__(kind)  # a class may have a __new__ of its own, as torch.fx's has
         children = {name: child and _copied(child, names, copies) for name, child in module._modules.items()}
         # functional_call writes into these dicts.
         tensors = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from core import per_example, tree
+from core import per_example, random, tree
 from core.lift import lift
 from core.per_example import PerExampleError
 from tests.registry.public_modules import BUILDS, N, public
@@ -75,6 +76,35 @@ def test_public_modules_compile(name):
     torch._dynamo.reset()
     compiled = torch.compile(norms, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(params, about.batch), norms(params, about.batch), rtol=1e-9, atol=0)
+
+
+class Folds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x.reshape(-1, 4)).tanh().reshape(x.shape))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_layer_that_folds_the_batch_is_mapped_and_named(traced):
+    layer = torch.fx.symbolic_trace(Folds()) if traced else Folds()
+    params, _, apply = lift(nn.Sequential(layer, nn.Linear(3, 2)).double())
+    x = random.normal(random.key(0), (N, 5, 4), torch.float64)
+
+    def loss(p, x):
+        return apply(p, x).square().sum((1, 2))
+
+    plan = per_example.plan(loss, params, x)
+    assert list(plan.layers) == ["0 (Folds)"]
+    assert (
+        str(plan)
+        .splitlines()[-1]
+        .startswith("layer 0 (Folds) is mapped over the examples: '0.first.weight' meets (5*N")
+    )
+    assert [leaf.uses[0].called for leaf in plan.leaves.values()] == 4 * ["spread"] + ["spread", "linear"]
+    assert per_example.verify(loss, params, x) < 1e-12
 
 
 @pytest.mark.slow
