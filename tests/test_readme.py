@@ -11,6 +11,7 @@ from tests.test_pages import FENCE, PAGES, read
 RUN = ["README.md", "core/README.md", "core/per_example/README.md", "nets/README.md", "train/README.md"]
 # How the blocks of these pages begin that do not run: they are ```py, and are parsed only.
 NOT_RUN = {
+    "core/per_example/README.md": ["from backpack import backpack, extend\n"],  # another library
     "nets/README.md": [
         "params, cfg = gpt2.from_pretrained(",  # downloads
         "from nets.classifiers import torchvision_weights\n",
@@ -18,7 +19,7 @@ NOT_RUN = {
         "params, cfg = bert.from_pretrained(",  # downloads
         'net("name", ',  # rows of tests/registry for a net that is still to be written
         'parity("name", ',
-    ]
+    ],
 }
 
 
@@ -51,6 +52,9 @@ def test_examples_run(page, traced, tmp_path, monkeypatch):
     assert examples
     for block in examples:
         exec(compiled_source(block, page), names)
+    if page == "core/per_example/README.md":
+        for other in ("opacus", "torchjd"):
+            torch.testing.assert_close(names[other], names["here"])
     if page == "README.md":
         torch.testing.assert_close(names["out"].mean, names["gradient"])
         torch.testing.assert_close(names["norms"], names["out"].total_norm)
