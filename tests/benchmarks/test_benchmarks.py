@@ -37,6 +37,8 @@ CASES = [
     ("generation --net llama --widths 32 --vocabulary 20 --tokens 4 --rounds 1", "share of the bandwidth limit"),
     ("gpt2_bf16 --device cpu --preset tiny --batch 1 --rounds 1", "functree / nn.Module, torch.compile"),
     ("image_pipeline --data pictures.zip --batch 4 --workers 0 --rounds 1", "functree / DataLoader and Pillow"),
+    ("lifted --layers 1 --width 32 --vocabulary 50 --time 16 --batch 2 --rounds 1", "lifted / Opacus, hooks"),
+    ("lifted --net resnet18 --side 32 --batch 2 --rounds 1", "lifted / plain gradient"),
     ("lora --adapters 2 --width 16 --tokens 4 --layers 1 --rounds 1", "an adapter each / peft, adapter_names"),
     ("nanogpt --steps 1 --no-compile", "validation loss after 1 steps"),
     ("per_example_gpt --batch 2 --rounds 1", "functree / plain gradient"),
