@@ -269,10 +269,10 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(name):
     assert per_example.verify(*reported(NETS[name]), examples=2) <= 1e-10
 
 
-# A minute or two each to trace: they have the most layers.
+# Half a minute to two minutes each to trace: they have the most layers.
 LONG = (
     *("densenet", "googlenet", "inception", "mobilenet_v3", "sagan generator", "stylegan generator", "unet"),
-    *("edsr", "srgan critic", "srresnet", "captioner"),
+    *("edsr", "srgan critic", "srresnet", "captioner", "clip", "deeplab", "dense unet", "detr", "fcos", "transunet"),
 )
 
 
