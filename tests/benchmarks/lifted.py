@@ -1,7 +1,7 @@
 """Norms of every example's gradient of modules of others, lifted, beside the plain gradient of the same function.
 
-transformers' BERT (6 layers, 384 wide, 128 tokens, batch 16, logits of masked tokens), and torchvision's ResNet-18 in
-eval mode (64 x 64, batch 32), both compiled; the norms must be those of examples alone. Of BERT also Opacus, eager as
+transformers' BERT that tags tokens (6 layers, 384 wide, 128 tokens, batch 16), and torchvision's ResNet-18 in eval mode
+(64 x 64, batch 32), both compiled; the norms must be those of examples alone. Of BERT also Opacus, eager as
 it is: its hooks, which form every example's gradient.
 
     python tests/benchmarks/lifted.py [--net bert|resnet18] [--layers 6] [--width 384] [--vocabulary 30522] [--time 128]
@@ -25,7 +25,7 @@ from core.lift import lift
 
 def bert(args) -> tuple:
     """(module, batch, losses of its logits)."""
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig, BertForTokenClassification
 
     sizes = {
         "hidden_size": args.width,
@@ -33,8 +33,9 @@ def bert(args) -> tuple:
         "num_attention_heads": max(1, args.width // 32),
     }
     sizes |= {"vocab_size": args.vocabulary, "intermediate_size": 4 * args.width, "max_position_embeddings": args.time}
-    module = BertForMaskedLM(BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    tokens, labels = (torch.randint(args.vocabulary, (args.batch, args.time)) for _ in range(2))
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=9)
+    module = BertForTokenClassification(config)
+    tokens, labels = (torch.randint(n, (args.batch, args.time)) for n in (args.vocabulary, 9))
 
     def losses(call, batch):
         return F.cross_entropy(call(batch[0]).logits.transpose(1, 2), batch[1], reduction="none").mean(1)
