@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from core import tree
-from core.draws import Attention, Draws
+from core.attention_module import Attention
+from core.draws import Draws
 from core.fallbacks import with_fallbacks
 from core.per_example import PerExampleError
 from core.per_example.dynamo import like_draws

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, whose tests are no package that is installed
 
 import torch
-from table import EXACT, _on_purpose, _percent, markdown, versions, write
+from table import EXACT, markdown, on_purpose, percent, versions, write
 from torch import Tensor
 
 from core import per_example, tree
@@ -92,12 +92,12 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             norms = TOOLS[tool](about._replace(module=copy.deepcopy(about.module))).detach()
     except Exception as error:
-        return ("refuses" if _on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
+        return ("refuses" if on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
     if norms.shape != (N,):
         return f"shape {tuple(norms.shape)}", ""
     expected = oracle(about)
     error = float(((norms - expected).abs() / expected).max())
-    return ("exact" if error <= EXACT else f"wrong: {_percent(error)}"), ""
+    return ("exact" if error <= EXACT else f"wrong: {percent(error)}"), ""
 
 
 def main() -> None:

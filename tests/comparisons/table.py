@@ -38,7 +38,7 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
     except OtherFunction as error:
         return "other function", str(error)
     except Exception as error:
-        return ("refuses" if _on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
+        return ("refuses" if on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
     text = " ".join([printed.getvalue(), *(str(w.message) for w in warned)])
     if norms.shape != (BATCH,):
         return f"shape {tuple(norms.shape)}", text
@@ -52,8 +52,8 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
         rest = [i for i, name in enumerate(names) if name not in left]
         if _error(norms, squares[rest].sum(0)) <= EXACT:
             named = all(any(word in text for word in _words(about.module, name)) for name in left)
-            return f"leaves out {_short(left, names)}{' (says so)' if named else ''}: {_percent(error)}", text
-    return f"wrong: {_percent(error)}", text
+            return f"leaves out {_short(left, names)}{' (says so)' if named else ''}: {percent(error)}", text
+    return f"wrong: {percent(error)}", text
 
 
 def _words(module: torch.nn.Module, parameter: str) -> list[str]:
@@ -71,7 +71,7 @@ def _short(left: tuple[str, ...], names: list[str]) -> str:
     return ", ".join([*whole, *(name for name in left if name.partition(".")[0] not in whole)])
 
 
-def _percent(error: float) -> str:
+def percent(error: float) -> str:
     return f"{100 * error:.2g} %"
 
 
@@ -80,7 +80,7 @@ def _error(norms: torch.Tensor, squares: torch.Tensor) -> float:
     return ((norms - squares.sqrt()).abs() / squares.sqrt()).max().item()
 
 
-def _on_purpose(error: Exception) -> bool:
+def on_purpose(error: Exception) -> bool:
     """Whether the last line that ran is a `raise` or an `assert` (nothing says so of what torch's C++ raises)."""
     if isinstance(error, LookupError | AttributeError):
         return False

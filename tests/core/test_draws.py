@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from core import per_example, random, tree
-from core.draws import Attention, Draws
+from core.attention_module import Attention
+from core.draws import Draws
 from core.lift import lift
 from core.recurrent_modules import replaced
 from tests.core.per_example.models import Draw
