@@ -16,6 +16,9 @@ from tests.registry import NETS, PUBLISHED, Net
 # Variants of a net, "name, variant", share its layers: what takes long is tested with the first of each.
 PLAIN = [n for n in NETS if "," not in n]
 every_net = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+variants_slow = pytest.mark.parametrize(
+    "net", [pytest.param(n, id=name, marks=[] if name in PLAIN else pytest.mark.slow) for name, n in NETS.items()]
+)
 
 
 def some_nets(predicate):
@@ -199,7 +202,7 @@ def test_grad_by_the_stats_is_their_increment(net):
 # vmap
 
 
-@every_net
+@variants_slow
 @pytest.mark.parametrize("train", [False, True])
 def test_vmap_ensemble_equals_its_members(net, train):
     keys = random.split(random.key(0), 3)
@@ -219,7 +222,7 @@ def test_vmap_ensemble_equals_its_members(net, train):
 # per example
 
 
-@every_net
+@variants_slow
 def test_per_example_gradients_sum_to_the_gradient_of_the_batch(net):
     (params, running), x, keys = values(net), batch(net, 4), one_key_each(4)
     train = not net.mixes
@@ -259,7 +262,7 @@ def check_reports(net: Net, f=per_example.reports):
         assert error <= 1e-10, f"{net.name}: '{name}': the sum is off by {error:.1e}"
 
 
-@every_net
+@variants_slow
 def test_per_example_reports_equal_vmap_of_grad(net):
     check_reports(net)
 
@@ -269,15 +272,24 @@ def test_per_example_reports_equal_gradients_of_batches_of_one(name):
     assert per_example.verify(*reported(NETS[name]), examples=2) <= 1e-10
 
 
-# Half a minute to two minutes each to trace: they have the most layers.
-LONG = (
-    *("densenet", "googlenet", "inception", "mobilenet_v3", "sagan generator", "stylegan generator", "unet"),
-    *("edsr", "srgan critic", "srresnet", "captioner", "clip", "deeplab", "dense unet", "detr", "fcos", "transunet"),
+# Ten seconds to two minutes each to trace: one of each kind of layer in CI, all others with -m long.
+TRACED = (
+    "convolutional",
+    "resnet",
+    "mobilenet_v2",
+    "rnn",
+    "gpt2",
+    "transformer",
+    "t5",
+    "bert",
+    "vit",
+    "vqvae",
+    "dcgan critic",
 )
 
 
 def compiled_by_suite(name: str):
-    marks = [] if name == "mlp" else pytest.mark.long if name in LONG else pytest.mark.slow
+    marks = [] if name == "mlp" else pytest.mark.slow if name in TRACED else pytest.mark.long
     return pytest.param(name, marks=marks)
 
 
