@@ -37,6 +37,7 @@ from core.layers.recurrent import (
     rnn_spec,
 )
 from core.layers.recurrent_stack import empty_state, recurrent, recurrent_spec
+from core.layers.resize import upsample_nearest
 
 __all__ = [
     "ACTIVATIONS",
@@ -86,4 +87,5 @@ __all__ = [
     "rnn_spec",
     "stochastic_depth",
     "swiglu",
+    "upsample_nearest",
 ]

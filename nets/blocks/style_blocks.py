@@ -45,11 +45,6 @@ def blur(x: Tensor) -> Tensor:
     return (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4  # (batch, channels, height, width)
 
 
-def upsample_nearest(x: Tensor) -> Tensor:
-    """Nearest neighbours at twice the size: (batch, channels, height, width) -> (..., 2 height, 2 width)."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 def pixel_norm(x: Tensor) -> Tensor:
     """x / rms(x) over axis 1: x (batch, channels, ...) -> the same shape. Karras et al. 2018, section 4.2."""
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from core import boxes, initializers
-from core.layers import conv, conv_spec, group_norm, group_norm_spec
+from core.layers import conv, conv_spec, group_norm, group_norm_spec, upsample_nearest
 from core.tree import Tree
 from nets.blocks.conv_norm import fill_published
 from nets.blocks.residual_stages import Stages, stage_maps, stage_names, stages_spec
@@ -119,7 +118,7 @@ def pyramid(params: Tree, x: Tensor, cfg: Config, *, train: bool = False) -> lis
     for lateral, smooth, features in reversed(parts):
         inner = conv(lateral, features)  # (batch, width, h, w)
         if above is not None:
-            inner = inner + F.interpolate(above, size=inner.shape[2:], mode="nearest")
+            inner = inner + upsample_nearest(above)[:, :, : inner.shape[2], : inner.shape[3]]  # stages round up
         above = inner
         levels.insert(0, conv(smooth, inner, padding=1))
     for i, one in enumerate(p["extra"]):

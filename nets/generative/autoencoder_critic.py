@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.layers import conv, conv_spec, linear, linear_spec
+from core.layers import conv, conv_spec, linear, linear_spec, upsample_nearest
 from nets.blocks.conditioning import check_latent
 from nets.blocks.conv_norm import check_images
 from nets.generative import dcgan
@@ -187,7 +187,7 @@ def _decode(p: dict, code: Tensor, cfg: Config, train: bool) -> Tensor:
         return dcgan.generator(p, code, cfg.dcgan(code.shape[1]), train=train)
     x = linear(p["project"], code).reshape(code.shape[0], cfg.width, cfg.base, cfg.base)  # (batch, width, base, base)
     for i, scale in enumerate(p["scales"]):
-        x = F.interpolate(x, scale_factor=2, mode="nearest") if i > 0 else x  # twice the height and width
+        x = upsample_nearest(x) if i > 0 else x  # twice the height and width
         for layer in scale:
             x = F.elu(_conv3(layer, x))
     return _conv3(p["output"], x).tanh()  # (batch, channels, size, size)

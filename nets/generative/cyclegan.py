@@ -16,9 +16,8 @@ biases before the norms, which cancel them. The public PyTorch-GAN collection do
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from core.layers import conv, conv_spec, conv_transpose, instance_norm
+from core.layers import conv, conv_spec, conv_transpose, instance_norm, upsample_nearest
 from nets.blocks.conv_norm import check_images
 from nets.generative.dcgan import WEIGHT
 from nets.generative.patch_critic import patch_critic, patch_critic_spec
@@ -100,7 +99,7 @@ def generator(
         if cfg.upsample == "transposed":
             x = conv_transpose(p, x, stride=2, padding=1, output_padding=1)  # half the channels, twice the size
         else:
-            x = conv(p, F.interpolate(x, scale_factor=2, mode="nearest"), padding=1)
+            x = conv(p, upsample_nearest(x), padding=1)
         x = _normed(x).relu()
     return conv(params["head"], x, padding=3, padding_mode="reflect").tanh()
 

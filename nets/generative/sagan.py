@@ -24,6 +24,7 @@ from core.layers import (
     global_average_pool,
     linear,
     linear_spec,
+    upsample_nearest,
 )
 from core.spec import Param
 from nets.blocks.conditioning import check_labels, check_latent
@@ -212,10 +213,10 @@ def generator(
         check_labels("sagan generator", labels, z.shape[0])
     x = linear(params["project"], z).reshape(z.shape[0], -1, cfg.base, cfg.base)  # (batch, channels, base, base)
     for i, p in enumerate(params["blocks"]):
-        y = _upsample(F.relu(conditional_norm(p["norm1"], x, labels, train)))  # twice the height and width
+        y = upsample_nearest(F.relu(conditional_norm(p["norm1"], x, labels, train)))  # twice the height and width
         y = conv(p["conv1"], y, padding=1)
         y = conv(p["conv2"], F.relu(conditional_norm(p["norm2"], y, labels, train)), padding=1)
-        x = y + conv(p["shortcut"], _upsample(x))
+        x = y + conv(p["shortcut"], upsample_nearest(x))
         x = self_attention(params["attention"], x) if i == cfg.generator_attention else x
     x = F.relu(batch_norm(params["norm"], x, train=train))
     return conv(params["output"], x, padding=1).tanh()  # (batch, channels, size, size)
@@ -291,8 +292,3 @@ def critic_outputs(
 def critic(params: dict, x: Tensor, cfg: Config, **options) -> Tensor:
     """Scores (batch,) of `critic_outputs`; the arguments are the same."""
     return critic_outputs(params, x, cfg, **options)["scores"]
-
-
-def _upsample(x: Tensor) -> Tensor:
-    """Nearest neighbours at twice the height and width."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import initializers, random
-from core.layers import average_pool, conv_spec, linear_spec
+from core.layers import average_pool, conv_spec, linear_spec, upsample_nearest
 from core.spec import Param
 from nets.blocks.conditioning import check_latent
 from nets.blocks.conv_norm import check_images
@@ -39,7 +39,6 @@ from nets.blocks.style_blocks import (
     equalised_linear,
     minibatch_std,
     pixel_norm,
-    upsample_nearest,
 )
 
 NORMAL = initializers.normal()

@@ -1,7 +1,8 @@
 """The compiled train step of FCOS or CLIP beside the same nn.Module under torch.compile with fused AdamW.
 
-FCOS on a ResNet-18, 256 x 256, batch 8, beside torchvision's backbone, pyramid and head; CLIP with a small ViT (4 layers, 256 wide,
-64 x 64) beside transformers'. Both start from the same weights and minimise the same loss; losses of three steps must agree.
+FCOS on a ResNet-18, 256 x 256, batch 8, beside torchvision's backbone, pyramid and head; CLIP with a small ViT (4
+layers, 256 wide, 64 x 64) beside transformers'. Both start from the same weights and minimise the same loss; the losses
+of three steps must agree.
 
     python tests/benchmarks/fcos_clip_step.py [--net fcos|clip] [--side 256] [--batch 8] [--rounds 9] [--threads 2]
 """

@@ -12,6 +12,7 @@ from torch.func import grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 from core import random, spec, tree
+from core.layers import upsample_nearest
 from nets.blocks import style_blocks
 from nets.generative import stylegan
 
@@ -159,10 +160,10 @@ def test_fading_begins_with_the_level_below():
         noise = stylegan.noises(random.key(0), 1, level, torch.float64)
         coarse = stylegan.generator(GENERATOR, Z, TINY, level=level - 1, noise=noise[:-2])
         fine = stylegan.generator(GENERATOR, Z, TINY, level=level, alpha=0.0, noise=noise)
-        torch.testing.assert_close(fine, style_blocks.upsample_nearest(coarse))
+        torch.testing.assert_close(fine, upsample_nearest(coarse))
         images = stylegan.reals(IMAGES, level, 0.0, TINY)
         below = stylegan.reals(IMAGES, level - 1, 1.0, TINY)
-        torch.testing.assert_close(images, style_blocks.upsample_nearest(below))
+        torch.testing.assert_close(images, upsample_nearest(below))
         scores = stylegan.critic(CRITIC, images, TINY, level=level, alpha=0.0)
         torch.testing.assert_close(scores, stylegan.critic(CRITIC, below, TINY, level=level - 1))
 
