@@ -96,7 +96,7 @@ def classification(apply: Callable[[Tree, Any], Tensor]) -> Callable:
 
 
 def next_tokens(apply: Callable[[Tree, Any], Tensor]) -> Callable:
-    """The mean loss of each text's next tokens, nats per token, of logits (N, time, vocabulary) = apply(params, inputs)."""
+    """The mean loss of each text's next tokens, in nats, of logits (N, time, vocabulary) = apply(params, inputs)."""
 
     def loss(params: Tree, batch: Tree):
         tokens, lengths = batch["inputs"]["tokens"], batch["inputs"]["lengths"]

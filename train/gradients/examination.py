@@ -60,6 +60,7 @@ class Examination(NamedTuple):
         noise_scale: B = tr Σ / |G|², in examples; infinite where |G|² is not told from 0.
         layer_noise: the same of each parameter, (parameters,).
         mean_norm: |mean gradient|.
+        sketches: (N, size), of the gradients.
     """
 
     scores: dict[str, np.ndarray]
@@ -72,6 +73,7 @@ class Examination(NamedTuple):
     noise_scale: float
     layer_noise: np.ndarray
     mean_norm: float
+    sketches: np.ndarray
 
 
 def examine(
@@ -205,6 +207,7 @@ def _scored(
         trace / square if square > 0 else float("inf"),
         scale,
         mean_norm,
+        kept["sketch"],
     )
 
 
