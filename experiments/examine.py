@@ -127,7 +127,8 @@ def prepared(args: Args, subject: Subject, key: Tensor) -> tuple[Subject, Tensor
 
 
 def check_fit(args: Args, subject: Subject, values: Tree) -> None:
-    """Raise ValueError if the loss of two examples cannot be computed, or has another shape."""
+    """Raise ValueError if the loss of two examples cannot be computed, or has another shape; or --only fits nothing."""
+    recipes.check_patterns(values, args.only)
     two = tree.map(lambda x: x[:2], subject.data)
     try:
         with torch.no_grad():
@@ -153,7 +154,9 @@ def main(args: Args) -> None:
     subject, wrong = prepared(args, subject, flip_key)
     count = len(subject.examples.names)
     understood(
-        print, subject.examples.facts | {"model": args.model, "labels made wrong": args.flipped and int(wrong.sum())}
+        print,
+        subject.examples.facts
+        | {"model": args.model, "labels made wrong": None if wrong is None else int(wrong.sum())},
     )
 
     left_out = cross_validation.folds_of(count, args.folds, fold_key)
@@ -183,8 +186,6 @@ def main(args: Args) -> None:
         if subject.learn:
             params, stats = cross_validation.member(states, 0)
             held_out = cross_validation.held_out(subject.loss, states, subject.data, left_out)
-        if args.only:
-            recipes.check_patterns(params, args.only)
         run.log.print(f"{tree.count(params):,} parameters; run in {run.folder}")
         out = examined(run, subject, params, stats, sketch_key)
         suspicion = None

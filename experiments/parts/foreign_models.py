@@ -197,8 +197,10 @@ PREFIXES: dict[str, Callable[[str, Source], Subject]] = {
 def _library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ValueError(f"--model {package}: needs the package {package}: pip install {package}") from error
+    except Exception as error:  # one that does not fit this torch raises what it likes
+        raise ValueError(f"the package {package} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _similar(name: str, names: list[str]) -> str:

@@ -7,7 +7,9 @@ const byKey = Object.fromEntries(data.columns.map((column) => [column.key, colum
 const ROWS = 25, SUSPECTS = 30;
 const INK = "#24292f", COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f", "#8c564b",
   "#17becf", "#bcbd22"];
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["toImage"] };
+const FONT = { color: INK, family: "system-ui, sans-serif" };
+const BUTTONS = ["zoom2d", "pan2d", "select2d", "lasso2d", "resetScale2d"];
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [BUTTONS] };
 const everyone = Array.from({ length: data.count }, (_, i) => i);
 const state = { sort: data.rank, descending: true, page: 0, selected: null, kept: null, rows: everyone };
 
@@ -75,7 +77,7 @@ function show(i) {
     detail.replaceChildren(make("p", { className: "hint" }, "No example yet."));
     return;
   }
-  detail.replaceChildren(make("div", { className: "name" }, data.names[i]), tile(i, 128), labels(i), text(i), figures(i));
+  detail.replaceChildren(make("div", { className: "name" }, data.names[i]), tile(i, 112), labels(i), text(i), figures(i));
   if (!data.neighbours) return;
   const near = make("div", { className: "nearest" });
   data.neighbours[i].forEach((j, place) => {
@@ -147,7 +149,7 @@ function cell(column, i) {
     return out;
   }
   if (column.key === "predicted") return make("td", { className: isWrong(i) ? "wrong" : "" }, predictedOf(i));
-  return make("td", {}, data.names[i]);
+  return make("td", { className: "example" }, data.names[i]);
 }
 
 // Only the rows in sight are made, so that sorting ten thousand costs no more than sorting their numbers.
@@ -194,8 +196,12 @@ function save() {
 function axis(key) {
   const values = byKey[key].values, positive = values.filter((x) => x > 0);
   if (values.some((x) => x < 0) || !positive.length) return { values, type: "linear" };
-  const floor = Math.max(1e-9, Math.min(...positive.slice().sort((a, b) => a - b).slice(0, 1)));
+  const floor = Math.max(1e-9, positive.reduce((a, b) => Math.min(a, b)));
   return { values: values.map((x) => (x === null ? null : Math.max(x, floor))), type: "log" };
+}
+
+function decades(values) {
+  return Math.log10(values.reduce((a, b) => Math.max(a, b), -Infinity) / values.reduce((a, b) => Math.min(a, b), Infinity));
 }
 
 function hasWebgl() {
@@ -219,15 +225,16 @@ function drawScatter({ pair, div, axes }) {
   if (data.known) {
     const rows = everyone.filter((i) => data.known[i]);
     traces.push({ type: KIND, mode: "markers", x: rows.map((i) => x.values[i]), y: rows.map((i) => y.values[i]),
-      name: "flipped", hoverinfo: "skip", marker: { size: 10, color: "rgba(0,0,0,0)", line: { width: 1.5, color: COLOURS[1] } } });
+      name: "flipped", hoverinfo: "skip", marker: { size: 9, color: "rgba(0,0,0,0)", line: { width: 1, color: COLOURS[1] } } });
   }
   traces.push({ type: KIND, mode: "markers", x: [], y: [], hoverinfo: "skip", showlegend: false,
     marker: { size: 16, color: "rgba(0,0,0,0)", line: { width: 2.5, color: INK } } });
-  const title = (key) => ({ text: byKey[key].title });
+  // Only powers of ten are ticks, where there are some.
+  const scale = (key, { values, type }) => ({ title: { text: byKey[key].title }, type, exponentformat: "power",
+    ...(type === "log" && decades(values) > 2 ? { dtick: 1 } : {}) });
   const layout = { margin: { l: 64, r: 8, t: 12, b: 48 }, height: 400, dragmode: "select", hovermode: "closest",
-    hoverdistance: 12, showlegend: Boolean(data.known), legend: { x: 0, y: 1.08, orientation: "h" }, font: { color: INK },
-    xaxis: { title: title(pair[0]), type: x.type, exponentformat: "power" },
-    yaxis: { title: title(pair[1]), type: y.type, exponentformat: "power" } };
+    hoverdistance: 12, showlegend: Boolean(data.known), legend: { x: 0, y: 1.08, orientation: "h" }, font: FONT,
+    xaxis: scale(pair[0], x), yaxis: scale(pair[1], y) };
   return Plotly.newPlot(div, traces, layout, CONFIG).then(() => {
     div.on("plotly_hover", ({ points, event }) => points[0].curveNumber === 0 && tip(points[0].pointIndex, event));
     div.on("plotly_unhover", () => (find("tip").hidden = true));
@@ -281,7 +288,7 @@ function drawClasses() {
     x: everyone.filter(member).map((i) => shown[i]), marker: { color: COLOURS[place % COLOURS.length] },
     xbins: { start: low, end: high + 1e-9, size: (high - low) / 40 || 1 } }));
   const title = type === "log" ? `log10 of ${byKey[key].title}` : byKey[key].title;
-  const layout = { barmode: "stack", margin: { l: 56, r: 8, t: 12, b: 48 }, height: 400, font: { color: INK },
+  const layout = { barmode: "stack", margin: { l: 56, r: 8, t: 12, b: 48 }, height: 400, font: FONT,
     xaxis: { title: { text: title } }, yaxis: { title: { text: "examples" } } };
   return Plotly.react(find("class-histogram"), traces, layout, CONFIG);
 }
@@ -290,7 +297,7 @@ function drawMatrix() {
   const names = data.classes.map((name) => (name.length > 16 ? name.slice(0, 15) + "…" : name));
   const trace = { type: "heatmap", x: names, y: names, z: data.class_cosines, zmin: -1, zmax: 1, colorscale: "RdBu",
     reversescale: true, hovertemplate: "%{y}, %{x}: %{z:.2f}<extra></extra>", colorbar: { thickness: 10 } };
-  const layout = { margin: { l: 110, r: 8, t: 36, b: 80 }, height: 400, font: { color: INK },
+  const layout = { margin: { l: 110, r: 8, t: 36, b: 80 }, height: 400, font: FONT,
     title: { text: "Cosines of the classes' mean gradients", font: { size: 14 } },
     xaxis: { type: "category" }, yaxis: { type: "category", autorange: "reversed" } };
   return Plotly.newPlot(find("class-cosines"), [trace], layout, CONFIG);
@@ -298,10 +305,10 @@ function drawMatrix() {
 
 function drawLayers() {
   const { names, centres, shares } = data.layers;
-  const trace = { type: "heatmap", x: centres, y: names, z: shares, colorscale: "Cividis", reversescale: true,
+  const trace = { type: "heatmap", x: centres, y: names, z: shares, colorscale: [[0, "#ffffff"], [1, COLOURS[0]]],
     hovertemplate: "%{y}<br>norm 10^%{x:.2f}: %{z:.1%}<extra></extra>",
     colorbar: { thickness: 10, tickformat: ".0%", title: { text: "share of the examples", side: "right" } } };
-  const layout = { margin: { l: 40, r: 8, t: 12, b: 48 }, height: 120 + 18 * names.length, font: { color: INK },
+  const layout = { margin: { l: 40, r: 8, t: 12, b: 48 }, height: 120 + 18 * names.length, font: FONT,
     xaxis: { title: { text: "log10 of the gradient norm" } },
     yaxis: { type: "category", autorange: "reversed", automargin: true, dtick: 1, tickfont: { size: 11 } } };
   return Plotly.newPlot(find("layer-histogram"), [trace], layout, CONFIG);

@@ -30,6 +30,7 @@ def sheets(pictures: np.ndarray, budget: int) -> Sheets:
     largest = max(pictures.shape[1:3])
     if largest <= 16:  # tiny ones as they are
         return Sheets([_url(sheet, largest, None) for sheet in _parts(pictures)], largest)
+    largest = -(-largest // 8) * 8  # so that no block of a JPEG has two tiles
     sample = pictures[:: max(1, len(pictures) // 256)][:256]
     for side, quality in STEPS:
         size = len(_url(sample, min(side, largest), quality)) * len(pictures) / len(sample)
@@ -67,9 +68,10 @@ def _tile(picture: np.ndarray, side: int) -> np.ndarray:
     height, width, channels = picture.shape
     if (height, width) == (side, side):
         return picture
-    scale = side / max(height, width)
+    scale = min(1.0, side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = Image.fromarray(picture[:, :, 0] if channels == 1 else picture).resize(size, Image.Resampling.BOX)
+    image = Image.fromarray(picture[:, :, 0] if channels == 1 else picture)
+    image = image.resize(size, Image.Resampling.BOX) if scale < 1.0 else image
     out = np.full((side, side, channels), 255, np.uint8)
     top, left = (side - size[1]) // 2, (side - size[0]) // 2
     out[top : top + size[1], left : left + size[0]] = np.asarray(image).reshape(size[1], size[0], channels)
