@@ -110,6 +110,8 @@ def prepared(args: Args, subject: Subject, key: Tensor) -> tuple[Subject, Tensor
     Raises ValueError: the flags do not fit the model or the data.
     """
     count, labels, wrong = len(subject.examples.names), subject.labels, None
+    if count < 2:
+        raise ValueError(f"'{args.data}' gives one example; expected at least two")
     if subject.params is not None and args.folds:
         raise ValueError(f"--folds {args.folds} is for nets that learn first; '{args.model}' has learned already")
     if subject.learn and args.batch > count - count // max(2, args.folds) * bool(args.folds):

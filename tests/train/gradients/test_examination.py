@@ -109,8 +109,6 @@ def test_interrupted_pass_goes_on_to_the_same_bits(case, out, tmp_path, monkeypa
             examine(loss, params, data, 16, **options)
     again = examine(loss, params, data, 16, resume=True, **options)
     assert all(np.array_equal(again.scores[name], out.scores[name]) for name in out.scores)
-    finished = examine(loss, params, data, 16, resume=True, **options)  # only read
-    assert all(np.array_equal(finished.scores[name], out.scores[name]) for name in out.scores)
 
 
 def test_losses_without_logits(case):

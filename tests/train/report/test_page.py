@@ -188,6 +188,7 @@ def test_page_with_ten_thousand_pictures_is_small_and_fast(tmp_path):
         assert max(seconds) < 500 and tab.inner_text("#matches") == "111 of 10,000" and not faults
 
 
+@pytest.mark.slow
 def test_page_of_texts_without_labels(tmp_path):
     texts = [HOSTILE, "a b"] + ["word " * 200] * (COUNT - 2)
     nothing = dict.fromkeys(("labels", "predicted", "pictures", "known", "class_cosines", "layers", "layer_facts"))
