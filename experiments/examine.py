@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core import random, scores, tree
+from core import per_example, random, scores, tree
 from core.tree import Tree
 from experiments.parts import cross_validation, examined_page
 from experiments.parts.examined_models import LANGUAGE, TEXTS, open_subject
@@ -144,6 +144,9 @@ def check_fit(args: Args, subject: Subject, values: Tree) -> None:
     if "logits" in aux and aux["logits"].shape != (2, classes):
         shape = tuple(aux["logits"].shape)
         raise ValueError(f"--model '{args.model}' returns {shape} for 2 examples; expected (2, {classes}) logits")
+    if subject.params is not None:  # a module of others may have no gradients per example, which is said at once
+        own, rest = divided(args, subject.params)
+        per_example.plan(lambda p, b: subject.loss(tree.merge(p, rest, subject.stats), b), own, two, has_aux=True)
 
 
 def main(args: Args) -> None:
@@ -155,11 +158,8 @@ def main(args: Args) -> None:
     subject = open_subject(args.model, Source(args.data, columns, args.examples, choice_key, *places), create_key)
     subject, wrong = prepared(args, subject, flip_key)
     count = len(subject.examples.names)
-    understood(
-        print,
-        subject.examples.facts
-        | {"model": args.model, "labels made wrong": None if wrong is None else int(wrong.sum())},
-    )
+    flips = None if wrong is None else int(wrong.sum())
+    understood(print, subject.examples.facts | {"model": args.model, "labels made wrong": flips})
 
     left_out = cross_validation.folds_of(count, args.folds, fold_key)
     rows = cross_validation.learned_from(count, left_out)
@@ -207,10 +207,15 @@ def main(args: Args) -> None:
     print(f"{run.seconds:.0f} s; files in {run.folder}/")
 
 
+def divided(args: Args, params: Tree) -> tuple[Tree, Tree]:
+    """(the parameters that --only names, the others)."""
+    return tree.partition(params, lambda name, _: not args.only or recipes.matches(name, args.only))
+
+
 def examined(run: Run, subject: Subject, params: Tree, stats: Tree, key: Tensor) -> Examination:
     """The gradients of all examples, by the parameters that --only names."""
     args = run.args
-    own, rest = tree.partition(params, lambda name, _: not args.only or recipes.matches(name, args.only))
+    own, rest = divided(args, params)
 
     def loss(own: Tree, batch: Tree):
         return subject.loss(tree.merge(own, rest, stats), batch)
@@ -218,7 +223,11 @@ def examined(run: Run, subject: Subject, params: Tree, stats: Tree, key: Tensor)
     folder = run.folder / "gradients"
     sizes = {"size": args.sketch, "neighbours": args.neighbours, "pairs": args.pairs, "damping": args.damping}
     options = {"labels": subject.labels, "folder": folder, "resume": folder.exists(), "identity": {"at": run.at}}
-    return examine(loss, own, subject.data, args.chunk, key=key, **sizes, **options)
+    try:
+        return examine(loss, own, subject.data, args.chunk, key=key, **sizes, **options)
+    except KeyboardInterrupt:
+        run.log.print(f"stopped; continue with: python experiments/examine.py --resume --name {run.folder.name}")
+        raise
 
 
 def test_figures(subject: Subject, values: Tree) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Examples for `experiments/examine.py`: pictures, labelled texts, lines of text, or what a Python function returns."""
 
+import contextlib
 import importlib.util
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from core import random
 from train.data import DataError
-from train.data.images import sets
+from train.data.images import picture, sets
 from train.data.images.arrays import Labelled
 from train.data.images.files import Decoder
 from train.data.images.folders import Files
@@ -23,7 +24,7 @@ from train.data.text.files import decoded_lines, unpacked
 from train.files import shown
 
 TEXTS = ("docstrings", "brackets")
-SIDE = 64  # pixels of a picture that is a file, where nothing else says
+SIDE = 64  # most pixels per side of a picture that is a file, where nothing else says
 
 
 class Examples(NamedTuple):
@@ -101,6 +102,8 @@ def images(
         pixels, labels = (x[rows] for x in opened.train)
         names, held = tuple(f"number {i}" for i in rows.tolist()), opened.test
     else:
+        if preparation.size is None:
+            preparation = preparation._replace(size=side_of(opened.train))
         files = opened.train._replace(
             paths=tuple(opened.train.paths[i] for i in rows.tolist()), labels=opened.train.labels[rows]
         )
@@ -113,8 +116,17 @@ def images(
         names = tuple(shown(path.relative_to(root)) for path in files.paths if path not in unreadable)
     held = held._replace(images=with_channels(held.images, preparation.channels)) if test and held else None
     facts = sets.facts(opened, skipped) | {"images to examine": len(labels)}
+    facts["pixels per side"] = " x ".join(map(str, dict.fromkeys(pixels.shape[2:])))
     pixels = with_channels(pixels, preparation.channels)
     return Examples(pixels, labels, opened.classes, names, held, facts, len(skipped))
+
+
+def side_of(files: Files) -> int:
+    """Pixels per side for a model that takes any: those of the first picture that can be read, 64 at most."""
+    for path in files.paths:
+        with contextlib.suppress(DataError), picture.opened(path) as image:
+            return min(SIDE, *image.size)
+    return SIDE
 
 
 def decoded(files: Files, preparation: Preparation, decoder: Decoder) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def open_subject(name: str, source: Source, key: Tensor) -> Subject:
         return PREFIXES[prefix](rest, source)
     if (Path(name) / "checkpoints").is_dir():
         return of_run(Path(name), source)
-    if Path(name).exists() or "/" in name:
+    if "/" in name:
         raise ValueError(f"--model '{name}' is no run's folder; expected one, a name, or {', '.join(PREFIXES)}: ...")
     if name == LANGUAGE:
         return fresh_language(source)

@@ -126,8 +126,7 @@ def of_transformers(name: str, source: Source) -> Subject:
 
 
 def _sequence_classifier(name: str, module: nn.Module, library: Any, source: Source) -> Subject:
-    labels = module.config.id2label
-    classes = tuple(str(labels[i]) for i in range(module.config.num_labels))
+    classes = _named(module)
     examples, _ = source.texts(None if source.is_python else classes)
     if examples.labels is None:
         raise ValueError(f"--data '{source.data}' has no labels; a classifier needs them")
@@ -153,9 +152,16 @@ def _decoder(name: str, module: nn.Module, library: Any, source: Source) -> Subj
 def _image_classifier(name: str, module: nn.Module, library: Any, source: Source) -> Subject:
     processor = library.AutoImageProcessor.from_pretrained(name, use_fast=False)
     size = processor.size.get("height") or processor.size.get("shortest_edge")
-    classes = tuple(str(module.config.id2label[i]) for i in range(module.config.num_labels))
+    classes = _named(module)
     examples = source.images(Preparation(size, size, 3), classes)
     return _pictures_of(module, examples, processor.image_mean, processor.image_std)
+
+
+def _named(module: nn.Module) -> tuple[str, ...]:
+    """The classes of a model of transformers; numbers where it has no names of its own."""
+    names = [str(module.config.id2label[i]) for i in range(module.config.num_labels)]
+    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return tuple(str(i) if unnamed else name for i, name in enumerate(names))
 
 
 def _tokens(name: str, library: Any, texts: tuple[str, ...], longest: int) -> tuple[Tensor, Tensor]:

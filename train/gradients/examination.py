@@ -29,7 +29,7 @@ from core.transforms import grad
 from core.tree import Tree
 from train.data.batching import evaluation_batches
 from train.files import replacing
-from train.gradients.stream import Progress, stream
+from train.gradients.stream import Progress, interruptible, stream
 
 GRADIENTS = 2**26
 """Bytes of gradients of examples that are formed at once."""
@@ -120,15 +120,14 @@ def examine(
     mean = _mean_gradient(loss, params, data, batch, path)
     chunk = max(1, min(batch, GRADIENTS // (4 * tree.count(params))))
 
-    def losses(params: Tree, part: Tree) -> Tensor:
-        return loss(params, part)[0]
+    mapped = _maps(loss, params, first)
 
     def values(part: Tree) -> dict[str, Tensor]:
         part = on(device, part)
         out = per_example.reports(loss, params, part, direction=mean, plan=plan, **options)
         rows = {"loss": out.losses, "norm": out.total_norm, "dot": out.total_dot}
         rows["layers"] = torch.stack(tree.leaves(out.norm), 1)  # (batch, parameters)
-        rows["sketch"] = sketches.gradient_sketches(losses, params, part, hashes, size, chunk=chunk)
+        rows["sketch"] = sketched(loss, params, part, hashes, size, chunk if mapped else None)
         if "logits" in out.aux:
             rows["log_probs"] = out.aux["logits"].float().log_softmax(-1)
         return rows
@@ -142,6 +141,34 @@ def examine(
 def on(device: torch.device, part: Tree) -> Tree:
     """A batch on a device; a copy where it would be memory that cannot be written."""
     return tree.map(lambda x: x.to(device), part)
+
+
+def sketched(loss: Loss, params: Tree, batch: Tree, hashes: Tree, size: int, chunk: int | None) -> Tensor:
+    """The sketches (N, size) of the gradients of a batch: of `chunk` examples at once, or None for one after the
+    other, as a module that looks at values needs it."""
+
+    def losses(params: Tree, part: Tree) -> Tensor:
+        return loss(params, part)[0]
+
+    if chunk is not None:
+        return sketches.gradient_sketches(losses, params, batch, hashes, size, chunk=chunk)
+    slope = grad(lambda p, part: losses(p, part).sum())
+    ones = zip(*(x.split(1) for x in tree.leaves(batch)), strict=True)
+    return torch.stack([sketches.sketch(hashes, slope(params, tree.unflatten(batch, one)), size) for one in ones])
+
+
+def _maps(loss: Loss, params: Tree, first: Tree) -> bool:
+    """Whether the loss can be mapped over the examples."""
+
+    def of_one(example: Tree) -> Tensor:
+        return loss(params, tree.map(lambda x: x.unsqueeze(0), example))[0][0]
+
+    try:
+        with torch.no_grad():
+            torch.func.vmap(of_one)(tree.map(lambda x: x[:2], first))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _has_logits(loss: Loss, params: Tree, first: Tree) -> bool:
@@ -161,8 +188,10 @@ def _mean_gradient(loss: Loss, params: Tree, data: Tree, batch: int, folder: Pat
     count, device = len(tree.leaves(data)[0]), tree.leaves(params)[0].device
     slope = grad(lambda p, part: loss(p, part)[0].sum())
     total = tree.map(lambda x: torch.zeros_like(x, dtype=torch.float64), params)
-    with Progress("mean gradient", 0, count, False) as progress:
+    with interruptible(True) as stop, Progress("mean gradient", 0, count, False) as progress:
         for part in evaluation_batches(count, batch):
+            if stop.requested:
+                raise KeyboardInterrupt(f"stopped after {part.start} of {count} examples")
             own = on(device, tree.map(lambda x, part=part: x[part], data))
             total = tree.map(torch.add, total, slope(params, own))
             progress.show(part.stop)

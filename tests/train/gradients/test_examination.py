@@ -111,6 +111,22 @@ def test_interrupted_pass_goes_on_to_the_same_bits(case, out, tmp_path, monkeypa
     assert all(np.array_equal(again.scores[name], out.scores[name]) for name in out.scores)
 
 
+def test_loss_that_looks_at_values_is_not_mapped(case):
+    params, data = case
+
+    def looking(p, batch):
+        return loss(p, batch) if float(batch["inputs"].max()) >= 0 else None
+
+    options = {"labels": data["labels"], "size": 16, "neighbours": 2, "pairs": 1}
+    expected = examine(loss, params, data, 50, **options)
+    hashes = examination.sketches.hashes(random.key(0), params, 16)
+    with pytest.raises(RuntimeError, match="vmap"):
+        examination.sketched(looking, params, data, hashes, 16, 8)
+    out = examination.sketched(looking, params, data, hashes, 16, None)
+    np.testing.assert_allclose(out.numpy(), expected.sketches, rtol=1e-6, atol=1e-9)
+    assert not examination._maps(looking, params, data) and examination._maps(loss, params, data)
+
+
 def test_losses_without_logits(case):
     params, data = case
     out = examine(lambda p, batch: (loss(p, batch)[0], {}), params, data, 50, size=16, neighbours=2, pairs=1)
