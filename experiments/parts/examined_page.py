@@ -139,7 +139,7 @@ def facts(figures: dict[str, Any], out: Examination) -> dict[str, str]:
     shares = {"accuracy": "classified as labelled", "test_accuracy": "test accuracy"}
     rows |= {title: f"{figures[name]:.1%}" for name, title in shares.items() if name in figures}
     scale = figures["noise_scale"]
-    rows["noise scale"] = f"{scale:,.0f} examples" if np.isfinite(scale) else "beyond the data"
+    rows["noise scale"] = scale_of(scale)
     rows["|mean gradient|"] = f"{out.mean_norm:.3g}"
     if "wrong" in figures:
         rows["labels made wrong"] = f"{figures['wrong']:,}"
@@ -150,6 +150,13 @@ def facts(figures: dict[str, Any], out: Examination) -> dict[str, str]:
     return rows
 
 
+def scale_of(scale: float) -> str:
+    """A noise scale in words; the mean gradient of a net that has learned its examples is lost in the noise."""
+    if not np.isfinite(scale):
+        return "beyond the data"
+    return f"{scale:,.0f} examples" if scale >= 10 else f"{scale:.2g} examples"
+
+
 def layer_rows(out: Examination) -> dict[str, dict[str, str]]:
     """Figures of each parameter."""
     square = (out.layers.astype(np.float64) ** 2).mean(0)
@@ -158,7 +165,7 @@ def layer_rows(out: Examination) -> dict[str, dict[str, str]]:
         name: {
             "mean norm": f"{out.layers[:, i].mean():.3g}",
             "share of |g|²": f"{square[i] / whole:.1%}",
-            "noise scale": f"{out.layer_noise[i]:,.0f}" if np.isfinite(out.layer_noise[i]) else "beyond the data",
+            "noise scale": scale_of(out.layer_noise[i]),
         }
         for i, name in enumerate(out.names)
     }
@@ -250,7 +257,7 @@ def summary(figures: dict[str, Any]) -> str:
     """The figures in a line or two."""
     scale = figures["noise_scale"]
     line = f"{figures['examples']:,} examples, mean loss {figures['loss']:.4g}, noise scale "
-    line += f"{scale:,.0f} examples" if np.isfinite(scale) else "beyond the data"
+    line += scale_of(scale)
     if "accuracy" in figures:
         line += f", {figures['accuracy']:.1%} classified as labelled"
     if "test_accuracy" in figures:

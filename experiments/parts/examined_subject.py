@@ -113,8 +113,9 @@ def of_tokens(examples: Examples, rows: list[list[int]], apply: Callable, params
     live = torch.tensor([i for i, row in enumerate(rows) if len(row) > 1], dtype=torch.int64)
     if not len(live):
         raise ValueError("no text has two tokens, so there is no next one to predict")
-    examples = examples.some(live)._replace(skipped=examples.skipped + len(rows) - len(live))
-    examples.facts["texts without a next token, left out"] = len(rows) - len(live) or None
+    short = len(rows) - len(live)
+    facts = examples.facts | {"texts without a next token, left out": short or None}
+    examples = examples.some(live)._replace(skipped=examples.skipped + short, facts=facts)
     tokens, lengths = ragged.padded([rows[i] for i in live.tolist()])
     data = {"inputs": {"tokens": tokens, "lengths": lengths}}
     return Subject("language", next_tokens(apply), params, data, examples, texts=examples.inputs)

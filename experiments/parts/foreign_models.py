@@ -150,11 +150,13 @@ def _decoder(name: str, module: nn.Module, library: Any, source: Source) -> Subj
 
 
 def _image_classifier(name: str, module: nn.Module, library: Any, source: Source) -> Subject:
-    processor = library.AutoImageProcessor.from_pretrained(name, use_fast=False)
-    size = processor.size.get("height") or processor.size.get("shortest_edge")
-    classes = _named(module)
-    examples = source.images(Preparation(size, size, 3), classes)
-    return _pictures_of(module, examples, processor.image_mean, processor.image_std)
+    side = getattr(module.config, "image_size", 224)
+    usual = torchvision_weights.Published(name, resize=side, crop=side)
+    steps = torchvision_weights.preparation(name, {}, usual)
+    sizes = Preparation(steps.crop, steps.resize, 3, steps.interpolation)
+    return _pictures_of(
+        module, source.images(sizes, None if source.is_python else _named(module)), steps.mean, steps.std
+    )
 
 
 def _named(module: nn.Module) -> tuple[str, ...]:

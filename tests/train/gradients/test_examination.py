@@ -92,6 +92,7 @@ def test_self_influence_is_nearly_that_of_the_gradients(gradients, out):
     np.testing.assert_allclose(out.scores["self_influence"], expected, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_interrupted_pass_goes_on_to_the_same_bits(case, out, tmp_path, monkeypatch):
     params, data = case
     calls, sketches = [], examination.sketches.gradient_sketches

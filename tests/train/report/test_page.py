@@ -125,6 +125,7 @@ def at(tab, plot: int, example: int) -> tuple[float, float]:
     )
 
 
+@pytest.mark.slow
 def test_page_in_a_browser(tmp_path):
     write(tmp_path / "report.html", example())
     with browser.opened(tmp_path / "report.html", tmp_path / "profile") as (tab, faults):
