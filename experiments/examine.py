@@ -105,7 +105,7 @@ def presets(words: dict[str, str]) -> Args:
 
 
 def prepared(args: Args, subject: Subject, key: Tensor) -> tuple[Subject, Tensor | None]:
-    """The subject with the labels that are to be examined, and which of them were made wrong; checked.
+    """The subject with the labels that are examined, and which of them were made wrong; checked.
 
     Raises ValueError: the flags do not fit the model or the data.
     """
@@ -242,7 +242,7 @@ def test_figures(subject: Subject, values: Tree) -> dict[str, float]:
 
 
 def ranking(suspicion: Tensor, out: Examination, held_out: Tensor | None, labels: Tensor, wrong: Tensor) -> dict:
-    """How well the labels that were made wrong are ranked first, by the suspicion and by single scores."""
+    """Average precision of the labels that were made wrong, by the suspicion and by single scores."""
     values = {"suspicion": suspicion, "loss": torch.from_numpy(out.scores["loss"])}
     if held_out is not None:
         values["held_out"] = -scores.label_probability(held_out, labels)

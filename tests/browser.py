@@ -15,6 +15,11 @@ FLAGS = (
 ).split()
 
 
+def driver(text: str) -> bool:
+    """Remarks of the graphics driver on its own speed, which no page is to blame for."""
+    return "GL Driver Message" in text
+
+
 @contextlib.contextmanager
 def opened(path: Path, profile: Path) -> Iterator[tuple[Any, list[str]]]:
     """(the page of a file, opened without a network; what went wrong in it so far: errors and requests).
@@ -31,7 +36,7 @@ def opened(path: Path, profile: Path) -> Iterator[tuple[Any, list[str]]]:
         context = playwright.chromium.launch_persistent_context(str(profile), **options)
         try:
             page, faults = context.new_page(), []
-            page.on("console", lambda message: faults.append(f"{message.type}: {message.text}"))
+            page.on("console", lambda message: driver(message.text) or faults.append(f"{message.type}: {message.text}"))
             page.on("pageerror", lambda error: faults.append(f"error: {error}"))
             own = ("data:", "blob:", path.as_uri())
             page.on("request", lambda request: request.url.startswith(own) or faults.append(f"request: {request.url}"))

@@ -198,7 +198,7 @@ def lines(data: str, columns: labelled.Columns, count: int | None, key: Tensor) 
 
 
 def of_function(value: Any, source: str, count: int | None, key: Tensor) -> Examples:
-    """What a function of the user returned: (inputs, labels) or (inputs, labels, classes); labels may be None.
+    """Examples that a function of the user returned: (inputs, labels) or (inputs, labels, classes); labels may be None.
 
     Raises DataError: something else.
     """
@@ -258,7 +258,7 @@ def of_python(source: str) -> Any:
 
 
 def called(source: str) -> Any:
-    """What the function of `python:FILE.py:FUNCTION` returns. Raises ValueError: it fails."""
+    """The value that the function of `python:FILE.py:FUNCTION` returns. Raises ValueError: it fails."""
     try:
         return of_python(source)()
     except ValueError:

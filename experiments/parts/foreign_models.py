@@ -181,7 +181,7 @@ ARCHITECTURES = {
 
 
 def of_python(rest: str, source: Source) -> Subject:
-    """What `FILE.py:FUNCTION` returns: a module, or (params, apply) with `apply(params, inputs) -> logits`."""
+    """The model that `FILE.py:FUNCTION` returns: a module, or (params, apply) with `apply(params, inputs) -> logits`."""
     value = examined_data.called(f"python:{rest}")
     examples = source.images(Preparation(source.size))
     if isinstance(value, nn.Module):

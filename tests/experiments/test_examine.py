@@ -149,7 +149,9 @@ def test_transformers_and_their_texts(folder):
     sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
     names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
     bert = library.BertForSequenceClassification(library.BertConfig(**sizes, **names, intermediate_size=16))
-    gpt = library.GPT2LMHeadModel(library.GPT2Config(sizes["vocab_size"], 32, 8, 1, 2))
+    gpt = library.GPT2LMHeadModel(
+        library.GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=8, n_layer=1, n_head=2)
+    )
     for name, model in {"bert": bert, "gpt": gpt}.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -33,7 +33,7 @@ class Column(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a page shows of N examples.
+    """Content of a page about N examples.
 
     Attributes:
         title, facts: the heading, and what there is to say of the model and the data, by name.
@@ -105,7 +105,7 @@ def _script(value: Any) -> jinja2.utils.markupsafe.Markup:
 
 
 def _data(report: Report, pictures: Any) -> dict[str, Any]:
-    """What the glue reads."""
+    """The data of the page for `page.js`."""
     count = len(report.names)
     data: dict[str, Any] = {
         "count": count,
