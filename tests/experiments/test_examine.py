@@ -78,6 +78,15 @@ def test_module_of_a_file_has_the_scores_of_plain_autograd(folder):
         expected |= {"loss": loss.item(), "norm": float(torch.cat([g.flatten() for g in gradients]).norm())}
         assert {name: float(rows[i][name]) for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert rows[i]["label"] == str(labels[i]) and rows[i]["predicted"] == str(int(logits.argmax()))
+    assert call("--resume", "--name", "a") == 0 and table(folder / "runs/examine/a") == rows  # without a checkpoint
+
+
+def test_parquet_has_the_columns_of_the_csv(folder):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    assert call("--model", "python:own.py:pure", *DATA, "--name", "a") == 0
+    columns = parquet.read_table(folder / "runs/examine/a/scores.parquet").to_pydict()
+    rows = table(folder / "runs/examine/a")
+    assert list(columns) == list(rows[0]) and columns["loss"] == [float(row["loss"]) for row in rows]
 
 
 def test_pure_function_and_only_some_parameters(folder, capsys):

@@ -64,7 +64,7 @@ function figures(i) {
 }
 
 function card(i, size, ...more) {
-  const body = make("div", {}, labels(i), make("div", { className: "name" }, data.texts ? "" : data.names[i]), text(i, true), ...more);
+  const body = make("div", {}, labels(i), make("div", { className: "hint" }, data.texts ? "" : data.names[i]), text(i, true), ...more);
   const out = make("div", { className: "card" }, tile(i, size), body);
   out.addEventListener("click", () => keep(i));
   return out;
@@ -79,11 +79,11 @@ function show(i) {
   }
   detail.replaceChildren(make("div", { className: "name" }, data.names[i]), tile(i, 112), labels(i), text(i), figures(i));
   if (!data.neighbours) return;
-  const near = make("div", { className: "nearest" });
+  const near = make("div", { className: data.texts ? "nearest texts" : "nearest" });
   data.neighbours[i].forEach((j, place) => {
     if (j === null) return;
     const one = make("div", { title: data.texts ? data.texts[j] : data.names[j] }, tile(j, 44), labels(j),
-      `cos ${number(data.cosines[i][place])}`);
+      `cos ${number(data.cosines[i][place])}`, text(j, true));
     one.addEventListener("click", () => keep(j));
     near.append(one);
   });

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import plotly.offline
 
 from train.files import replacing, shown
 from train.report.sheets import COLUMNS, PER_SHEET, sheets
@@ -79,6 +78,8 @@ class Report(NamedTuple):
 
 def write(path: str | os.PathLike, report: Report) -> None:
     """Write the page. Raises OSError: it cannot be written."""
+    from plotly.offline import get_plotlyjs  # half a second
+
     folder = Path(__file__).parent
     loader = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
@@ -88,7 +89,7 @@ def write(path: str | os.PathLike, report: Report) -> None:
         report=report,
         data=_script(_data(report, pictures)),
         sheets=[] if pictures is None else pictures.urls,
-        plotly=jinja2.utils.markupsafe.Markup(plotly.offline.get_plotlyjs()),
+        plotly=jinja2.utils.markupsafe.Markup(get_plotlyjs()),
         style=jinja2.utils.markupsafe.Markup((folder / "page.css").read_text(encoding="utf-8")),
         glue=jinja2.utils.markupsafe.Markup((folder / "page.js").read_text(encoding="utf-8")),
     )
