@@ -33,6 +33,8 @@ def open_subject(name: str, source: Source, key: Tensor) -> Subject:
     Raises ValueError: no such model, or data that do not fit it.
     """
     prefix, colon, rest = name.partition(":")
+    if source.weights is not None and prefix not in ("timm", "torchvision"):
+        raise ValueError(f"--weights '{source.weights}' goes with --model timm:NAME or torchvision:NAME, not '{name}'")
     if colon and prefix in PREFIXES:
         return PREFIXES[prefix](rest, source)
     if (Path(name) / "checkpoints").is_dir():
@@ -144,7 +146,14 @@ def of_run(folder: Path, source: Source) -> Subject:
         if writer.first is not None:
             raise ValueError(f"'{folder}' has an encoder and a decoder; expected a decoder alone, or a classifier")
         examples, longest = source.lines(), min(source.longest, writer.cfg.context)
-        rows = [writer.tokenizer.encode(text)[:longest] for text in examples.inputs]
+
+        def tokens(text: str) -> list[int]:
+            try:
+                return writer.tokenizer.encode(text)[:longest]
+            except ValueError:  # a character that the run has never seen
+                return []
+
+        rows = [tokens(text) for text in examples.inputs]
         return of_tokens(
             examples, rows, lambda params, x: writer.net.apply(params, x["tokens"], writer.cfg), writer.params
         )

@@ -109,12 +109,12 @@ def next_tokens(apply: Callable[[Tree, Any], Tensor]) -> Callable:
 
 
 def of_tokens(examples: Examples, rows: list[list[int]], apply: Callable, params: Tree | None = None) -> Subject:
-    """The subject of a language model; a text of less than two tokens has no next one."""
+    """The subject of a language model, of the tokens of each text; less than two have no next one."""
     live = torch.tensor([i for i, row in enumerate(rows) if len(row) > 1], dtype=torch.int64)
     if not len(live):
         raise ValueError("no text has two tokens, so there is no next one to predict")
     short = len(rows) - len(live)
-    facts = examples.facts | {"texts without a next token, left out": short or None}
+    facts = examples.facts | {"texts left out, of less than two known tokens": short or None}
     examples = examples.some(live)._replace(skipped=examples.skipped + short, facts=facts)
     tokens, lengths = ragged.padded([rows[i] for i in live.tolist()])
     data = {"inputs": {"tokens": tokens, "lengths": lengths}}

@@ -90,21 +90,20 @@ def of_timm(name: str, source: Source) -> Subject:
     timm = _library("timm", "timm")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"timm has no model '{name}'{_similar(name, timm.list_models())}")
-    fitted = source.weights is not None
     config = timm.data.resolve_data_config({}, model=timm.create_model(name, num_classes=0))
     size = config["input_size"][-1] if source.size is None else source.size
     options = Preparation(size, round(size / config["crop_pct"]), config["input_size"][0], config["interpolation"])
+    if source.weights is not None:
+        examples = source.images(options)
+        module = timm.create_model(name, num_classes=len(examples.classes))
+        _weights_into(module, source)
+        return _pictures_of(module, examples, config["mean"], config["std"])
     try:
-        if fitted:
-            examples = source.images(options)
-            module = timm.create_model(name, num_classes=len(examples.classes))
-            _weights_into(module, source)
-        else:
-            module = timm.create_model(name, pretrained=True)
-            examples = source.images(options, _known_classes(source, _imagenet(module.num_classes)))
+        module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
-        raise ValueError(f"the weights of timm's '{name}' cannot be had: {line}; or --weights FILE") from error
+        raise ValueError(f"the weights of timm's '{name}' cannot be fetched: {line}; or --weights FILE") from error
+    examples = source.images(options, _known_classes(source, _imagenet(module.num_classes)))
     return _pictures_of(module, examples, config["mean"], config["std"])
 
 
@@ -181,7 +180,7 @@ ARCHITECTURES = {
 
 
 def of_python(rest: str, source: Source) -> Subject:
-    """The model that `FILE.py:FUNCTION` returns: a module, or (params, apply) with `apply(params, inputs) -> logits`."""
+    """The model that a function returns: a module, or (params, apply) with `apply(params, inputs) -> logits`."""
     value = examined_data.called(f"python:{rest}")
     examples = source.images(Preparation(source.size))
     if isinstance(value, nn.Module):

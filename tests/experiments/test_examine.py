@@ -12,6 +12,7 @@ from PIL import Image
 
 from experiments.parts import cross_validation
 from tests.experiments import runs
+from tests.experiments.gpt_runs import QUICK, TEXT
 from tests.experiments.runs import result
 
 call, completed, refused = (
@@ -101,6 +102,7 @@ def test_pure_function_and_only_some_parameters(folder, capsys):
     [
         (("--model", "resnet188"), "no net is named 'resnet188'; close to it: resnet18"),
         (("--model", "runs/nowhere"), "--model 'runs/nowhere' is no run's folder; expected one, a name, or python"),
+        (("--weights", "file.pth"), "--weights 'file.pth' goes with --model timm:NAME or torchvision:NAME, not 'mlp'"),
         (("--model", "python:own.py:gone", *DATA), "'own.py' has no function 'gone'; it has"),
         (("--model", "python:gone.py:net", *DATA), "'gone.py' does not exist; expected python:FILE.py:FUNCTION"),
         (("--model", "python:own.py:number", *DATA), "returns a int; expected an nn.Module, or (params, apply)"),
@@ -195,11 +197,17 @@ def test_published_architectures_with_a_state_dict(folder):
 
 
 @pytest.mark.slow
-def test_classifier_of_a_run(folder):
+def test_nets_of_runs(folder):
     assert runs.call("classify", "--epochs", "1", "--no-compile", "--name", "a") == 0
     assert call("--model", "runs/classify/a", "--data", "digits", "--examples", "80", *SMALL, "--name", "a") == 0
     figures = result(folder / "runs/examine/a")
     assert figures["examples"] == 80 and 0 < figures["accuracy"] <= 1
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert runs.call("gpt", *QUICK, "--steps", "3", "--name", "a") == 0
+    lines = [TEXT[start : start + 8] for start in (0, 10, 20)]
+    (folder / "lines.txt").write_text("\n".join([*lines, "\u4eca\u65e5"]), encoding="utf-8")  # unknown characters
+    assert call("--model", "runs/gpt/a", "--data", "lines.txt", *SMALL, "--name", "b") == 0
+    assert len(table(folder / "runs/examine/b")) == 3 and result(folder / "runs/examine/b")["skipped"] == 1
 
 
 @pytest.mark.slow
