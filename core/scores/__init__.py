@@ -18,6 +18,8 @@ from core.scores.influence import (
 )
 from core.scores.kernel import empirical_ntk, ntk_trace, pseudo_ntk
 from core.scores.noise import gradient_diversity, gradient_snr, layer_snr
+from core.scores.sketched import sketched_neighbours, sketched_self_influence
+from core.scores.suspicion import label_probability, label_suspicion, neighbour_agreement
 from core.scores.tracin import gradient_products, tracin, tracin_on_mean, tracin_self
 
 __all__ = [
@@ -36,14 +38,19 @@ __all__ = [
     "influence",
     "integrated_gradients",
     "inverse_by_conjugate_gradient",
+    "label_probability",
+    "label_suspicion",
     "layer_snr",
     "low_rank_influence",
     "low_rank_self_influence",
+    "neighbour_agreement",
     "normalised_within_class",
     "ntk_trace",
     "projections",
     "pseudo_ntk",
     "self_influence",
+    "sketched_neighbours",
+    "sketched_self_influence",
     "task_gram",
     "tracin",
     "tracin_on_mean",

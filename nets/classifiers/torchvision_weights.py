@@ -174,7 +174,7 @@ def from_pretrained(
     else:
         source = source or REPOSITORIES[name]
         description = read_config(source, "config.json", optional=True)
-        published = _preparation(source, description, PUBLISHED.get(name, Published(source)))
+        published = preparation(source, description, PUBLISHED.get(name, Published(source)))
     cfg = _described(source, name, cfg, description)
     if net is vit:
         cfg = replace(cfg, image=size or published.crop)
@@ -321,7 +321,7 @@ INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's codes."""
 
 
-def _preparation(source: str, description: dict, usual: Published) -> Published:
+def preparation(source: str, description: dict, usual: Published) -> Published:
     """The preparation of images by timm's config.json or transformers' preprocessor_config.json."""
     by_timm = "pretrained_cfg" in description
     file = "config.json" if by_timm else "preprocessor_config.json"

@@ -110,7 +110,7 @@ def stream(
             done, states = _read(path / STATE, settings, states, first)
     rows = {name: _rows(path, name, count, _array(name, first), done) for name in keep}
     saved = time.monotonic()
-    with _interruptible(path is not None and done < count) as stop, _Progress(title, done, count, quiet) as progress:
+    with interruptible(path is not None and done < count) as stop, Progress(title, done, count, quiet) as progress:
         for part in evaluation_batches(count, batch):
             if part.stop <= done:
                 continue
@@ -253,7 +253,7 @@ def _read(path: Path, settings: dict, states: dict, first: dict) -> tuple[int, d
 
 
 @contextlib.contextmanager
-def _interruptible(resumable: bool):
+def interruptible(resumable: bool):
     """A Stop, where a signal can be caught and there is something to save; else one that nothing sets."""
     if resumable and threading.current_thread() is threading.main_thread():
         with Stop() as stop:
@@ -262,7 +262,7 @@ def _interruptible(resumable: bool):
         yield Stop()
 
 
-class _Progress:
+class Progress:
     """A progress bar with the rate and the time left; lines of it where stdout is no terminal."""
 
     def __init__(self, title: str, done: int, count: int, quiet: bool, every: float = 15.0):
@@ -306,7 +306,7 @@ class _Progress:
         self._task = bar.add_task("", total=self._count, completed=self._first, text="")
         return bar
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: Any) -> None:

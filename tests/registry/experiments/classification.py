@@ -34,6 +34,25 @@ ROWS = [
         commands=((("evaluate",), ("ensemble.png",)),),
     ),
     Experiment(
+        "examine",
+        ("--examples", "40", "--folds", "2", "--batch", "10", "--epochs", "2", "--sketch", "32", "--neighbours", "2")
+        + ("--pairs", "2", "--save-every", "4"),
+        8,
+        files=("report.html", "scores.csv"),
+        baseline="commonest_class_accuracy",
+        refusals=(
+            (("--model", "resnet188"), "no net is named 'resnet188'; close to it: resnet18"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist; expected a folder of images, or one of digits"),
+            (("--folds", "1"), "--folds is 1; expected 0, or 2 to 1500, the number of examples"),
+            (("--flipped", "1e-9"), "--flipped is 1e-09; expected a share of 1500 labels, not none"),
+            (("--batch", "1201"), "--batch is 1201, too large for 1500 examples to learn from"),
+            (("--only", "head*"), "the pattern 'head*' fits no leaf"),
+            (("--examples", "1501"), "--examples is 1501; the data has 1500"),
+            (("--model", "gpt", "--flipped", "0.1"), "'docstrings' has no labels; expected --flipped 0 --folds 0"),
+            (("--resume", "--name", "a", "--sketch", "16"), "with --sketch 16: it was started with 32"),
+        ),
+    ),
+    Experiment(
         "gradients",
         ("--examples", "40", "--batch", "10", "--steps", "12", "--save-every", "6"),
         12,
