@@ -138,7 +138,9 @@ def _write_aoti(program: Program, path: Path) -> None:
         raise ShipError("'aoti' compiles C++, and no compiler was found; expected g++ or the one that CXX names")
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(program.exported, package_path=str(path))
+    # Or the compiler writes parameters of up to 8 elements into the code, and `swap` could not replace them.
+    settings = {"always_keep_tensor_constants": True}
+    aoti_compile_and_package(program.exported, package_path=str(path), inductor_configs=settings)
 
 
 def _write_onnx(program: Program, path: Path) -> None:
