@@ -26,7 +26,7 @@ from torch import Tensor
 
 from core import random, tree
 from experiments.parts import classifier, packages, shipped
-from experiments.parts.packages import EAGER, FORMS, Built, Form
+from experiments.parts.packages import EAGER, Built, Form
 from experiments.parts.shipped import Subject
 from train import optimizers
 from train.data import batching
@@ -55,8 +55,8 @@ class Args:
     """Images per step."""
     learning_rate: Positive = 1e-2
     """Peak learning rate."""
-    forms: tuple[Form, ...] = FORMS
-    """Packages to write."""
+    forms: tuple[Form, ...] | None = None
+    """Packages to write; all whose libraries are installed if None."""
     most: Count = 64
     """Images that a package takes at once, at most."""
     rounds: Natural = 20
@@ -71,8 +71,8 @@ class Args:
 class RunArgs(FromRun):
     """Flags of the sub-commands."""
 
-    forms: tuple[Form, ...] = FORMS
-    """Packages to write, or to use if they are there."""
+    forms: tuple[Form, ...] | None = None
+    """Packages to write, or to use if they are there; all whose libraries are installed if None."""
     batch: tuple[Count, Count] = (1, 64)
     """Examples that a package takes at once, from and to."""
     examples: Count = 256
@@ -136,12 +136,13 @@ def ship(args: Args) -> None:
         raise ValueError(
             f"--batch is {args.batch}, but '{args.data}' has {len(data.train.labels)} examples to learn from"
         )
-    understood(print, image_sets.facts(data) | {"net": cfg})
+    forms, left_out = packages.usable(args.forms)
+    understood(print, image_sets.facts(data) | {"net": cfg, "forms": list(forms), "left out": left_out})
     values = learned(args, data, net.spec, trained)
     subject = shipped.of_classifier(trained, values, data.test.images, Axis("batch", 1, args.most))
     folder = new_folder(RUNS, args.name)
     print(f"{tree.count(values):,} numbers; run in {folder}")
-    built = packages.build(subject, folder / "packages", args.forms)
+    built = packages.build(subject, folder / "packages", forms)
     labels = data.test.labels
     figures = finish(folder, subject, built, min(args.most, len(labels)), len(labels), args.rounds, labels)
     best = ", ".join(f"{form} {figures[form]['accuracy']:.2%}" for form in (EAGER, *built.packages))
@@ -170,34 +171,33 @@ def finish(
 # Of a run.
 
 
-def opened(args: RunArgs) -> tuple[Subject, Path]:
-    """The net of a run, and the folder of its packages."""
+def opened(args: RunArgs) -> tuple[Subject, Built]:
+    """The net of a run, and its packages, in --out or RUN/packages."""
     if args.device != "cpu":
         raise ValueError(f"--device is {args.device}; packages are written for the CPU")
     low, high = args.batch
     if not low <= high or high < 2:
         raise ValueError(f"--batch is {low} {high}; expected two sizes, from and to, the second at least 2")
     subject = shipped.subject(args.run, args.checkpoint, args.batch, args.examples)
-    packages.show(subject, args.forms)
-    return subject, args.out or args.run / "packages"
+    forms, left_out = packages.usable(args.forms)
+    packages.show(subject, forms, left_out)
+    return subject, packages.build(subject, args.out or args.run / "packages", forms)
 
 
 def export(args: RunArgs) -> None:
     """Write a run's net as packages, and check each at both ends of its ranges."""
-    subject, folder = opened(args)
-    built = packages.build(subject, folder, args.forms)
+    subject, built = opened(args)
     for form, error in packages.errors_at_the_ends(subject, built).items():
         one = built.packages[form].manifest
         print(f"{form}: {one['bytes'] / 1e6:.2f} MB in {one['build_seconds']:.1f} s, error at the ends {error:.1e}")
-    print(f"files in {folder}/")
+    print(f"files in {args.out or args.run / 'packages'}/")
 
 
 def compare_forms(args: CompareArgs) -> None:
     """Error, agreement, size and time of a run's net in each form, on its test data."""
-    subject, folder = opened(args)
-    sizes(args, (args.size,))
+    check_sizes(args, (args.size,))
+    subject, built = opened(args)
     number = len(next(iter(subject.inputs.values())))
-    built = packages.build(subject, folder, args.forms)
     out = unused(None, args.run / "comparison")
     out.mkdir(parents=True)
     finish(out, subject, built, args.size, number, args.rounds)
@@ -206,9 +206,8 @@ def compare_forms(args: CompareArgs) -> None:
 
 def bench(args: BenchArgs) -> None:
     """Time per call of a run's net in each form, at several batch sizes."""
-    subject, folder = opened(args)
-    sizes(args, args.sizes)
-    built = packages.build(subject, folder, args.forms)
+    check_sizes(args, args.sizes)
+    subject, built = opened(args)
     calls = {name: call for name, (call, _) in packages.own_forms(subject).items()} | built.packages
     print(f"{'':14}" + "".join(f"{f'batch {n}':>22}" for n in args.sizes))
     columns = [packages.timings(subject, calls, n, args.rounds) for n in args.sizes]
@@ -221,7 +220,7 @@ def bench(args: BenchArgs) -> None:
     print(f"median time per call, and over that of {EAGER}; {torch.get_num_threads()} threads")
 
 
-def sizes(args: RunArgs, calls: tuple[int, ...]) -> None:
+def check_sizes(args: RunArgs, calls: tuple[int, ...]) -> None:
     """Raise ValueError unless the packages take calls of these sizes."""
     low, high = args.batch
     if wrong := [n for n in calls if not low <= n <= high]:

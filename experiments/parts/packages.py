@@ -2,10 +2,12 @@
 
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from train.ship.compare import Row
 
 Form = Literal["onnx", "onnx-int8", "aoti", "torchscript"]
 FORMS: tuple[Form, ...] = ("onnx", "onnx-int8", "aoti", "torchscript")
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
+"""Libraries beside torch that forms need."""
 CALIBRATION = 32
 """Examples that static quantisation sees; they are not among those that are compared."""
 EAGER = "eager float32"
@@ -72,8 +76,6 @@ def check_same(folder: Path, identity: Mapping[str, str]) -> None:
 
 def _integers(subject: Subject, program: Program, folder: Path, identity: Mapping[str, str]) -> None:
     """onnx-int8, from `folder`/onnx or, if that is not wanted, one that goes away again."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as place:
         source = folder / "onnx" if (folder / "onnx").exists() else save(program, Path(place) / "onnx", "onnx")
         number = len(next(iter(subject.inputs.values())))
@@ -149,13 +151,26 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     bars.bars(path, figures, EAGER, title=title)
 
 
-def facts(subject: Subject, forms: Sequence[str]) -> dict[str, Any]:
-    """What was understood, for `understood`."""
+def usable(forms: Sequence[Form] | None) -> tuple[tuple[Form, ...], list[tuple[str, str]]]:
+    """(Forms to write, those left out with the reason): what was asked for, or all that can be written here."""
+    if forms is not None:
+        if len(set(forms)) < len(forms):
+            raise ValueError(f"--forms is {' '.join(forms)}; expected each once")
+        return tuple(forms), []
+    reasons = {}
+    for form in FORMS:
+        absent = [name for name in NEEDS.get(form.removesuffix("-int8"), ()) if not find_spec(name)]
+        if absent:
+            reasons[form] = f"needs {package.INSTALL}"
+        if form == "aoti" and not package.has_compiler():
+            reasons[form] = "needs a C++ compiler"
+    return tuple(form for form in FORMS if form not in reasons), list(reasons.items())
+
+
+def show(subject: Subject, forms: Sequence[Form], left_out: Sequence[tuple[str, str]]) -> None:
+    """Print what was understood."""
     leaves = {f"input '{name}'": f"{value.dtype}, {tuple(value.shape)}" for name, value in subject.inputs.items()}
     ranges = sorted({f"{a.name} {a.low} to {a.high}" for axes in subject.ranges.values() for a in axes.values()})
     number = len(next(iter(subject.inputs.values())))
-    return {"net": subject.kind, "examples": number, **leaves, "sizes that may change": ranges, "forms": list(forms)}
-
-
-def show(subject: Subject, forms: Sequence[str]) -> None:
-    understood(print, facts(subject, forms))
+    lines = {"net": subject.kind, "examples": number, **leaves, "sizes that may change": ranges}
+    understood(print, lines | {"forms": list(forms), "left out": left_out})

@@ -133,8 +133,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def has_compiler() -> bool:
+    """True where there is a C++ compiler, which AOTInductor needs."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
 def _write_aoti(program: Program, path: Path) -> None:
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if not has_compiler():
         raise ShipError("'aoti' compiles C++, and no compiler was found; expected g++ or the one that CXX names")
     from torch._inductor import aoti_compile_and_package
 
