@@ -115,13 +115,13 @@ def _gpt(run: SavedRun, batch: Axis, count: int) -> Subject:
     path, tokenizer = args["text"] and Path(args["text"]), tokenizers.load(run.folder / "tokenizer.json")
     data = text.open_text(path, tokenizer, Path("runs/gpt/tokens"))
     held = text.split(data.tokens, blocks=args["blocks"], least=4 * cfg.context)[1]
-    rows = [row for window, _ in text.windows(held, cfg.context, count) for row in window][:count]
+    windows, _ = next(text.windows(held, cfg.context, count))  # (up to count, context)
     ranges = {"tokens": {0: batch, 1: Axis("time", 1, cfg.context)}}
 
     def apply(params: Tree, tokens: Tensor) -> Tensor:
         return net.apply(params, tokens, cfg)
 
-    return Subject(apply, params, {"tokens": torch.stack(rows)}, ranges, -1, False, "language model")
+    return Subject(apply, params, {"tokens": windows}, ranges, -1, False, "language model")
 
 
 def _translate(run: SavedRun, batch: Axis, count: int) -> Subject:

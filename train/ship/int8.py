@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core import tree
 from core.tree import Tree
 from train.ship.package import FORMS, Loaded, needed, write_package
 from train.ship.program import Program, ShipError, checked, quiet
@@ -23,7 +22,11 @@ INTEGER_PRODUCTS = ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "QL
 
 
 def quantise(
-    package: Loaded, program: Program, folder: str | Path, calibration: Iterable[Mapping[str, Tree]] | None = None
+    package: Loaded,
+    program: Program,
+    folder: str | Path,
+    calibration: Iterable[Mapping[str, Tree]] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an ONNX package with 8-bit integers, whole or not at all.
 
@@ -32,6 +35,7 @@ def quantise(
         program: the program it was written from.
         calibration: batches of inputs, which the package sees to find the range of each activation (static); None for
             dynamic quantisation.
+        facts: further entries of the manifest.
 
     Raises ShipError: another form, the folder exists, there is nothing to quantise, or no batch to calibrate with.
     """
@@ -56,8 +60,8 @@ def quantise(
         if not counts["quantised"]:
             raise ShipError(f"nothing of '{package.folder}' was quantised: it has no products of constant matrices")
 
-    facts = {"quantised": counts, "calibrated": calibration is not None}
-    return write_package(Path(folder), "onnx", program, write, facts)
+    entries = {**(facts or {}), "calibrated": calibration is not None, "quantised": counts}
+    return write_package(Path(folder), "onnx", program, write, entries)
 
 
 def count_integers(path: Path) -> dict[str, int]:
@@ -103,8 +107,3 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logging.getLogger().setLevel(level)
-
-
-def inputs_of(program: Program) -> dict[str, Tree]:
-    """The example of a program by name, as a call takes it."""
-    return tree.nest({leaf.name: value for leaf, value in zip(program.inputs, program.example, strict=True)})
