@@ -141,6 +141,7 @@ def ship(args: Args) -> None:
     values = learned(args, data, net.spec, trained)
     subject = shipped.of_classifier(trained, values, data.test.images, Axis("batch", 1, args.most))
     folder = new_folder(RUNS, args.name)
+    write_json(folder / "config.json", {"experiment": RUNS.name, "args": args, "net": cfg, "torch": torch.__version__})
     print(f"{tree.count(values):,} numbers; run in {folder}")
     built = packages.build(subject, folder / "packages", forms)
     labels = data.test.labels

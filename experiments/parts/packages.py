@@ -96,10 +96,16 @@ def outputs(call: Callable[..., Tree], subject: Subject, batch: int, count: int)
 def own_forms(subject: Subject) -> dict[str, tuple[Callable[..., Tree], int]]:
     """{form: (function, bytes)} of the net itself, and of its weights as 8-bit and 4-bit integers."""
     eight, four = int8.quantise(subject.params), int4.quantise(subject.params)
+    forms = {
+        EAGER: (subject.params, subject.params),
+        "int8 weights": (int8.unformed(eight), eight),
+        "int4 weights": (int4.unformed(four), four),
+    }
+    sizes = {name: int8.nbytes(stored) for name, (_, stored) in forms.items()}
     return {
-        EAGER: (functools.partial(subject.apply, subject.params), int8.nbytes(subject.params)),
-        "int8 weights": (functools.partial(subject.apply, int8.unformed(eight)), int8.nbytes(eight)),
-        "int4 weights": (functools.partial(subject.apply, int4.unformed(four)), int8.nbytes(four)),
+        name: (functools.partial(subject.apply, leaves), sizes[name])
+        for name, (leaves, _) in forms.items()
+        if name == EAGER or sizes[name] < sizes[EAGER]  # a net of convolutions has no matrices for 4 bits
     }
 
 
