@@ -49,7 +49,7 @@ def build(subject: Subject, folder: Path, forms: Sequence[Form], say: Callable[[
     for form in forms:
         check_same(folder / form, identity)
     began = time.perf_counter()
-    program = export(subject.apply, subject.params, subject.some(2), subject.ranges)
+    program = export(subject.apply, subject.params, subject.some(max(2, subject.fewest)), subject.ranges)
     seconds = time.perf_counter() - began
     say(f"exported in {seconds:.1f} s: {len(program.exported.graph.nodes)} nodes")
     if "aoti" in forms:
@@ -79,7 +79,7 @@ def _integers(subject: Subject, program: Program, folder: Path, identity: Mappin
     with tempfile.TemporaryDirectory() as place:
         source = folder / "onnx" if (folder / "onnx").exists() else save(program, Path(place) / "onnx", "onnx")
         number = len(next(iter(subject.inputs.values())))
-        batches = [subject.some(1, first=number - 1 - i) for i in range(min(CALIBRATION, number))]
+        batches = [subject.some(subject.fewest, first=number - 1 - i) for i in range(min(CALIBRATION, number))]
         calibration = batches if subject.static else None
         integers.quantise(load(source), program, folder / "onnx-int8", calibration, identity)
 
@@ -89,8 +89,8 @@ def outputs(call: Callable[..., Tree], subject: Subject, batch: int, count: int)
     """Outputs of `count` examples, `batch` at a time: its leaves."""
     parts = []
     for first in range(0, count, batch):
-        parts.append(tree.leaves(call(**subject.some(min(batch, count - first), first))))
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+        parts.append(tree.leaves(call(**subject.some(batch, first))))
+    return [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
 
 
 def own_forms(subject: Subject) -> dict[str, tuple[Callable[..., Tree], int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import int8, tree
+from core import tree
 from core.tree import Tree
 from experiments.parts import (
     classifier,
@@ -62,9 +62,10 @@ class Subject(NamedTuple):
         rows = torch.arange(first, first + count) % number
         return {name: value[rows] for name, value in self.inputs.items()}
 
-    def quantised(self, params: Tree) -> Callable[..., Tree]:
-        """The function of parameters with 8-bit weights, `int8.quantise`."""
-        return lambda **inputs: self.apply(int8.unformed(params), **inputs)
+    @property
+    def fewest(self) -> int:
+        """Examples that a package takes at once, at least."""
+        return max(axis.low for axes in self.ranges.values() for axis in axes.values() if axis.name == "batch")
 
 
 Sizes = tuple[int, int]

@@ -150,6 +150,9 @@ def _write_aoti(program: Program, path: Path) -> None:
 
 def _write_onnx(program: Program, path: Path) -> None:
     needed("onnx", "onnxscript")
+    for leaf in program.inputs:
+        if leaf.dtype == "bfloat16":  # numpy, by which onnxruntime takes its inputs, has no such numbers
+            raise ShipError(f"input '{leaf.name}' is bfloat16; 'onnx' packages take float32, float16 and integers")
     names = {"input_names": [leaf.name for leaf in program.inputs], "output_names": list(program.outputs)}
     if program.outputs == ("",):
         names["output_names"] = ["y"]
@@ -228,7 +231,7 @@ def load(folder: str | Path) -> Loaded:
         raise ShipError(f"{shown(path)} is not the file that its manifest describes; write the package again")
     try:
         with quiet():
-            run, *rest = _READ[form](path)
+            run, *rest = _READ[form](path, [leaf.name for leaf in inputs])
     except ShipError:
         raise
     except Exception as error:  # each runtime has its own classes
@@ -237,33 +240,34 @@ def load(folder: str | Path) -> Loaded:
     return Loaded(folder, form, inputs, form_of_outputs, run, manifest, *rest)
 
 
-def _read_aoti(path: Path) -> tuple:
+def _read_aoti(path: Path, names: list[str]) -> tuple:
     from torch._inductor import aoti_load_package
 
     runner = aoti_load_package(str(path))
-    names = frozenset(runner.get_constant_fqns())
+    constants = frozenset(runner.get_constant_fqns())
 
     def replace(values: dict[str, Tensor]) -> None:
         runner.load_constants(values, check_full_update=False, user_managed=False)
 
-    return lambda values: list(runner(*values)), names, replace
+    return lambda values: list(runner(*values)), constants, replace
 
 
-def _read_onnx(path: Path) -> tuple:
+def _read_onnx(path: Path, names: list[str]) -> tuple:
     (runtime,) = needed("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
+    read = {entry.name for entry in session.get_inputs()}  # without what the function ignores
 
     def run(values: list[Tensor]) -> list[Tensor]:
-        out = session.run(None, {name: value.numpy() for name, value in zip(names, values, strict=True)})
+        inputs = zip(names, values, strict=True)
+        out = session.run(None, {name: value.numpy() for name, value in inputs if name in read})
         return [torch.from_numpy(value) for value in out]
 
     return (run,)
 
 
-def _read_torchscript(path: Path) -> tuple:
+def _read_torchscript(path: Path, names: list[str]) -> tuple:
     module = torch.jit.load(str(path))
     return (lambda values: list(module(*values)),)
 

@@ -47,6 +47,7 @@ class Program(NamedTuple):
 
     exported: torch's `ExportedProgram`; its inputs are the leaves in order, its outputs a tuple.
     module: the function that was traced, of the same inputs.
+    run: the exported graph, of the same inputs.
     inputs: the leaves that it takes.
     outputs: the names of the leaves that it returns.
     form: the tree that it returns, with the numbers of the outputs as leaves; a NamedTuple is a dict.
@@ -55,6 +56,7 @@ class Program(NamedTuple):
 
     exported: Any
     module: nn.Module
+    run: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[Leaf, ...]
     outputs: tuple[str, ...]
     form: Any
@@ -63,7 +65,7 @@ class Program(NamedTuple):
     @torch.no_grad()
     def __call__(self, **inputs: Tree) -> Tree:
         """The outputs, computed by torch. Raises ShipError: an input that is not in range."""
-        return shaped(self.form, self.exported.module()(*checked(self.inputs, inputs)))
+        return shaped(self.form, self.run(*checked(self.inputs, inputs)))
 
 
 Ranges = Mapping[str, Mapping[int, Axis | tuple]]
@@ -80,8 +82,14 @@ def export(
         ranges: {name of an input or of a part of it: {axis: Axis}}, the sizes that may change; all others are fixed.
             In the example they must be at least 2, since torch.export makes a size of 1 a constant.
 
-    Raises ShipError: a range that names no input or does not hold the example; a function that fixes a size.
+    Raises ShipError: a range that names no input or does not hold the example; a function that fixes a size; parameters
+        or inputs that are not on the CPU.
     """
+    for name, leaf in (*tree.items(params), *tree.items(dict(example))):
+        if not isinstance(leaf, Tensor):
+            raise ShipError(f"'{name}' is a {type(leaf).__name__}; expected a tensor")
+        if leaf.device.type != "cpu":
+            raise ShipError(f"'{name}' is on {leaf.device}; expected the CPU, where packages run")
     example = {name: example[name] for name in sorted(example)}
     leaves = _leaves(example, ranges or {})
     values = tuple(value.detach().contiguous() for value in tree.leaves(example))
@@ -104,7 +112,7 @@ def export(
             exported = torch.export.export(module, values, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch raises errors of many classes here
         raise ShipError(f"torch.export: {_reason(error)}") from error
-    return Program(exported, module, leaves, form["names"], form["form"], values)
+    return Program(exported, module, exported.module(), leaves, form["names"], form["form"], values)
 
 
 class Closed(nn.Module):
@@ -127,8 +135,6 @@ def _hung(module: nn.Module, params: Tree) -> Tree:
             module.add_module(_safe(key), own := nn.Module())
             inner.append(_hung(own, child))
             continue
-        if not isinstance(child, Tensor):
-            raise ShipError(f"parameter '{key}' is a {type(child).__name__}; expected a tensor")
         if type(child) in (Tensor, nn.Parameter):
             module.register_buffer(_safe(key), child.detach())
         else:  # a subclass of another library, which knows itself as a parameter
@@ -158,8 +164,6 @@ def _leaves(example: Mapping[str, Tree], ranges: Ranges) -> tuple[Leaf, ...]:
     """The leaves of the example with their ranges. Raises ShipError."""
     used, sizes, leaves = set(), {}, []
     for name, value in tree.items(example):
-        if not isinstance(value, Tensor):
-            raise ShipError(f"input '{name}' is a {type(value).__name__}; expected a tensor")
         shape: list[int | Axis] = list(value.shape)
         for key, axes in ranges.items():
             if name != key and not name.startswith(f"{key}."):

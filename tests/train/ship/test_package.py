@@ -10,7 +10,7 @@ import torch
 
 from core import tree
 from tests.train.ship.exports import face, inputs_of, program_of
-from train.ship import ShipError, load, package, save, swap
+from train.ship import Axis, ShipError, export, load, package, save, swap
 from train.ship.compare import difference
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +122,6 @@ def test_a_missing_runtime_is_named(script, monkeypatch):
 
 def test_a_trace_that_fixes_a_size_is_refused(tmp_path):
     """torch.jit.trace keeps the numbers of its example where Python has seen them."""
-    from train.ship import Axis, export
 
     def apply(params, x):
         return x * (3 if torch.jit.is_tracing() else x.shape[0])
@@ -196,3 +195,15 @@ def test_aoti_takes_other_weights(tmp_path, name):
     swap(one, others)
     with torch.no_grad():
         assert difference(apply(others, **inputs), one(**inputs)) < 1e-5
+
+
+def test_an_input_that_is_ignored_and_one_that_onnx_lacks(tmp_path):
+    needs("onnx")
+
+    program = export(lambda p, a, b: p["w"] * a, {"w": torch.ones(2)}, {"a": torch.ones(3, 2), "b": torch.ones(3)})
+    for form in ("onnx", "torchscript"):
+        one = load(save(program, tmp_path / form, form))
+        assert torch.equal(one(a=torch.full((3, 2), 5.0), b=torch.ones(3)), torch.full((3, 2), 5.0))
+    half = export(lambda p, x: x, {"w": torch.ones(2)}, {"x": torch.ones(3, dtype=torch.bfloat16)})
+    with pytest.raises(ShipError, match="input 'x' is bfloat16; 'onnx' packages take float32, float16 and integers"):
+        save(half, tmp_path / "half", "onnx")

@@ -98,6 +98,13 @@ def test_what_cannot_be_exported_is_one_line(f, ranges, error):
     assert error in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_what_is_no_tensor_of_the_cpu_is_named():
+    with pytest.raises(ShipError, match="'layers.0.weight' is a Int8; expected a tensor"):
+        export(apply, int8.unformed(int8.quantise(PARAMS)), {"x": X})
+    with pytest.raises(ShipError, match="'x' is on meta; expected the CPU, where packages run"):
+        export(apply, PARAMS, {"x": X.to("meta")})
+
+
 def test_an_example_of_one_would_fix_the_size():
     with pytest.raises(ShipError, match="is 1 in the example; expected at least 2: torch.export makes a size of 1"):
         export(apply, PARAMS, {"x": X[:1]}, {"x": {0: Axis("batch")}})
