@@ -21,6 +21,7 @@ from experiments.parts import (
     segmentation_task,
     segmenter,
     translator,
+    upscaler,
 )
 from nets.language import transformer
 from nets.superresolution import by_name
@@ -33,8 +34,10 @@ from train.data.translation import sets as pair_sets
 from train.run import SavedRun, checkpoints, open_run
 from train.ship import Axis
 
+HELD, BLOCK = 10, 8
+"""Of embed.py: one in ten blocks of eight pairs is held out."""
 PIXELS = 64
-"""Pixels per side of what a net of whole pictures is exported for, if its run does not say."""
+"""Pixels per side of the tiles that super-resolution is exported for, at most."""
 
 
 class Subject(NamedTuple):
@@ -153,39 +156,39 @@ def _superres(run: SavedRun, batch: Axis, count: int) -> Subject:
     net = by_name.PRESETS[args["net"]]
     cfg, scale = run.read("net", net.Config), args["scale"][0]
     values = run.learned(net.spec(cfg), "generator" if args["net"].startswith("srgan") else "", averaged=False)
-    pictures = originals.open_originals(args["test"], 3, PIXELS * scale).pictures
-    parts = []
+    pictures = originals.open_originals(args["test"], 3, upscaler.least_size((scale,))).pictures
+    side, parts = min(PIXELS, *(n // scale for picture in pictures for n in picture.shape[1:])), []
     for picture in pictures:
         x = resize.ycbcr(unit(picture)[None])[:, :1] if cfg.channels == 1 else unit(picture)[None]
-        cuts = (
-            resize.lowered(resize.cropped(x, scale), scale).unfold(2, PIXELS, PIXELS).unfold(3, PIXELS, PIXELS)
-        )  # (1, channels, rows, columns, PIXELS, PIXELS)
-        parts.append(cuts.flatten(2, 3).transpose(1, 2)[0])  # (tiles, channels, PIXELS, PIXELS)
+        small = resize.lowered(resize.cropped(x, scale), scale)
+        cuts = small.unfold(2, side, side).unfold(3, side, side)  # (1, channels, rows, columns, side, side)
+        parts.append(cuts.flatten(2, 3).transpose(1, 2)[0])  # (tiles, channels, side, side)
 
     def apply(params: Tree, pixels: Tensor) -> Tensor:
         bicubic = resize.enlarged(pixels, scale)
         return by_name.enlarge(net, params, cfg, pixels, bicubic, scale, residual=args["residual"])
 
     pixels = torch.cat(parts)[:count].contiguous()
-    kind = f"{args['net']}, {scale} times, tiles of {PIXELS}"
+    kind = f"{args['net']}, {scale} times, tiles of {side}"
     return Subject(apply, values, {"pixels": pixels}, {"pixels": {0: batch}}, None, True, kind)
 
 
 def _segment(run: SavedRun, batch: Axis, count: int) -> Subject:
     model, args = segmenter.load(run, torch.device("cpu")), run.config["args"]
-    if model.trained.members > 1:
-        raise ValueError(f"'{run.folder}' has {model.trained.members} members; expected a run of one net")
+    values, members = model.values, model.trained.members
+    if members > 1:
+        values = tree.map(lambda leaf: leaf[0], values)
     side = getattr(model.cfg, "image", None) or args["size"]
     images = segmentation_task.source_of(SimpleNamespace(**args)).data.test.images[:count]
     whole = [F.interpolate(unit(x)[None], (side, side), mode="bilinear", align_corners=False) for x in images]
     return Subject(
         lambda params, pixels: model.net.apply(params, segmenter.normalised(pixels, model.trained), model.cfg),
-        model.values,
+        values,
         {"pixels": torch.cat(whole)},
         {"pixels": {0: batch}},
         1,
         True,
-        f"{model.trained.net}, {side} x {side}",
+        f"{model.trained.net}, {side} x {side}" + (f", the first of {members} members" if members > 1 else ""),
     )
 
 
@@ -203,7 +206,8 @@ def _detect(run: SavedRun, batch: Axis, count: int) -> Subject:
 
 def _embed(run: SavedRun, batch: Axis, count: int) -> Subject:
     model, args = embedder.load(run), run.config["args"]
-    pairs = next(iter(pair_sets.open_pairs(args["data"], args["source"], args["target"]).test_sets.values()))
+    data = pair_sets.open_pairs(args["data"], args["source"], args["target"], every=HELD, block=BLOCK)
+    pairs = next(iter(data.test_sets.values()))
     tokens, lengths = encoder.tokens_of(model.encoder, [first for first, _ in pairs[:count]], model.longest)
 
     def apply(params: Tree, tokens: Tensor, lengths: Tensor) -> Tensor:
