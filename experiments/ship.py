@@ -35,7 +35,7 @@ from train.data.understood import understood
 from train.files import write_json
 from train.losses import cross_entropy
 from train.optimizers import schedules
-from train.run import Count, FromRun, Integer, Natural, Positive, command_line
+from train.run import Count, FromRun, Integer, Positive, command_line
 from train.run.run import check_name, new_folder, unused
 from train.ship import Axis, compare
 from train.step import create, make_step
@@ -59,7 +59,7 @@ class Args:
     """Packages to write; all whose libraries are installed if None."""
     most: Count = 64
     """Images that a package takes at once, at most."""
-    rounds: Natural = 20
+    rounds: Count = 20
     """Calls that are timed, of a whole batch."""
     seed: Integer = 0
     """Seed of the initial values and of the order of the images."""
@@ -85,7 +85,7 @@ class RunArgs(FromRun):
 class CompareArgs(RunArgs):
     size: Count = 8
     """Examples per call."""
-    rounds: Natural = 20
+    rounds: Count = 20
     """Calls that are timed."""
 
 
@@ -140,6 +140,8 @@ def ship(args: Args) -> None:
     understood(print, image_sets.facts(data) | {"net": cfg, "forms": list(forms), "left out": left_out})
     values = learned(args, data, net.spec, trained)
     subject = shipped.of_classifier(trained, values, data.test.images, Axis("batch", 1, args.most))
+    some = batching.epoch_batch(random.key(args.seed), 0, len(data.train.labels), min(args.batch, shipped.CALIBRATION))
+    subject = subject._replace(calibration={"pixels": data.train.images[some]})
     folder = new_folder(RUNS, args.name)
     write_json(folder / "config.json", {"experiment": RUNS.name, "args": args, "net": cfg, "torch": torch.__version__})
     print(f"{tree.count(values):,} numbers; run in {folder}")

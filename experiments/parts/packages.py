@@ -27,8 +27,6 @@ Form = Literal["onnx", "onnx-int8", "aoti", "torchscript"]
 FORMS: tuple[Form, ...] = ("onnx", "onnx-int8", "aoti", "torchscript")
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 """Libraries beside torch that forms need."""
-CALIBRATION = 32
-"""Examples that static quantisation sees; they are not among those that are compared."""
 EAGER = "eager float32"
 
 
@@ -45,13 +43,13 @@ def build(subject: Subject, folder: Path, forms: Sequence[Form], say: Callable[[
 
     Raises ShipError: a package of other weights or ranges is there; besides what `export` and `save` raise.
     """
-    identity = {"weights": fingerprint(subject.params), "ranges": str(sorted(subject.ranges.items()))}
-    for form in forms:
-        check_same(folder / form, identity)
     began = time.perf_counter()
     program = export(subject.apply, subject.params, subject.some(max(2, subject.fewest)), subject.ranges)
     seconds = time.perf_counter() - began
     say(f"exported in {seconds:.1f} s: {len(program.exported.graph.nodes)} nodes")
+    identity = {"weights": fingerprint(subject.params), "takes": str(program.inputs)}
+    for form in forms:
+        check_same(folder / form, identity)
     if "aoti" in forms:
         compiler.configure()
     packages = {}
@@ -78,9 +76,7 @@ def _integers(subject: Subject, program: Program, folder: Path, identity: Mappin
     """onnx-int8, from `folder`/onnx or, if that is not wanted, one that goes away again."""
     with tempfile.TemporaryDirectory() as place:
         source = folder / "onnx" if (folder / "onnx").exists() else save(program, Path(place) / "onnx", "onnx")
-        number = len(next(iter(subject.inputs.values())))
-        batches = [subject.some(subject.fewest, first=number - 1 - i) for i in range(min(CALIBRATION, number))]
-        calibration = batches if subject.static else None
+        calibration = list(subject.calibrating()) if subject.static else None
         integers.quantise(load(source), program, folder / "onnx-int8", calibration, identity)
 
 

@@ -1,7 +1,7 @@
 """The nets of runs as functions with named inputs, ready to leave Python: real inputs of their data, and which axes may
 change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -36,6 +36,8 @@ from train.ship import Axis
 
 HELD, BLOCK = 10, 8
 """Of embed.py: one in ten blocks of eight pairs is held out."""
+CALIBRATION = 32
+"""Examples that static quantisation sees; they are not among those that are compared."""
 PIXELS = 64
 """Pixels per side of the tiles that super-resolution is exported for, at most."""
 
@@ -44,11 +46,12 @@ class Subject(NamedTuple):
     """A function to ship.
 
     apply: `apply(params, **inputs)`.
-    inputs: real examples, batch leading.
+    inputs: real examples, batch leading; to compare with.
     ranges: as in `train.ship.export`.
     classes: axis of the classes in its one output; None if the outputs are no logits.
     static: whether activations are quantised by calibration, as suits convolutions.
     kind: what the net does, for a line.
+    calibration: other examples, for static quantisation.
     """
 
     apply: Callable[..., Tree]
@@ -58,12 +61,18 @@ class Subject(NamedTuple):
     classes: int | None
     static: bool
     kind: str
+    calibration: dict[str, Tensor] = {}
 
     def some(self, count: int, first: int = 0) -> dict[str, Tensor]:
         """Inputs of `count` examples, repeated if there are fewer."""
         number = len(next(iter(self.inputs.values())))
         rows = torch.arange(first, first + count) % number
         return {name: value[rows] for name, value in self.inputs.items()}
+
+    def calibrating(self) -> Iterator[dict[str, Tensor]]:
+        """Batches for static quantisation."""
+        for first in range(len(next(iter(self.calibration.values())))):
+            yield self._replace(inputs=self.calibration).some(self.fewest, first)
 
     @property
     def fewest(self) -> int:
@@ -75,7 +84,7 @@ Sizes = tuple[int, int]
 
 
 def subject(folder: Path, checkpoint: str, batch: Sizes, count: int) -> Subject:
-    """The net of a run, with `count` examples of its test data.
+    """The net of a run, with up to `count` examples of its test data, and others to calibrate with.
 
     Args:
         batch: the sizes that the package will take, from and to.
@@ -89,7 +98,13 @@ def subject(folder: Path, checkpoint: str, batch: Sizes, count: int) -> Subject:
     if name not in KINDS:
         raise ValueError(f"'{folder}' is a run of {name}.py; expected one of {', '.join(KINDS)}")
     run = open_run(folder, Path("runs") / name, checkpoint)
-    return KINDS[name](run, Axis("batch", *batch), count)
+    whole = KINDS[name](run, Axis("batch", *batch), count + CALIBRATION)
+    number = len(next(iter(whole.inputs.values())))
+    compared = max(1, number - min(CALIBRATION, number // 2))
+    inputs, calibration = (
+        {name: value[rows] for name, value in whole.inputs.items()} for rows in (slice(compared), slice(compared, None))
+    )
+    return whole._replace(inputs=inputs, calibration=calibration)
 
 
 def _classify(run: SavedRun, batch: Axis, count: int) -> Subject:

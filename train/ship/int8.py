@@ -52,7 +52,7 @@ def quantise(
             else:
                 ready = Path(place) / "ready.onnx"
                 tools.quant_pre_process(source, ready, skip_symbolic_shape=True)
-                reader = _Reader(tools.CalibrationDataReader, package, calibration)
+                reader = _reader(tools.CalibrationDataReader, package, calibration)
                 options = {"weight_type": tools.QuantType.QInt8, "activation_type": tools.QuantType.QUInt8}
                 options |= {"quant_format": tools.QuantFormat.QDQ, "per_channel": True}
                 tools.quantize_static(ready, path, reader, **options)
@@ -76,7 +76,7 @@ def count_integers(path: Path) -> dict[str, int]:
     return {"products": len(products) + whole, "quantised": len(between) + whole}
 
 
-def _Reader(base: type, package: Loaded, batches: Iterable[Mapping[str, Tree]]) -> Any:  # noqa: N802 - a class's maker
+def _reader(base: type, package: Loaded, batches: Iterable[Mapping[str, Tree]]) -> Any:
     """The batches as onnxruntime reads them. Raises ShipError: there is none."""
     rows = [
         {leaf.name: value.numpy() for leaf, value in zip(package.inputs, checked(package.inputs, batch), strict=True)}
