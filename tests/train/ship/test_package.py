@@ -46,8 +46,13 @@ TWELVE = ("mlp", "convolutional", "resnet", "vit", "gpt2", "llama", "bert", "tra
           "fcos")  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TWELVE)
+SHORT = ("convolutional", "vit", "gpt2", "bert", "rnn, gru", "espcn")
+"""Those that ONNX takes seconds for; the others, and AOTInductor but for one, are of the long suite."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SHORT else pytest.mark.long) for n in TWELVE]
+)
 def test_onnx_equals_eager_in_twelve_nets(tmp_path, name):
     check(tmp_path, name, "onnx")
 
