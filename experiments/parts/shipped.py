@@ -35,7 +35,7 @@ from train.run import SavedRun, checkpoints, open_run
 from train.ship import Axis
 
 HELD, BLOCK = 10, 8
-"""Of embed.py: one in ten blocks of eight pairs is held out."""
+"""As in embed.py: one in ten blocks of eight pairs is held out."""
 CALIBRATION = 32
 """Examples that static quantisation sees; they are not among those that are compared."""
 PIXELS = 64

@@ -267,7 +267,7 @@ def quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What torch says of a function that it cannot export, as one line."""
+    """The reason of torch for a function that it cannot export, as one line."""
     text = str(error)
     if fixed := re.search(r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text):
         return (
