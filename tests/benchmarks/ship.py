@@ -143,9 +143,8 @@ def pictures(args: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--what", nargs="+", choices=("decode", "resnet", "quality"), default=("decode", "resnet", "quality")
-    )
+    parts = ("decode", "resnet", "quality")
+    parser.add_argument("--what", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=345)
