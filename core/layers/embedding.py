@@ -43,8 +43,9 @@ def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
         raise ValueError(f"embedding: padding_id={padding_id} is not one of {weight.shape[0]} rows")
 
     def rows(table: Tensor | Int8 | Int4) -> Tensor:  # (..., width of the table)
-        integers = isinstance(table, (Int8, Int4))
-        return table.rows(ids, padding_id) if integers else F.embedding(ids, table, padding_id)
+        if isinstance(table, (Int8, Int4)):
+            return table.rows(ids, padding_id)
+        return F.embedding(ids, table, padding_id)
 
     if isinstance(weight, LowRank):
         return low_rank(weight, rows, lambda a, b: rows(b) @ a, -1, rows_axis=1)  # (..., width)
