@@ -145,7 +145,7 @@ def _fused(
         mask, causal = (triangle if mask is None else mask & triangle), False
     if bias is not None:  # torch adds a mask of numbers to the scores; a row of -inf gives zeros
         mask = bias.to(q.dtype) if mask is None else torch.where(mask, bias.to(q.dtype), -torch.inf)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes a tensor of it
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 

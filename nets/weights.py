@@ -328,3 +328,31 @@ def fill(spec: Tree, state: dict[str, Tensor], table: dict[str, Rename], what: s
         names = listing(sorted(remaining))
         raise WeightsError(f"{what}: the file has {len(remaining)} tensors that the model has no place for: {names}")
     return tree.sort(tree.nest(values, like=spec))
+
+
+def published_state(
+    params: Tree, table: dict[str, Rename], sizes: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file in its names, from ours: the inverse of `fill`.
+
+    Args:
+        sizes: the end of one of our names -> the rows of each of the tensors that it joins; equal parts by default.
+
+    Raises:
+        WeightsError: naming the first leaf that has no entry in the table, or whose rows do not divide.
+    """
+    state = {}
+    for name, leaf in tree.items(params):
+        if name not in table:
+            raise WeightsError(f"weights: the rename table has no entry for '{name}'")
+        names = table[name].names
+        equal = (leaf.shape[0] // len(names),) * len(names) if leaf.ndim else (1,)
+        rows = next((n for end, n in (sizes or {}).items() if f".{name}".endswith(f".{end}")), equal)
+        if len(names) > 1 and (len(rows) != len(names) or sum(rows) != leaf.shape[0]):
+            raise WeightsError(
+                f"weights: the {leaf.shape[0]} rows of '{name}' are not those of {listing(names)}: {rows}"
+            )
+        for theirs, part in zip(names, leaf.split(list(rows)) if len(names) > 1 else [leaf], strict=True):
+            part = part.T if table[name].transposed and part.ndim == 2 else part
+            state[theirs] = part.detach().clone(memory_format=torch.contiguous_format)
+    return state

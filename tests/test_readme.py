@@ -12,6 +12,7 @@ RUN = ["README.md", "core/README.md", "core/per_example/README.md", "nets/README
 # How the blocks of these pages begin that do not run: they are ```py, and are parsed only.
 NOT_RUN = {
     "core/per_example/README.md": ["from backpack import backpack, extend\n"],  # another library
+    "train/README.md": ["from train.ship import int8\n"],  # libraries of an extra
     "nets/README.md": [
         "params, cfg = gpt2.from_pretrained(",  # downloads
         "from nets.classifiers import torchvision_weights\n",

@@ -158,6 +158,8 @@ def _check(name: str, x: Tensor, weight: Tensor, d_in: int) -> int:
 
 
 def _per_axis(value: Sizes, dims: int, name: str) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        value = int(value)  # torch.jit.trace makes tensors of sizes
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) != dims:
         raise ValueError(f"conv: expected {dims} integers for {name}, found {value}")

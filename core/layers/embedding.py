@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from core.initializers import Initializer, normal
 from core.layers.checks import check_arguments
+from core.layers.int4 import Int4
 from core.layers.int8 import Int8
 from core.layers.low_rank import LowRank, low_rank
 from core.spec import Table
@@ -41,8 +42,10 @@ def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
     if padding_id is not None and not -weight.shape[0] <= padding_id < weight.shape[0]:
         raise ValueError(f"embedding: padding_id={padding_id} is not one of {weight.shape[0]} rows")
 
-    def rows(table: Tensor | Int8) -> Tensor:  # (..., width of the table)
-        return table.rows(ids, padding_id) if isinstance(table, Int8) else F.embedding(ids, table, padding_id)
+    def rows(table: Tensor | Int8 | Int4) -> Tensor:  # (..., width of the table)
+        if isinstance(table, (Int8, Int4)):
+            return table.rows(ids, padding_id)
+        return F.embedding(ids, table, padding_id)
 
     if isinstance(weight, LowRank):
         return low_rank(weight, rows, lambda a, b: rows(b) @ a, -1, rows_axis=1)  # (..., width)

@@ -1,5 +1,7 @@
 """Weights as 8-bit integers, W = s Q with one s per row, which `linear` and `embedding` apply as they are."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +46,8 @@ class Int8(Unformed):
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ = s (x Qᵀ): (..., d_in) -> (..., rows)."""
-        few = x.shape[:-1].numel() <= FEW and x.device.type == "cpu"
+        count = math.prod(x.shape[:-1])  # no number where torch.export leaves the batch open
+        few = isinstance(count, int) and count <= FEW and x.device.type == "cpu"
         if few and torch.compiler.is_compiling():  # one loop over Q; a product would write it in the dtype of x first
             wide = torch.promote_types(x.dtype, torch.float32)
             y = (x[..., None, :].to(wide) * self.int8).sum(-1)  # (..., rows)

@@ -202,6 +202,9 @@ def _by_stats(p: Tree, x: Tensor, eps: float) -> Tensor:
     """Normalise with the Stats. Not F.batch_norm, which has no batching rule here when vmap is compiled."""
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, var = p["mean"].detach().to(wide), p["var"].detach().to(wide)
+    if x.dtype == wide and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        # By this name other runtimes know it, and fold it into the convolution before it.
+        return F.batch_norm(x, mean, var, p.get("weight"), p.get("bias"), training=False, eps=eps)
     scale = torch.rsqrt(var + eps)
     if "weight" in p:
         scale = scale * p["weight"]  # weight / sqrt(var + eps), (channels,)

@@ -229,8 +229,10 @@ def _every_state(kind: str, p: Tree, x: Tensor, start: tuple[Tensor, ...], metho
 
 def _takes_kernels(p: Tree, x: Tensor, start: tuple[Tensor, ...], every_step: bool, method: str) -> bool:
     """True where oneDNN's kernels compute an LSTM: one that they can, where they are fastest."""
-    whole = "projection" not in p and "peephole" not in p and len(x) > 0 and x.shape[1] > 1
+    whole = "projection" not in p and "peephole" not in p and x.shape[0] > 0 and x.shape[1] > 1
     if every_step or method != "auto" or not whole or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_exporting():  # packages run without Python
         return False
     tensors = (x, *p["hh"].values(), *p["ih"].values(), *start)
     if has_torch_function(tensors):  # in a loss of core.per_example
@@ -261,7 +263,7 @@ def widths(p: Tree) -> dict[str, int]:
 
 def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     """The tensors of the first state, in the order of names."""
-    shapes, dtype = {part: (len(x), n) for part, n in widths(p).items()}, p["hh"]["weight"].dtype
+    shapes, dtype = {part: (x.shape[0], n) for part, n in widths(p).items()}, p["hh"]["weight"].dtype
     if start is None:
         return tuple(x.new_zeros(shapes[part], dtype=dtype) for part in names)
     if not isinstance(start, dict) or sorted(start) != sorted(names):
@@ -279,11 +281,11 @@ def _start(name: str, p: Tree, x: Tensor, start: State | None, names: tuple[str,
 def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:
     """Raise unless lengths is (batch,) integers from 0 to time; of values only where they can be read for free."""
     check_tensor(name, lengths, "lengths")
-    if lengths.dtype not in INTEGERS or tuple(lengths.shape) != (len(x),):
+    if lengths.dtype not in INTEGERS or tuple(lengths.shape) != (x.shape[0],):
         kind = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
-        raise ValueError(f"{name}: expected lengths of integers, shape ({len(x)},), found {kind}")
+        raise ValueError(f"{name}: expected lengths of integers, shape ({x.shape[0]},), found {kind}")
     plain = type(lengths) is Tensor and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not torch._C._functorch.is_functorch_wrapped_tensor(lengths) and len(lengths):
+    if plain and not torch._C._functorch.is_functorch_wrapped_tensor(lengths) and lengths.shape[0]:
         low, high = (int(value) for value in lengths.aminmax())
         if low < 0 or high > x.shape[1]:
             raise ValueError(f"{name}: lengths are from {low} to {high}; expected from 0 to the time of {x.shape[1]}")

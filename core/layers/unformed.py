@@ -1,6 +1,6 @@
 """Weights that layers apply without forming them; to all other code they are tensors, formed where they are needed.
 
-Such a leaf takes the place of a weight in a tree of parameters: `LowRank` and `Int8` of their modules.
+Such a leaf takes the place of a weight in a tree of parameters: `LowRank`, `Int8` and `Int4` of their modules.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,8 @@ def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State,
         start: (h,), or (h, c) of an LSTM: (batch, width), before the first step.
         method: "op" is one operator in the graph, forwards and backwards, which vmap folds; "loop" is plain torch, with
             derivatives of any order and in forward mode. "auto" is the loop in forward mode, where a gradient is taken
-            inside another one and for a single step, else the operator. (Its second derivatives run the loop.)
+            inside another one, for a single step and in torch.export, whose packages run without Python; else the
+            operator. (Its second derivatives run the loop.)
 
     Returns:
         A tuple like start, each (batch, time, width).
@@ -42,7 +43,8 @@ def recurrence(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State,
     check(kind, xw, w, b, start)
     if method not in METHODS:
         raise ValueError(f"recurrence: method '{method}' is unknown; expected one of {', '.join(METHODS)}")
-    if method == "loop" or (method == "auto" and (xw.shape[1] == 1 or beyond_first_derivatives())):
+    loop = xw.shape[1] == 1 or beyond_first_derivatives() or torch.compiler.is_exporting()
+    if method == "loop" or (method == "auto" and loop):
         return unroll(CELLS[kind], {"hh": {"weight": w} if b is None else {"bias": b, "weight": w}}, xw, start)
     hs, cs, _ = _recurrence(kind, *_all_arguments(kind, xw, w, b, start))
     return (hs, cs) if kind == "lstm" else (hs,)
@@ -74,8 +76,8 @@ def check(kind: str, xw: Tensor, w: Tensor, b: Tensor | None, start: State) -> N
     if b is not None and tuple(b.shape) != (gates,):
         raise ValueError(f"recurrence: expected b of shape ({gates},), found {tuple(b.shape)}")
     for x in start:
-        if tuple(x.shape) != (len(xw), width):
-            raise ValueError(f"recurrence: expected a state of shape {(len(xw), width)}, found {tuple(x.shape)}")
+        if tuple(x.shape) != (xw.shape[0], width):
+            raise ValueError(f"recurrence: expected a state of shape {(xw.shape[0], width)}, found {tuple(x.shape)}")
         if x.dtype != xw.dtype:
             raise ValueError(f"recurrence: the state is {x.dtype}, the input {xw.dtype}")
 

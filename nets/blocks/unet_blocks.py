@@ -69,7 +69,7 @@ def level_drops(
         return [[None] * (sites + 2)] * len(widths)
     drops = []
     for i, (width, k) in enumerate(zip(widths, random.sites(key, len(widths)).unbind(0), strict=True)):
-        shape = (len(x), width, *(side // 2**i for side in x.shape[2:]))
+        shape = (x.shape[0], width, *(side // 2**i for side in x.shape[2:]))
         drops.append(dropout_sites(k, sites + 2 * (i == len(widths) - 1), shape, rate))
     return drops
 

@@ -158,10 +158,10 @@ def hidden_states(
     rates = [f"{name} {getattr(cfg, name)}" for name in RATES if train and getattr(cfg, name)]
     if rates and key is None:
         raise ValueError(f"vit: training with {', '.join(rates)} draws random numbers; pass key=")
-    first, drops = _drops(key, cfg, len(x)) if rates else (_same, [None] * cfg.layers)
+    first, drops = _drops(key, cfg, x.shape[0]) if rates else (_same, [None] * cfg.layers)
     patches = patch_embedding(params["patches"], x)  # (batch, width, rows, columns)
     patches = patches.flatten(2).transpose(1, 2)  # (batch, patches, width)
-    token = params["class_token"].expand(len(x), 1, cfg.width)  # (batch, 1, width)
+    token = params["class_token"].expand(x.shape[0], 1, cfg.width)  # (batch, 1, width)
     embedded = torch.cat([token, patches], 1) + params["positions"]  # eq. 1: (batch, 1 + patches, width)
     states = [first(embedded)]
     options = {"activation": "gelu", "eps": cfg.eps, "method": cfg.attention}

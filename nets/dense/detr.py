@@ -151,7 +151,7 @@ def encode(
     check_tensor("detr", x)
     features = stage_maps(params["backbone"], x, cfg.backbone, train=train and not cfg.frozen_norms)[-1]
     if mask is None:
-        mask = x.new_ones(len(x), *features.shape[2:]).bool()
+        mask = x.new_ones(x.shape[0], *features.shape[2:]).bool()
     else:
         mask = F.interpolate(mask[:, None].float(), size=features.shape[2:])[:, 0].bool()  # (batch, h, w)
     where = positions(mask, cfg.width).to(features.dtype)  # (batch, places, width)
@@ -197,11 +197,11 @@ def apply(
         of_places, of_queries = random.sites(key, 2).unbind(0)
         stride = (4 if cfg.backbone.stem == "imagenet" else 1) * 2 ** (len(cfg.backbone.depths) - 1)
         places = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-        drops = dropout_sites(of_places, cfg.layers, (len(x), places, cfg.width), cfg.dropout)
-        drops = [*drops, *dropout_sites(of_queries, 2 * cfg.layers, (len(x), cfg.queries, cfg.width), cfg.dropout)]
+        drops = dropout_sites(of_places, cfg.layers, (x.shape[0], places, cfg.width), cfg.dropout)
+        drops = [*drops, *dropout_sites(of_queries, 2 * cfg.layers, (x.shape[0], cfg.queries, cfg.width), cfg.dropout)]
     memory, where, inside = encode(params, x, cfg, mask=mask, drops=drops[: cfg.layers], train=train)
     keys, seen = memory + where, inside[:, None, None]
-    queries = params["queries"]["weight"].expand(len(x), -1, -1)  # (batch, queries, width)
+    queries = params["queries"]["weight"].expand(x.shape[0], -1, -1)  # (batch, queries, width)
     d, outputs = torch.zeros_like(queries), []
     on_self, on_cross = drops[cfg.layers :: 2], drops[cfg.layers + 1 :: 2]
     for p, drop, drop_cross in zip(params["decoder"], on_self, on_cross, strict=True):

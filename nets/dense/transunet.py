@@ -196,7 +196,7 @@ def apply(params: dict, x: Tensor, cfg: Config, *, key: Tensor | None = None, tr
     if train and cfg.dropout:
         if key is None:
             raise ValueError(f"transunet: training with dropout {cfg.dropout} draws random numbers; pass key=")
-        shape = (len(x), (cfg.image // 16) ** 2, cfg.width)
+        shape = (x.shape[0], (cfg.image // 16) ** 2, cfg.width)
         drops = dropout_sites(random.sites(key, 1)[0], len(drops), shape, cfg.dropout)
     *finer, y = feature_maps(params, x, cfg)
     z = patch_embedding(params["patches"], y)  # (batch, width, image / 16, image / 16)

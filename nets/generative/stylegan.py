@@ -264,7 +264,7 @@ def generator(
         ValueError: z of another width, a level that the net does not have, no key in training.
     """
     level = _level("stylegan", cfg, level)
-    layers, batch = 2 * (level + 1), len(z)
+    layers, batch = 2 * (level + 1), z.shape[0]
     if train and key is None:
         raise ValueError("stylegan: training draws random numbers (noise and mixed styles); pass key=")
     w = mapping(params, z, cfg)  # (batch, style)

@@ -190,12 +190,12 @@ def apply(
     check_images("unet", x, cfg.channels, 1)
     if any(side % times for side in x.shape[2:]):
         raise ValueError(f"unet: the images are {x.shape[2]} x {x.shape[3]}; expected sides divisible by {times}")
-    if tuple(time.shape) != (len(x),):
-        raise ValueError(f"unet: expected one time per image, ({len(x)},), found {tuple(time.shape)}")
+    if tuple(time.shape) != (x.shape[0],):
+        raise ValueError(f"unet: expected one time per image, ({x.shape[0]},), found {tuple(time.shape)}")
     if labels is not None and not cfg.classes:
         raise ValueError("unet: labels for a net without classes; expected None")
     if cfg.classes:
-        check_labels("unet", labels, len(x))
+        check_labels("unet", labels, x.shape[0])
     if train and cfg.dropout and key is None:
         raise ValueError(f"unet: training with dropout {cfg.dropout} draws random numbers; pass key=")
     drops = level_drops(key, x, cfg.widths, 2 * cfg.blocks + 1, cfg.dropout if train else 0.0)

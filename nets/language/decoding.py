@@ -177,7 +177,7 @@ def call(step: Step, cache: Tree, tokens: Tensor, position: Tensor, shared: Tree
     """The step's logits, in at least single precision, and its cache."""
     logits, cache = step(cache, tokens, position) if shared is None else step(cache, tokens, position, shared)
     if logits.ndim != 2 or logits.shape[0] != tokens.shape[0] or logits.shape[1] < 2:
-        raise ValueError(f"decoding: expected logits ({len(tokens)}, vocabulary), found {tuple(logits.shape)}")
+        raise ValueError(f"decoding: expected logits ({tokens.shape[0]}, vocabulary), found {tuple(logits.shape)}")
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), cache
 
 

@@ -138,7 +138,7 @@ def features(
         if key is None:
             raise ValueError(f"rnn: training with dropout {cfg.dropout} draws random numbers; pass key=")
         of_tokens, of_layers = random.sites(key, 2).unbind(0)
-        batch, steps = len(tokens), 1 if cfg.variational else tokens.shape[1]
+        batch, steps = tokens.shape[0], 1 if cfg.variational else tokens.shape[1]
         if cfg.embedding is not None:
             x = dropout_sites(of_tokens, 1, (batch, steps, x.shape[-1]), cfg.dropout)[0](x)
         drops = dropout_sites(of_layers, cfg.layers, (batch, steps, cfg.width), cfg.dropout)

@@ -134,7 +134,7 @@ def occurrences(tokens: Tensor, lengths: Tensor, vocabulary: int) -> Tensor:
     lengths: (batch,); what follows the first `lengths[i]` tokens of row i is ignored.
     """
     counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (batch, time)
-    counts = torch.zeros(len(tokens), vocabulary, dtype=torch.int32, device=tokens.device)
+    counts = torch.zeros(tokens.shape[0], vocabulary, dtype=torch.int32, device=tokens.device)
     return counts.scatter_add(1, tokens, counted.to(torch.int32)) > 0  # (batch, vocabulary)
 
 

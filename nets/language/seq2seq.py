@@ -218,7 +218,7 @@ def _attend(p: dict, query: Tensor, shared: dict, cfg: Config, of: str) -> tuple
 
     Consecutive rows may share a source, as the beams of a sentence do: they become consecutive queries.
     """
-    queries = query.reshape(len(shared["keys"]), -1, cfg.width)  # (sentences, queries, width)
+    queries = query.reshape(shared["keys"].shape[0], -1, cfg.width)  # (sentences, queries, width)
     if cfg.attention == "bahdanau":
         scores = attention.additive_scores(p["attention"], queries, shared["keys"])  # (sentences, queries, source time)
     else:
@@ -259,7 +259,7 @@ def _readout(
     """
     context = None
     if weights is not None:
-        grouped = weights.reshape(len(shared["keys"]), -1, weights.shape[-1])  # (sentences, queries, source time)
+        grouped = weights.reshape(shared["keys"].shape[0], -1, weights.shape[-1])  # (sentences, queries, source time)
         context = (grouped @ shared["annotations"]).reshape(*s.shape[:2], -1)  # c = sum_j a_j h_j
     elif cfg.attention != "none":
         context, weights = _attend(p, s, shared, cfg, "annotations")  # (rows, time, annotation width)
@@ -293,8 +293,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits, and the attention (batch, time, source time)."""
     _check("target", target, cfg)
-    if len(memory["mask"]) != len(target):
-        raise ValueError(f"seq2seq: expected a memory of {len(target)} rows, found {len(memory['mask'])}")
+    if memory["mask"].shape[0] != target.shape[0]:
+        raise ValueError(f"seq2seq: expected a memory of {target.shape[0]} rows, found {memory['mask'].shape[0]}")
     p, (batch, time), (*_, tokens_key, layers_key, readout_key) = (
         params["decoder"],
         target.shape,

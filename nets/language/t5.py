@@ -293,7 +293,7 @@ def decode(
         ValueError: as `encode`, and for a memory of another batch.
     """
     _check("target", target)
-    _check_memory(memory, len(target), source_mask, cfg)
+    _check_memory(memory, target.shape[0], source_mask, cfg)
     (batch, time), n, p = target.shape, cfg.decoder_layers, params["decoder"]
     key = None if key is None else random.fold_in(key, 1)
     sizes = [(batch, cfg.heads, time, size) for size in (time, memory.shape[1])]

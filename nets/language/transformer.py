@@ -319,7 +319,7 @@ def decoded_attention(params: dict, source: Tensor, tokens: Tensor, first: int, 
         first: id of the start token; it and all tokens but the last are the keys of `decoder`.
     """
     _check("decoded text", tokens, cfg)
-    starts = tokens.new_full((len(tokens), 1), first)  # (batch, 1)
+    starts = tokens.new_full((tokens.shape[0], 1), first)  # (batch, 1)
     return attention_maps(params, (source, torch.cat([starts, tokens[:, :-1]], 1)), cfg)
 
 

@@ -187,7 +187,7 @@ def encode(params: Tree, x: Tensor, cfg: Config, *, key: Tensor | None = None, t
         raise ValueError(f"captioner: the images are {x.shape[2]} x {x.shape[3]}; expected {cfg.image} x {cfg.image}")
     p = params["encoder"]
     patches = _embed_patches(p, x)  # (batch, patches, width)
-    token = p["class_token"].expand(len(x), 1, cfg.image_width)  # (batch, 1, width)
+    token = p["class_token"].expand(x.shape[0], 1, cfg.image_width)  # (batch, 1, width)
     z = torch.cat([token, patches], 1) + p["positions"]  # (batch, 1 + patches, width)
     first, *drops = _drops(key, cfg, train, 0, 1 + 2 * cfg.image_layers, tuple(z.shape))
     options = {"activation": "gelu", "eps": cfg.image_eps, "method": cfg.attention}
@@ -205,8 +205,8 @@ def _decoded(
     check_tensor("captioner", tokens, "tokens")
     if tokens.ndim != 2 or not 0 < tokens.shape[1] <= cfg.context:
         raise ValueError(f"captioner: expected tokens (batch, time up to {cfg.context}), found {tuple(tokens.shape)}")
-    if memory.ndim != 3 or memory.shape[0] != len(tokens) or memory.shape[2] != cfg.text_width:
-        expected = f"expected a memory of shape ({len(tokens)}, patches, {cfg.text_width})"
+    if memory.ndim != 3 or memory.shape[0] != tokens.shape[0] or memory.shape[2] != cfg.text_width:
+        expected = f"expected a memory of shape ({tokens.shape[0]}, patches, {cfg.text_width})"
         raise ValueError(f"captioner: {expected}, found {tuple(memory.shape)}")
     p, (first, *drops) = params["decoder"], drops
     y = embedding(p["tokens"], tokens) + p["positions"]["weight"][: tokens.shape[1]]  # (batch, time, width)

@@ -138,7 +138,7 @@ def spec(cfg: Config) -> Tree:
 def vit_states(p: Tree, x: Tensor, cfg: Config) -> list[Tensor]:
     """Input of the ViT's first block and output of each, (batch, 1 + patches, width), class token first."""
     patches = patch_embedding(p["patches"], x).flatten(2).transpose(1, 2)  # (batch, patches, width)
-    token = p["class_token"].expand(len(x), 1, cfg.image_width)  # (batch, 1, width)
+    token = p["class_token"].expand(x.shape[0], 1, cfg.image_width)  # (batch, 1, width)
     embedded = torch.cat([token, patches], 1) + p["positions"]["weight"]  # (batch, 1 + patches, width)
     states = [layer_norm(p["norm_before"], embedded, eps=cfg.eps)]
     options = {"activation": cfg.activation, "eps": cfg.eps, "method": cfg.attention}

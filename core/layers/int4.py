@@ -1,0 +1,52 @@
+"""Weights as 4-bit integers, W = s Q with one s per group of columns of a row."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.layers.unformed import Unformed
+
+
+class Int4(Unformed):
+    """s Q.
+
+    Args:
+        int4: (rows, columns / 2) uint8, two integers in each, both plus 8: the first in the lower bits.
+        scale: s, (rows, groups), of the dtype of W.
+    """
+
+    fields = ("int4", "scale")
+
+    def __init__(self, int4: Tensor, scale: Tensor):
+        self.int4, self.scale = int4, scale
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.int4.shape[0], 2 * self.int4.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.int4.nbytes + self.scale.nbytes
+
+    def dense(self) -> Tensor:
+        return _dense(self.int4, self.scale)
+
+    def rows(self, ids: Tensor, padding_id: int | None = None) -> Tensor:
+        """Rows of the table: ids (...) -> (..., columns)."""
+        return _dense(F.embedding(ids, self.int4, padding_id), F.embedding(ids, self.scale, padding_id))
+
+
+def _dense(pairs: Tensor, scale: Tensor) -> Tensor:
+    """s Q: (..., columns / 2) and (..., groups) -> (..., columns)."""
+    # Not >> and &, which some exporters lack.
+    high = torch.div(pairs, 16, rounding_mode="floor")
+    q = torch.stack([pairs - 16 * high, high], -1).flatten(-2).to(scale.dtype) - 8  # (..., columns)
+    return (q.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
