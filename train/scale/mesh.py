@@ -9,6 +9,7 @@ Ranks count through the last axis first, so that neighbours on it are on one mac
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 AXES = ("replica", "data", "model")
 
@@ -58,3 +59,59 @@ def coordinates(sizes: Mapping[str, int], rank: int) -> dict[str, int]:
     for axis in reversed(AXES):
         rank, out[axis] = divmod(rank, sizes[axis])
     return {axis: out[axis] for axis in AXES}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The place of this process in a mesh.
+
+    Attributes:
+        sizes: {axis: processes}.
+        place: {axis: place of this process on it}.
+        groups: {axis: name of the group of the processes that differ from this one in that axis alone}; "rows" is that
+            of replica and data together, all that have other rows of the batch. Axes of size 1 have none.
+    """
+
+    sizes: dict[str, int]
+    place: dict[str, int]
+    groups: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        """In how many parts the rows of a batch are cut."""
+        return self.sizes["replica"] * self.sizes["data"]
+
+    @property
+    def row(self) -> int:
+        """Which of these parts is this process's."""
+        return self.place["replica"] * self.sizes["data"] + self.place["data"]
+
+
+def alone() -> Mesh:
+    """The mesh of one process."""
+    return Mesh(dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0), {})
+
+
+def open_mesh(sizes: Mapping[str, int], device: str = "cpu") -> Mesh:
+    """This process's place, with the groups of its axes; torch.distributed's default group must be there.
+
+    Raises ValueError: the mesh has another number of places than there are processes.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+    if math.prod(sizes.values()) != ranks:
+        raise ValueError(f"a mesh of {sizes} has {math.prod(sizes.values())} places, but {ranks} processes run")
+    axes = [axis for axis in AXES if sizes[axis] > 1]
+    groups = {}
+    if axes:
+        grid = init_device_mesh(device, tuple(sizes[axis] for axis in axes), mesh_dim_names=tuple(axes))
+        groups = {axis: grid.get_group(axis).group_name for axis in axes}
+        both = [axis for axis in ("replica", "data") if axis in groups]
+        if len(both) == 2:
+            groups["rows"] = grid["replica", "data"]._flatten("rows").get_group().group_name
+        elif both:
+            groups["rows"] = groups[both[0]]
+    return Mesh(sizes, coordinates(sizes, rank), groups)

@@ -96,6 +96,12 @@ def local_shape(shape: tuple[int, ...], cut: Shard | None, sizes: Mapping[str, i
     return tuple(size // sizes[cut.mesh_axis] if dim == cut.dim else size for dim, size in enumerate(shape))
 
 
+def local_bytes(spec: Tree, sizes: Mapping[str, int], cuts: Plan) -> int:
+    """Bytes of a process's pieces of all leaves; of the whole ones with `cuts` {}."""
+    items = tree.items(spec)
+    return sum(math.prod(local_shape(x.shape, cuts.get(name), sizes)) * x.dtype.itemsize for name, x in items)
+
+
 def table(spec: Tree, sizes: Mapping[str, int], cuts: Plan) -> str:
     """A printable table: the cut, the local shape and the bytes per process of each leaf, and their sums."""
     rows, total, whole = [], 0, 0
