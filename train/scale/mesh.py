@@ -87,11 +87,6 @@ class Mesh:
         return self.place["replica"] * self.sizes["data"] + self.place["data"]
 
 
-def alone() -> Mesh:
-    """The mesh of one process."""
-    return Mesh(dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0), {})
-
-
 def open_mesh(sizes: Mapping[str, int], device: str = "cpu") -> Mesh:
     """This process's place, with the groups of its axes; torch.distributed's default group must be there.
 
