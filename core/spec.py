@@ -18,12 +18,17 @@ from core.tree import Tree
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its shape, its initialiser, and one logical axis name (or None) per dimension."""
+    """A parameter: its shape, its initialiser, and one logical axis name (or None) per dimension.
+
+    `parts`: sizes along the first dimension of what stands in one leaf and is cut part by part, such as queries, keys
+    and values; () for one part.
+    """
 
     shape: tuple[int, ...]
     init: initializers.Initializer = initializers.zeros
     axes: tuple[str | None, ...] = ()
     dtype: torch.dtype = torch.float32
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.shape, (tuple, list)):

@@ -32,6 +32,7 @@ from core.attention import (
 )
 from core.layers import dropout_sites, embedding, embedding_spec, linear, linear_spec, rms_norm, rms_norm_spec, swiglu
 from core.layers.checks import check_tensor
+from core.layers.split import own_heads
 from nets.blocks.transformer_block import identity
 from nets.language import generation
 from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
@@ -131,12 +132,15 @@ def spec(cfg: Config) -> dict:
     `mlp.up` holds the rows of the gate, then those of `up`; `attn.qkv` those of queries, keys and values.
     """
     init, residual = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * cfg.layers))
+    gate_and_up = (cfg.hidden, cfg.hidden)
     sizes = {"kv_heads": cfg.kv_heads, "depth": cfg.head_depth, "bias": cfg.qkv_bias, "proj_bias": False}
     block = {
         "attn": self_attention_spec(cfg.width, cfg.heads, **sizes, init=init, proj_init=residual),
         "mlp": {
             "down": linear_spec(cfg.hidden, cfg.width, bias=False, init=residual, axes=("embed", "mlp")),
-            "up": linear_spec(cfg.width, 2 * cfg.hidden, bias=False, init=init, axes=("mlp", "embed")),
+            "up": linear_spec(
+                cfg.width, 2 * cfg.hidden, bias=False, init=init, axes=("mlp", "embed"), parts=gate_and_up
+            ),
         },
         "norm1": rms_norm_spec(cfg.width),
         "norm2": rms_norm_spec(cfg.width),
@@ -190,6 +194,7 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
         mask = positions > positions[:, None] - cfg.window  # (time, time)
 
     for p, (drop, *on_branches) in zip(params["blocks"], drops, strict=True):
+        drop = own_heads(drop, p["attn"]["qkv"]["weight"])
 
         def attend(q: Tensor, k: Tensor, v: Tensor, drop: Callable | None = drop) -> Tensor:
             q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core import collectives, tree
 from core.layers.normalization import synchronise_batch_norms
+from core.layers.split import Split
 from core.tree import Tree
 from train.losses.weighted import positive
 from train.optimizers.protocol import Optimizer, sharded
@@ -33,12 +34,14 @@ class Distributed:
         cuts: the plan.
         shapes: {name: whole shape} of the leaves in the plan.
         local_norm: each process normalises by its own rows in batch norm.
+        joined: names of the matrices cut along model whose outputs every process gets whole, as logits.
     """
 
     mesh: Mesh
     cuts: Plan
     shapes: dict[str, tuple[int, ...]]
     local_norm: bool = False
+    joined: frozenset[str] = frozenset()
 
     def cut_of(self, name: str, leaf: Tensor) -> Shard | None:
         """The cut of a leaf of parameters, gradients or optimizer states: that of the parameter whose name its own
@@ -93,10 +96,20 @@ class Distributed:
         return self.whole(params) if "data" in self._axes else params
 
     def prepared(self, params: Tree) -> Tree:
-        """Parameters and Stats, merged, as the net takes them inside the loss: batch norms know their group."""
+        """Parameters and Stats, merged, as the net takes them inside the loss: matrices that are cut along model, and
+        batch norms, know their group."""
+        if "model" in self._axes:
+            params = tree.map_with_names(self._split, params)
         if self.mesh.rows == 1 or self.local_norm:
             return params
         return synchronise_batch_norms(params, self.mesh.groups["rows"], self.mesh.rows)
+
+    def _split(self, name: str, leaf: Tensor) -> Tensor | Split:
+        cut = self.cut_of(name, leaf)
+        if cut is None or cut.mesh_axis != "model" or leaf.ndim != 2:
+            return leaf
+        group, place = self.mesh.groups["model"], self.mesh.place["model"]
+        return Split(leaf, cut.dim, group, place, self.mesh.sizes["model"], joined=name in self.joined)
 
     def rows(self, batch: Tree) -> Tree:
         """This process's rows of a batch, any tree with the examples leading; so too of a tensor of indices.
@@ -178,7 +191,8 @@ def distribute(model: Tree, mesh: Mesh, way: str, local_norm: bool = False) -> D
     """
     cuts = shards.plan(model, mesh.sizes, shards.RULES[way])
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.items(model)}
-    return Distributed(mesh, cuts, shapes, local_norm)
+    joined = frozenset(name for name, leaf in tree.items(model) if "vocabulary" in leaf.axes[:1])
+    return Distributed(mesh, cuts, shapes, local_norm, joined)
 
 
 def reduced(gradient: Any, over: Distributed) -> Callable[[Any, Tree], tuple]:

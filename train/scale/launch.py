@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Processes:
 
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         store.set_timeout(self.timeout)
-        return store
+        return dist.PrefixStore(f"start/{self.restarts}", store)  # a launcher keeps the store when it starts anew
 
     def open_group(self, device: str) -> None:
         """Start torch.distributed's default group: gloo, and nccl for tensors on a GPU."""
@@ -121,6 +122,7 @@ class Processes:
 
         Returns the line to print, None where another process prints it: the first prints one line for all of them.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends once the first has ended
         with contextlib.suppress(Exception):  # the store goes with the launcher
             if lost:
                 line = self._elsewhere() or line
@@ -135,7 +137,7 @@ class Processes:
         """Whether an error says that another process does not answer."""
         import torch.distributed as dist
 
-        return self._grouped and (isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_GLOO))
+        return isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_GLOO)
 
     def _elsewhere(self) -> str | None:
         """The error of another process that has failed, waited for a moment."""

@@ -1,0 +1,136 @@
+"""Several processes give what one process gives with the whole batch: curves, states, gradients, derivatives.
+
+The cases are those of `cases.py`; gloo processes run them, a few of them in one start, and this process the reference.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import tree
+from nets.classifiers import resnet
+from tests import launched
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import cases  # noqa: E402
+
+# Sums in another order: 1e-7 of a loss of 4 is an ulp; over 20 steps AdamW passes some of them on.
+CURVE = 2e-6
+
+
+def outputs(folder, names: str, ranks: int) -> dict[str, list[dict]]:
+    for code, _, err in launched.together(HERE / "cases.py", folder, names, ranks=ranks):
+        assert code == 0, err
+    keys = [name.partition("@")[0] + ("_resumed" if "@" in name else "") for name in names.split(",")]
+    return {key: [torch.load(folder / f"{key}-{rank}.pt") for rank in range(ranks)] for key in keys}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return cases.train(None)
+
+
+def check(ranks: list[dict], reference: tuple) -> None:
+    curve, state = reference
+    torch.testing.assert_close(ranks[0]["curve"], curve[: len(ranks[0]["curve"])], rtol=0, atol=CURVE)
+    for other in ranks[1:]:
+        assert torch.equal(other["curve"], ranks[0]["curve"])
+        assert all(torch.equal(x, ranks[0]["state"][name]) for name, x in other["state"].items())
+    if len(curve) == len(ranks[0]["curve"]):
+        for name, x in tree.flatten(state).items():  # where a gradient is nearly 0, AdamW divides it by itself
+            torch.testing.assert_close(ranks[0]["state"][name], x, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,half"
+    return outputs(tmp_path_factory.mktemp("two"), names, 2)
+
+
+@pytest.mark.parametrize("way", ["replicate", "fsdp", "tensor"])
+def test_two_processes_are_one(two, alone, way):
+    check(two[way], alone)
+
+
+def test_curves_can_tell_a_missing_reduction(two, alone):
+    """The first half of the rows alone has another curve by far."""
+    step = cases.make_step(lambda *args: cases.losses(*args, cfg=cases.CFG), cases.optimizer(), compile=False)
+    state = cases.create(cases.random.key(0), cases.gpt2.spec(cases.CFG), cases.optimizer())
+    for i in range(3):
+        state, metrics = step(state, tuple(x[:4] for x in cases.batch_of(i)))
+    assert abs(float(metrics["loss"] - alone[0][2, 0])) > 1e-3
+
+
+def test_derivatives_of_collectives(two):
+    """The loss of all is the sum of the processes'; with x_r = (0, 1, 2) + r and 2 processes."""
+    out = [ranks["transforms"] for ranks in ({"transforms": x} for x in two["transforms"])]
+    x = [torch.arange(3.0), torch.arange(3.0) + 1]
+    total = x[0] + x[1]
+    expected = {
+        "sum_over": [3 * total**2 * 3] * 2,  # Σ_r (r + 1) Σ total³
+        "stack_over": [3 * x[r] ** 2 * 3 for r in range(2)],
+        "enter": [3 * x[0] ** 2 + 6 * x[1] ** 2] * 2,
+        "leave": [3 * total**2] * 2,
+        "join": [3 * x[r] ** 2 for r in range(2)],
+    }
+    tangents = {"sum_over": [(3 * total**2 * 2).sum() * (r + 1) for r in range(2)]}
+    for name, grads in expected.items():
+        for rank in range(2):
+            values = out[rank][name]
+            torch.testing.assert_close(values["grad"], grads[rank], msg=name)
+            assert torch.equal(values["compiled"], values["grad"]), name
+            assert torch.equal(values["vmapped"][0], values["grad"]), name
+            if name in tangents:
+                torch.testing.assert_close(values["tangent"], tangents[name][rank])
+
+
+def test_raw_collectives_refuse_transforms(two):
+    refused = two["transforms"][0]["refused"]
+    assert len(refused) == 6 and all("outside of grad, vmap and jvp" in line for line in refused)
+
+
+def test_scatter_and_gather_are_a_sum(two):
+    whole = torch.arange(24.0).reshape(2, 4, 3) * 3
+    for rank, out in enumerate(x for x in two["transforms"]):
+        assert torch.equal(out["scattered"][0], whole.chunk(2, 0)[rank])
+        assert torch.equal(out["scattered"][1], whole.chunk(2, 1)[rank])
+        assert all(torch.equal(x, whole) for x in out["gathered"])
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two):
+    reference = cases.gradient_of(resnet.PRESETS["cifar-resnet8"])
+    out, local = two["batch_norm"][0], two["local_norm"][0]
+    for part in ("grads", "increments"):
+        for name, x in reference[part].items():
+            error = float((out[part][name] - x).norm() / x.norm().clamp(min=1e-6))
+            assert error < 1e-5, (part, name, error)
+    name = max(reference["grads"], key=lambda name: float(reference["grads"][name].norm()))
+    assert float((local["grads"][name] - reference["grads"][name]).norm() / reference["grads"][name].norm()) > 0.01
+
+
+def test_synchronised_batch_norm_far_from_zero(two):
+    for out in two["far_from_zero"]:  # 1000 in float32 has steps of 6e-5
+        torch.testing.assert_close(out["together"], out["all"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_four_processes_and_other_options(tmp_path, alone):
+    four = outputs(tmp_path, "fsdp,hsdp,tensor_and_data", 4)
+    for ranks in four.values():
+        check(ranks, alone)
+    more = outputs(tmp_path, "micro,donated,muon,tensor_joined,compiled,compiled_tensor", 2)
+    for name, ranks in more.items():
+        check(ranks, cases.train(None, optimizer_name="muon") if name == "muon" else alone)
+
+
+@pytest.mark.slow
+def test_state_of_two_processes_resumes_on_four_and_on_one(tmp_path, alone):
+    """At step 10, by any other way."""
+    (first, _) = outputs(tmp_path, "half", 2)["half"]
+    torch.save(first["state"], tmp_path / "state.pt")
+    for names, ranks in ((f"fsdp@{tmp_path / 'state.pt'}", 4), (f"replicate@{tmp_path / 'state.pt'}", 1)):
+        (rest,) = outputs(tmp_path, names, ranks).values()
+        torch.testing.assert_close(rest[0]["curve"], alone[0][10:], rtol=0, atol=CURVE)
