@@ -308,12 +308,14 @@ def begin(root: Path, args: Any, free: tuple[str, ...] = (), shards: tuple[str, 
 
 
 def scratch_copy(folder: Path) -> tempfile.TemporaryDirectory:
-    """A folder with a copy of a run's, without its checkpoints, for a process that is not the first; it goes with the
-    object."""
+    """A folder with a copy of a run's, its checkpoints by a link, for a process that is not the first; it goes with
+    the object."""
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     if folder.is_dir():
+        copy = Path(scratch.name) / folder.name
         ignored = shutil.ignore_patterns("checkpoints", ".lock", "events.*")
-        shutil.copytree(folder, Path(scratch.name) / folder.name, ignore=ignored)
+        shutil.copytree(folder, copy, ignore=ignored)
+        (copy / "checkpoints").symlink_to((folder / "checkpoints").absolute())
     return scratch
 
 
