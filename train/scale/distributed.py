@@ -46,6 +46,16 @@ class Distributed:
     def cut_of(self, name: str, leaf: Tensor) -> Shard | None:
         """The cut of a leaf of parameters, gradients or optimizer states: that of the parameter whose name its own
         ends in, if it has the shape of it or of its pieces."""
+        parameter = self._parameter(name, leaf)
+        return None if parameter is None else self.cuts[parameter]
+
+    def is_piece(self, name: str, leaf: Tensor) -> bool:
+        """Whether a leaf that has a cut is a piece."""
+        parameter = self._parameter(name, leaf)
+        return parameter is not None and tuple(leaf.shape) != self.shapes[parameter]
+
+    def _parameter(self, name: str, leaf: Tensor) -> str | None:
+        """The longest name of a parameter with a cut that the name of a leaf ends in."""
         path = name.split(".")
         for i in range(len(path)):
             suffix = ".".join(path[i:])
@@ -53,15 +63,17 @@ class Distributed:
             if cut is not None:
                 whole = self.shapes[suffix]
                 if tuple(leaf.shape) in (whole, shards.local_shape(whole, cut, self.mesh.sizes)):
-                    return cut
+                    return suffix
         return None
 
     def cut(self, values: Tree) -> Tree:
-        """This process's pieces of a state, parameters or gradients that are whole."""
+        """This process's pieces of a state, parameters or gradients; what is a piece already stays."""
 
         def piece(name: str, leaf: Tensor) -> Tensor:
             cut = self.cut_of(name, leaf)
-            return leaf if cut is None else self._piece(leaf, cut).clone(memory_format=torch.contiguous_format)
+            if cut is None or self.is_piece(name, leaf):
+                return leaf
+            return self._piece(leaf, cut).clone(memory_format=torch.contiguous_format)
 
         return tree.map_with_names(piece, values)
 
@@ -158,6 +170,20 @@ class Distributed:
         extra = [x * share.to(x.dtype) for x in sums[len(rest) :]]
         return total, tree.unflatten(grads, means), tree.unflatten(others, extra)
 
+    def summed(self, values: Tree) -> Tree:
+        """The sum over the processes with other rows of each leaf, whole."""
+        leaves = tree.leaves(values)
+        if self.mesh.rows > 1:
+            leaves = collectives.sum_all(leaves, self.mesh.groups["rows"])
+        return tree.unflatten(values, leaves)
+
+    def joined(self, values: Tree) -> Tree:
+        """Leaves with this process's examples leading -> with those of all, in the order of the batch."""
+        leaves = tree.leaves(values)
+        if self.mesh.rows > 1:
+            leaves = collectives.gather(leaves, [0] * len(leaves), self.mesh.groups["rows"], self.mesh.rows)
+        return tree.unflatten(values, leaves)
+
     def norm(self, values: Tree) -> Tensor:
         """`tree.norm` of a tree of which this process has its pieces; the same on every process."""
         parts: dict[str, list[Tensor]] = {}
@@ -202,4 +228,9 @@ def reduced(gradient: Any, over: Distributed) -> Callable[[Any, Tree], tuple]:
     """
     if gradient.reduce is None:
         raise ValueError("this gradient has no form for several processes; expected one with `reduce`")
-    return lambda state, contribution: gradient.result(state, gradient.reduce(over, contribution))
+
+    def result(state: Any, contribution: Tree) -> tuple:
+        grads, *rest = gradient.result(state, gradient.reduce(over, contribution))
+        return over.cut(grads), *rest
+
+    return result

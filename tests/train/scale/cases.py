@@ -67,6 +67,23 @@ def curves(processes, way="replicate", sizes=None, **options):
     return {"curve": curve, "state": tree.flatten(state)}
 
 
+def watched(processes, way="fsdp"):
+    """Norms of the gradient of each example, of a step on cut parameters."""
+    over = distribute(gpt2.spec(CFG), open_mesh({"data": processes.ranks}), way)
+    return watch_of(over)
+
+
+def watch_of(over):
+    def look(out):
+        return {"norms": out.total_norm, "moment": tree.norm(out.second_moment)}
+
+    state = create(random.key(0), gpt2.spec(CFG), optimizer())
+    options = {"watch": look, "want": ("norm", "square"), "distributed": over, "compile": False}
+    step = make_step(functools.partial(losses, cfg=CFG), optimizer(), **options)
+    state, metrics = step(state if over is None else over.cut(state), batch_of(0))
+    return metrics
+
+
 def batch_norm(processes, local_norm=False):
     """The gradient, increments and metrics of a residual net on this process's rows, reduced."""
     cfg = resnet.PRESETS["cifar-resnet8"]
@@ -167,6 +184,7 @@ CASES = {
         curves, way="tensor", sizes={"model": 2}, steps=range(3), compile=True, backend="aot_eager"
     ),
     "half": half,
+    "watched": watched,
     "batch_norm": batch_norm,
     "local_norm": functools.partial(batch_norm, local_norm=True),
     "far_from_zero": far_from_zero,

@@ -46,7 +46,7 @@ def check(ranks: list[dict], reference: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,half"
+    names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,watched"
     return outputs(tmp_path_factory.mktemp("two"), names, 2)
 
 
@@ -114,6 +114,14 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two):
 def test_synchronised_batch_norm_far_from_zero(two):
     for out in two["far_from_zero"]:  # 1000 in float32 has steps of 6e-5
         torch.testing.assert_close(out["together"], out["all"], rtol=0, atol=1e-3)
+
+
+def test_per_example_norms_of_all_processes(two):
+    reference = cases.watch_of(None)
+    for out in two["watched"]:
+        assert out["norms"].shape == (8,)
+        for name, x in reference.items():
+            torch.testing.assert_close(out[name], x, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.slow
