@@ -34,14 +34,14 @@ class Distributed:
         cuts: the plan.
         shapes: {name: whole shape} of the leaves in the plan.
         local_norm: each process normalises by its own rows in batch norm.
-        joined: names of the matrices cut along model whose outputs every process gets whole, as logits.
+        output_layers: names of the matrices cut along model whose outputs, the logits, every process gets whole.
     """
 
     mesh: Mesh
     cuts: Plan
     shapes: dict[str, tuple[int, ...]]
     local_norm: bool = False
-    joined: frozenset[str] = frozenset()
+    output_layers: frozenset[str] = frozenset()
 
     def cut_of(self, name: str, leaf: Tensor) -> Shard | None:
         """The cut of a leaf of parameters, gradients or optimizer states: that of the parameter whose name its own
@@ -121,7 +121,7 @@ class Distributed:
         if cut is None or cut.mesh_axis != "model" or leaf.ndim != 2:
             return leaf
         group, place = self.mesh.groups["model"], self.mesh.place["model"]
-        return Split(leaf, cut.dim, group, place, self.mesh.sizes["model"], joined=name in self.joined)
+        return Split(leaf, cut.dim, group, place, self.mesh.sizes["model"], joined=name in self.output_layers)
 
     def rows(self, batch: Tree) -> Tree:
         """This process's rows of a batch, any tree with the examples leading; so too of a tensor of indices.
@@ -217,8 +217,8 @@ def distribute(model: Tree, mesh: Mesh, way: str, local_norm: bool = False) -> D
     """
     cuts = shards.plan(model, mesh.sizes, shards.RULES[way])
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.items(model)}
-    joined = frozenset(name for name, leaf in tree.items(model) if "vocabulary" in leaf.axes[:1])
-    return Distributed(mesh, cuts, shapes, local_norm, joined)
+    output_layers = frozenset(name for name, leaf in tree.items(model) if "vocabulary" in leaf.axes[:1])
+    return Distributed(mesh, cuts, shapes, local_norm, output_layers)
 
 
 def reduced(gradient: Any, over: Distributed) -> Callable[[Any, Tree], tuple]:
