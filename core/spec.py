@@ -42,6 +42,8 @@ class Param:
             )
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"{type(self).__name__}: dtype is {self.dtype!r}; expected a torch.dtype")
+        if self.parts and (not self.shape or sum(self.parts) != self.shape[0]):
+            raise ValueError(f"the parts {self.parts} do not add up to the first dimension of the shape {self.shape}")
         if self.axes and len(self.axes) != len(self.shape):
             raise ValueError(f"axes {self.axes} name {len(self.axes)} dimensions, but the shape is {self.shape}")
 

@@ -26,13 +26,17 @@ def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]
     return {**os.environ, **{name: str(value) for name, value in launcher.items()}, **more}
 
 
-def begin(script: Path, *argv: Any, ranks: int = 2, **options: Any) -> list[subprocess.Popen]:
-    """The processes of a script, in order of rank."""
+def begin(
+    script: Path, *argv: Any, ranks: int = 2, others: tuple[str, ...] = (), **options: Any
+) -> list[subprocess.Popen]:
+    """The processes of a script, in order of rank; all but the first get the flags `others` too."""
     port, command = free_port(), [sys.executable, str(script), *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     more = options.pop("environment", {})
     return [
-        processes.start(command, env=environment(rank, ranks, port, **more), **{**pipes, **options})
+        processes.start(
+            [*command, *(others if rank else ())], env=environment(rank, ranks, port, **more), **{**pipes, **options}
+        )
         for rank in range(ranks)
     ]
 
