@@ -81,7 +81,7 @@ def test_a_signal_to_one_process_ends_both_and_they_continue(here):
     flags = (*FLAGS, "--steps", "30", "--shard", "fsdp")
     assert [code for code, _, _ in together(*flags, "--name", "whole")] == [0, 0]
     started = launched.begin(script("gpt"), *flags, "--name", "stopped")
-    wait_for_step(here / "runs/gpt/stopped", 4)
+    wait_for_step(started[0], here / "runs/gpt/stopped", 4)
     started[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [143, 143], outputs
@@ -93,7 +93,7 @@ def test_a_signal_to_one_process_ends_both_and_they_continue(here):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_other_in_one_line(here):
     started = launched.begin(script("gpt"), *FLAGS, "--steps", "2000", "--name", "killed")
-    wait_for_step(here / "runs/gpt/killed", 4)
+    wait_for_step(started[0], here / "runs/gpt/killed", 4)
     started[1].kill()
     began = time.monotonic()
     _, err = started[0].communicate()
