@@ -124,12 +124,10 @@ class Processes:
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends once the first has ended
         with contextlib.suppress(Exception):  # the store goes with the launcher
-            if lost:
-                line = self._elsewhere() or line
+            line = (lost and self._elsewhere()) or line
             self._store.set(f"failed/{self.rank}", line)
             self.close()  # a collective that others wait in fails at once
-            self._wait_for_the_others()
-            if self.rank and self._store.check(["failed/0"]):
+            if self._wait_for_the_others(2.0 if lost else GRACE) and self.rank:
                 return None
         return line if not self.rank or lost else f"process {self.rank}: {line}"
 
@@ -149,12 +147,15 @@ class Processes:
             time.sleep(0.05)
         return None
 
-    def _wait_for_the_others(self) -> None:
-        end = time.monotonic() + GRACE
+    def _wait_for_the_others(self, seconds: float) -> bool:
+        """Whether the first process, and until then all others, have failed too."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if all(self._store.check([f"failed/{rank}"]) for rank in range(self.ranks)):
-                return
+                time.sleep(0.0 if self.rank else 0.3)  # the store may be the first process's: the others look once more
+                return True
             time.sleep(0.02)
+        return self._store.check(["failed/0"])
 
     def close(self) -> None:
         """End the default group, if there is one."""
