@@ -61,7 +61,7 @@ def test_two_processes_give_the_figures_of_one_and_one_goes_on(here):
     assert abs(figures(here, "gpt", "one")["val_loss"] - figures(here, "gpt", "two")["val_loss"]) < 2e-6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_of_a_classifier(here):
     flags = ("--epochs", "0.2", "--batch", "32", "--no-compile", "--ema", "0.9")
     ended = launched.together(script("classify"), *flags, "--shard", "fsdp", "--name", "two")
@@ -76,7 +76,7 @@ def test_two_processes_of_a_classifier(here):
     assert not (here / "runs/classify/three").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_both_and_they_continue(here):
     flags = (*FLAGS, "--steps", "30", "--shard", "fsdp")
     assert [code for code, _, _ in together(*flags, "--name", "whole")] == [0, 0]

@@ -46,7 +46,7 @@ def check(ranks: list[dict], reference: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,watched"
+    names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,watched,half"
     return outputs(tmp_path_factory.mktemp("two"), names, 2)
 
 
@@ -125,20 +125,22 @@ def test_per_example_norms_of_all_processes(two):
 
 
 @pytest.mark.slow
-def test_four_processes_and_other_options(tmp_path, alone):
-    four = outputs(tmp_path, "fsdp,hsdp,tensor_and_data", 4)
+def test_four_processes_and_resuming_on_four_and_on_one(two, tmp_path, alone):
+    """At step 10 from the state of two processes."""
+    first = two["half"][0]["state"]
+    torch.save(first, tmp_path / "state.pt")
+    four = outputs(tmp_path, f"fsdp,hsdp,tensor_and_data,fsdp@{tmp_path / 'state.pt'}", 4)
+    rest = four.pop("fsdp_resumed")
+    torch.testing.assert_close(rest[0]["curve"], alone[0][10:], rtol=0, atol=CURVE)
     for ranks in four.values():
         check(ranks, alone)
-    more = outputs(tmp_path, "micro,donated,muon,tensor_joined,compiled,compiled_tensor", 2)
-    for name, ranks in more.items():
-        check(ranks, cases.train(None, optimizer_name="muon") if name == "muon" else alone)
+    template = cases.create(cases.random.key(0), cases.gpt2.spec(cases.CFG), cases.optimizer())
+    curve, _ = cases.train(None, steps=range(10, 20), state=tree.nest(first, like=template))
+    torch.testing.assert_close(curve, alone[0][10:], rtol=0, atol=CURVE)
 
 
 @pytest.mark.slow
-def test_state_of_two_processes_resumes_on_four_and_on_one(tmp_path, alone):
-    """At step 10, by any other way."""
-    (first, _) = outputs(tmp_path, "half", 2)["half"]
-    torch.save(first["state"], tmp_path / "state.pt")
-    for names, ranks in ((f"fsdp@{tmp_path / 'state.pt'}", 4), (f"replicate@{tmp_path / 'state.pt'}", 1)):
-        (rest,) = outputs(tmp_path, names, ranks).values()
-        torch.testing.assert_close(rest[0]["curve"], alone[0][10:], rtol=0, atol=CURVE)
+def test_other_options(tmp_path, alone):
+    more = outputs(tmp_path, "micro,donated,muon,tensor_joined,compiled,compiled_tensor", 2)
+    for name, ranks in more.items():
+        check(ranks, cases.train(None, optimizer_name="muon") if name == "muon" else alone)
