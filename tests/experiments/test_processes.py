@@ -102,4 +102,4 @@ def test_a_process_that_dies_ends_the_other_in_one_line(here):
 
     ended = together(*FLAGS, "--name", "unlike", others=("--seed", "3"))
     assert [code for code, _, _ in ended] == [2, 2] and ended[1][2] == ""
-    assert "process 1 has arguments" in one_error(ended[0][2])
+    assert "process 1 has --seed 3, process 0 has 0; expected the same on all" in one_error(ended[0][2])

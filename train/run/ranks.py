@@ -41,7 +41,8 @@ class Ranks:
             self.sizes = mesh.default_sizes(common.shard, processes.ranks, processes.ranks_per_node)
         mesh.check(self.sizes, common.shard, processes.ranks)
         check_batch(args, self.sizes["replica"] * self.sizes["data"])
-        self.check_same({"code": code_hash(), "torch": torch.__version__, "arguments": json.dumps(plain(args))})
+        words = {flags.flag(name): plain(value) for name, value in flags.values(args).items()}
+        self.check_same({"code": code_hash(), "torch": torch.__version__, **words})
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
         processes.open_group(self.device)
