@@ -132,15 +132,13 @@ def spec(cfg: Config) -> dict:
     `mlp.up` holds the rows of the gate, then those of `up`; `attn.qkv` those of queries, keys and values.
     """
     init, residual = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * cfg.layers))
-    gate_and_up = (cfg.hidden, cfg.hidden)
+    up = {"bias": False, "init": init, "axes": ("mlp", "embed"), "parts": (cfg.hidden, cfg.hidden)}  # gate and up
     sizes = {"kv_heads": cfg.kv_heads, "depth": cfg.head_depth, "bias": cfg.qkv_bias, "proj_bias": False}
     block = {
         "attn": self_attention_spec(cfg.width, cfg.heads, **sizes, init=init, proj_init=residual),
         "mlp": {
             "down": linear_spec(cfg.hidden, cfg.width, bias=False, init=residual, axes=("embed", "mlp")),
-            "up": linear_spec(
-                cfg.width, 2 * cfg.hidden, bias=False, init=init, axes=("mlp", "embed"), parts=gate_and_up
-            ),
+            "up": linear_spec(cfg.width, 2 * cfg.hidden, **up),
         },
         "norm1": rms_norm_spec(cfg.width),
         "norm2": rms_norm_spec(cfg.width),
@@ -184,6 +182,9 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
     if dropping:
         weights_key, values_key = random.sites(key, 2).unbind(0)
         on_weights = dropout_sites(weights_key, cfg.layers, (batch, cfg.heads, time, time), cfg.dropout)
+        on_weights = [
+            own_heads(f, p["attn"]["qkv"]["weight"]) for f, p in zip(on_weights, params["blocks"], strict=True)
+        ]
         first, *on_values = dropout_sites(values_key, 1 + 2 * cfg.layers, tuple(x.shape), cfg.dropout)
         drops = list(zip(on_weights, on_values[0::2], on_values[1::2], strict=True))
         x = first(x)
@@ -194,7 +195,6 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
         mask = positions > positions[:, None] - cfg.window  # (time, time)
 
     for p, (drop, *on_branches) in zip(params["blocks"], drops, strict=True):
-        drop = own_heads(drop, p["attn"]["qkv"]["weight"])
 
         def attend(q: Tensor, k: Tensor, v: Tensor, drop: Callable | None = drop) -> Tensor:
             q, k = rotary.rotate(q, cos, sin), rotary.rotate(k, cos, sin)
@@ -223,9 +223,6 @@ def apply(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = Non
         ValueError: tokens of another shape or longer than the context, no key where one is needed.
     """
     return logits(params, features(params, tokens, cfg, key=key, train=train))
-
-
-# Decoding.
 
 
 def empty_caches(params: dict, cfg: Config, batch: int, positions: int) -> list[Cache]:

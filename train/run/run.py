@@ -185,7 +185,7 @@ class Run:
                 yield
 
     def _on_first(self, f: Callable[[], Any]) -> Any:
-        """What `f` gives, called by the first process alone; its errors are those of all."""
+        """The result of `f`, called by the first process alone; its errors are those of all."""
         return f() if self._ranks is None else self._ranks.first(f)
 
     def _wait(self) -> None:

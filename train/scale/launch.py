@@ -71,7 +71,7 @@ class Processes:
         return texts
 
     def first(self, f: Callable[[], Any]) -> Any:
-        """What `f` returns on the first process, as JSON, on every process.
+        """The result of `f` on the first process, as JSON, on every process.
 
         Raises ValueError on all of them where `f` raises a ValueError or an OSError.
         """

@@ -1,4 +1,4 @@
-"""What the processes of a test do: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
+"""Cases that the processes of a test run: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
 
 Each case writes what its process has to `FOLDER/<case>-<rank>.pt`.
 """
