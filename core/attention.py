@@ -260,7 +260,7 @@ def self_attention(
 ) -> Tensor:
     """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
     q, k, v = queries_keys_values(p, x, heads, kv_heads)
-    drop = own_heads(drop, p["qkv"]["weight"])
+    drop = own_heads(drop, p)
     y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)  # (batch, heads, time, depth)
     return linear(p["proj"], merge_heads(y))  # (batch, time, width)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from core.collectives import enter, join, leave, stack_over
 from core.layers.unformed import Unformed
+from core.tree import Tree
 
 
 class Split(Unformed):
@@ -70,8 +71,12 @@ def ways_of(weight: Tensor | Unformed) -> int:
     return weight.ways if isinstance(weight, Split) and weight.dim == 0 else 1
 
 
-def own_heads(drop: Callable[[Tensor], Tensor] | None, weight: Tensor | Unformed) -> Callable | None:
-    """The dropout of all heads' attention weights, for those of this process: (batch, heads, queries, keys)."""
+def own_heads(drop: Callable[[Tensor], Tensor] | None, p: Tree) -> Callable[[Tensor], Tensor] | None:
+    """The dropout of all heads' attention weights, (batch, heads, queries, keys), for the heads of this process.
+
+    p: parameters of a self-attention, with `qkv`.
+    """
+    weight = p["qkv"]["weight"]
     ways = ways_of(weight)
     if drop is None or ways == 1:
         return drop

@@ -182,9 +182,7 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
     if dropping:
         weights_key, values_key = random.sites(key, 2).unbind(0)
         on_weights = dropout_sites(weights_key, cfg.layers, (batch, cfg.heads, time, time), cfg.dropout)
-        on_weights = [
-            own_heads(f, p["attn"]["qkv"]["weight"]) for f, p in zip(on_weights, params["blocks"], strict=True)
-        ]
+        on_weights = [own_heads(f, p["attn"]) for f, p in zip(on_weights, params["blocks"], strict=True)]
         first, *on_values = dropout_sites(values_key, 1 + 2 * cfg.layers, tuple(x.shape), cfg.dropout)
         drops = list(zip(on_weights, on_values[0::2], on_values[1::2], strict=True))
         x = first(x)
