@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from core import tree
 from nets.classifiers import resnet
@@ -122,6 +123,32 @@ def test_per_example_norms_of_all_processes(two):
         assert out["norms"].shape == (8,)
         for name, x in reference.items():
             torch.testing.assert_close(out[name], x, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.fixture
+def fake_group():
+    """Process 3 of 8 whose collectives move nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("way", "sizes", "share"), [("fsdp", {"data": 8}, 8), ("hsdp", {"replica": 2, "data": 4}, 4)])
+def test_pieces_of_eight_processes(fake_group, way, sizes, share):
+    over = cases.distribute(cases.gpt2.spec(cases.CFG), cases.open_mesh(sizes), way)
+    whole = cases.create(cases.random.key(0), cases.gpt2.spec(cases.CFG), cases.optimizer())
+    state = over.cut(whole)
+    for part in ("params", "opt_state"):
+        numbers, all_of_them = tree.count(getattr(state, part)), tree.count(getattr(whole, part))
+        assert abs(numbers - all_of_them / share) <= 2  # the counts of the optimizer are whole
+    step = cases.make_step(
+        lambda *args: cases.losses(*args, cfg=cases.CFG), cases.optimizer(), distributed=over, compile=False
+    )
+    after, metrics = step(state, cases.batch_of(0))
+    assert tree.structure(after) == tree.structure(state)
+    assert all(x.shape == y.shape for x, y in zip(tree.leaves(after), tree.leaves(state), strict=True))
+    with pytest.raises(ValueError, match="a batch of 7 examples does not divide over 8 processes"):
+        step(state, tuple(x[:7] for x in cases.batch_of(0)))
 
 
 @pytest.mark.slow
