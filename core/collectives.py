@@ -270,16 +270,15 @@ def gather(xs: Sequence[Tensor], dims: Sequence[int], group: str, ways: int) -> 
     Raises RuntimeError: inside grad, vmap or jvp.
     """
     _check_outside("gather")
-    operators = _operators()
-    if not xs:
-        return []
-    pending = operators.all_gather_into_tensor_coalesced([x.contiguous() for x in xs], ways, group)
-    out = []
-    for x, dim, rows in zip(xs, dims, pending, strict=True):
-        rows = operators.wait_tensor(rows)  # (ways * first, ...)
-        if dim:
-            rows = rows.reshape(ways, *x.shape).movedim(0, dim).flatten(dim, dim + 1)  # (..., ways * size, ...)
-        out.append(rows)
+    operators, out = _operators(), list(xs)
+    for places in _by_dtype(xs):
+        own = [xs[i].contiguous() for i in places]
+        pending = operators.all_gather_into_tensor_coalesced(own, ways, group)
+        for i, rows in zip(places, pending, strict=True):
+            rows, dim = operators.wait_tensor(rows), dims[i]  # (ways * first, ...)
+            if dim:
+                rows = rows.reshape(ways, *xs[i].shape).movedim(0, dim).flatten(dim, dim + 1)  # (..., ways * size, ...)
+            out[i] = rows
     return out
 
 
