@@ -39,8 +39,8 @@ def opened(data: str, part: str = "split") -> Iterator[ImageSet]:
 
 
 def write_scenes(folder: Path) -> None:
-    """Coloured digits on clouds, a class for each number, as PNG files in indexed tars. Those of the tar to test on were
-    written by other hands."""
+    """Coloured digits on clouds, a class for each number, as PNG files in indexed tars; those to test on were written
+    by other hands."""
     pools = dict(zip(COUNTS, arrays.digits(), strict=True))
     for number, (part, (tars, count)) in enumerate(COUNTS.items()):
         options = {"side": SIDE, "sizes": DIGITS, "least": 1, "most": 1}
@@ -83,10 +83,9 @@ def with_labels_of(classes: Sequence[str], images: ImageSet, order: Path | None)
         label_of, how = {name: label for label, name in enumerate(own)}, "by their sorted order"
     else:
         unknown = next(name for name in own if name not in classes)
-        ways = f"names, numbers, {count} of them, or --classes FILE with their names in the order of the labels"
-        raise ValueError(
-            f"'{images.name}' has {len(own)} classes such as '{unknown}', the net {count}; expected {ways}"
-        )
+        ways = f"its names, its numbers, {count} folders, or --classes FILE with their names in the order of the labels"
+        has = f"{len(own)} classes such as '{unknown}', the net {count}"
+        raise ValueError(f"'{images.name}' has {has}; expected {ways}")
     if unknown := [name for name in own if name not in label_of]:
         raise ValueError(f"'{images.name}' has the class '{unknown[0]}', which {order} does not name")
     table = torch.tensor([label_of[name] for name in own])
@@ -100,8 +99,7 @@ def _names(path: Path, count: int) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--classes {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     names = [line.split()[0] for line in lines if line.strip()]
-    if len(set(names)) != count or len(names) != count:
-        raise DataError(
-            f"--classes {path} has {len(set(names))} names on {len(names)} lines; the net has {count} classes"
-        )
+    if not len(set(names)) == len(names) == count:
+        lines = f"{len(set(names))} names on {len(names)} lines"
+        raise DataError(f"--classes {path} has {lines}; the net has {count} classes")
     return names
