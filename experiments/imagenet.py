@@ -238,7 +238,7 @@ def evaluate(args: EvaluateArgs) -> None:
         (trained, values), run, base = classifier.from_flags(args, RUNS), None, Path("evaluation")
     source, part = (args.data, "all") if args.data else (run.read("args", Args).data, "split")
     with imagenet_data.opened(source, part) as data:
-        data, how = imagenet_data.with_labels_of(trained.classes, data, args.classes)
+        data, how = imagenet_data.with_labels_of(trained.classes, data, args.classes, args.run is None)
         understood(print, image_sets.facts(data) | {"labels": how})
         folder = unused(args.out, base)
         with Decoder(args.workers) as decoder:

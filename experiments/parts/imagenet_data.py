@@ -60,9 +60,13 @@ def write_scenes(folder: Path) -> None:
     shards.write_index(folder)
 
 
-def with_labels_of(classes: Sequence[str], images: ImageSet, order: Path | None) -> tuple[ImageSet, str]:
-    """The same pictures with the labels of a net, and how these were told: by the names of the net's classes; by their
-    numbers; or, where there are as many of them as of the net's, by their sorted order, as torchvision has it.
+def with_labels_of(
+    classes: Sequence[str], images: ImageSet, order: Path | None = None, published: bool = False
+) -> tuple[ImageSet, str]:
+    """The same pictures with the labels of a net, and how these were told.
+
+    They are told by the names of the net's classes. Those of published weights are no names of folders, so folders are
+    told by their numbers too or, if they are as many as the classes, by their sorted order, as torchvision has it.
 
     Args:
         classes: those of the net, in the order of its labels.
@@ -77,13 +81,13 @@ def with_labels_of(classes: Sequence[str], images: ImageSet, order: Path | None)
         label_of = {name: label for label, name in enumerate(names)}
     elif set(own) <= set(classes):
         label_of, how = {name: label for label, name in enumerate(classes)}, "by their names"
-    elif all(name.isdecimal() for name in own) and max(map(int, own)) < count:
+    elif published and all(name.isdecimal() for name in own) and max(map(int, own)) < count:
         label_of, how = {name: int(name) for name in own}, "by their numbers"
-    elif len(own) == count:
+    elif published and len(own) == count:
         label_of, how = {name: label for label, name in enumerate(own)}, "by their sorted order"
     else:
         unknown = next(name for name in own if name not in classes)
-        ways = f"its names, its numbers, {count} folders, or --classes FILE with their names in the order of the labels"
+        ways = "its names, " + (f"its numbers, {count} folders, " if published else "") + "or --classes FILE"
         has = f"{len(own)} classes such as '{unknown}', the net {count}"
         raise ValueError(f"'{images.name}' has {has}; expected {ways}")
     if unknown := [name for name in own if name not in label_of]:
