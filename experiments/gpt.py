@@ -38,6 +38,7 @@ from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
 from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Shared, check_source
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.step import make_step, start
 
 RUNS = Path("runs/gpt")
@@ -159,7 +160,7 @@ def optimizer_of(args: Args) -> optimizers.Optimizer:
 
 def train(args: Args) -> None:
     free = ("text", "steps", "batch", "micro_batches", "learning_rate", "warmup", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free)
+    run = begin(RUNS, args, free=free, shards=BY_ROWS)
     if args.batch % args.micro_batches:
         raise ValueError(f"--batch {args.batch} does not divide into --micro-batches {args.micro_batches}")
     cfg, data, published = model_and_data(args, run.resumed_from)
@@ -173,11 +174,11 @@ def train(args: Args) -> None:
     model, optimizer = language_model.net_of(cfg).spec(cfg), optimizer_of(args)
     params = tree.move(published, run.device) if published else spec.init(init_key.to(run.device), model)
     state = start(run_key.to(run.device), params, model, optimizer)
-    state = run.restore(state, {"net": cfg, "data": fingerprint(data.tokens)}, args.steps)
+    state = run.restore(state, {"net": cfg, "data": fingerprint(data.tokens)}, args.steps, model)
     objective = functools.partial(losses, cfg=cfg)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
     watched = {"watch": watch.watch} if args.watch_gradients else {}
-    step = make_step(objective, optimizer, donate=True, **options, **watched)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, **options, **watched)
 
     with run.open({}, unit="tokens", best="val_loss", files={"tokenizer.json": data.tokenizer.save}):
         run.log.print(f"{tree.count(model):,} parameters; run in {run.folder}")
@@ -190,11 +191,19 @@ def train(args: Args) -> None:
             run.record(at, metrics, per_step)
             validation = {}
             if run.due(at, args.eval_every):
-                validation["val_loss"] = validate(state.params, cfg, validation_tokens, limit=10)
+                validation["val_loss"] = validate(run.whole(state.params), cfg, validation_tokens, limit=10)
                 run.log.metrics(at, {"validation/loss": validation["val_loss"]})
             if run.due(at, args.common.save_every):
                 run.save(at, state, **validation)
-        report(run, state.params, cfg, data.tokenizer, text.unigram_entropy(*parts), validation_tokens, sample_key)
+        report(
+            run,
+            run.whole(state.params),
+            cfg,
+            data.tokenizer,
+            text.unigram_entropy(*parts),
+            validation_tokens,
+            sample_key,
+        )
 
 
 def report(run: Run, params, cfg: Config, tokenizer, baseline: float, validation_tokens, key) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import tree
+from core.collectives import stack_over
 from core.initializers import Initializer, ones, zeros
 from core.layers.checks import check_arguments
 from core.spec import Param, Stat
@@ -173,9 +174,32 @@ def freeze_batch_norms(params: Tree, frozen: Callable[[str], bool], prefix: str 
     return tree.sort({**params, FROZEN: params["count"]}) if all(frozen(prefix + name) for name in names) else params
 
 
+SYNCHRONISED = "synchronised"
+"""The entry of a batch norm by which `synchronise_batch_norms` marks it."""
+
+
+def synchronise_batch_norms(params: Tree, group: str, ways: int) -> Tree:
+    """The same parameters and Stats, with every batch norm marked: in training it normalises with the mean and variance
+    over the batches of all processes of a group, which are equally large.
+
+    To be called inside a loss, before the net, like `freeze_batch_norms`. One collective per norm, forward and
+    backward.
+
+    Args:
+        group, ways: see `core.collectives`.
+    """
+    inner = tree.children(params)
+    if inner is None:
+        return params
+    params = tree.rebuild(params, [synchronise_batch_norms(child, group, ways) for _, child in inner])
+    if not isinstance(params, dict) or not {"count", "mean", "var"} <= params.keys():
+        return params
+    return tree.sort({**params, SYNCHRONISED: (group, ways)})
+
+
 def _by_batch(p: Tree, x: Tensor, momentum: float | None, eps: float) -> Tensor:
     """Normalise with the batch's mean and variance, and tap the Stats' increments."""
-    y, mean, var = _normalised(p, x, eps)
+    y, mean, var = _normalised_together(p, x, eps) if SYNCHRONISED in p else _normalised(p, x, eps)
     rate = 1 / (p["count"] + 1) if momentum is None else momentum
     y = tap(y, p["mean"], rate * (mean - p["mean"]))
     y = tap(y, p["var"], rate * (var - p["var"]))
@@ -196,6 +220,31 @@ def _normalised(p: Tree, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     var, mean = torch.var_mean(x.detach().to(wide), [0, *range(2, x.ndim)], correction=1)
     return y, mean, var
+
+
+def _normalised_together(p: Tree, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_normalised` over the batches of all processes.
+
+    mean = avg_r mean_r,   var = avg_r (var_r + (mean_r - mean)²),   r the processes (Chan et al. 1979)
+
+    Not from the mean of x²: at a mean of 1000, its difference to mean² is rounding noise in float32.
+    """
+    group, ways = p[SYNCHRONISED]
+    axes, wide = [0, *range(2, x.ndim)], torch.promote_types(x.dtype, torch.float32)
+    space = (-1,) + (1,) * (x.ndim - 2)
+    own = torch.stack(torch.var_mean(x.to(wide), axes, correction=0))  # (2, channels)
+    variances, means = stack_over(own, group, ways).unbind(1)  # each (ways, channels)
+    mean = means.mean(0)  # (channels,)
+    var = (variances + (means - mean).square()).mean(0)  # (channels,)
+    scale = torch.rsqrt(var + eps)
+    y = (x.to(wide) - mean.reshape(space)) * scale.reshape(space)
+    if "weight" in p:
+        y = y * p["weight"].reshape(space)
+    y = y + p["bias"].reshape(space) if "bias" in p else y
+    count = ways * x.numel() // x.shape[1]
+    if count == 1:
+        raise ValueError(f"batch_norm: expected more than 1 value per channel when training, found {tuple(x.shape)}")
+    return y.to(x.dtype), mean.detach(), var.detach() * (count / (count - 1))
 
 
 def _by_stats(p: Tree, x: Tensor, eps: float) -> Tensor:

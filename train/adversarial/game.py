@@ -19,7 +19,7 @@ from core.tree import Tree
 from train.adversarial import objectives
 from train.adversarial.objectives import OBJECTIVES, PAIRINGS, Objective
 from train.adversarial.regularisers import REGULARISERS
-from train.step import widen
+from train.objective import widen
 
 ENERGIES = ("energy", "equilibrium")
 

@@ -17,8 +17,9 @@ from core import random, transforms, tree
 from core.stats import update as update_stats
 from core.tree import Tree
 from train import step as single
+from train.objective import FULL_PRECISION, Policy, check_split, widen
 from train.optimizers import Optimizer
-from train.step import FULL_PRECISION, Policy, TrainState, advance, check_split, compiled, widen
+from train.step import TrainState, advance, compiled
 
 Loss = Callable[[Tree, Tree, Tree, Tensor, Tree], tuple[Tensor, tuple[dict[str, Tensor], Tree]]]
 

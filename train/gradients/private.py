@@ -30,17 +30,9 @@ from train.gradients.accounting import (
     spent_epsilon,
 )
 from train.gradients.sampling import Sample, fixed_sample, poisson_sample
+from train.objective import FULL_PRECISION, Gradient, Policy, check_split, evaluation, losses_of
 from train.optimizers import Optimizer
-from train.step import (
-    FULL_PRECISION,
-    Gradient,
-    Policy,
-    TrainState,
-    check_split,
-    evaluation,
-    losses_of,
-    step_of_gradient,
-)
+from train.step import TrainState, step_of_gradient
 
 __all__ = [
     "ACCOUNTANTS",

@@ -27,6 +27,10 @@ class Optimizer(NamedTuple):
     torch.compile. `donated(grads, state, params) -> (params, state)`, where there is one, takes the same step and adds
     the updates, but overwrites the buffers of `params` and `state`; it is for the outermost loop, not for vmap.
 
+    `sharded(over) -> optimizer`, where there is one, is the same optimizer for processes that each have pieces of the
+    leaves: what looks at more than one number asks `over`, a `train.scale.distributed.Distributed`, for norms or whole
+    leaves. One without it must treat every number by itself.
+
     States are NamedTuples, tuples and dicts of tensors. Whatever changes from step to step is a tensor, so a compiled
     step is compiled once. The arithmetic is in float32 or wider, whatever the dtype of a leaf.
     """
@@ -34,6 +38,12 @@ class Optimizer(NamedTuple):
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     donated: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]] | None = None
+    sharded: Callable[[Any], "Optimizer"] | None = None
+
+
+def sharded(optimizer: Optimizer, over: Any) -> Optimizer:
+    """The optimizer for pieces of the parameters, see `Optimizer`."""
+    return optimizer.sharded(over) if optimizer.sharded else optimizer
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -146,7 +156,11 @@ def chain(*links: Optimizer) -> Optimizer:
         params, last = links[-1].donated(updates, state[-1], params)
         return params, (*state[:-1], last)
 
-    return Optimizer(init, update, donated if links and links[-1].donated else None)
+    def on_pieces(over: Any) -> Optimizer:
+        return chain(*(sharded(link, over) for link in links))
+
+    any_sharded = any(link.sharded for link in links)
+    return Optimizer(init, update, donated if links and links[-1].donated else None, on_pieces if any_sharded else None)
 
 
 def update_and_overwrite(optimizer: Optimizer) -> Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]:

@@ -7,7 +7,7 @@ in float32 or wider, and so are the updates.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -318,6 +318,7 @@ def scale_by_muon(
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
     moment_dtype: torch.dtype | None = None,
+    over: Any = None,
 ) -> Optimizer:
     """Orthogonalised momentum (Jordan 2024, kellerjordan.github.io/posts/muon) for leaves (..., rows, columns).
 
@@ -326,6 +327,8 @@ def scale_by_muon(
         adjust: "original" scales by sqrt(max(1, rows / columns)); "match_rms_adamw" by 0.2 sqrt(max(rows, columns)),
             so that AdamW's learning rate and weight decay fit (Liu et al., arXiv:2502.16982, eq. 4).
         dtype: that of the Newton-Schulz iteration.
+        over: the `train.scale.distributed.Distributed` of leaves of which this process has its pieces: the iteration
+            is of whole matrices, on every process alike.
 
     Raises:
         ValueError: from `init`, at a leaf with fewer than two dimensions.
@@ -342,14 +345,21 @@ def scale_by_muon(
     def update(grads: Tree, state: MomentumState, params: Tree) -> tuple[Tree, MomentumState]:
         momenta = tree.map(lambda m, g: _mean(m, g, momentum), state.momentum, grads)  # m_t = μ m_{t-1} + (1 - μ) g
 
-        def direction(m: Tensor, g: Tensor) -> Tensor:
-            ahead = torch.lerp(g.to(m.dtype), m, momentum) if nesterov else m  # μ m_t + (1 - μ) g
+        def ahead_of(m: Tensor, g: Tensor) -> Tensor:
+            return torch.lerp(g.to(m.dtype), m, momentum) if nesterov else m  # μ m_t + (1 - μ) g
+
+        def direction(ahead: Tensor) -> Tensor:
             matrix = ahead.flatten(1) if flatten else ahead  # (..., rows, columns)
             rows, columns = matrix.shape[-2:]
             ratio = max(1.0, rows / columns) ** 0.5 if adjust == "original" else 0.2 * max(rows, columns) ** 0.5
             orthogonal = newton_schulz(matrix, steps, coefficients, dtype=dtype, eps=eps)
-            return orthogonal.to(m.dtype).reshape(m.shape) * ratio
+            return orthogonal.to(ahead.dtype).reshape(ahead.shape) * ratio
 
-        return tree.map(direction, momenta, grads), MomentumState(_stored(momenta, moment_dtype))
+        ahead = tree.map(ahead_of, momenta, grads)
+        directions = tree.map(direction, ahead if over is None else over.whole(ahead))
+        directions = directions if over is None else over.cut(directions)
+        return directions, MomentumState(_stored(momenta, moment_dtype))
 
-    return Optimizer(init, update)
+    options = {"nesterov": nesterov, "steps": steps, "coefficients": coefficients, "adjust": adjust}
+    options |= {"flatten": flatten, "dtype": dtype, "eps": eps, "moment_dtype": moment_dtype}
+    return Optimizer(init, update, sharded=lambda over: scale_by_muon(momentum, **options, over=over))

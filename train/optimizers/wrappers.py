@@ -20,6 +20,7 @@ from train.optimizers.protocol import (
     identity,
     overwrite,
     require,
+    sharded,
     widened,
     zero_count,
     zero_moment,
@@ -94,7 +95,10 @@ def by_path(optimizers: dict[str, Optimizer], labeller: Callable[[str, Any], str
             donated_update(optimizers[label])(*own)
         return params, state
 
-    return Optimizer(init, update, donated)
+    def on_pieces(over: Any) -> Optimizer:
+        return by_path({label: sharded(optimizers[label], over) for label in labels}, labeller)
+
+    return Optimizer(init, update, donated, on_pieces)
 
 
 def freeze(optimizer: Optimizer, predicate: Predicate) -> Optimizer:
@@ -110,7 +114,9 @@ def masked(transformation: Optimizer, predicate: Predicate) -> Optimizer:
     """`transformation` for the leaves where `predicate(name, leaf)`; the updates of the others pass unchanged."""
     check_predicate("the predicate of masked", predicate)
     parts = {"masked": identity(), "open": transformation}
-    return by_path(parts, lambda name, leaf: "open" if predicate(name, leaf) else "masked")._replace(donated=None)
+    return by_path(parts, lambda name, leaf: "open" if predicate(name, leaf) else "masked")._replace(
+        donated=None, sharded=lambda over: masked(sharded(transformation, over), predicate)
+    )
 
 
 def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
@@ -140,7 +146,7 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
             tree.map(choose, inner, state.inner),
         )
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, sharded=lambda over: accumulate(sharded(optimizer, over), every))
 
 
 def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> Optimizer:
@@ -179,7 +185,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999, *, debias: bool = False) -> 
             overwrite(state, EmaState(count, state.average, correction, inner))
         return params, state
 
-    return Optimizer(init, update, donated)
+    return Optimizer(init, update, donated, lambda over: ema(sharded(optimizer, over), decay, debias=debias))
 
 
 def averaged(state: EmaState) -> Tree:

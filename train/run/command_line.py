@@ -15,11 +15,12 @@ import time
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from train.run import compiler, flags, resume
+from train.scale import launch
 
 PLACES = ("data", "tokenizer", "weights")
 """Flags of a name or a path, "SOURCE,TARGET" too."""
@@ -60,7 +61,7 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
 
     User errors (a ValueError or OSError of the command, a wrong flag) print one line on stderr and exit with code 2;
     with FUNCTREE_DEBUG=1 in the environment they keep their traceback. Outside of a `Stop`, SIGINT, SIGTERM and SIGHUP
-    exit with 130, 143 and 129.
+    exit with 130, 143 and 129. Of the processes of a launcher (torchrun), the first prints, and all exit with the code.
     """
     print_any_text()
     os.environ["MPLBACKEND"] = "agg"  # a script draws files; a notebook's backend, inherited from it, is not to be had
@@ -76,13 +77,20 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     previous = {number: signal.getsignal(number) for number in _signals()}
     for number in previous:
         signal.signal(number, _interrupt)
+    processes = None
     try:
+        processes = launch.current()
+        if processes:
+            launch.check_trains(name)
+            launch.quiet(processes)
         if argv and not name and others and not argv[0].startswith("-"):
             dash = "; flags begin with two hyphens" if argv[0][0] in DASHES else ""
             commands = f"expected flags, or one of the sub-commands {', '.join(others)}"
             raise ValueError(f"'{argv[0]}' is unknown; {commands}{dash}")
         argv = argv[1:] if name else argv
         argv = _with_paths(command.args, argv)
+        if processes and processes.restarts and root and not name:
+            argv = _after_restart(argv, processes.first(lambda: resume.begun_by_launcher(root)))
         args = _parse(command.args, words, description, argv, _defaults(command, argv, root))
         flags.check(args)
         if getattr(getattr(args, "common", args), "compile", False):
@@ -94,15 +102,35 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     except (ValueError, OSError) as error:
         if os.environ.get("FUNCTREE_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        line = _one_line(error)
+        if processes:
+            line = processes.fail(line)
+        if line is not None:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not processes or not processes.is_of_a_collective(error) or os.environ.get("FUNCTREE_DEBUG"):
+            raise
+        line = processes.fail(f"another process has gone ({_one_line(error)[:200]})", lost=True)
+        if line is not None:
+            print(f"error: {line}", file=sys.stderr)
+        _leave(2)
     except KeyboardInterrupt as interruption:
         print("interrupted", file=sys.stderr)
         code = 128 + getattr(interruption, "number", signal.SIGINT)
         _leave_threads_behind(code)
         sys.exit(code)
     finally:
+        if processes:
+            processes.close()
         _restore(previous)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: threads that still talk to a process that has gone are not waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave_threads_behind(code: int, seconds: float = 5.0) -> None:
@@ -189,6 +217,14 @@ def _words(argv: list[str]) -> dict[str, str]:
             name, equals, value = word[2:].partition("=")
             words[name.replace("-", "_")] = value if equals else "" if following.startswith("--") else following
     return words
+
+
+def _after_restart(argv: list[str], begun: str | None) -> list[str]:
+    """The command line that continues the run which was `begun` before a launcher started its processes anew."""
+    words = _words(argv)
+    if begun is None or "resume" in words:
+        return argv
+    return [*argv, "--resume"] if "name" in words else [*argv, "--resume", "--name", begun]
 
 
 def _defaults(command: Command, argv: list[str], root: Path | None) -> Any:
@@ -281,16 +317,20 @@ class Stop:
     """Context in which SIGINT (Ctrl-C), SIGTERM and SIGHUP only set `requested`, so that a loop can save and end.
 
     A second signal raises `Interrupted`. A signal that the program was started to ignore, as by nohup, stays ignored.
+    With `patient`, later signals are not heeded: a launcher sends a process those that its terminal has sent already.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = False):
         self.signal: int | None = None
+        self._patient = patient
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
     def _request(self, number, frame):
+        if self.requested and self._patient:
+            return
         if self.requested:
             raise Interrupted(number)
         self.signal = number

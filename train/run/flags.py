@@ -72,6 +72,13 @@ class Common:
     """Precision of the net: bfloat16 is mixed precision, with float32 parameters, losses and optimizer states."""
     compile: bool = True
     """Compile the train step with torch.compile: up to a minute the first time, a few seconds from its cache."""
+    shard: Literal["replicate", "fsdp", "hsdp", "tensor"] = "replicate"
+    """Under torchrun, what each process keeps of the state: replicate (all of it), fsdp (an equal part), hsdp (an
+    equal part within each replica), tensor (its part of every layer); train/scale/README.md."""
+    mesh: str | None = None
+    """Under torchrun, the grid of processes, such as data=4,model=2; all of them along the axis of --shard if None."""
+    local_norm: bool = False
+    """Under torchrun, batch norms use each process's own rows instead of those of all."""
 
 
 OTHER_NAMES = {
@@ -87,6 +94,7 @@ OTHER_NAMES = {
     "eval_every": "every test_every evaluate_every validate_every val_every eval_interval eval_steps",
     "label_smoothing": "smoothing",
     "learning_rate": "lr rate step_size",
+    "local_norm": "no_sync_bn local_batch_norm",
     "max_new_tokens": "max_tokens max_length new_tokens",
     "micro_batches": "accumulate accumulation grad_accum gradient_accumulation",
     "out": "output output_dir outdir out_dir save_to to",
@@ -94,6 +102,7 @@ OTHER_NAMES = {
     "sampler_steps": "sampling_steps num_inference_steps inference_steps",
     "save_every": "checkpoint_every save_interval",
     "seed": "random_seed key",
+    "shard": "strategy distributed parallel sharding_strategy dp ddp fsdp",
     "steps": "iterations iters max_steps train_steps training_steps num_steps updates",
     "warmup": "warmup_steps warm_up",
     "weight_decay": "wd l2",

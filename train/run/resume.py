@@ -14,6 +14,7 @@ from core import spec, tree
 from core.tree import Tree
 from train.files import plain
 from train.run import checkpoints, flags
+from train.scale import launch
 
 
 def folder_to_resume(root: Path, name: str | None) -> Path:
@@ -30,6 +31,18 @@ def newest(root: Path) -> Path:
     if not folders:
         raise ValueError(f"nothing to resume: no run in '{root}'")
     return folders[-1]
+
+
+def begun_by_launcher(root: Path) -> str | None:
+    """The name of the newest run that this launcher began before it started its processes anew; None for none."""
+    for folder in reversed(_folders(root)):
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and config.get("launcher") == launch.identity():
+            return folder.name
+    return None
 
 
 def _folders(root: Path) -> list[Path]:

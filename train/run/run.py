@@ -21,6 +21,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from train.files import plain, shown
 from train.run import checkpoints, command_line, resume
 from train.run.checkpoints import Checkpoints, Record
 from train.run.logs import RunLog
+from train.run.ranks import Ranks
+from train.scale.distributed import Distributed
 from train.step import Policy
 
 LOG_EVERY = 10  # steps between two records of the train metrics
@@ -52,20 +55,36 @@ class Run:
         at: the last step that has begun.
         last: whether step `at` is the last, because all are done or because a signal asks to end.
         log: `train.run.logs.RunLog`; from `open` on.
+        distributed: mesh and plan of a run on several processes, for `make_step`; from `restore` on. None on one.
+
+    On several processes each runs the whole script; the first alone prints, logs and writes into the run's folder. The
+    others have a folder of their own that goes when they end.
     """
 
-    def __init__(self, root: Path, args: Any, resumed_from: Path | None, record: Record | None, lines: list[str]):
-        self.root, self.args, self.resumed_from = root, args, resumed_from
-        self.device = command_line.device(args.common.device)
+    def __init__(
+        self,
+        root: Path,
+        args: Any,
+        resumed_from: Path | None,
+        record: Record | None,
+        lines: list[str],
+        ranks: Ranks | None = None,
+    ):
+        self.root, self.args, self.resumed_from, self._ranks = root, args, resumed_from, ranks
+        self.distributed: Distributed | None = None
+        self.device = command_line.device(ranks.device if ranks else args.common.device)
         self.policy = POLICIES[args.common.dtype]
         self.first = self.at = record.step if record else 0
         self.last, self.total = False, None
         self._record, self._identity, self._lines = record, {}, lines
 
-    def restore(self, state: Tree, identity: Mapping[str, Any], total: int) -> Tree:
+    def restore(self, state: Tree, identity: Mapping[str, Any], total: int, model: Tree = None) -> Tree:
         """The state of the newest checkpoint, in the structure and on the device of `state`; `state` for a new run.
 
+        On several processes, this process's pieces of it.
+
         Args:
+            model: the spec, which a run on several processes is planned by.
             identity: entries of the configuration that a resumed run must share: the net, a fingerprint of the data ...
             total: the run's number of steps.
 
@@ -73,6 +92,14 @@ class Run:
             ValueError: the checkpoint is of a different net or of different data, is of a later step, or is damaged.
         """
         self._identity, self.total = dict(identity), total
+        state = self._restored(state, identity, total)
+        if self._ranks is None:
+            return state
+        self._ranks.check_same({name: plain(value) for name, value in identity.items()})
+        self.distributed = self._ranks.distribute(model)
+        return self.distributed.cut(state)
+
+    def _restored(self, state: Tree, identity: Mapping[str, Any], total: int) -> Tree:
         if self._record is None:
             return state
         resume.check_identity(self.resumed_from, self._record.config, identity)
@@ -80,6 +107,13 @@ class Run:
             flag = "--steps" if hasattr(self.args, "steps") else "the number of steps"  # of epochs and the batch size
             raise ValueError(f"{flag} is {total}, but '{self.resumed_from}' has done {self.first}")
         return checkpoints.restore(self.resumed_from / "checkpoints", state, self.first)
+
+    def whole(self, values: Tree) -> Tree:
+        """Parameters, or a whole state, of which this process has its pieces on several: to evaluate, save or draw.
+
+        Every process must ask for it.
+        """
+        return values if self.distributed is None else self.distributed.whole(values)
 
     @property
     def remaining(self) -> range:
@@ -119,26 +153,47 @@ class Run:
             "best": best,
             "torch": torch.__version__,
         }
+        if self._ranks:
+            config |= self._ranks.config()
         resumed = self.first if self.resumed_from else None
         spent = self._record.metrics["seconds"] if self._record else 0.0
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as held:
-            self.folder = self.resumed_from
-            if self.folder is None:
-                self.folder = new_folder(self.root, self.args.common.name)
-                undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            held.enter_context(locked(self.folder))
-            if self.resumed_from is None:
-                for name, write in (files or {}).items():
-                    write(self.folder / name)
-            options = {"resume": resumed, "best": best, "keep_every": keep_every}
-            self._saved = Checkpoints(self.folder / "checkpoints", config, **options)
-            self.log = RunLog(self.folder, config, total=self.total, unit=unit, resume=resumed)
+            first = self._ranks is None or self._ranks.rank == 0
+
+            def make_folder() -> str:
+                self.folder = self.resumed_from
+                if self.folder is None:
+                    self.folder = new_folder(self.root, self.args.common.name)
+                    undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+                held.enter_context(locked(self.folder))
+                if self.resumed_from is None:
+                    for name, write in (files or {}).items():
+                        write(self.folder / name)
+                options = {"resume": resumed, "best": best, "keep_every": keep_every}
+                self._saved = Checkpoints(self.folder / "checkpoints", config, **options)
+                self.log = RunLog(self.folder, config, total=self.total, unit=unit, resume=resumed)
+                return str(self.folder)
+
+            folder = self._on_first(make_folder)
+            if not first:
+                self.folder = held.enter_context(scratch_copy(Path(folder)))
+                self._saved = None
+                self.log = RunLog(self.folder, config, total=self.total, unit=unit, resume=self.first, quiet=True)
             undo.pop_all()  # from here on the run may be resumed
             self._began = time.perf_counter() - spent
-            for line in self._lines:
+            for line in [*self._lines, *(self._ranks.lines(self.folder) if self._ranks else [])]:
                 self.log.print(line)
-            with command_line.Stop() as self._stop, self.log, self._saved:
+            saved = self._saved or contextlib.nullcontext()
+            with command_line.Stop(patient=self._ranks is not None) as self._stop, self.log, saved:
                 yield
+
+    def _on_first(self, f: Callable[[], Any]) -> Any:
+        """What `f` gives, called by the first process alone; its errors are those of all."""
+        return f() if self._ranks is None else self._ranks.first(f)
+
+    def _wait(self) -> None:
+        """Wait for the checkpoint that is being written; of a full disk, every process learns."""
+        self._on_first(lambda: self._saved.wait())
 
     @property
     def seconds(self) -> float:
@@ -163,12 +218,13 @@ class Run:
             if at == self.first + 1:
                 self.log.print(f"first step done after {time.perf_counter() - clock:.1f} s")
             if self.last:
-                self._saved.wait()  # of a full disk, the save speaks, and not what is written after it
-            if self.last and self._stop.requested:
+                self._wait()  # of a full disk, the save speaks, and not what is written after it
+            if self.last and self._signal:
                 start = command_line.program() or shlex.join(["python", sys.argv[0]])
+                start = self._ranks.command(start) if self._ranks else start
                 again = shlex.join(["--resume", "--name", self.folder.name])
                 self.log.print(f"stopped at step {at}; continue with: {start} {again}")
-                sys.exit(128 + self._stop.signal)
+                sys.exit(128 + self._signal)
             if self.last:
                 return
 
@@ -185,7 +241,10 @@ class Run:
         Raises ValueError: a metric is not finite. The message has all of them and the checkpoint to go back to.
         """
         self._check_finite(at, metrics)
-        self.last = at == self.total or self._stop.requested
+        self._signal = self._stop.signal or 0
+        if self._ranks:
+            self._signal = self._ranks.processes.largest(self._signal)
+        self.last = at == self.total or self._signal > 0
         metrics = {name: value.mean() if value.ndim else value for name, value in metrics.items()}
         self.log.progress(at, items, **(shown or {"loss": metrics["loss"]}))
         if self.due(at, LOG_EVERY):
@@ -196,8 +255,12 @@ class Run:
         return at % every == 0 or self.last
 
     def save(self, at: int, state: Tree, **metrics: float) -> None:
-        """Write a checkpoint with the time spent so far, and metrics such as the one that `best` names."""
-        self._saved.save(at, state, {"seconds": self.seconds, **metrics})
+        """Write a checkpoint with the time spent so far, and metrics such as the one that `best` names.
+
+        It has the whole state, however many processes there are: any number of them can resume from it.
+        """
+        state = self.whole(state)
+        self._on_first(lambda: self._saved.save(at, state, {"seconds": self.seconds, **metrics}))
 
     def result(self, figures: Mapping[str, Any]) -> None:
         """Write `result.json`: the final figures, and the run's steps and seconds."""
@@ -207,7 +270,8 @@ class Run:
         finite = torch.stack(list(metrics.values())).isfinite().all(0)
         if finite.all():
             return
-        self._saved.wait()
+        if self._saved:
+            self._saved.wait()
         good = checkpoints.latest(self.folder / "checkpoints")
         where = f"the last good checkpoint is that of step {good}" if good else "there is no checkpoint yet"
         member = int(finite.int().argmin())
@@ -216,7 +280,7 @@ class Run:
         raise ValueError(f"{step} is not finite ({numbers}); stopped, {where}")
 
 
-def begin(root: Path, args: Any, free: tuple[str, ...] = ()) -> Run:
+def begin(root: Path, args: Any, free: tuple[str, ...] = (), shards: tuple[str, ...] = ()) -> Run:
     """The run that the arguments ask for: a new one under `root`, or with `--resume` the one to continue.
 
     Args:
@@ -225,19 +289,35 @@ def begin(root: Path, args: Any, free: tuple[str, ...] = ()) -> Run:
             command line does not say is as the run was started (`train.run.command_line.run` sees to that).
         free: fields that a resumed run may have different, which is then said aloud; `save_every`, `device` and
             `compile` always are.
+        shards: ways of `--shard` that the script takes on several processes, such as `train.run.ranks.BY_ROWS`; () for
+            a script of one process.
 
     Raises:
         ValueError: a new run's name is taken; there is nothing to resume, its newest checkpoint is damaged, or a flag
-            contradicts the run.
+            contradicts the run; several processes, of which the script, the batch or the mesh makes no use, or which
+            differ in code, flags or versions.
     """
+    ranks = Ranks.of(root.name, args, shards)
     if not args.common.resume:
         check_name(root, args.common.name)  # here too, as what comes before `Run.open` may take long
-        return Run(root, args, None, None, [])
+        return Run(root, args, None, None, [], ranks)
     folder = resume.folder_to_resume(root, args.common.name)
     stored = resume.stored_args(folder, type(args), root.name)
-    lines = resume.changes(folder, stored, args, (*free, "save_every", "device", "compile"))
-    record = checkpoints.read_record(folder / "checkpoints") if checkpoints.steps(folder / "checkpoints") else None
-    return Run(root, args, folder, record, lines)
+    lines = resume.changes(folder, stored, args, (*free, "save_every", "device", "compile", "shard", "mesh"))
+    steps = checkpoints.steps(folder / "checkpoints")
+    step = (ranks.first(lambda: steps[-1] if steps else None) if ranks else steps[-1]) if steps or ranks else None
+    record = None if step is None else checkpoints.read_record(folder / "checkpoints", step)
+    return Run(root, args, folder, record, lines, ranks)
+
+
+@contextlib.contextmanager
+def scratch_copy(folder: Path) -> Iterator[Path]:
+    """A copy of a run's folder without its checkpoints, for a process that is not the first; gone at the end."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        copy = Path(scratch) / folder.name
+        if folder.is_dir():
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints", ".lock", "events.*"))
+        yield copy
 
 
 @contextlib.contextmanager
