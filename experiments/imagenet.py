@@ -5,6 +5,7 @@ batch, a gradual warm-up, no weight decay of norms and biases, residual blocks t
 
     python experiments/imagenet.py                                              two minutes on 2 CPU cores
     python experiments/imagenet.py --data FOLDER --net resnet50 --batch 1024 --label-smoothing 0.1
+    torchrun --nproc-per-node 8 experiments/imagenet.py --data FOLDER --batch 2048 --device cuda --dtype bfloat16
     python experiments/imagenet.py index FOLDER                                 FOLDER/train/*.tar, FOLDER/val/*.tar
     python experiments/imagenet.py evaluate --run runs/imagenet/NAME --checkpoint best
     python experiments/imagenet.py evaluate --weights published --net resnet50 --data FOLDER
@@ -23,7 +24,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from core import random, spec, tree
+from core import collectives, random, spec, tree
 from experiments.parts import classifier, imagenet_data
 from experiments.parts.classifier import FromRunOrWeights, PredictArgs, Trained, losses, net_of, predictions, study
 from nets.classifiers.torchvision_weights import IMAGENET
@@ -31,14 +32,15 @@ from train import optimizers, plots
 from train.data.fingerprint import fingerprint
 from train.data.images import augment, shards
 from train.data.images import sets as image_sets
-from train.data.images.files import Decoder
+from train.data.images.files import Decoder, Files
 from train.data.understood import understood
 from train.files import shown, write_json
 from train.metrics import classification
 from train.optimizers import Schedule, schedules
-from train.run import Common, Count, Natural, NonNegative, Positive, Rate, Shared, begin, checkpoints, command_line
+from train.run import Common, Count, Natural, NonNegative, Positive, Rate, Run, Shared, begin, checkpoints, command_line
 from train.run.flags import Portion
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -141,14 +143,14 @@ def optimizer_of(args: Args, schedule: Schedule) -> optimizers.Optimizer:
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "micro_batches", "snapshot_epochs", "workers"))
+    run = begin(RUNS, args, free=("data", "micro_batches", "snapshot_epochs", "workers"), shards=BY_ROWS)
     if args.batch % args.micro_batches:
         raise ValueError(f"--batch {args.batch} does not divide into --micro-batches {args.micro_batches}")
     with imagenet_data.opened(args.data) as data:
         learn(args, run, data)
 
 
-def learn(args: Args, run, data: image_sets.ImageSet) -> None:
+def learn(args: Args, run: Run, data: image_sets.ImageSet) -> None:
     count, resize = len(data.train.labels), round(args.size * 256 / 224)
     if args.batch > count:
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {count} images to learn from")
@@ -166,37 +168,37 @@ def learn(args: Args, run, data: image_sets.ImageSet) -> None:
     optimizer = optimizer_of(args, schedule)
     values = spec.init(init_key.to(run.device), model)
     state = start(run_key.to(run.device), values, model, optimizer)
-    state = run.restore(state, {"net": args.net, "model": cfg, "data": fingerprint(data.train, data.test)}, steps)
+    identity = {"net": args.net, "model": cfg, "data": fingerprint(data.train, data.test)}
+    state, parameters = run.restore(state, identity, steps, model), tree.count(state.params)
     settings = {"trained": trained, "smoothing": args.label_smoothing, "frozen": (), "net": net, "cfg": cfg}
     objective = functools.partial(losses, dtype=run.policy.compute or torch.float32, **settings)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
-    step = make_step(objective, optimizer, donate=True, **options)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, own_rows=True, **options)
+    rows = rows_of(run, args.batch)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-
-    def measured_on(decoder: Decoder) -> dict[str, float]:
-        return classification.figures(*predictions(values_of(state, args), trained, data.test, decoder))
 
     keep = args.snapshot_epochs * per_epoch
     with Decoder(args.workers) as decoder, run.open({"trained": trained}, best="error", keep_every=keep):
-        run.log.print(f"{args.net}: {tree.count(state.params):,} parameters; run in {run.folder}")
-        crops = {"scale": (args.least_area, 1.0)}
+        run.log.print(f"{args.net}: {parameters:,} parameters; run in {run.folder}")
+        crops = {"scale": (args.least_area, 1.0), "rows": rows}
         batches = decoder.train_batches(data.train, order_key, run.remaining, args.batch, args.size, **crops)
         for at, batch in run.steps(batches):
             pixels, labels = tree.move(batch, run.device)
             if args.flip:
-                pixels = augment.flip(random.sites(random.fold_in(flip_key, at - 1).to(run.device), args.batch), pixels)
+                keys = random.sites(random.fold_in(flip_key, at - 1), args.batch)[rows]
+                pixels = augment.flip(keys.to(run.device), pixels)
             state, metrics = step(state, (pixels.contiguous(memory_format=layout), labels))
             metrics["learning_rate"] = schedule(state.step - 1)
             shares = {name: metrics[name] for name in ("loss", "accuracy")}
             run.record(at, metrics, args.batch, **shares)
             if at % per_epoch == 0 or at == steps:
-                figures = measured_on(decoder)
+                figures = measured(run, values_of(run, state), trained, data.test, decoder)
                 run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
                 run.save(at, state, error=1 - figures["accuracy"])
             elif run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = study(run.folder, values_of(state, args), trained, data.test, decoder) | image_sets.baselines(data)
-        speed = {"parameters": tree.count(state.params), "images_per_second": run.at * args.batch / run.seconds}
+        figures = study(run.folder, values_of(run, state), trained, data.test, decoder) | image_sets.baselines(data)
+        speed = {"parameters": parameters, "images_per_second": run.at * args.batch / run.seconds}
         run.result({**figures, **best_of(run.folder, per_epoch), **speed, "skipped": len(decoder.skipped)})
     curves = read_curves(run.folder, "train/accuracy", "test/accuracy", "test/top5_accuracy")
     plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title=f"{args.net} on {shown(args.data)}")
@@ -207,13 +209,39 @@ def learn(args: Args, run, data: image_sets.ImageSet) -> None:
 def best_of(folder: Path, per_epoch: int) -> dict[str, float]:
     """The least error at the end of an epoch, and after which."""
     step = checkpoints.best(folder / "checkpoints", "error")
+    if step is None:  # the first of several processes has them
+        return {}
     error = checkpoints.read_record(folder / "checkpoints", step).metrics["error"]
     return {"best_accuracy": 1 - error, "best_epoch": step / per_epoch}
 
 
-def values_of(state, args: Args) -> tree.Tree:
+def values_of(run: Run, state) -> tree.Tree:
     """Parameters and Stats as they are evaluated: the averaged ones with `--ema`."""
-    return tree.merge(optimizers.averaged(state.opt_state) if args.ema else state.params, state.stats)
+    params = optimizers.averaged(state.opt_state) if run.args.ema else state.params
+    return tree.merge(run.whole(params), state.stats)
+
+
+def rows_of(run: Run, count: int) -> slice:
+    """The rows, of `count`, that are this process's."""
+    if run.distributed is None:
+        return slice(None)
+    mesh = run.distributed.mesh
+    return slice(count * mesh.row // mesh.rows, count * (mesh.row + 1) // mesh.rows)
+
+
+def measured(run: Run, values: tree.Tree, trained: Trained, test: Files, decoder: Decoder) -> dict[str, float]:
+    """accuracy, top5_accuracy (with more than five classes) and nll of the test pictures, of which each of several
+    processes evaluates a part."""
+    rows = rows_of(run, len(test.labels))
+    log_probs, labels = predictions(
+        values, trained, test._replace(paths=test.paths[rows], labels=test.labels[rows]), decoder
+    )
+    figures = classification.figures(log_probs, labels)
+    names = [name for name in figures if name != "calibration_error"]
+    sums = torch.tensor([len(labels), *(figures[name] * len(labels) for name in names)], dtype=torch.float64)
+    if run.distributed is not None and run.distributed.mesh.rows > 1:
+        (sums,) = collectives.sum_all([sums.to(run.device)], run.distributed.mesh.groups["rows"])
+    return dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
 
 
 def index(args: IndexArgs) -> None:
