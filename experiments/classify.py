@@ -39,6 +39,7 @@ from train.metrics import classification
 from train.optimizers import recipes
 from train.run import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared, begin, command_line
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -165,9 +166,8 @@ def optimizer_of(args: Args, steps: int, heads: set[str]) -> optimizers.Optimize
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "epochs", "batch", "micro_batches", "learning_rate", "eval_every", "workers"))
-    if args.batch % args.micro_batches:
-        raise ValueError(f"--batch {args.batch} does not divide into --micro-batches {args.micro_batches}")
+    free = ("data", "epochs", "batch", "micro_batches", "learning_rate", "eval_every", "workers")
+    run = begin(RUNS, args, free=free, shards=BY_ROWS)
     if args.rand_augment > 30:
         raise ValueError(f"--rand-augment is {args.rand_augment}; expected 0 to 30")
     data = image_sets.open_images(args.data)
@@ -189,17 +189,18 @@ def train(args: Args) -> None:
     else:
         values, fresh = by_name.adopt(model, values, head_key, f"--weights '{args.weights}'")
     state = start(run_key.to(run.device), tree.move(values, run.device), model, optimizer)
-    state = run.restore(state, {"net": args.net, "model": cfg, **identity}, steps)
+    parameters = tree.count(state.params)
+    state = run.restore(state, {"net": args.net, "model": cfg, **identity}, steps, model)
     settings = {"trained": trained, "smoothing": args.label_smoothing, "frozen": args.freeze}
     objective = functools.partial(losses, net=net, cfg=cfg, dtype=run.policy.compute or torch.float32, **settings)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
-    step = make_step(objective, optimizer, donate=True, **options)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, **options)
     names = ("crop", "flip", "colour_jitter", "rand_augment", "erase", "mixup", "cutmix")
     changes = augment.Changes(*(getattr(args, name) for name in names))
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
 
     with Decoder(0 if data.in_memory else args.workers) as decoder, run.open({"trained": trained}):
-        run.log.print(f"{args.net}: {tree.count(state.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{args.net}: {parameters:,} parameters; run in {run.folder}")
         if fresh:
             run.log.print(f"initialised anew, as the weights are for other classes: {', '.join(fresh)}")
         batches = image_sets.train_batches(data.train, order_key, run.remaining, args.batch, args.size, decoder)
@@ -210,12 +211,12 @@ def train(args: Args) -> None:
             state, metrics = step(state, (pixels.contiguous(memory_format=layout), labels))
             run.record(at, metrics, args.batch, loss=metrics["loss"], accuracy=metrics["accuracy"])
             if run.due(at, args.eval_every or max(1, per_epoch)):
-                figures = classification.figures(*predictions(values_of(state, args), trained, data.test, decoder))
+                figures = classification.figures(*predictions(values_of(run, state), trained, data.test, decoder))
                 run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = study(run.folder, values_of(state, args), trained, data.test, decoder) | image_sets.baselines(data)
-        speed = {"parameters": tree.count(state.params), "images_per_second": run.at * args.batch / run.seconds}
+        figures = study(run.folder, values_of(run, state), trained, data.test, decoder) | image_sets.baselines(data)
+        speed = {"parameters": parameters, "images_per_second": run.at * args.batch / run.seconds}
         run.result({**figures, **speed, "skipped": len(decoder.skipped)})
     curves = read_curves(run.folder, "train/accuracy", "test/accuracy")
     plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title=f"{args.net} on {shown(args.data)}")
@@ -230,9 +231,9 @@ def finetune(args: Args) -> None:
     train(args)
 
 
-def values_of(state, args: Args) -> tree.Tree:
+def values_of(run, state) -> tree.Tree:
     """Parameters and Stats as they are evaluated: the averaged ones with `--ema`."""
-    return tree.merge(optimizers.averaged(state.opt_state) if args.ema else state.params, state.stats)
+    return tree.merge(run.whole(optimizers.averaged(state.opt_state) if run.args.ema else state.params), state.stats)
 
 
 def evaluate(args: EvaluateArgs) -> None:

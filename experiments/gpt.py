@@ -161,8 +161,6 @@ def optimizer_of(args: Args) -> optimizers.Optimizer:
 def train(args: Args) -> None:
     free = ("text", "steps", "batch", "micro_batches", "learning_rate", "warmup", "weight_decay", "eval_every")
     run = begin(RUNS, args, free=free, shards=BY_ROWS)
-    if args.batch % args.micro_batches:
-        raise ValueError(f"--batch {args.batch} does not divide into --micro-batches {args.micro_batches}")
     cfg, data, published = model_and_data(args, run.resumed_from)
     train_tokens, validation_tokens = parts = text.split(data.tokens, blocks=args.blocks, least=4 * cfg.context)
     understood(print, text.facts(data, *parts) | {"weights": args.weights, "net": cfg})

@@ -60,6 +60,8 @@ class Ranks:
                 )
             if not common.resume:
                 _check_unused(common, script, ways)
+            if ways:
+                check_batch(args, 1)
             return None
         if common.shard not in ways:
             raise ValueError(f"--shard {common.shard}: {script}.py takes {', '.join(ways)}")
@@ -105,7 +107,8 @@ def check_batch(args: Any, rows: int) -> None:
     if batch is not None and batch % rows:
         raise ValueError(f"--batch {batch} does not divide over {rows} processes with rows of their own")
     if batch is not None and batch // rows % micro:
-        raise ValueError(f"--batch {batch} over {rows} processes does not divide into --micro-batches {micro}")
+        what = f"--batch {batch}, over {rows} processes," if rows > 1 else f"--batch {batch}"
+        raise ValueError(f"{what} does not divide into --micro-batches {micro}")
 
 
 def _check_unused(common: flags.Common, script: str, ways: tuple[str, ...]) -> None:

@@ -176,8 +176,8 @@ class Run:
 
             folder = self._on_first(make_folder)
             if not first:
-                self.folder = held.enter_context(scratch_copy(Path(folder)))
-                self._saved = None
+                self._scratch, self._saved = scratch_copy(Path(folder)), None  # as long as the run: some read it later
+                self.folder = Path(self._scratch.name) / Path(folder).name
                 self.log = RunLog(self.folder, config, total=self.total, unit=unit, resume=self.first, quiet=True)
             undo.pop_all()  # from here on the run may be resumed
             self._began = time.perf_counter() - spent
@@ -310,14 +310,14 @@ def begin(root: Path, args: Any, free: tuple[str, ...] = (), shards: tuple[str, 
     return Run(root, args, folder, record, lines, ranks)
 
 
-@contextlib.contextmanager
-def scratch_copy(folder: Path) -> Iterator[Path]:
-    """A copy of a run's folder without its checkpoints, for a process that is not the first; gone at the end."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        copy = Path(scratch) / folder.name
-        if folder.is_dir():
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints", ".lock", "events.*"))
-        yield copy
+def scratch_copy(folder: Path) -> tempfile.TemporaryDirectory:
+    """A folder with a copy of a run's, without its checkpoints, for a process that is not the first; it goes with the
+    object."""
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    if folder.is_dir():
+        ignored = shutil.ignore_patterns("checkpoints", ".lock", "events.*")
+        shutil.copytree(folder, Path(scratch.name) / folder.name, ignore=ignored)
+    return scratch
 
 
 @contextlib.contextmanager

@@ -1,0 +1,167 @@
+"""What the processes of a test do: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
+
+Each case writes what its process has to `FOLDER/<case>-<rank>.pt`.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+from core import collectives, random, tree
+from nets.classifiers import resnet
+from nets.language import gpt2
+from train import optimizers
+from train.losses import cross_entropy
+from train.objective import evaluation, mean_gradient
+from train.scale import launch
+from train.scale.distributed import distribute
+from train.scale.mesh import open_mesh
+from train.step import create, make_step, step_keys
+
+CFG = gpt2.Config(vocabulary=48, context=16, layers=2, heads=4, width=32, dropout=0.2)
+STEPS = 20
+
+
+def losses(params, batch, keys, cfg):
+    tokens, targets = batch
+    logits = gpt2.apply(params, tokens, cfg, key=keys, train=True)
+    return cross_entropy(logits, targets, reduction="none").mean(1)
+
+
+def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = random.randint(random.fold_in(random.key(7), step), (8, 17), 0, CFG.vocabulary)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def optimizer(name: str = "adamw"):
+    rule = optimizers.adamw(1e-3, weight_decay=0.1)
+    if name == "muon":
+        rule = optimizers.muon(1e-3, rule, dtype=torch.float32)
+    return optimizers.chain(optimizers.clip_by_global_norm(0.5), rule)
+
+
+def train(over, *, steps=range(STEPS), state=None, optimizer_name="adamw", **options):
+    """(losses and norms of each step, the last state, whole)."""
+    rule = optimizer(optimizer_name)
+    state = create(random.key(0), gpt2.spec(CFG), rule) if state is None else state
+    step = make_step(functools.partial(losses, cfg=CFG), rule, distributed=over, compile=False, **options)
+    state, curve = state if over is None else over.cut(state), []
+    for i in steps:
+        state, metrics = step(state, batch_of(i))
+        curve.append(torch.stack([metrics[name] for name in ("loss", "grad_norm", "update_norm")]))
+    return torch.stack(curve), state if over is None else over.whole(state)
+
+
+def curves(processes, way="replicate", sizes=None, **options):
+    over = distribute(gpt2.spec(CFG), open_mesh(sizes or {"data": processes.ranks}), way)
+    curve, state = train(over, **options)
+    return {"curve": curve, "state": tree.flatten(state)}
+
+
+def batch_norm(processes, local_norm=False):
+    """The gradient, increments and metrics of a residual net on this process's rows, reduced."""
+    cfg = resnet.PRESETS["cifar-resnet8"]
+    model = resnet.spec(cfg)
+    over = distribute(model, open_mesh({"data": processes.ranks}), "replicate", local_norm)
+    return gradient_of(cfg, over)
+
+
+def gradient_of(cfg, over=None):
+    state = create(random.key(0), resnet.spec(cfg), optimizers.sgd(0.1))
+    images = 1000 + random.normal(random.key(1), (8, 3, 8, 8))
+    batch = images, torch.arange(8) % 10
+
+    def loss(params, batch, keys):
+        return cross_entropy(resnet.apply(params, batch[0], cfg, train=True), batch[1], reduction="none")
+
+    prepared = () if over is None else (over.prepared,)
+    gradient = mean_gradient(evaluation(loss, make_step.__kwdefaults__["policy"], False, *prepared))
+    batch = batch if over is None else over.rows(batch)
+    part = gradient.part(state, batch, step_keys(state.key, state.step, len(batch[1])))
+    part = part if over is None else gradient.reduce(over, part)
+    _, (grads, increments, metrics), _ = part
+    return {"grads": tree.flatten(grads), "increments": tree.flatten(increments), "loss": metrics["loss"]}
+
+
+def transforms(processes):
+    """Values and derivatives of the collectives of this process, eager and compiled."""
+    group, ways, rank = torch.distributed.group.WORLD.group_name, processes.ranks, processes.rank
+    x, out = torch.arange(3.0) + rank, {}
+    functions = {
+        "sum_over": lambda x: (collectives.sum_over(x, group) ** 3).sum() * (rank + 1),
+        "stack_over": lambda x: (collectives.stack_over(x, group, ways) ** 3).sum() * (rank + 1),
+        "enter": lambda x: (collectives.enter(x, group) ** 3 * (rank + 1)).sum(),
+        "leave": lambda x: (collectives.leave(x, group) ** 3).sum(),
+        "join": lambda x: (collectives.join(x, -1, group, rank, ways) ** 3).sum(),
+    }
+    for name, f in functions.items():
+        grad = torch.func.grad(f)
+        compiled = torch.compile(grad, backend="aot_eager", fullgraph=True)
+        out[name] = {
+            "value": f(x),
+            "grad": grad(x),
+            "compiled": compiled(x),
+            "second": torch.func.grad(lambda x, grad=grad: grad(x).sum())(x),
+            "vmapped": torch.vmap(grad)(torch.stack([x, x + 1])),
+            "tangent": torch.func.jvp(f, (x,), (torch.ones(3),))[1],
+        }
+    for name, f in {
+        "sum_all": lambda x: collectives.sum_all([x], group)[0],
+        "gather": lambda x: collectives.gather([x], [0], group, ways)[0],
+        "scatter_sum": lambda x: collectives.scatter_sum([x], [0], group, ways)[0],
+    }.items():
+        for transform in (torch.vmap(f), torch.func.grad(lambda x, f=f: f(x).sum())):
+            try:
+                transform(torch.ones(2, 2))
+            except RuntimeError as error:
+                out.setdefault("refused", []).append(f"{name}: {error}")
+    pieces = torch.arange(24.0).reshape(2, 4, 3) * (rank + 1)
+    out["scattered"] = collectives.scatter_sum([pieces, pieces], [0, 1], group, ways)
+    out["gathered"] = collectives.gather(out["scattered"], [0, 1], group, ways)
+    return out
+
+
+def resumed(processes, state, way):
+    over = distribute(gpt2.spec(CFG), open_mesh({"data": processes.ranks}), way)
+    template = create(random.key(0), gpt2.spec(CFG), optimizer())
+    curve, _ = train(over, steps=range(10, STEPS), state=tree.nest(torch.load(state), like=template))
+    return {"curve": curve}
+
+
+def half(processes, way="fsdp"):
+    over = distribute(gpt2.spec(CFG), open_mesh({"data": processes.ranks}), way)
+    curve, state = train(over, steps=range(10))
+    return {"curve": curve, "state": tree.flatten(state)}
+
+
+CASES = {
+    "replicate": curves,
+    "micro": functools.partial(curves, way="fsdp", micro_batches=2),
+    "donated": functools.partial(curves, way="fsdp", donate=True),
+    "fsdp": functools.partial(curves, way="fsdp"),
+    "muon": functools.partial(curves, way="fsdp", optimizer_name="muon"),
+    "hsdp": functools.partial(curves, way="hsdp", sizes={"replica": 2, "data": 2}),
+    "tensor": functools.partial(curves, way="tensor", sizes={"model": 2}),
+    "half": half,
+    "batch_norm": batch_norm,
+    "local_norm": functools.partial(batch_norm, local_norm=True),
+    "transforms": transforms,
+}
+
+
+def main(cases: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    processes = launch.current()
+    processes.open_group("cpu")
+    for case in cases:
+        name, _, state = case.partition("@")
+        out = resumed(processes, state, name) if state else CASES[name](processes)
+        name = f"{name}_resumed" if state else name
+        torch.save(out, folder / f"{name}-{processes.rank}.pt")
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[2].split(","), Path(sys.argv[1]))
