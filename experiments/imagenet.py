@@ -144,8 +144,6 @@ def optimizer_of(args: Args, schedule: Schedule) -> optimizers.Optimizer:
 
 def train(args: Args) -> None:
     run = begin(RUNS, args, free=("data", "micro_batches", "snapshot_epochs", "workers"), shards=BY_ROWS)
-    if args.batch % args.micro_batches:
-        raise ValueError(f"--batch {args.batch} does not divide into --micro-batches {args.micro_batches}")
     with imagenet_data.opened(args.data) as data:
         learn(args, run, data)
 
