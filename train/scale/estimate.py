@@ -9,9 +9,9 @@ With N numbers, of which those in cut leaves are whole on d processes together:
     all-gather      b N (d - 1) / d     the other processes' pieces, in numbers of b bytes
     reduce-scatter  4 N (d - 1) / d     gradients in float32
     all-reduce      8 N (d - 1) / d     of leaves that every process has whole: a reduce-scatter and an all-gather
-    flops           6 N + 12 L w T      per token: N without tables that are only looked up, L layers of heads of width w
-                                        in all, T tokens (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); for
-                                        nets that use a weight once per token. Others: `traced`.
+    flops           6 N + 12 L w T      per token of T: N without tables that are only looked up, L layers, w the width
+                                        of all heads (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); for nets
+                                        that use a weight once per token. Others: `traced`.
 
 Bytes are those that a ring sends from each process, which is as many as it receives.
 """
