@@ -237,7 +237,7 @@ def predictions(
     """
     net, cfg = net_of(trained)
     device, log_probs, labels = tree.leaves(values)[0].device, [], []
-    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder):
+    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder, trained.interpolation):
         logits = net.apply(values, normalised(pixels.to(device), trained), cfg)
         log_probs.append(logits.float().log_softmax(-1).cpu())
         labels.append(numbers)

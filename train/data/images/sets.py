@@ -277,12 +277,12 @@ def train_batches(
 
 
 def test_batches(
-    data: Labelled | Files, size: int, resize: int, decoder: Decoder | None = None
+    data: Labelled | Files, size: int, resize: int, decoder: Decoder | None = None, interpolation: str = "bilinear"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of all images in order, in the form of `train_batches`. Of files the middle, after scaling the shorter
-    side to `resize`; those that cannot be read are left out."""
+    side to `resize` by `interpolation`; those that cannot be read are left out."""
     if isinstance(data, Files):
-        yield from decoder.evaluation_batches(data, EVALUATED, size, resize=resize)
+        yield from decoder.evaluation_batches(data, EVALUATED, size, resize=resize, interpolation=interpolation)
         return
     for part in batching.evaluation_batches(len(data.labels), EVALUATED):
         yield data.images[part], data.labels[part]

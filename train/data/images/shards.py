@@ -95,7 +95,7 @@ def write_index(folder: str | os.PathLike, labels: Mapping[str, str] | None = No
     shards, rows = [], []
     for number, name in enumerate(names):
         stat = os.stat(folder / name)
-        entries, count = _entries(folder / name, skipped), len(rows)
+        entries, count = _entries(folder, name, skipped), len(rows)
         for entry, label in _labelled(name, entries, labels or {}, skipped):
             rows.append((number, *entry[:3], label, entry.name))
         if len(rows) == count:
@@ -128,14 +128,15 @@ def _key(name: str) -> str:
     return PurePosixPath(name).name.partition(".")[0]
 
 
-def _entries(path: Path, skipped: list[tuple[str, str]]) -> list[Entry]:
+def _entries(folder: Path, name: str, skipped: list[tuple[str, str]]) -> list[Entry]:
     """The pictures and labels in a tar, in order."""
+    path = folder / name
     with open(path, "rb") as file:
         start = file.read(6)
         kind = next((kind for mark, kind in COMPRESSED.items() if start.startswith(mark)), None)
         if kind:
             raise DataError(f"{path} is compressed by {kind}; expected a plain tar, which can be read from any byte on")
-        return list(_walk(file, 0, os.path.getsize(path), path.name, "", skipped))
+        return list(_walk(file, 0, os.path.getsize(path), name, "", skipped))
 
 
 def _walk(file: Any, start: int, end: int, tar: str, prefix: str, skipped: list[tuple[str, str]]) -> Iterator[Entry]:

@@ -203,9 +203,9 @@ def test_a_truncated_tar_gives_its_whole_pictures(damage, left, reason, tmp_path
     head = shards.write_index(tmp_path)
     assert head["pictures"] == left + 1
     ((name, said),) = head["skipped"]
-    assert name == "0.tar" and reason in said and said.startswith(f"is truncated or damaged after {left} files")
+    assert name == "train/0.tar" and reason in said and said.startswith(f"is truncated or damaged after {left} files")
     facts = sets.facts(sets.open_images(str(tmp_path), "all"))
-    assert facts["skipped"] == [(tmp_path / "0.tar", said)]
+    assert facts["skipped"] == [(tmp_path / "train/0.tar", said)]
 
 
 def test_an_index_older_than_its_tars(tmp_path):
