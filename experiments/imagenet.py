@@ -276,8 +276,11 @@ def evaluate(args: EvaluateArgs) -> None:
     print(f"{classifier.summary(figures)} of {len(data.test.labels)} images; files in {folder}/")
 
 
-PREDICT = (PredictArgs, functools.partial(classifier.predict, root=RUNS))
+COMMANDS = {
+    "evaluate": (EvaluateArgs, evaluate),
+    "predict": (PredictArgs, functools.partial(classifier.predict, root=RUNS)),
+    "index": (IndexArgs, index),
+}
 
 if __name__ == "__main__":
-    commands = {"evaluate": (EvaluateArgs, evaluate), "predict": PREDICT, "index": (IndexArgs, index)}
-    command_line.run(__doc__, (Args, train, presets), root=RUNS, **commands)
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, **COMMANDS)
