@@ -105,7 +105,7 @@ def presets(words: dict[str, str]) -> Args:
 class IndexArgs:
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder with tars, or with tars in its folders train and val."""
-    labels: Path | None = None
+    labels_from: Path | None = None
     """File with the name of a picture and its class on each line, for tars that do not tell: LOC_val_solution.csv."""
 
 
@@ -113,7 +113,7 @@ class IndexArgs:
 class EvaluateArgs(FromRunOrWeights):
     data: str | None = None
     """Pictures, all of them or those to test on; the run's own if None."""
-    classes: Path | None = None
+    classes_from: Path | None = None
     """File with the names of the folders in the order of the net's labels, where neither names nor numbers tell it:
     LOC_synset_mapping.txt."""
     out: Path | None = None
@@ -244,7 +244,7 @@ def measured(run: Run, values: tree.Tree, trained: Trained, test: Files, decoder
 
 def index(args: IndexArgs) -> None:
     """Write index.jsonl of a folder of tars, by which training and evaluation find the pictures in them."""
-    head = shards.write_index(args.folder, shards.read_labels(args.labels) if args.labels else None)
+    head = shards.write_index(args.folder, shards.read_labels(args.labels_from) if args.labels_from else None)
     parts = [shard["part"] or "undivided" for shard in head["shards"]]
     tars = {part: parts.count(part) for part in sorted(set(parts))}
     facts = {"tars": tars, "pictures": head["pictures"], "classes": head["classes"]}
@@ -264,7 +264,7 @@ def evaluate(args: EvaluateArgs) -> None:
         (trained, values), run, base = classifier.from_flags(args, RUNS), None, Path("evaluation")
     source, part = (args.data, "all") if args.data else (run.read("args", Args).data, "split")
     with imagenet_data.opened(source, part) as data:
-        data, how = imagenet_data.with_labels_of(trained.classes, data, args.classes, args.run is None)
+        data, how = imagenet_data.with_labels_of(trained.classes, data, args.classes_from, args.run is None)
         understood(print, image_sets.facts(data) | {"labels": how})
         folder = unused(args.out, base)
         with Decoder(args.workers) as decoder:

@@ -87,7 +87,7 @@ def with_labels_of(
         label_of, how = {name: label for label, name in enumerate(own)}, "by their sorted order"
     else:
         unknown = next(name for name in own if name not in classes)
-        ways = "its names, " + (f"its numbers, {count} folders, " if published else "") + "or --classes FILE"
+        ways = "its names, " + (f"its numbers, {count} folders, " if published else "") + "or --classes-from FILE"
         has = f"{len(own)} classes such as '{unknown}', the net {count}"
         raise ValueError(f"'{images.name}' has {has}; expected {ways}")
     if unknown := [name for name in own if name not in label_of]:
@@ -101,9 +101,9 @@ def _names(path: Path, count: int) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--classes {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"--classes-from {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     names = [line.split()[0] for line in lines if line.strip()]
     if not len(set(names)) == len(names) == count:
         lines = f"{len(set(names))} names on {len(names)} lines"
-        raise DataError(f"--classes {path} has {lines}; the net has {count} classes")
+        raise DataError(f"--classes-from {path} has {lines}; the net has {count} classes")
     return names

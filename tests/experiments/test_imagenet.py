@@ -93,8 +93,8 @@ def test_labels_of_folders(tmp_path):
     order.write_text("n9 fish, tench\nn2 a\nn1 b\nn3 c\n")
     assert labels_of(("a", "b", "c", "d"), synsets, order)[0].test.labels.tolist() == [2, 1, 3]
     for classes, published, message in (
-        (("a", "b", "c"), False, r"has 3 classes such as 'n1', the net 3; expected its names, or --classes FILE"),
-        (("a", "b"), True, r"the net 2; expected its names, its numbers, 2 folders, or --classes FILE"),
+        (("a", "b", "c"), False, r"has 3 classes such as 'n1', the net 3; expected its names, or --classes-from FILE"),
+        (("a", "b"), True, r"the net 2; expected its names, its numbers, 2 folders, or --classes-from FILE"),
     ):
         with pytest.raises(ValueError, match=message):
             labels_of(classes, synsets, published=published)

@@ -63,7 +63,7 @@ def read_labels(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"--labels-from {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     table = {}
     for number, line in enumerate(lines, 1):
         words = [word for word in re.split(r"[\s,]+", line.strip()) if word]

@@ -272,7 +272,7 @@ def test_what_is_no_folder_of_tars(tmp_path):
     table = tmp_path / "labels.txt"
     table.write_text("x n1\ny\n")
     refused("labels.txt, line 2 is 'y'; expected the name of a picture and its class", shards.read_labels, table)
-    refused("--labels .*nowhere cannot be read: No such file", shards.read_labels, tmp_path / "nowhere")
+    refused("--labels-from .*nowhere cannot be read: No such file", shards.read_labels, tmp_path / "nowhere")
 
 
 def test_members_that_are_no_files_of_their_own(tmp_path):
