@@ -21,6 +21,7 @@ from core import initializers
 from core.compiling import assume_constant_result
 from core.layers import linear, linear_spec
 from core.layers.checks import check_arguments, check_tensor
+from core.layers.split import own_heads, ways_of
 
 
 def causal_mask(queries: int, keys: int | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -214,10 +215,11 @@ def self_attention_spec(
         raise ValueError(f"attention: {heads} query heads do not divide into {kv_heads} key-value heads")
     depth, proj_bias = width // heads if depth is None else depth, bias if proj_bias is None else proj_bias
     init = initializers.xavier_uniform() if init is None else init
-    rows = depth * (heads + 2 * (heads if kv_heads is None else kv_heads))
+    shared = heads if kv_heads is None else kv_heads
+    parts = (depth * heads, depth * shared, depth * shared)
     return {
         "proj": linear_spec(depth * heads, width, bias=proj_bias, init=proj_init or init, axes=("embed", "heads")),
-        "qkv": linear_spec(width, rows, bias=bias, init=init, axes=("heads", "embed")),
+        "qkv": linear_spec(width, sum(parts), bias=bias, init=init, axes=("heads", "embed"), parts=parts),
     }
 
 
@@ -229,7 +231,10 @@ def queries_keys_values(p: dict, x: Tensor, heads: int, kv_heads: int | None = N
         ValueError: numbers of heads that do not fit the matrices of `self_attention_spec`.
     """
     check_arguments("self_attention", p, x)
-    shared = heads if kv_heads is None else kv_heads
+    shared, ways = heads if kv_heads is None else kv_heads, ways_of(p["qkv"]["weight"])
+    if heads % ways or shared % ways:
+        raise ValueError(f"attention: {heads} heads and {shared} key-value heads do not divide over {ways} processes")
+    heads, shared = heads // ways, shared // ways
     (rows, width), columns = p["qkv"]["weight"].shape, p["proj"]["weight"].shape[1]  # heads * depth columns
     depth = columns // heads
     if x.ndim != 3 or x.shape[-1] != width or columns % heads or rows != (heads + 2 * shared) * depth:
@@ -255,6 +260,7 @@ def self_attention(
 ) -> Tensor:
     """Multi-head self-attention. x: (batch, time, width) -> (batch, time, width)."""
     q, k, v = queries_keys_values(p, x, heads, kv_heads)
+    drop = own_heads(drop, p)
     y = attention(q, k, v, mask=mask, causal=causal, drop=drop, method=method)  # (batch, heads, time, depth)
     return linear(p["proj"], merge_heads(y))  # (batch, time, width)
 

@@ -18,12 +18,17 @@ from core.tree import Tree
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its shape, its initialiser, and one logical axis name (or None) per dimension."""
+    """A parameter: its shape, its initialiser, and one logical axis name (or None) per dimension.
+
+    `parts`: sizes along the first dimension of what stands in one leaf and is cut part by part, such as queries, keys
+    and values; () for one part.
+    """
 
     shape: tuple[int, ...]
     init: initializers.Initializer = initializers.zeros
     axes: tuple[str | None, ...] = ()
     dtype: torch.dtype = torch.float32
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.shape, (tuple, list)):
@@ -37,6 +42,8 @@ class Param:
             )
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"{type(self).__name__}: dtype is {self.dtype!r}; expected a torch.dtype")
+        if self.parts and (not self.shape or sum(self.parts) != self.shape[0]):
+            raise ValueError(f"the parts {self.parts} do not add up to the first dimension of the shape {self.shape}")
         if self.axes and len(self.axes) != len(self.shape):
             raise ValueError(f"axes {self.axes} name {len(self.axes)} dimensions, but the shape is {self.shape}")
 

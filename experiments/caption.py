@@ -143,7 +143,7 @@ class PredictArgs(Source):
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=FREE)
+    run = begin(RUNS, args, free=FREE, shards=("replicate",))
     net_key, run_key, order_key, shift_key = random.split(random.key(args.common.seed), 4).unbind(0)
     net = parts.of_weights(args.weights) if args.weights else None
     data = parts.open_data(args.data, net.cfg.image if net else args.size)
@@ -160,9 +160,10 @@ def train(args: Args) -> None:
     state = start(run_key.to(run.device), tree.move(net.params, run.device), model, optimizer)
     content = fingerprint(data.train.images, data.train.captions)
     base = fingerprint(net.params) if args.weights else None
-    state = run.restore(state, {"net": net.cfg, "data": content, "weights": base}, args.steps)
+    state = run.restore(state, {"net": net.cfg, "data": content, "weights": base}, args.steps, model)
     loss = functools.partial(parts.loss, cfg=net.cfg, smoothing=args.label_smoothing)
-    step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(loss, optimizer, donate=True, **options)
 
     def batch_at(t: int) -> tuple[torch.Tensor, torch.Tensor]:
         some = batching.epoch_batch(order_key, t, len(rows), args.batch)

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from core import random, spec, tree
+from core.layers.split import Split, vocabulary_cross_entropy
 from experiments.parts import language_model, writer
 from experiments.parts.language_model import Writer
 from experiments.parts.writer import Sampling
@@ -117,7 +118,10 @@ class EvaluateArgs(FromRun):
 def losses(params, batch, keys, cfg: Config):
     """(examples,): the mean cross-entropy of each example's tokens, in nats."""
     tokens, targets = batch
-    logits = language_model.net_of(cfg).apply(params, tokens, cfg, key=keys, train=True)  # (examples, time, vocabulary)
+    net, head = language_model.net_of(cfg), params.get("output", params["tokens"])["weight"]
+    if isinstance(head, Split):
+        return vocabulary_cross_entropy(head, net.features(params, tokens, cfg, key=keys, train=True), targets).mean(1)
+    logits = net.apply(params, tokens, cfg, key=keys, train=True)  # (examples, time, vocabulary)
     return cross_entropy(logits, targets, reduction="none").mean(1)
 
 
@@ -160,7 +164,7 @@ def optimizer_of(args: Args) -> optimizers.Optimizer:
 
 def train(args: Args) -> None:
     free = ("text", "steps", "batch", "micro_batches", "learning_rate", "warmup", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free, shards=BY_ROWS)
+    run = begin(RUNS, args, free=free, shards=(*BY_ROWS, "tensor"))
     cfg, data, published = model_and_data(args, run.resumed_from)
     train_tokens, validation_tokens = parts = text.split(data.tokens, blocks=args.blocks, least=4 * cfg.context)
     understood(print, text.facts(data, *parts) | {"weights": args.weights, "net": cfg})

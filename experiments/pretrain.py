@@ -173,7 +173,7 @@ def optimizer_of(args: Args) -> optimizers.Optimizer:
 
 def train(args: Args) -> None:
     free = ("data", "steps", "batch", "learning_rate", "warmup", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free)
+    run = begin(RUNS, args, free=free, shards=("replicate",))
     if args.lora and not args.weights:
         raise ValueError("--lora needs --weights, the weights that its adapters are for")
     if args.teacher and args.objective != "distil":
@@ -185,8 +185,9 @@ def train(args: Args) -> None:
     # Clones, as steps overwrite their state.
     values = tree.map(torch.clone, task.values) if task.values else spec.init(net_key, task.model)
     state = start(run_key.to(run.device), tree.move(values, run.device), task.model, optimizer)
-    state = run.restore(state, task.identity, args.steps)
-    step = make_step(task.loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
+    state = run.restore(state, task.identity, args.steps, task.model)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(task.loss, optimizer, donate=True, **options)
 
     with run.open(task.stored, files={"tokenizer.json": task.tokenizer.save}):
         run.log.print(f"{tree.count(state.params):,} parameters to train; run in {run.folder}")

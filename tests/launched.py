@@ -18,23 +18,24 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def environment(rank: int, ranks: int, port: int, **more: str) -> dict[str, str]:
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """That of one process; gloo listens on the loopback interface."""
     launcher = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
     launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
     launcher |= {"PYTHONPATH": ROOT, "FUNCTREE_TIMEOUT": 100, "COLUMNS": 200}
-    return {**os.environ, **{name: str(value) for name, value in launcher.items()}, **more}
+    return {**os.environ, **{name: str(value) for name, value in launcher.items()}}
 
 
-def begin(script: Path, *argv: Any, ranks: int = 2, **options: Any) -> list[subprocess.Popen]:
-    """The processes of a script, in order of rank."""
+def begin(
+    script: Path, *argv: Any, ranks: int = 2, others: tuple[str, ...] = (), **options: Any
+) -> list[subprocess.Popen]:
+    """The processes of a script, in order of rank; all but the first get the flags `others` too."""
     port, command = free_port(), [sys.executable, str(script), *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    more = options.pop("environment", {})
-    return [
-        processes.start(command, env=environment(rank, ranks, port, **more), **{**pipes, **options})
-        for rank in range(ranks)
-    ]
+    pipes, started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
+    for rank in range(ranks):
+        env, own = environment(rank, ranks, port), others if rank else ()
+        started.append(processes.start([*command, *own], env=env, **{**pipes, **options}))
+    return started
 
 
 def together(script: Path, *argv: Any, ranks: int = 2, **options: Any) -> list[tuple[int, str, str]]:

@@ -149,7 +149,12 @@ def per_example_gradient(evaluate: Callable, watch: Callable, want: tuple[str, .
     def result(state: Any, contribution: Reports):
         return contribution.mean, state.stats, {"loss": contribution.losses.mean(), **watch(contribution)}
 
-    return Gradient(part, lambda one, other: combine([one, other]), result)
+    def reduce(over: Any, contribution: Reports) -> Reports:
+        sums, squares = over.summed((contribution.sum, contribution.square))
+        losses, norms, dots = over.joined((contribution.losses, contribution.norm, contribution.dot))
+        return Reports(losses, sums, norm=norms, dot=dots, square=squares)
+
+    return Gradient(part, lambda one, other: combine([one, other]), result, None if "gram" in want else reduce)
 
 
 def losses_of(evaluate: Callable) -> Callable[[Tree, tuple], Tensor]:

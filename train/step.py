@@ -130,6 +130,9 @@ def make_step(
     if distributed is not None and carry:
         raise ValueError("make_step: a carried state does not go over several processes; leave one of the two out")
 
+    if distributed is not None and watch is not None and distributed.mesh.sizes["model"] > 1:
+        raise ValueError("make_step: layers cut along model have no per-example gradients; expected no watch with them")
+
     evaluate = evaluation(loss, policy, carry, *([] if distributed is None else [distributed.prepared]))
     gradient = mean_gradient(evaluate) if watch is None else per_example_gradient(evaluate, watch, want)
     size = None if micro_batches == 1 else part_size

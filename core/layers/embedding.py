@@ -7,6 +7,7 @@ from core.initializers import Initializer, normal
 from core.layers.checks import check_arguments
 from core.layers.int8 import Int8
 from core.layers.low_rank import LowRank, low_rank
+from core.layers.split import Split
 from core.spec import Table
 from core.tree import Tree
 
@@ -44,6 +45,8 @@ def embedding(p: Tree, ids: Tensor, *, padding_id: int | None = None) -> Tensor:
     def rows(table: Tensor | Int8) -> Tensor:  # (..., width of the table)
         return table.rows(ids, padding_id) if isinstance(table, Int8) else F.embedding(ids, table, padding_id)
 
+    if isinstance(weight, Split):
+        return weight.rows(ids)
     if isinstance(weight, LowRank):
         return low_rank(weight, rows, lambda a, b: rows(b) @ a, -1, rows_axis=1)  # (..., width)
     return rows(weight)  # (..., width)

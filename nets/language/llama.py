@@ -32,6 +32,7 @@ from core.attention import (
 )
 from core.layers import dropout_sites, embedding, embedding_spec, linear, linear_spec, rms_norm, rms_norm_spec, swiglu
 from core.layers.checks import check_tensor
+from core.layers.split import own_heads
 from nets.blocks.transformer_block import identity
 from nets.language import generation
 from nets.weights import Rename, WeightsError, config_of, fill, read, read_config
@@ -131,12 +132,13 @@ def spec(cfg: Config) -> dict:
     `mlp.up` holds the rows of the gate, then those of `up`; `attn.qkv` those of queries, keys and values.
     """
     init, residual = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * cfg.layers))
+    up = {"bias": False, "init": init, "axes": ("mlp", "embed"), "parts": (cfg.hidden, cfg.hidden)}  # gate and up
     sizes = {"kv_heads": cfg.kv_heads, "depth": cfg.head_depth, "bias": cfg.qkv_bias, "proj_bias": False}
     block = {
         "attn": self_attention_spec(cfg.width, cfg.heads, **sizes, init=init, proj_init=residual),
         "mlp": {
             "down": linear_spec(cfg.hidden, cfg.width, bias=False, init=residual, axes=("embed", "mlp")),
-            "up": linear_spec(cfg.width, 2 * cfg.hidden, bias=False, init=init, axes=("mlp", "embed")),
+            "up": linear_spec(cfg.width, 2 * cfg.hidden, **up),
         },
         "norm1": rms_norm_spec(cfg.width),
         "norm2": rms_norm_spec(cfg.width),
@@ -180,6 +182,7 @@ def features(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = 
     if dropping:
         weights_key, values_key = random.sites(key, 2).unbind(0)
         on_weights = dropout_sites(weights_key, cfg.layers, (batch, cfg.heads, time, time), cfg.dropout)
+        on_weights = [own_heads(f, p["attn"]) for f, p in zip(on_weights, params["blocks"], strict=True)]
         first, *on_values = dropout_sites(values_key, 1 + 2 * cfg.layers, tuple(x.shape), cfg.dropout)
         drops = list(zip(on_weights, on_values[0::2], on_values[1::2], strict=True))
         x = first(x)
@@ -218,9 +221,6 @@ def apply(params: dict, tokens: Tensor, cfg: Config, *, key: Tensor | None = Non
         ValueError: tokens of another shape or longer than the context, no key where one is needed.
     """
     return logits(params, features(params, tokens, cfg, key=key, train=train))
-
-
-# Decoding.
 
 
 def empty_caches(params: dict, cfg: Config, batch: int, positions: int) -> list[Cache]:

@@ -49,6 +49,7 @@ CASES = [
     ("random_bits --rounds 1", "dropout / F.dropout"),
     ("recurrent --rounds 1 --batch 2 --time 4 --width 4 --no-compile", "functree / torch, packed"),
     ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
+    ("scale --what reduction gpt --rounds 1 --no-compile", "two processes / one process"),
     ("segmentation_accuracy --data pairs --other module --steps 2 --size 16 --batch 2 --width 2 --depth 2", "module "),
     ("segmentation_unet --width 2 --depth 2 --side 8 --batch 2 --rounds 1", "functree / nn.Module, compiled"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),

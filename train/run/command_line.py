@@ -102,19 +102,14 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
     except (ValueError, OSError) as error:
         if os.environ.get("FUNCTREE_DEBUG"):
             raise
-        line = _one_line(error)
         if processes:
-            line = processes.fail(line)
-        if line is not None:
-            print(f"error: {line}", file=sys.stderr)
+            _end_together(processes.fail(_one_line(error)))
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not processes or not processes.is_of_a_collective(error) or os.environ.get("FUNCTREE_DEBUG"):
             raise
-        line = processes.fail(f"another process has gone ({_one_line(error)[:200]})", lost=True)
-        if line is not None:
-            print(f"error: {line}", file=sys.stderr)
-        _leave(2)
+        _end_together(processes.fail(f"another process has gone ({_one_line(error)[:200]})", lost=True))
     except KeyboardInterrupt as interruption:
         print("interrupted", file=sys.stderr)
         code = 128 + getattr(interruption, "number", signal.SIGINT)
@@ -126,11 +121,14 @@ def run(description: str, default: tuple, *, root: Path | None = None, **others:
         _restore(previous)
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process at once: threads that still talk to a process that has gone are not waited for."""
+def _end_together(line: str | None) -> NoReturn:
+    """Print the line, if it is this process's to print, and end at once with exit code 2: threads that still talk to a
+    process that has gone are not waited for, and a launcher that ends all of them comes too late."""
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(2)
 
 
 def _leave_threads_behind(code: int, seconds: float = 5.0) -> None:

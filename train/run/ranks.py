@@ -1,4 +1,4 @@
-"""A run on several processes: its flags, what all processes must have alike, and what it says of itself."""
+"""A run on several processes: its flags, the checks that all processes are alike, its lines in the log."""
 
 import hashlib
 import json
@@ -41,7 +41,8 @@ class Ranks:
             self.sizes = mesh.default_sizes(common.shard, processes.ranks, processes.ranks_per_node)
         mesh.check(self.sizes, common.shard, processes.ranks)
         check_batch(args, self.sizes["replica"] * self.sizes["data"])
-        self.check_same({"code": code_hash(), "torch": torch.__version__, "arguments": json.dumps(plain(args))})
+        words = {flags.flag(name): plain(value) for name, value in flags.values(args).items()}
+        self.check_same({"code": code_hash(), "torch": torch.__version__, **words})
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
         processes.open_group(self.device)
@@ -84,7 +85,7 @@ class Ranks:
         return {"processes": self.processes.ranks, "mesh": self.sizes, "launcher": launch.identity()}
 
     def lines(self, folder: Path) -> list[str]:
-        """What the run says of its processes; the whole plan goes to a file of its folder."""
+        """Lines for the log on the processes; the whole plan goes to a file of its folder."""
         cuts = shards.plan(self._model, self.sizes, shards.RULES[self._way])
         (folder / PLAN).write_text(shards.table(self._model, self.sizes, cuts) + "\n", encoding="utf-8")
         grid = ", ".join(f"{axis}={size}" for axis, size in self.sizes.items() if size > 1) or "alone"

@@ -188,7 +188,7 @@ class Run:
                 yield
 
     def _on_first(self, f: Callable[[], Any]) -> Any:
-        """What `f` gives, called by the first process alone; its errors are those of all."""
+        """The result of `f`, called by the first process alone; its errors are those of all."""
         return f() if self._ranks is None else self._ranks.first(f)
 
     def _wait(self) -> None:
@@ -311,12 +311,14 @@ def begin(root: Path, args: Any, free: tuple[str, ...] = (), shards: tuple[str, 
 
 
 def scratch_copy(folder: Path) -> tempfile.TemporaryDirectory:
-    """A folder with a copy of a run's, without its checkpoints, for a process that is not the first; it goes with the
-    object."""
+    """A folder with a copy of a run's, its checkpoints by a link, for a process that is not the first; it goes with
+    the object."""
     scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     if folder.is_dir():
+        copy = Path(scratch.name) / folder.name
         ignored = shutil.ignore_patterns("checkpoints", ".lock", "events.*")
-        shutil.copytree(folder, Path(scratch.name) / folder.name, ignore=ignored)
+        shutil.copytree(folder, copy, ignore=ignored)
+        (copy / "checkpoints").symlink_to((folder / "checkpoints").absolute())
     return scratch
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core import collectives, tree
 from core.layers.normalization import synchronise_batch_norms
+from core.layers.split import Split
 from core.tree import Tree
 from train.losses.weighted import positive
 from train.optimizers.protocol import Optimizer, sharded
@@ -33,16 +34,28 @@ class Distributed:
         cuts: the plan.
         shapes: {name: whole shape} of the leaves in the plan.
         local_norm: each process normalises by its own rows in batch norm.
+        output_layers: names of the matrices cut along model whose outputs, the logits, every process gets whole.
     """
 
     mesh: Mesh
     cuts: Plan
     shapes: dict[str, tuple[int, ...]]
     local_norm: bool = False
+    output_layers: frozenset[str] = frozenset()
 
     def cut_of(self, name: str, leaf: Tensor) -> Shard | None:
         """The cut of a leaf of parameters, gradients or optimizer states: that of the parameter whose name its own
         ends in, if it has the shape of it or of its pieces."""
+        parameter = self._parameter(name, leaf)
+        return None if parameter is None else self.cuts[parameter]
+
+    def is_piece(self, name: str, leaf: Tensor) -> bool:
+        """Whether a leaf that has a cut is a piece."""
+        parameter = self._parameter(name, leaf)
+        return parameter is not None and tuple(leaf.shape) != self.shapes[parameter]
+
+    def _parameter(self, name: str, leaf: Tensor) -> str | None:
+        """The longest name of a parameter with a cut that the name of a leaf ends in."""
         path = name.split(".")
         for i in range(len(path)):
             suffix = ".".join(path[i:])
@@ -50,15 +63,17 @@ class Distributed:
             if cut is not None:
                 whole = self.shapes[suffix]
                 if tuple(leaf.shape) in (whole, shards.local_shape(whole, cut, self.mesh.sizes)):
-                    return cut
+                    return suffix
         return None
 
     def cut(self, values: Tree) -> Tree:
-        """This process's pieces of a state, parameters or gradients that are whole."""
+        """This process's pieces of a state, parameters or gradients; what is a piece already stays."""
 
         def piece(name: str, leaf: Tensor) -> Tensor:
             cut = self.cut_of(name, leaf)
-            return leaf if cut is None else self._piece(leaf, cut).clone(memory_format=torch.contiguous_format)
+            if cut is None or self.is_piece(name, leaf):
+                return leaf
+            return self._piece(leaf, cut).clone(memory_format=torch.contiguous_format)
 
         return tree.map_with_names(piece, values)
 
@@ -93,10 +108,20 @@ class Distributed:
         return self.whole(params) if "data" in self._axes else params
 
     def prepared(self, params: Tree) -> Tree:
-        """Parameters and Stats, merged, as the net takes them inside the loss: batch norms know their group."""
+        """Parameters and Stats, merged, as the net takes them inside the loss: matrices that are cut along model, and
+        batch norms, know their group."""
+        if "model" in self._axes:
+            params = tree.map_with_names(self._split, params)
         if self.mesh.rows == 1 or self.local_norm:
             return params
         return synchronise_batch_norms(params, self.mesh.groups["rows"], self.mesh.rows)
+
+    def _split(self, name: str, leaf: Tensor) -> Tensor | Split:
+        cut = self.cut_of(name, leaf)
+        if cut is None or cut.mesh_axis != "model" or leaf.ndim != 2:
+            return leaf
+        group, place = self.mesh.groups["model"], self.mesh.place["model"]
+        return Split(leaf, cut.dim, group, place, self.mesh.sizes["model"], joined=name in self.output_layers)
 
     def rows(self, batch: Tree) -> Tree:
         """This process's rows of a batch, any tree with the examples leading; so too of a tensor of indices.
@@ -145,6 +170,20 @@ class Distributed:
         extra = [x * share.to(x.dtype) for x in sums[len(rest) :]]
         return total, tree.unflatten(grads, means), tree.unflatten(others, extra)
 
+    def summed(self, values: Tree) -> Tree:
+        """The sum over the processes with other rows of each leaf, whole."""
+        leaves = tree.leaves(values)
+        if self.mesh.rows > 1:
+            leaves = collectives.sum_all(leaves, self.mesh.groups["rows"])
+        return tree.unflatten(values, leaves)
+
+    def joined(self, values: Tree) -> Tree:
+        """Leaves with this process's examples leading -> with those of all, in the order of the batch."""
+        leaves = tree.leaves(values)
+        if self.mesh.rows > 1:
+            leaves = collectives.gather(leaves, [0] * len(leaves), self.mesh.groups["rows"], self.mesh.rows)
+        return tree.unflatten(values, leaves)
+
     def norm(self, values: Tree) -> Tensor:
         """`tree.norm` of a tree of which this process has its pieces; the same on every process."""
         parts: dict[str, list[Tensor]] = {}
@@ -178,7 +217,8 @@ def distribute(model: Tree, mesh: Mesh, way: str, local_norm: bool = False) -> D
     """
     cuts = shards.plan(model, mesh.sizes, shards.RULES[way])
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.items(model)}
-    return Distributed(mesh, cuts, shapes, local_norm)
+    output_layers = frozenset(name for name, leaf in tree.items(model) if "vocabulary" in leaf.axes[:1])
+    return Distributed(mesh, cuts, shapes, local_norm, output_layers)
 
 
 def reduced(gradient: Any, over: Distributed) -> Callable[[Any, Tree], tuple]:
@@ -188,4 +228,9 @@ def reduced(gradient: Any, over: Distributed) -> Callable[[Any, Tree], tuple]:
     """
     if gradient.reduce is None:
         raise ValueError("this gradient has no form for several processes; expected one with `reduce`")
-    return lambda state, contribution: gradient.result(state, gradient.reduce(over, contribution))
+
+    def result(state: Any, contribution: Tree) -> tuple:
+        grads, *rest = gradient.result(state, gradient.reduce(over, contribution))
+        return over.cut(grads), *rest
+
+    return result

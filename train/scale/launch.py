@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Processes:
 
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         store.set_timeout(self.timeout)
-        return store
+        return dist.PrefixStore(f"start/{self.restarts}", store)  # a launcher keeps the store when it starts anew
 
     def open_group(self, device: str) -> None:
         """Start torch.distributed's default group: gloo, and nccl for tensors on a GPU."""
@@ -70,7 +71,7 @@ class Processes:
         return texts
 
     def first(self, f: Callable[[], Any]) -> Any:
-        """What `f` returns on the first process, as JSON, on every process.
+        """The result of `f` on the first process, as JSON, on every process.
 
         Raises ValueError on all of them where `f` raises a ValueError or an OSError.
         """
@@ -121,13 +122,12 @@ class Processes:
 
         Returns the line to print, None where another process prints it: the first prints one line for all of them.
         """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends once the first has ended
         with contextlib.suppress(Exception):  # the store goes with the launcher
-            if lost:
-                line = self._elsewhere() or line
+            line = (lost and self._elsewhere()) or line
             self._store.set(f"failed/{self.rank}", line)
             self.close()  # a collective that others wait in fails at once
-            self._wait_for_the_others()
-            if self.rank and self._store.check(["failed/0"]):
+            if self._wait_for_the_others(2.0 if lost else GRACE) and self.rank:
                 return None
         return line if not self.rank or lost else f"process {self.rank}: {line}"
 
@@ -135,7 +135,7 @@ class Processes:
         """Whether an error says that another process does not answer."""
         import torch.distributed as dist
 
-        return self._grouped and (isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_GLOO))
+        return isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_GLOO)
 
     def _elsewhere(self) -> str | None:
         """The error of another process that has failed, waited for a moment."""
@@ -147,12 +147,15 @@ class Processes:
             time.sleep(0.05)
         return None
 
-    def _wait_for_the_others(self) -> None:
-        end = time.monotonic() + GRACE
+    def _wait_for_the_others(self, seconds: float) -> bool:
+        """Whether the first process, and until then all others, have failed too."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if all(self._store.check([f"failed/{rank}"]) for rank in range(self.ranks)):
-                return
+                time.sleep(0.0 if self.rank else 0.3)  # the store may be the first process's: the others look once more
+                return True
             time.sleep(0.02)
+        return self._store.check(["failed/0"])
 
     def close(self) -> None:
         """End the default group, if there is one."""

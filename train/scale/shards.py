@@ -82,7 +82,7 @@ def plan(spec: Tree, sizes: Mapping[str, int], rules: Mapping[str, str]) -> Plan
 
 
 def _parts(leaf: Param, dim: int) -> tuple[int, ...]:
-    return tuple(getattr(leaf, "parts", ())) if dim == 0 else ()
+    return leaf.parts if dim == 0 else ()
 
 
 def _divides(leaf: Param, dim: int, ways: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the processes of a test do: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
+"""Cases that the processes of a test run: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
 
 Each case writes what its process has to `FOLDER/<case>-<rank>.pt`.
 """
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
-from core import collectives, random, tree
+from core import collectives, random, spec, tree
+from core.layers import batch_norm_spec
+from core.layers import normalization as layers
+from core.layers.split import Split, vocabulary_cross_entropy
 from nets.classifiers import resnet
 from nets.language import gpt2
 from train import optimizers
@@ -24,8 +27,11 @@ CFG = gpt2.Config(vocabulary=48, context=16, layers=2, heads=4, width=32, dropou
 STEPS = 20
 
 
-def losses(params, batch, keys, cfg):
+def losses(params, batch, keys, cfg, by_vocabulary=True):
     tokens, targets = batch
+    if by_vocabulary and isinstance(params["tokens"]["weight"], Split):
+        x = gpt2.features(params, tokens, cfg, key=keys, train=True)
+        return vocabulary_cross_entropy(params["tokens"]["weight"], x, targets).mean(1)
     logits = gpt2.apply(params, tokens, cfg, key=keys, train=True)
     return cross_entropy(logits, targets, reduction="none").mean(1)
 
@@ -42,11 +48,12 @@ def optimizer(name: str = "adamw"):
     return optimizers.chain(optimizers.clip_by_global_norm(0.5), rule)
 
 
-def train(over, *, steps=range(STEPS), state=None, optimizer_name="adamw", **options):
+def train(over, *, steps=range(STEPS), state=None, optimizer_name="adamw", by_vocabulary=True, **options):
     """(losses and norms of each step, the last state, whole)."""
     rule = optimizer(optimizer_name)
     state = create(random.key(0), gpt2.spec(CFG), rule) if state is None else state
-    step = make_step(functools.partial(losses, cfg=CFG), rule, distributed=over, compile=False, **options)
+    loss = functools.partial(losses, cfg=CFG, by_vocabulary=by_vocabulary)
+    step = make_step(loss, rule, distributed=over, **{"compile": False, **options})
     state, curve = state if over is None else over.cut(state), []
     for i in steps:
         state, metrics = step(state, batch_of(i))
@@ -60,6 +67,23 @@ def curves(processes, way="replicate", sizes=None, **options):
     return {"curve": curve, "state": tree.flatten(state)}
 
 
+def watched(processes, way="fsdp"):
+    """Norms of the gradient of each example, of a step on cut parameters."""
+    over = distribute(gpt2.spec(CFG), open_mesh({"data": processes.ranks}), way)
+    return watch_of(over)
+
+
+def watch_of(over):
+    def look(out):
+        return {"norms": out.total_norm, "moment": tree.norm(out.second_moment)}
+
+    state = create(random.key(0), gpt2.spec(CFG), optimizer())
+    options = {"watch": look, "want": ("norm", "square"), "distributed": over, "compile": False}
+    step = make_step(functools.partial(losses, cfg=CFG), optimizer(), **options)
+    state, metrics = step(state if over is None else over.cut(state), batch_of(0))
+    return metrics
+
+
 def batch_norm(processes, local_norm=False):
     """The gradient, increments and metrics of a residual net on this process's rows, reduced."""
     cfg = resnet.PRESETS["cifar-resnet8"]
@@ -70,7 +94,7 @@ def batch_norm(processes, local_norm=False):
 
 def gradient_of(cfg, over=None):
     state = create(random.key(0), resnet.spec(cfg), optimizers.sgd(0.1))
-    images = 1000 + random.normal(random.key(1), (8, 3, 8, 8))
+    images = random.normal(random.key(1), (8, 3, 8, 8))
     batch = images, torch.arange(8) % 10
 
     def loss(params, batch, keys):
@@ -123,6 +147,15 @@ def transforms(processes):
     return out
 
 
+def far_from_zero(processes):
+    """A synchronised batch norm of values around 1000, and that of all rows at once."""
+    p = {**spec.init(random.key(0), batch_norm_spec(3))}
+    x = 1000 + random.normal(random.key(1), (8, 3, 4, 4))
+    group, rows = torch.distributed.group.WORLD.group_name, slice(4 * processes.rank, 4 * processes.rank + 4)
+    together = layers.batch_norm(layers.synchronise_batch_norms(p, group, processes.ranks), x[rows], train=True)
+    return {"together": together, "all": layers.batch_norm(p, x, train=True)[rows]}
+
+
 def resumed(processes, state, way):
     over = distribute(gpt2.spec(CFG), open_mesh({"data": processes.ranks}), way)
     template = create(random.key(0), gpt2.spec(CFG), optimizer())
@@ -144,9 +177,17 @@ CASES = {
     "muon": functools.partial(curves, way="fsdp", optimizer_name="muon"),
     "hsdp": functools.partial(curves, way="hsdp", sizes={"replica": 2, "data": 2}),
     "tensor": functools.partial(curves, way="tensor", sizes={"model": 2}),
+    "tensor_joined": functools.partial(curves, way="tensor", sizes={"model": 2}, by_vocabulary=False),
+    "tensor_and_data": functools.partial(curves, way="tensor", sizes={"data": 2, "model": 2}),
+    "compiled": functools.partial(curves, way="fsdp", steps=range(3), compile=True, backend="aot_eager"),
+    "compiled_tensor": functools.partial(
+        curves, way="tensor", sizes={"model": 2}, steps=range(3), compile=True, backend="aot_eager"
+    ),
     "half": half,
+    "watched": watched,
     "batch_norm": batch_norm,
     "local_norm": functools.partial(batch_norm, local_norm=True),
+    "far_from_zero": far_from_zero,
     "transforms": transforms,
 }
 
