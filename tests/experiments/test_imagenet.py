@@ -48,6 +48,7 @@ def test_linear_scaling_and_gradual_warm_up():
     assert cosine[20:] == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_snapshots_and_the_best_stay(here):
     flags = (*FLAGS, "--epochs", "8", "--snapshot-epochs", "2", "--save-every", "5", "--learning-rate", "0.5")
     assert call(*flags, "--name", "a") == 0
