@@ -229,17 +229,19 @@ def rows_of(run: Run, count: int) -> slice:
 
 def measured(run: Run, values: tree.Tree, trained: Trained, test: Files, decoder: Decoder) -> dict[str, float]:
     """accuracy, top5_accuracy (with more than five classes) and nll of the test pictures, of which each of several
-    processes evaluates a part."""
-    rows = rows_of(run, len(test.labels))
-    log_probs, labels = predictions(
-        values, trained, test._replace(paths=test.paths[rows], labels=test.labels[rows]), decoder
-    )
+    processes evaluates a part, unless there are fewer than processes."""
+    mesh = run.distributed.mesh if run.distributed else None
+    divided = mesh is not None and 1 < mesh.rows <= len(test.labels)
+    if divided:
+        rows = rows_of(run, len(test.labels))
+        test = test._replace(paths=test.paths[rows], labels=test.labels[rows])
+    log_probs, labels = predictions(values, trained, test, decoder)
     figures = classification.figures(log_probs, labels)
-    names = [name for name in figures if name != "calibration_error"]
-    sums = torch.tensor([len(labels), *(figures[name] * len(labels) for name in names)], dtype=torch.float64)
-    if run.distributed is not None and run.distributed.mesh.rows > 1:
-        (sums,) = collectives.sum_all([sums.to(run.device)], run.distributed.mesh.groups["rows"])
-    return dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True))
+    del figures["calibration_error"]  # no mean over pictures
+    sums = torch.tensor([len(labels), *(value * len(labels) for value in figures.values())], dtype=torch.float64)
+    if divided:
+        (sums,) = collectives.sum_all([sums.to(run.device)], mesh.groups["rows"])
+    return dict(zip(figures, (sums[1:] / sums[0]).tolist(), strict=True))
 
 
 def index(args: IndexArgs) -> None:
