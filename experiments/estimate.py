@@ -40,6 +40,8 @@ PLANNED = {
 """Sizes of Grattafiori et al. 2024, "The Llama 3 Herd of Models" (arXiv:2407.21783), table 3."""
 PUBLISHED = {"compiled": {8: 77.0, 128: 62.0}, "eager": {8: 82.4, 128: 67.0}}
 """Peak memory in GiB of torchtitan's Llama 3.1 8B, by GPUs."""
+SPEED = 6667.0
+"""Its tokens per second and GPU, compiled, on 8 of them."""
 GIB, PEAKS = 2**30, {"h100": 989e12, "h200": 989e12, "a100": 312e12, "b200": 2250e12}
 """Dense bfloat16 operations per second, as their maker states them."""
 LANGUAGE = (llama, gpt2)
@@ -62,9 +64,9 @@ class Args:
     """Pixels per side of images."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the net; parameters, gradients and optimizer states are float32."""
-    speed: NonNegative = 6667.0
+    speed: NonNegative = 0.0
     """Tokens, or images, per second of a process, of which the share of the device's arithmetic is computed; 0 for
-    none."""
+    none, and for torchtitan's 6,667 with llama-3.1-8b."""
     device: Literal["h100", "h200", "a100", "b200"] = "h100"
     """Whose arithmetic that is a share of."""
     out: Path | None = None
@@ -106,14 +108,17 @@ def draw(path: Path, args: Args, costs: dict[int, Estimate]) -> None:
     lines = {"state": (ranks, [cost.state / GIB for cost in costs.values()])}
     if any(cost.gathered for cost in costs.values()):
         lines["parameters gathered at once"] = (ranks, [cost.gathered / GIB for cost in costs.values()])
-    if args.net == "llama-3.1-8b" and 8 in costs:
-        for name, points in PUBLISHED.items():
-            lines[f"torchtitan, {name}"] = (list(points), list(points.values()))
-            rest = points[8] - costs[8].state / GIB
-            lines[f"state + {rest:.1f}"] = (ranks, [rest + cost.state / GIB for cost in costs.values()])
+    published = PUBLISHED if args.net == "llama-3.1-8b" and 8 in costs and args.shard == "fsdp" else {}
+    for points in published.values():
+        rest = points[8] - costs[8].state / GIB
+        lines[f"state + {rest:.1f}"] = (ranks, [rest + cost.state / GIB for cost in costs.values()])
     with panels(path, 1, 1, width=6.4, height=4.2) as (axes,):
         title = f"{args.net}, --shard {args.shard}: memory per process"
         plots.curves(axes, lines, "processes", "GiB", title)
+        for name, points in published.items():
+            mark = "o" if name == "compiled" else "s"
+            axes.plot(list(points), list(points.values()), mark, color="black", label=f"torchtitan, {name}")
+        axes.legend(frameon=False, fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(number) for number in ranks])
         axes.set_ylim(bottom=0)
@@ -134,9 +139,10 @@ def plan(args: Args) -> None:
     facts = {"net": args.net, "parameters": first.parameters, f"{unit}s per step and process": units}
     facts[f"GFLOP per {unit}"] = f"{flops / 1e9:.1f}"
     facts["activations"] = f"{once.saved / GIB:.1f} GiB without recomputation, on a process with the whole net"
-    share = flops * args.speed / PEAKS[args.device]
-    if args.speed:
-        facts["of the device"] = f"{share:.1%} of {args.device}'s arithmetic at {args.speed:,.0f} {unit}s per second"
+    speed = args.speed or (SPEED if args.net == "llama-3.1-8b" else 0.0)
+    share = flops * speed / PEAKS[args.device]
+    if speed:
+        facts["of the device"] = f"{share:.1%} of {args.device}'s arithmetic at {speed:,.0f} {unit}s per second"
     understood(print, facts)
     print(table(costs))
     rows = {str(number): {**cost._asdict(), "volumes": cost.volumes} for number, cost in costs.items()}
