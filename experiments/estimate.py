@@ -144,9 +144,8 @@ def plan(args: Args) -> None:
     flops = first.flops / units * (ranks[0] if args.shard == "tensor" else 1)
     facts = {"net": args.net, "parameters": first.parameters, f"{unit}s per step and process": units}
     facts[f"GFLOP per {unit}"] = f"{flops / 1e9:.1f}"
-    facts["activations"] = (
-        f"{once.saved / GIB:.1f} GiB without recomputation, attention written out, on a process with the whole net"
-    )
+    written = ", attention written out" if net in LANGUAGE else ""
+    facts["activations"] = f"{once.saved / GIB:.1f} GiB without recomputation{written}, of a process with the whole net"
     speed = args.speed or (SPEED if args.net == "llama-3.1-8b" else 0.0)
     share = flops * speed / PEAKS[args.device]
     if speed:
