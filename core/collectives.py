@@ -240,17 +240,28 @@ def _check_outside(name: str) -> None:
         )
 
 
+def _by_dtype(xs: Sequence[Tensor]) -> list[list[int]]:
+    """The places of the tensors of each dtype: one collective takes one dtype."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(xs):
+        groups.setdefault(x.dtype, []).append(i)
+    return list(groups.values())
+
+
 def sum_all(xs: Sequence[Tensor], group: str) -> list[Tensor]:
     """The sum over the processes of each tensor, in one collective; not inside a transform.
+
+    The tensors are sent one after the other in one buffer: gloo takes 1.5 times as long for a coalesced one.
 
     Raises RuntimeError: inside grad, vmap or jvp.
     """
     _check_outside("sum_all")
-    operators = _operators()
-    if not xs:
-        return []
-    pending = operators.all_reduce_coalesced([x.contiguous() for x in xs], "sum", group)
-    return [operators.wait_tensor(x) for x in pending]
+    out = list(xs)
+    for places in _by_dtype(xs):
+        flat = _summed(torch.cat([xs[i].reshape(-1) for i in places]), group)
+        for i, x in zip(places, flat.split([xs[i].numel() for i in places]), strict=True):
+            out[i] = x.reshape(xs[i].shape)
+    return out
 
 
 def gather(xs: Sequence[Tensor], dims: Sequence[int], group: str, ways: int) -> list[Tensor]:
@@ -259,16 +270,15 @@ def gather(xs: Sequence[Tensor], dims: Sequence[int], group: str, ways: int) -> 
     Raises RuntimeError: inside grad, vmap or jvp.
     """
     _check_outside("gather")
-    operators = _operators()
-    if not xs:
-        return []
-    pending = operators.all_gather_into_tensor_coalesced([x.contiguous() for x in xs], ways, group)
-    out = []
-    for x, dim, rows in zip(xs, dims, pending, strict=True):
-        rows = operators.wait_tensor(rows)  # (ways * first, ...)
-        if dim:
-            rows = rows.reshape(ways, *x.shape).movedim(0, dim).flatten(dim, dim + 1)  # (..., ways * size, ...)
-        out.append(rows)
+    operators, out = _operators(), list(xs)
+    for places in _by_dtype(xs):
+        own = [xs[i].contiguous() for i in places]
+        pending = operators.all_gather_into_tensor_coalesced(own, ways, group)
+        for i, rows in zip(places, pending, strict=True):
+            rows, dim = operators.wait_tensor(rows), dims[i]  # (ways * first, ...)
+            if dim:
+                rows = rows.reshape(ways, *xs[i].shape).movedim(0, dim).flatten(dim, dim + 1)  # (..., ways * size, ...)
+            out[i] = rows
     return out
 
 
@@ -278,15 +288,13 @@ def scatter_sum(xs: Sequence[Tensor], dims: Sequence[int], group: str, ways: int
     Raises RuntimeError: inside grad, vmap or jvp. ValueError: a dimension that does not divide.
     """
     _check_outside("scatter_sum")
-    operators = _operators()
-    if not xs:
-        return []
-    rows = []
     for x, dim in zip(xs, dims, strict=True):
         if x.shape[dim] % ways:
             raise ValueError(f"scatter_sum: dimension {dim} of {tuple(x.shape)} does not divide by {ways}")
-        pieces = x.unflatten(dim, (ways, -1)).movedim(dim, 0) if dim else x
-        rows.append(pieces.flatten(0, 1).contiguous() if dim else x.contiguous())
-    shapes = [[n // ways if i == dim else n for i, n in enumerate(x.shape)] for x, dim in zip(xs, dims, strict=True)]
-    pending = operators.reduce_scatter_tensor_coalesced(rows, "sum", ways, group)
-    return [operators.wait_tensor(x).reshape(shape) for x, shape in zip(pending, shapes, strict=True)]
+    pieces = [x.unflatten(dim, (ways, -1)).movedim(dim, 0) for x, dim in zip(xs, dims, strict=True)]  # (ways, ...)
+    out = [piece[0] for piece in pieces]
+    for places in _by_dtype(xs):
+        flat = _scattered(torch.cat([pieces[i].reshape(ways, -1) for i in places], 1), group, ways)
+        for i, x in zip(places, flat.split([out[i].numel() for i in places]), strict=True):
+            out[i] = x.reshape(out[i].shape)
+    return out

@@ -168,6 +168,12 @@ def test_four_processes_and_resuming_on_four_and_on_one(two, tmp_path, alone):
 
 @pytest.mark.slow
 def test_other_options(tmp_path, alone):
-    more = outputs(tmp_path, "micro,donated,muon,tensor_joined,compiled,compiled_tensor", 2)
+    more = outputs(tmp_path, "micro,donated,muon,tensor_joined", 2)
     for name, ranks in more.items():
         check(ranks, cases.train(None, optimizer_name="muon") if name == "muon" else alone)
+
+
+@pytest.mark.long
+def test_compiled_steps(tmp_path, alone):
+    for ranks in outputs(tmp_path, "compiled,compiled_tensor", 2).values():
+        check(ranks, alone)
