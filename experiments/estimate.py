@@ -1,4 +1,4 @@
-"""What a training step will need on many processes: memory, traffic, flops, by arithmetic alone, before any is started.
+"""The cost of a training step on many processes: memory, traffic, flops, by arithmetic alone, before any is started.
 
 Without a flag it plans Llama 3.1 8B over 8 to 1,024 GPUs and stands beside the figures that torchtitan published for
 8 and 128 of them (H100, arXiv:2410.06511 and benchmarks/llama3_h100_202412):
@@ -55,7 +55,7 @@ class Args:
     ranks: tuple[Count, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of processes."""
     shard: Literal["replicate", "fsdp", "tensor"] = "fsdp"
-    """What each keeps of the state: replicate (all), fsdp (an equal part), tensor (its part of every layer)."""
+    """Part of the state on each: replicate (all), fsdp (an equal part), tensor (its part of every layer)."""
     batch: Count = 1
     """Sequences, or images, per step of each process with rows of its own."""
     time: Count = 8192
@@ -68,7 +68,7 @@ class Args:
     """Tokens, or images, per second of a process, of which the share of the device's arithmetic is computed; 0 for
     none, and for torchtitan's 6,667 with llama-3.1-8b."""
     device: Literal["h100", "h200", "a100", "b200"] = "h100"
-    """Whose arithmetic that is a share of."""
+    """Device of that arithmetic."""
     out: Path | None = None
     """New folder for estimate.json and memory.png; estimate, numbered if it exists, if None."""
 

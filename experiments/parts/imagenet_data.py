@@ -44,9 +44,9 @@ def write_scenes(folder: Path) -> None:
     pools = dict(zip(COUNTS, arrays.digits(), strict=True))
     for number, (part, (tars, count)) in enumerate(COUNTS.items()):
         options = {"side": SIDE, "sizes": DIGITS, "least": 1, "most": 1}
-        drawn = scenes.scenes(random.key(number), tars * count, pools[part], **options)
-        pixels = (255 * drawn.images).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        names = [scenes.NUMBERS[label] for label in drawn.labels[:, 0].tolist()]
+        batch = scenes.scenes(random.key(number), tars * count, pools[part], **options)
+        pixels = (255 * batch.images).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        names = [scenes.NUMBERS[label] for label in batch.labels[:, 0].tolist()]
         (folder / part).mkdir(parents=True)
         for tar in range(tars):
             with tarfile.open(folder / part / f"{tar:03}.tar", "w") as file:

@@ -36,7 +36,7 @@ HEADS = "heads"
 
 
 class Estimate(NamedTuple):
-    """What a process needs for a step; sizes in bytes."""
+    """The needs of a process for a step; sizes in bytes."""
 
     parameters: int
     """Numbers of the whole net, Stats not counted."""
@@ -120,7 +120,7 @@ def _exchanged(leaves: list[tuple[Any, Shard | None]], ways: int, tokens: int) -
 
 
 class Traced(NamedTuple):
-    """What a pass through a loss would take, on one process."""
+    """The cost of a pass through a loss and its gradient, on one process."""
 
     saved: int
     """Bytes of the activations that are kept for the backward pass, without the parameters."""

@@ -1,4 +1,4 @@
-"""Pictures in tars: read as those of class folders are, whatever tars hold, and what is wrong with them said."""
+"""Tars of pictures: read as class folders are, whatever form they have, and refused by name where they are wrong."""
 
 import gzip
 import io
@@ -202,10 +202,10 @@ def test_a_truncated_tar_gives_its_whole_pictures(damage, left, reason, tmp_path
     path.write_bytes(damage(path.read_bytes()))
     head = shards.write_index(tmp_path)
     assert head["pictures"] == left + 1
-    ((name, said),) = head["skipped"]
-    assert name == "train/0.tar" and reason in said and said.startswith(f"is truncated or damaged after {left} files")
+    ((name, line),) = head["skipped"]
+    assert name == "train/0.tar" and reason in line and line.startswith(f"is truncated or damaged after {left} files")
     facts = sets.facts(sets.open_images(str(tmp_path), "all"))
-    assert facts["skipped"] == [(tmp_path / "train/0.tar", said)]
+    assert facts["skipped"] == [(tmp_path / "train/0.tar", line)]
 
 
 def test_an_index_older_than_its_tars(tmp_path):
