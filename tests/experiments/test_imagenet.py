@@ -55,11 +55,11 @@ def test_snapshots_and_the_best_stay(here):
     folder = here / "runs" / "imagenet" / "a"
     saved = folder / "checkpoints"
     errors = {step: checkpoints.read_record(saved, step).metrics.get("error") for step in checkpoints.steps(saved)}
-    result, measured = runs.result(folder), {step: error for step, error in errors.items() if error is not None}
+    result, evaluated = runs.result(folder), {step: error for step, error in errors.items() if error is not None}
     best = round(3 * result["best_epoch"])  # three steps per epoch
     assert set(errors) == {6, 12, 18, 20, 21, 24, best}
-    assert measured[best] == min(measured.values()) == pytest.approx(1 - result["best_accuracy"])
-    assert measured[24] == pytest.approx(1 - result["accuracy"])
+    assert evaluated[best] == min(evaluated.values()) == pytest.approx(1 - result["best_accuracy"])
+    assert evaluated[24] == pytest.approx(1 - result["accuracy"])
 
 
 def test_classify_uses_the_runs(here, capsys):
