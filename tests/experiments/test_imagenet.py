@@ -62,6 +62,7 @@ def test_snapshots_and_the_best_stay(here):
     assert evaluated[24] == pytest.approx(1 - result["accuracy"])
 
 
+@pytest.mark.slow
 def test_classify_uses_the_runs(here, capsys):
     assert call(*FLAGS, "--epochs", "1", "--name", "a") == 0
     Image.new("RGB", (30, 20), "red").save("x.png")

@@ -60,9 +60,9 @@ def counted(model, sizes: dict[str, int], way: str) -> dict[str, float]:
     ("sizes", "way"),
     [
         ({"data": 8}, "fsdp"),
-        ({"data": 1024}, "fsdp"),
+        pytest.param({"data": 1024}, "fsdp", marks=pytest.mark.slow),
         ({"data": 8}, "replicate"),
-        ({"replica": 16, "data": 64}, "hsdp"),
+        pytest.param({"replica": 16, "data": 64}, "hsdp", marks=pytest.mark.slow),
     ],
     ids=str,
 )
