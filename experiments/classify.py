@@ -18,7 +18,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import torch
@@ -26,18 +25,16 @@ import tyro
 from torch import Tensor
 
 from core import random, spec, tree
-from core.layers import freeze_batch_norms
 from experiments.parts import classifier
-from experiments.parts.classifier import FromRunOrWeights, Trained, is_run, net_of, normalised, predictions, study
+from experiments.parts.classifier import PredictArgs, is_run, losses, net_of, predictions, study
 from nets.classifiers import by_name
 from train import optimizers, plots
 from train.data.fingerprint import fingerprint
-from train.data.images import augment, folders
+from train.data.images import augment
 from train.data.images import sets as image_sets
 from train.data.images.files import Decoder
 from train.data.understood import understood
 from train.files import shown, write_json
-from train.losses import cross_entropy
 from train.metrics import classification
 from train.optimizers import recipes
 from train.run import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared, begin, command_line
@@ -143,31 +140,6 @@ class EvaluateArgs(FromRun):
     """New folder for report and pictures; RUN/evaluations/DATA, numbered if it exists, if None."""
     workers: Natural = 2
     """Processes that decode files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictArgs(FromRunOrWeights):
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures, folders of pictures, a .txt file with one name per line, or - for names on standard input."""
-    out: Path | None = None
-    """New folder for predictions.csv, predictions.json and a picture of the first 32; predictions, numbered if it
-    exists, if None."""
-    workers: Natural = 2
-    """Processes that decode files."""
-
-
-def losses(
-    params, batch, keys, net: ModuleType, cfg, trained: Trained, smoothing: float, frozen: tuple[str, ...], dtype
-):
-    """Cross-entropy of each example; auxiliary heads are added with their weights. Labels are integers or, where they
-    are mixed, probabilities."""
-    pixels, labels = batch
-    params = freeze_batch_norms(params, lambda name: recipes.matches(name, frozen)) if frozen else params
-    output = net.apply(params, normalised(pixels, trained).to(dtype), cfg, key=keys, train=True)
-    heads, options = by_name.weighted_logits(net, output), {"label_smoothing": smoothing, "reduction": "none"}
-    values = sum(weight * cross_entropy(logits, labels, **options) for weight, logits in heads)
-    classes = labels.argmax(-1) if labels.is_floating_point() else labels
-    return values, {"accuracy": classification.accuracy(heads[0][1].detach(), classes)}
 
 
 def optimizer_of(args: Args, steps: int, heads: set[str]) -> optimizers.Optimizer:
@@ -281,19 +253,7 @@ def evaluate(args: EvaluateArgs) -> None:
     print(f"{classifier.summary(figures)} of {len(data.test.labels)} images; files in {folder}/")
 
 
-def predict(args: PredictArgs) -> None:
-    """The most probable classes of pictures, by a run's net or by published weights."""
-    args.check()
-    paths, skipped = folders.picture_paths(args.images)
-    folder = unused(args.out, Path("predictions"))
-    trained, values = classifier.from_flags(args)
-    pictures = classifier.pictures_of(paths, trained, args.workers)
-    understood(print, {"pictures": len(paths), "unreadable": len(pictures.skipped), "skipped": skipped})
-    classifier.write_predictions(folder, values, trained, pictures)
-    print(f"files in {folder}/")
-
-
 COMMANDS = {"finetune": (Args, finetune, finetuning), "evaluate": (EvaluateArgs, evaluate)}
 
 if __name__ == "__main__":
-    command_line.run(__doc__, (Args, train, presets), root=RUNS, predict=(PredictArgs, predict), **COMMANDS)
+    command_line.run(__doc__, (Args, train, presets), root=RUNS, predict=(PredictArgs, classifier.predict), **COMMANDS)

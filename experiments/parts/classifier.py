@@ -1,33 +1,42 @@
-"""A classifier that `experiments/classify.py` has trained, or a published one: for its own `evaluate` and `predict`, to
-start a fine-tuning from, or for its `features` of images, which other scripts compare images by."""
+"""A classifier that `experiments/classify.py` or `imagenet.py` trains or has trained, or a published one: its loss, its
+`evaluate` and `predict`, a fine-tuning from it, and its `features` of images, which other scripts compare images by."""
 
 import csv
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from core import tree
+from core.layers import freeze_batch_norms
 from nets.classifiers import by_name, torchvision_weights
 from train.data import batching
-from train.data.images import augment
+from train.data.images import augment, folders
 from train.data.images import sets as image_sets
 from train.data.images.arrays import Labelled
 from train.data.images.files import Decoder, Files
+from train.data.understood import understood
 from train.files import replacing, shown, write_json
+from train.losses import cross_entropy
 from train.metrics import classification
+from train.optimizers import recipes
 from train.plots import classification as pictures
-from train.run import FromRun, SavedRun, command_line, open_run
+from train.run import FromRun, Natural, SavedRun, command_line, open_run
 from train.run.flags import check_source
+from train.run.run import unused
 
 RUNS = Path("runs/classify")
+SCRIPTS = ("classify", "imagenet")
+"""Scripts whose runs have a classifier."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class FromRunOrWeights(FromRun):
     """Flags of a sub-command that uses a run's net or published weights."""
 
     run: Path | None = None
-    """Folder of a run: runs/classify/NAME."""
+    """Folder of a run: runs/classify/NAME, runs/imagenet/NAME."""
     weights: str | None = None
     """Published weights instead: "published" (those of --net, downloaded), a weights file or a hub repository."""
     net: str | None = None
@@ -70,6 +79,17 @@ class FromRunOrWeights(FromRun):
             raise ValueError("--net goes with --weights; a run has its own net")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictArgs(FromRunOrWeights):
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, a .txt file with one name per line, or - for names on standard input."""
+    out: Path | None = None
+    """New folder for predictions.csv, predictions.json and a picture of the first 32; predictions, numbered if it
+    exists, if None."""
+    workers: Natural = 2
+    """Processes that decode files."""
+
+
 def net_of(trained: Trained) -> tuple[ModuleType, Any]:
     """(module of nets, Config)."""
     sizes = {"channels": trained.channels, "classes": len(trained.classes), "size": trained.size}
@@ -81,22 +101,49 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "checkpoints").is_dir()
 
 
-def load(folder: Path, checkpoint: str = "latest") -> tuple[Trained, tree.Tree]:
+def losses(
+    params, batch, keys, net: ModuleType, cfg, trained: Trained, smoothing: float, frozen: tuple[str, ...], dtype
+):
+    """Cross-entropy of each example; auxiliary heads are added with their weights. Labels are integers or, where they
+    are mixed, probabilities."""
+    pixels, labels = batch
+    params = freeze_batch_norms(params, lambda name: recipes.matches(name, frozen)) if frozen else params
+    output = net.apply(params, normalised(pixels, trained).to(dtype), cfg, key=keys, train=True)
+    heads, options = by_name.weighted_logits(net, output), {"label_smoothing": smoothing, "reduction": "none"}
+    values = sum(weight * cross_entropy(logits, labels, **options) for weight, logits in heads)
+    classes = labels.argmax(-1) if labels.is_floating_point() else labels
+    return values, {"accuracy": classification.accuracy(heads[0][1].detach(), classes)}
+
+
+def root_of(folder: Path, root: Path = RUNS) -> Path:
+    """The folder of the runs of the script that a run is of, beside `root`; `root` if it is of no script with
+    classifiers, which an error then says."""
+    try:
+        script = json.loads((folder / "config.json").read_text(encoding="utf-8"))["experiment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return root
+    return root.with_name(script) if script in SCRIPTS else root
+
+
+def load(folder: Path, checkpoint: str = "latest", root: Path = RUNS) -> tuple[Trained, tree.Tree]:
     """The net of a run, and the values and Stats of a checkpoint, on the CPU.
+
+    Args:
+        root: folder of the runs that an error lists if `folder` is none.
 
     Raises ValueError: there is no checkpoint, or it is of another experiment, or damaged.
     """
-    run = open_run(folder, RUNS, checkpoint)
+    run = open_run(folder, root_of(folder, root), checkpoint)
     trained = run.read("trained", Trained)
     net, cfg = net_of(trained)
     return trained, run.learned(net.spec(cfg), averaged=trained.averaged)
 
 
-def opened(args: FromRun) -> tuple[SavedRun, Trained, tree.Tree]:
+def opened(args: FromRun, root: Path = RUNS) -> tuple[SavedRun, Trained, tree.Tree]:
     """The run that a sub-command names, its net, and its values on the device."""
     device = command_line.device(args.device)
-    trained, values = load(args.run, args.checkpoint)
-    return open_run(args.run, RUNS, args.checkpoint), trained, tree.move(values, device)
+    trained, values = load(args.run, args.checkpoint, root)
+    return open_run(args.run, root_of(args.run, root), args.checkpoint), trained, tree.move(values, device)
 
 
 def published(source: str, name: str) -> tuple[Trained, tree.Tree]:
@@ -124,10 +171,10 @@ def published(source: str, name: str) -> tuple[Trained, tree.Tree]:
     return dataclasses.replace(trained, choices=choices(trained, cfg), interpolation=facts.interpolation), values
 
 
-def from_flags(args: FromRunOrWeights) -> tuple[Trained, tree.Tree]:
+def from_flags(args: FromRunOrWeights, root: Path = RUNS) -> tuple[Trained, tree.Tree]:
     """The net of `--run` or of `--weights`, and its values on the device."""
     if args.run:
-        return opened(args)[1:]
+        return opened(args, root)[1:]
     device = command_line.device(args.device)
     trained, values = published(args.weights, args.net)
     return trained, tree.move(values, device)
@@ -190,7 +237,7 @@ def predictions(
     """
     net, cfg = net_of(trained)
     device, log_probs, labels = tree.leaves(values)[0].device, [], []
-    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder):
+    for pixels, numbers in image_sets.test_batches(test, trained.size, trained.resize, decoder, trained.interpolation):
         logits = net.apply(values, normalised(pixels.to(device), trained), cfg)
         log_probs.append(logits.float().log_softmax(-1).cpu())
         labels.append(numbers)
@@ -262,3 +309,15 @@ def write_predictions(folder: Path, values: tree.Tree, trained: Trained, images:
         table.writerow(["picture", "class", "probability"])
         table.writerows([row["picture"], row["class"], row["probabilities"][row["class"]]] for row in rows)
     pictures.predictions(folder / "predictions.png", images.images, log_probs, trained.classes, names)
+
+
+def predict(args: PredictArgs, root: Path = RUNS) -> None:
+    """The most probable classes of pictures, by a run's net or by published weights."""
+    args.check()
+    paths, skipped = folders.picture_paths(args.images)
+    folder = unused(args.out, Path("predictions"))
+    trained, values = from_flags(args, root)
+    images = pictures_of(paths, trained, args.workers)
+    understood(print, {"pictures": len(paths), "unreadable": len(images.skipped), "skipped": skipped})
+    write_predictions(folder, values, trained, images)
+    print(f"files in {folder}/")

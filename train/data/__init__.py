@@ -9,11 +9,11 @@ A batch is a function of key and step, so that a resumed run sees the batches th
   windows for language models, the unigram baseline), `token_files` (ids on disk), `tokenizers`; `labelled` (texts with
   a class each), `brackets` (generated ones), `ragged` (their batches).
 - `images/`: `sets` (`open_images`: whatever `--data` names), `arrays` (digits, MNIST's files, downloads), `cifar`,
-  `folders` (the pictures of a folder, its classes and splits), `files` (batches decoded by worker processes, built on
-  `workers`), `picture` (one file decoded), `full_range` (with 16 bits and alpha), `pairs` (for image-to-image
-  translation), `originals` and `patches` (for super-resolution), `resize`, `augment`, `colours`, `rectangles`; `scenes`
-  (generated digits with masks and boxes), `mask_sets` (`open_masks`: folders of pictures with masks, by `mask_folders`
-  and `masks`), `windows` (their batches), `mask_baselines`, `blended_tiles`.
+  `folders` (the pictures of a folder, its classes and splits), `shards` (those in tars), `files` (batches decoded by
+  worker processes, built on `workers`), `picture` (one file decoded), `full_range` (with 16 bits and alpha), `pairs`
+  (for image-to-image translation), `originals` and `patches` (for super-resolution), `resize`, `augment`, `colours`,
+  `rectangles`; `scenes` (generated digits with masks and boxes), `mask_sets` (`open_masks`: folders of pictures with
+  masks, by `mask_folders` and `masks`), `windows` (their batches), `mask_baselines`, `blended_tiles`.
 - `translation/`: `sets` (`open_pairs`: whatever `--data` names), `files` (pairs of sentences in files), `corpus` (as
   token ids), `buckets` (batches of similar length), `dates` and `number_words` (the embedded pairs).
 - `points/`: `mixtures` of Gaussians in the plane. `series`: values over time, generated or of a CSV, and windows.

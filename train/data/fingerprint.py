@@ -16,6 +16,7 @@ from torch import Tensor
 
 from train.data import DataError
 from train.data.file_tree import files_below
+from train.data.images.picture import Member
 from train.data.text.token_files import TokenFile
 
 WHOLE = 1 << 30
@@ -31,8 +32,8 @@ def fingerprint(*data: Any) -> str:
     - Token files: the hash that their header records. Tokenizers: their own fingerprint.
     - A `Path`: the bytes of the file, unpacked if it is gzipped, or of the files below the folder with their names in
       it. Names above that do not count, nor does the name of a single file.
-    - Several paths, as a listing of pictures has them: the bytes of all, in order. Above 1 GiB: their names below the
-      folder they share, their sizes, and the bytes of 4096 of them.
+    - Several paths or members of tars, as a listing of pictures has them: the bytes of all, in order. Above 1 GiB:
+      their names below the folder they share, their sizes, and the bytes of 4096 of them.
     - Numbers, strings, None by value; sequences, mappings, NamedTuples and dataclasses (pairs of sentences, images with
       labels) piece by piece, without fields called `name` or `skipped`.
 
@@ -73,7 +74,7 @@ def _add(total: Any, value: Any) -> None:
         _add(total, {name: item for name, item in _fields(value).items() if name not in ("name", "skipped")})
     elif isinstance(value, Sequence):
         total.update(f"sequence {len(value)};".encode())
-        if value and all(isinstance(item, Path) for item in value):
+        if value and all(isinstance(item, (Path, Member)) for item in value):
             _add_listing(total, value)
         else:
             for item in value:
@@ -88,9 +89,9 @@ def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _add_listing(total: Any, paths: Sequence[Path]) -> None:
+def _add_listing(total: Any, paths: Sequence[Path | Member]) -> None:
     try:
-        sizes = [os.stat(path).st_size if os.path.exists(path) else -1 for path in paths]
+        sizes = [_size(path) for path in paths]
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
     if sum(sizes) <= WHOLE:
@@ -105,9 +106,20 @@ def _add_listing(total: Any, paths: Sequence[Path]) -> None:
             total.update(digest)
 
 
-def _content(path: Path) -> bytes:
-    """SHA-256 of a file's bytes, unpacked if it is gzipped, or of a folder's files and their names; zeros for a link to
-    nothing."""
+def _size(path: Path | Member) -> int:
+    if isinstance(path, Member):
+        return path.size
+    return os.stat(path).st_size if os.path.exists(path) else -1
+
+
+def _content(path: Path | Member) -> bytes:
+    """SHA-256 of a file's bytes, unpacked if it is gzipped, of those of a member of a tar, or of a folder's files and
+    their names; zeros for a link to nothing."""
+    if isinstance(path, Member):
+        try:
+            return hashlib.sha256(path.read()).digest()
+        except (OSError, EOFError) as error:
+            raise DataError(f"cannot read {path}: {error}") from None
     if path.is_dir():
         total = hashlib.sha256()
         for file in files_below(path).paths:

@@ -55,6 +55,7 @@ class Checkpoints:
         keep_last: how many of the newest checkpoints stay.
         best: the name of the metric whose best checkpoint stays too, None for none.
         best_mode: "min" or "max".
+        keep_every: checkpoints of steps that this divides stay, None for none.
         argv: the command line to keep, `sys.argv` if None.
 
     Raises CheckpointError if the directory cannot be used, or holds checkpoints and `resume` is None.
@@ -69,6 +70,7 @@ class Checkpoints:
         keep_last: int = 3,
         best: str | None = None,
         best_mode: str = "min",
+        keep_every: int | None = None,
         argv: list[str] | None = None,
     ):
         if keep_last < 1:
@@ -77,7 +79,7 @@ class Checkpoints:
             raise ValueError(f"best_mode is {best_mode!r}, expected 'min' or 'max'")
         self.directory = Path(directory).absolute()
         self._config, self._argv = plain(config), list(sys.argv if argv is None else argv)
-        self._keep_last, self._best, self._best_mode = keep_last, best, best_mode
+        self._keep_last, self._best, self._best_mode, self._keep_every = keep_last, best, best_mode, keep_every
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -211,6 +213,8 @@ class Checkpoints:
         keep = set(present[-self._keep_last :])
         if self._best:
             keep.add(best(self.directory, self._best, self._best_mode))
+        if self._keep_every:
+            keep.update(step for step in present if step % self._keep_every == 0)
         for step in present:
             if step not in keep:
                 _discard(self.directory / str(step))

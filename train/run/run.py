@@ -127,6 +127,7 @@ class Run:
         *,
         unit: str = "examples",
         best: str | None = None,
+        keep_every: int | None = None,
         files: Mapping[str, Callable[[Path], Any]] | None = None,
     ) -> Iterator[None]:
         """Context in which the run is under way; leaving it waits for the last checkpoint and closes the log.
@@ -135,6 +136,7 @@ class Run:
             config: entries of `config.json` and of each checkpoint, beside the arguments and the identity.
             unit: what `record` counts ("tokens", "examples").
             best: the metric whose best checkpoint stays beside the last ones, None for none.
+            keep_every: checkpoints of steps that this divides stay too, None for none.
             files: {name: function that writes it}: what a new run's folder must hold from its beginning.
 
         If a new run cannot begin (a full disk ...), its folder is removed again.
@@ -167,7 +169,8 @@ class Run:
                 if self.resumed_from is None:
                     for name, write in (files or {}).items():
                         write(self.folder / name)
-                self._saved = Checkpoints(self.folder / "checkpoints", config, resume=resumed, best=best)
+                options = {"resume": resumed, "best": best, "keep_every": keep_every}
+                self._saved = Checkpoints(self.folder / "checkpoints", config, **options)
                 self.log = RunLog(self.folder, config, total=self.total, unit=unit, resume=resumed)
                 return str(self.folder)
 

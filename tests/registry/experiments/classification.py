@@ -1,8 +1,35 @@
 """Rows of the experiments with classifiers."""
 
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
 from tests.registry.experiments.experiment import Experiment
+from train.data.images import shards
 
 DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "8")
+
+
+def tars(folder: Path) -> None:
+    """Pictures of two colours, six of each to train on and two to test on, in indexed tars."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2)):
+        (folder / "tars" / part).mkdir(parents=True)
+        for number, name in enumerate(("blue", "red")):
+            with tarfile.open(folder / "tars" / part / f"{name}.tar", "w") as file:
+                for i in range(count):
+                    content, pixels = io.BytesIO(), generator.integers(0, 90, (20, 20 + i, 3), np.uint8)
+                    pixels[..., 2 - 2 * number] += 120
+                    Image.fromarray(pixels).save(content, "PNG")
+                    member = tarfile.TarInfo(f"{i}.png")
+                    member.size = content.tell()
+                    content.seek(0)
+                    file.addfile(member, content)
+    shards.write_index(folder / "tars")
+
 
 ROWS = [
     Experiment(
@@ -64,6 +91,24 @@ ROWS = [
             (("--task", "text", "--data", "nowhere"), "nowhere does not exist"),
             (("--resume", "--name", "a", "--steps", "20"), "with --steps 20: it was started with 12"),
         ),
+    ),
+    Experiment(
+        "imagenet",
+        ("--data", "tars", "--net", "cifar-resnet8", "--size", "8", "--batch", "4", "--epochs", "4", "--flip")
+        + ("--label-smoothing", "0.1", "--ema", "0.5", "--workers", "0", "--save-every", "4", "--warmup-epochs", "1"),
+        12,
+        pictures=("accuracy.png", "confusion.png", "calibration.png", "filters.png"),
+        files=("report.txt",),
+        inputs=tars,
+        baseline="commonest_class_accuracy",
+        refusals=(
+            (("--data", "digits"), "--data 'digits' is no folder of class folders or tars; classify.py learns it"),
+            (("--data", "nowhere"), "--data 'nowhere' does not exist"),
+            (("--data", "tars", "--batch", "64"), "--batch is 64, but 'tars' has 12 images to learn from"),
+            (("--batch", "6", "--micro-batches", "4"), "--batch 6 does not divide into --micro-batches 4"),
+            (("--resume", "--name", "a", "--schedule", "cosine"), "with --schedule cosine: it was started with step"),
+        ),
+        commands=((("evaluate", "--data", "tars", "--workers", "0"), ("evaluations/tars/report.txt",)),),
     ),
     Experiment(
         "mislabelled",

@@ -26,7 +26,7 @@ from train.data import DataError
 from train.data.batching import epoch_batch, evaluation_batches
 from train.data.images import augment
 from train.data.images.folders import Files, listing
-from train.data.images.picture import Cut, decode
+from train.data.images.picture import Cut, Member, decode
 from train.data.images.workers import Pool, Task
 
 __all__ = ["Decoder", "Files", "listing"]
@@ -63,7 +63,7 @@ class Decoder:
         if workers < 0 or ahead < 0:
             raise DataError(f"a decoder has {workers} workers, {ahead} batches ahead; expected 0 or more of both")
         self._ahead, self._reduce = ahead if workers else 0, reduce
-        self._bad: dict[Path, str] = {}
+        self._bad: dict[Path | Member, str] = {}
         self._pool = Pool(workers)
 
     def __enter__(self) -> "Decoder":
@@ -77,7 +77,7 @@ class Decoder:
         self._pool.close()
 
     @property
-    def skipped(self) -> tuple[tuple[Path, str], ...]:
+    def skipped(self) -> tuple[tuple[Path | Member, str], ...]:
         """(file, reason) of every file that could not be read, in the order of their first use."""
         return tuple(self._bad.items())
 
@@ -91,6 +91,7 @@ class Decoder:
         channels: int = 3,
         scale: tuple[float, float] | None = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        rows: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random resized crops, a function of key and step: images (batch, channels, size, size) uint8, labels
         (batch,) int64, one pair per step.
@@ -102,11 +103,14 @@ class Decoder:
             key: (2,).
             scale, ratio: ranges of the rectangles' area and width / height, see `augment.boxes`. With `scale` None the
                 picture is scaled to cover the square instead, and its middle cut out.
+            rows: the rows of each batch that are decoded and given, for a process that trains on a part of it.
 
         Raises DataError: nothing can be read, too few files, a worker died.
         """
         cut = _cut(size, channels, None if scale else size, ratio=ratio if scale else None, reduce=self._reduce)
-        return self._batches(files, _requests(len(files.paths), key, steps, batch, scale, ratio), cut, training=True)
+        requests = _requests(len(files.paths), key, steps, batch, scale, ratio)
+        parts = (Request(indices[rows], draws[rows]) for indices, draws in requests)
+        return self._batches(files, parts, cut, training=True)
 
     def evaluation_batches(
         self,
@@ -153,7 +157,11 @@ class Decoder:
         if training:
             indices = [self._readable(files, index) for index in indices]
         paths = [files.paths[index] for index in indices]
-        rows = [(row, str(path), draws[row]) for row, path in enumerate(paths) if path not in self._bad]
+        rows = [
+            (row, path if isinstance(path, Member) else str(path), draws[row])
+            for row, path in enumerate(paths)
+            if path not in self._bad
+        ]
         return Request(indices, draws), self._pool.start(cut, rows, len(indices))
 
     def _finish(self, files: Files, request: Request, task: Task, training: bool) -> tuple[Tensor, Tensor]:
@@ -169,7 +177,7 @@ class Decoder:
                 indices, pixels = [indices[row] for row in rows], pixels[rows]
         return torch.from_numpy(pixels), files.labels[indices]
 
-    def _skip(self, path: Path, reason: str) -> None:
+    def _skip(self, path: Path | Member, reason: str) -> None:
         if path not in self._bad:
             log.warning("skipped: %s", reason)
             self._bad[path] = reason

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train.data import DataError
 from train.data.file_tree import LINK, Skipped, files_below, inode, is_ignored, subfolders
-from train.data.images.picture import is_picture
+from train.data.images.picture import Member, is_picture
 from train.files import shown
 
 TRAIN = ("train", "training", "trainset")
@@ -27,7 +27,7 @@ class Files(NamedTuple):
     """Pictures that are not read yet: labels (count,) int64; `classes[label]` is the name of the sub-folder; `skipped`
     lists files and folders that are not used, with the reason."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | Member, ...]
     labels: Tensor
     classes: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()

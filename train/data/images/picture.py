@@ -1,14 +1,17 @@
-"""One picture from a file, by Pillow: read, turned upright, in grey or colour, cut and scaled.
+"""One picture from a file or a member of a tar, by Pillow: read, turned upright, in grey or colour, cut and scaled.
 
 Worker processes import this, so it does without torch.
 """
 
 import contextlib
+import io
 import math
 import os
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,34 @@ TWELVE_BITS = 4095
 
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
 """Formats that Pillow only writes or only recognises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member(os.PathLike):
+    """A picture inside a tar: `size` bytes from byte `offset` on. Its path, to be shown, is the tar's and its name."""
+
+    tar: str
+    offset: int
+    size: int
+    name: str
+
+    def __fspath__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+    __str__ = __fspath__
+
+    @property
+    def parent(self) -> Path:
+        return Path(self).parent
+
+    def read(self) -> bytes:
+        """Its bytes. Raises OSError, or EOFError if the tar ends before it does."""
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise EOFError(f"the tar has {len(content)} of its {self.size} bytes")
+        return content
 
 
 class Cut(NamedTuple):
@@ -57,13 +88,14 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
             # Warnings about files that can be read are of no interest; an absurd size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(path.read()) if isinstance(path, Member) else path) as image:
                 _check_range(image)
                 yield image
     except FileNotFoundError:
         raise DataError(f"{path} does not exist, expected a picture") from None
     except UnidentifiedImageError:
-        reason = "its format is unknown" if os.path.getsize(path) else "it is empty"
+        size = path.size if isinstance(path, Member) else os.path.getsize(path)
+        reason = "its format is unknown" if size else "it is empty"
         raise DataError(f"{path} cannot be read as a picture: {reason}") from None
     except Exception as error:  # decoders raise anything on a garbled file
         reason = str(error).partition("\n")[0] or type(error).__name__

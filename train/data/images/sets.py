@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from core import random
 from train.data import DataError, batching
-from train.data.file_tree import Skipped
-from train.data.images import arrays, cifar, picture
+from train.data.file_tree import Skipped, files_below
+from train.data.images import arrays, cifar, picture, shards
 from train.data.images.arrays import Labelled
 from train.data.images.files import Decoder
 from train.data.images.folders import Files, is_flat, layout, listing, same_names
@@ -59,6 +59,7 @@ def open_images(
     - a folder of pictures, one sub-folder per class, or of two such folders, one to train on and one to test on
       (`folders.layout` has their names). Without this division every fifth picture, in a fixed random order, is for
       testing; pictures of one name (x.png, x.jpg) stay together.
+    - a folder of tars with an index of the pictures in them (`shards.write_index`).
 
     Args:
         part: "split"; or "all": nothing is held out of a folder without division, so that both parts are all of its
@@ -127,6 +128,10 @@ def _open(data: str, part: str, classes: Sequence[str] | None, labelled: bool) -
 
 
 def _open_folder(path: Path, part: str, classes: Sequence[str] | None, labelled: bool) -> ImageSet:
+    if (path / shards.INDEX).is_file():
+        return _open_shards(path, part)
+    if shards.tars_of(path) and not any(picture.is_picture(file.name) for file in files_below(path).paths):
+        raise DataError(f"{path} has tars and no index of their pictures; {shards.MAKE} {path}")
     train_folder, test_folder, skipped = layout(path)
     if test_folder is not None and train_folder is None:
         if part == "split":
@@ -147,6 +152,20 @@ def _open_folder(path: Path, part: str, classes: Sequence[str] | None, labelled:
         test = listing(test_folder, train.classes, labelled)
         parts, origins, skipped = (train, test), (origin, shown(test_folder.name)), skipped + test.skipped
     return ImageSet("folder", *parts, train.classes, "", origins, skipped)
+
+
+def _open_shards(path: Path, part: str) -> ImageSet:
+    """The pictures in the tars of a folder, by its index. Those of one part alone are divided, or used whole."""
+    train, test, skipped = shards.listings(path)
+    origins = ("the tars to train on", "the tars to test on")
+    if train is None and part == "split":
+        raise DataError(f"{path} has tars to test on alone; expected others with train in their names or folder")
+    if test is None and part == "split":
+        (train, test), origins = _divided(train), ("four fifths of the tars", "one fifth of the tars")
+    elif train is None or test is None:
+        train, origins = test if train is None else train, ("all tars", "all tars")
+        test = train
+    return ImageSet("folder", train, test, train.classes, "", origins, skipped)
 
 
 def _numbers(count: int) -> tuple[str, ...]:
@@ -258,12 +277,12 @@ def train_batches(
 
 
 def test_batches(
-    data: Labelled | Files, size: int, resize: int, decoder: Decoder | None = None
+    data: Labelled | Files, size: int, resize: int, decoder: Decoder | None = None, interpolation: str = "bilinear"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of all images in order, in the form of `train_batches`. Of files the middle, after scaling the shorter
-    side to `resize`; those that cannot be read are left out."""
+    side to `resize` by `interpolation`; those that cannot be read are left out."""
     if isinstance(data, Files):
-        yield from decoder.evaluation_batches(data, EVALUATED, size, resize=resize)
+        yield from decoder.evaluation_batches(data, EVALUATED, size, resize=resize, interpolation=interpolation)
         return
     for part in batching.evaluation_batches(len(data.labels), EVALUATED):
         yield data.images[part], data.labels[part]

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from train.data import DataError
-from train.data.images.picture import Cut, decode
+from train.data.images.picture import Cut, Member, decode
 
-Row = tuple[int, str, np.ndarray | None]
+Row = tuple[int, str | Member, np.ndarray | None]
 """The position in the batch, the file, and the random numbers for `decode`."""
 
 
