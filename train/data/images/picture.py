@@ -8,8 +8,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -50,24 +50,30 @@ def is_picture(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The file, opened but not decoded yet. Raises DataError, also for any exception within the block."""
+def opened(path: str | os.PathLike | BinaryIO, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """The file, opened but not decoded yet. Raises DataError, also for any exception within the block.
+
+    path: of a file, or a file in memory.
+    formats: Pillow's names of the formats that are read; all that it knows if None.
+    """
+    name = path if isinstance(path, (str, os.PathLike)) else "the picture"
     try:
         with warnings.catch_warnings():
             # Warnings about files that can be read are of no interest; an absurd size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats) as image:
                 _check_range(image)
                 yield image
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist, expected a picture") from None
+        raise DataError(f"{name} does not exist, expected a picture") from None
     except UnidentifiedImageError:
-        reason = "its format is unknown" if os.path.getsize(path) else "it is empty"
-        raise DataError(f"{path} cannot be read as a picture: {reason}") from None
+        size = os.path.getsize(path) if name is path else path.seek(0, os.SEEK_END)
+        reason = "its format is unknown" if size else "it is empty"
+        raise DataError(f"{name} cannot be read as a picture: {reason}") from None
     except Exception as error:  # decoders raise anything on a garbled file
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"{path} cannot be read as a picture: {reason}") from None
+        raise DataError(f"{name} cannot be read as a picture: {reason}") from None
 
 
 def converted(image: Image.Image, channels: int) -> Image.Image:
@@ -123,7 +129,7 @@ def _too_dark(brightest: str) -> str:
     return f"its 16-bit values end at {brightest} of 65535, as if they had 12 bits or fewer: convert it to 8 bits"
 
 
-def decode(path: str | os.PathLike, cut: Cut, draws: np.ndarray | None = None) -> np.ndarray:
+def decode(path: str | os.PathLike | BinaryIO, cut: Cut, draws: np.ndarray | None = None) -> np.ndarray:
     """The picture of a file as (channels, size, size) uint8.
 
     Args:

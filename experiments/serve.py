@@ -1,0 +1,214 @@
+"""A trained net as an HTTP service: texts by continuous batching, pictures as uploads, and a page to try it.
+
+Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models" (OSDI): texts join and
+leave the batch between any two tokens. Serves a run of gpt.py, generate.py, pretrain.py (a decoder), classify.py,
+detect.py, segment.py or superres.py; without a flag the newest one under runs/:
+
+    python experiments/serve.py --run runs/gpt/NAME                            http://127.0.0.1:8000
+    python experiments/serve.py --weights openai-community/gpt2 --slots 8      published weights
+    python experiments/serve.py --weights published --net resnet18             an image classifier
+    curl 127.0.0.1:8000/v1/completions -d '{"prompt": "The ", "max_tokens": 100, "seed": 1, "stream": true}'
+    curl 127.0.0.1:8000/v1/predict --data-binary @photo.jpg
+
+`/v1/completions` is that of OpenAI's clients, vLLM and llama.cpp; `/health`, `/metrics` (Prometheus) and `/v1/models`
+are beside it. Needs the extra `serve`: pip install "functree[serve]".
+"""
+
+import experiments.parts.interrupts  # noqa: F401 # isort: skip
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from core import int8, tree
+from experiments.parts import classifier, language_model, picture_service, text_service, web
+from experiments.parts.engine import Engine, Pictures, Texts
+from experiments.parts.language_model import Writer
+from experiments.parts.web import Limits
+from nets.language import gpt2, llama
+from nets.language.continuous_batching import Batch
+from train.data.understood import understood
+from train.run import Count, Natural, checkpoints, command_line
+
+TEXTS = ("gpt", "generate", "pretrain")
+SCRIPTS = (*TEXTS, *picture_service.RUNS)
+"""Experiments whose runs are served."""
+
+
+@dataclass(frozen=True)
+class Args:
+    run: Path | None = None
+    """Folder of a run; the newest one under runs/ that can be served if None."""
+    checkpoint: str = "latest"
+    """Checkpoint of the run: latest, best (where the run keeps one) or a step."""
+    weights: str | None = None
+    """Published weights instead: a folder or repository of a GPT or Llama; with --net "published", a file or a
+    repository of an image classifier."""
+    net: str | None = None
+    """With --weights: their net, any preset of nets.classifiers (a wrong name lists them)."""
+    host: str = "127.0.0.1"
+    """Address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 every network that it is in."""
+    port: Natural = 8000
+    """Port to listen at; a free one if 0."""
+    slots: Count = 16
+    """Texts that are written at once."""
+    context: Count | None = None
+    """Tokens that the cache of a text has room for; the net's context if None. Beyond it a text goes on after its
+    last half."""
+    exact: bool = False
+    """Always compute all slots: a text then does not depend on its neighbours by a single bit, and a lone text takes as
+    long per token as a full batch. Without, it could where two tokens are equally likely up to rounding."""
+    int8: bool = False
+    """Matrices of 8-bit integers, rounded from the weights: a quarter of the memory, nearly the same texts."""
+    compile: bool = False
+    """Compile the steps of texts, which goes with --exact: tens of seconds before the first text, then faster."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps ..."""
+    drain: Count = 30
+    """Seconds that requests have to end after SIGTERM or Ctrl-C; then they are cut off."""
+    limits: Annotated[Limits, tyro.conf.OmitArgPrefixes] = Limits()
+
+
+def source_of(args: Args) -> tuple[str, Path | None]:
+    """(experiment or "weights", folder of the run). Raises ValueError: neither, both, or a run of another script."""
+    if args.run and args.weights:
+        raise ValueError("expected either --run DIR or --weights SOURCE, not both")
+    if args.net and not args.weights:
+        raise ValueError("--net goes with --weights; a run has its own net")
+    if args.weights:
+        return "weights", None
+    folder = args.run or newest()
+    saved = folder / "checkpoints"
+    if not saved.is_dir():
+        raise ValueError(f"'{folder}' is not the folder of a run; expected one of {', '.join(SCRIPTS)}")
+    name = checkpoints.read_config(saved).get("experiment")
+    if name not in SCRIPTS:
+        raise ValueError(f"'{folder}' is a run of {name}.py; expected one of {', '.join(SCRIPTS)}")
+    return name, folder
+
+
+def newest() -> Path:
+    """The run under runs/ that was begun last. Raises ValueError: there is none."""
+    configs = [path for name in SCRIPTS for path in Path("runs").glob(f"{name}/*/config.json")]
+    configs = [path for path in configs if any((path.parent / "checkpoints").glob("*"))]
+    if not configs:
+        hint = "train one, such as: python experiments/gpt.py"
+        raise ValueError(f"there is no run in 'runs' that can be served; expected --run DIR, or --weights; {hint}")
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def writer_of(args: Args, folder: Path | None, device: torch.device) -> Writer:
+    """The net of texts. Raises ValueError: it is not one that is served."""
+    if folder:
+        writer = language_model.of_run(folder, args.checkpoint)
+    else:
+        writer = language_model.of_weights(args.weights)
+    if writer.net not in (gpt2, llama):
+        kind = writer.net.__name__.rpartition(".")[2]
+        raise ValueError(f"texts of {kind} are not served; expected a GPT or a Llama")
+    params = int8.unformed(int8.quantise(writer.params)) if args.int8 else writer.params
+    return writer._replace(params=tree.move(params, device))
+
+
+def text_engine(args: Args, writer: Writer) -> Texts:
+    """The engine of texts. Raises ValueError: flags that do not fit the net or each other."""
+    if args.context and args.context > writer.cfg.context:
+        raise ValueError(f"--context is {args.context}; expected up to the net's {writer.cfg.context}")
+    if args.compile and not args.exact:
+        raise ValueError("--compile needs --exact: one compiled step for all slots")
+    options: dict[str, Any] = {"context": args.context, "exact": args.exact}
+    if args.compile:
+        options["decode"] = torch.compile(writer.net.decode, fullgraph=True, dynamic=False)
+    return Texts(Batch(writer.net, writer.params, writer.cfg, args.slots, **options), args.limits.queue)
+
+
+def application(args: Args) -> Any:
+    """The service of the flags. Raises ValueError, OSError: what cannot be served."""
+    device, (experiment, folder) = command_line.device(args.device), source_of(args)
+    name, engine = str(folder or args.weights), Engine(1)
+    if experiment in TEXTS or (args.weights and not args.net):
+        writer = writer_of(args, folder, device)
+        engine = text_engine(args, writer)
+        sizes = {"vocabulary": writer.cfg.vocabulary, "context": engine.batch.context}
+        facts = {"id": name, "kind": "texts", "net": writer.net.__name__.rpartition(".")[2], **sizes}
+        facts["max_tokens"] = args.limits.tokens
+        shown = {"net": writer.cfg, "slots": f"{args.slots} of {engine.batch.context} tokens"}
+    else:
+        if args.weights:
+            trained, values = classifier.published(args.weights, args.net)
+            model = picture_service.of_classifier(trained, tree.move(values, device))
+        else:
+            model = picture_service.of_run(experiment, folder, args.checkpoint, device)
+        engine = Pictures(model.answer, model.together, args.limits.queue)
+        facts = {"id": name, "kind": model.kind, **model.facts}
+        shown = {"net": model.facts["net"], "answers": model.kind, "classes": model.facts.get("classes")}
+        shown["pixels"] = f"up to {args.limits.pixels or model.pixels:,}"
+    understood(print, {"served": name, **shown, "device": str(device)})
+    metrics = web.Metrics(engine)
+    app = web.application(engine, facts, args.limits, metrics)
+    if isinstance(engine, Texts):
+        text_service.add_routes(app, text_service.Service(writer, engine, args.limits, metrics, name))
+    else:
+        picture_service.add_routes(app, picture_service.Service(model, engine, args.limits))
+    return app
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises ValueError: the address is not to be had."""
+    if port > 65535:
+        raise ValueError(f"--port is {port}; expected 0 to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        place = socket.socket(family, socket.SOCK_STREAM)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+        place.listen(128)
+    except OSError as error:
+        raise ValueError(f"cannot listen at --host {host} --port {port}: {error.strerror}") from None
+    return place
+
+
+def serve(args: Args) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests that have begun are answered first."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f'{error.name} is not installed; install it by: pip install "functree[serve]"') from None
+
+    class Server(uvicorn.Server):
+        """Signals end it in good order, once more at once; then it returns, instead of raising them again."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"serving at http://{address}/ (Ctrl-C ends it)", flush=True)
+
+    with listening(args.host, args.port) as place:
+        host, port = place.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        app = application(args)
+        options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": args.drain}
+        Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", **options)).run(sockets=[place])
+    print("ended")
+
+
+if __name__ == "__main__":
+    command_line.run(__doc__, (Args, serve))
