@@ -16,6 +16,7 @@ are beside it. Needs the extra `serve`: pip install "functree[serve]".
 
 import experiments.parts.interrupts  # noqa: F401 # isort: skip
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ import tyro
 
 from core import int8, tree
 from experiments.parts import classifier, language_model, picture_service, text_service, web
-from experiments.parts.engine import Engine, Pictures, Texts
+from experiments.parts.engine import Pictures, Texts
 from experiments.parts.language_model import Writer
 from experiments.parts.web import Limits
 from nets.language import gpt2, llama
@@ -39,6 +40,8 @@ from train.run import Count, Natural, checkpoints, command_line
 TEXTS = ("gpt", "generate", "pretrain")
 SCRIPTS = (*TEXTS, *picture_service.RUNS)
 """Experiments whose runs are served."""
+CONNECTIONS = 512
+"""Open connections, at most: those beyond get a 503."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +106,28 @@ def newest() -> Path:
     return max(configs, key=lambda path: path.stat().st_mtime).parent
 
 
+def name_of(args: Args, experiment: str, folder: Path | None) -> str:
+    """The name by which clients ask for the model: without the folders above it."""
+    if folder:
+        return f"{experiment}/{folder.resolve().name}"
+    return Path(args.weights).resolve().name if Path(args.weights).exists() else args.weights
+
+
 def writer_of(args: Args, folder: Path | None, device: torch.device) -> Writer:
     """The net of texts. Raises ValueError: it is not one that is served."""
-    if folder:
-        writer = language_model.of_run(folder, args.checkpoint)
-    else:
-        writer = language_model.of_weights(args.weights)
+    writer = language_model.of_run(folder, args.checkpoint) if folder else language_model.of_weights(args.weights)
     if writer.net not in (gpt2, llama):
-        kind = writer.net.__name__.rpartition(".")[2]
-        raise ValueError(f"texts of {kind} are not served; expected a GPT or a Llama")
+        raise ValueError(f"texts of {net_name(writer)} are not served; expected a GPT or a Llama")
     params = int8.unformed(int8.quantise(writer.params)) if args.int8 else writer.params
     return writer._replace(params=tree.move(params, device))
 
 
-def text_engine(args: Args, writer: Writer) -> Texts:
-    """The engine of texts. Raises ValueError: flags that do not fit the net or each other."""
+def net_name(writer: Writer) -> str:
+    return writer.net.__name__.rpartition(".")[2]
+
+
+def serving_texts(args: Args, name: str, writer: Writer) -> Any:
+    """The application that writes texts. Raises ValueError: flags that do not fit the net or each other."""
     if args.context and args.context > writer.cfg.context:
         raise ValueError(f"--context is {args.context}; expected up to the net's {writer.cfg.context}")
     if args.compile and not args.exact:
@@ -125,38 +135,39 @@ def text_engine(args: Args, writer: Writer) -> Texts:
     options: dict[str, Any] = {"context": args.context, "exact": args.exact}
     if args.compile:
         options["decode"] = torch.compile(writer.net.decode, fullgraph=True, dynamic=False)
-    return Texts(Batch(writer.net, writer.params, writer.cfg, args.slots, **options), args.limits.queue)
+    batch = Batch(writer.net, writer.params, writer.cfg, args.slots, **options)
+    engine = Texts(batch, args.limits.queue)
+    slots = f"{args.slots} of {batch.context} tokens"
+    understood(print, {"served": name, "net": writer.cfg, "slots": slots, "device": args.device})
+    sizes = {"vocabulary": writer.cfg.vocabulary, "context": batch.context, "max_tokens": args.limits.tokens}
+    metrics = web.Metrics(engine)
+    app = web.application(engine, {"id": name, "kind": "texts", "net": net_name(writer), **sizes}, args.limits, metrics)
+    text_service.add_routes(app, text_service.Service(writer, engine, args.limits, metrics, name))
+    return app
+
+
+def serving_pictures(args: Args, name: str, model: picture_service.Model) -> Any:
+    """The application that answers pictures."""
+    engine = Pictures(model.answer, model.together, args.limits.queue)
+    service = picture_service.Service(model, engine, args.limits)
+    facts = {"net": model.facts["net"], "answers": model.kind, "classes": model.facts.get("classes")}
+    understood(print, {"served": name, **facts, "pixels": f"up to {service.pixels:,}", "device": args.device})
+    facts = {"id": name, "kind": model.kind, **model.facts}
+    app = web.application(engine, facts, args.limits, web.Metrics(engine))
+    picture_service.add_routes(app, service)
+    return app
 
 
 def application(args: Args) -> Any:
     """The service of the flags. Raises ValueError, OSError: what cannot be served."""
     device, (experiment, folder) = command_line.device(args.device), source_of(args)
-    name, engine = str(folder or args.weights), Engine(1)
+    name = name_of(args, experiment, folder)
     if experiment in TEXTS or (args.weights and not args.net):
-        writer = writer_of(args, folder, device)
-        engine = text_engine(args, writer)
-        sizes = {"vocabulary": writer.cfg.vocabulary, "context": engine.batch.context}
-        facts = {"id": name, "kind": "texts", "net": writer.net.__name__.rpartition(".")[2], **sizes}
-        facts["max_tokens"] = args.limits.tokens
-        shown = {"net": writer.cfg, "slots": f"{args.slots} of {engine.batch.context} tokens"}
-    else:
-        if args.weights:
-            trained, values = classifier.published(args.weights, args.net)
-            model = picture_service.of_classifier(trained, tree.move(values, device))
-        else:
-            model = picture_service.of_run(experiment, folder, args.checkpoint, device)
-        engine = Pictures(model.answer, model.together, args.limits.queue)
-        facts = {"id": name, "kind": model.kind, **model.facts}
-        shown = {"net": model.facts["net"], "answers": model.kind, "classes": model.facts.get("classes")}
-        shown["pixels"] = f"up to {args.limits.pixels or model.pixels:,}"
-    understood(print, {"served": name, **shown, "device": str(device)})
-    metrics = web.Metrics(engine)
-    app = web.application(engine, facts, args.limits, metrics)
-    if isinstance(engine, Texts):
-        text_service.add_routes(app, text_service.Service(writer, engine, args.limits, metrics, name))
-    else:
-        picture_service.add_routes(app, picture_service.Service(model, engine, args.limits))
-    return app
+        return serving_texts(args, name, writer_of(args, folder, device))
+    if args.weights:
+        trained, values = classifier.published(args.weights, args.net)
+        return serving_pictures(args, name, picture_service.of_classifier(trained, tree.move(values, device)))
+    return serving_pictures(args, name, picture_service.of_run(experiment, folder, args.checkpoint, device))
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -165,13 +176,10 @@ def listening(host: str, port: int) -> socket.socket:
         raise ValueError(f"--port is {port}; expected 0 to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        place = socket.socket(family, socket.SOCK_STREAM)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
-        place.listen(128)
+        return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
-        raise ValueError(f"cannot listen at --host {host} --port {port}: {error.strerror}") from None
-    return place
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ValueError(f"cannot listen at --host {host} --port {port}: {reason}") from None
 
 
 def serve(args: Args) -> None:
@@ -206,6 +214,7 @@ def serve(args: Args) -> None:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         app = application(args)
         options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": args.drain}
+        options["limit_concurrency"] = CONNECTIONS
         Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", **options)).run(sockets=[place])
     print("ended")
 

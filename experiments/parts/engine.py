@@ -44,7 +44,6 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.closing = False
-        self.failure: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 

@@ -239,10 +239,13 @@ async def _file_of(http: Any) -> bytes:
     except (MultiPartException, KeyError) as error:
         message = getattr(error, "message", "it has no boundary")
         raise Refusal(400, f"the form cannot be read: {message}") from None
-    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-    if len(files) != 1:
-        raise Refusal(400, f"the form has {len(files)} files; expected one picture")
-    return await files[0].read()
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if len(files) != 1:
+            raise Refusal(400, f"the form has {len(files)} files; expected one picture")
+        return await files[0].read()
+    finally:
+        await form.close()
 
 
 def add_routes(app: Any, service: Service) -> None:

@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple] = {
     "suffix": (None, ""),
 }
 """Parameters of others with the values that ask for nothing; another value is refused, not ignored."""
-IGNORED = {"model", "user"}
 CONTEXT = 8
 """Tokens before a new one that decide on its letters."""
 
@@ -61,8 +60,13 @@ class Completion:
     """Send the text as server-sent events while it is written."""
 
 
-def completion_of(body: dict[str, Any]) -> Completion:
-    """The request of a JSON object. Raises Refusal naming the first field that is unknown, missing or wrong."""
+def completion_of(body: dict[str, Any], model: str) -> Completion:
+    """The request of a JSON object. Raises Refusal naming the first field that is unknown, missing or wrong.
+
+    model: name of the net that is served, which a request may repeat.
+    """
+    if body.get("model") not in (None, model):
+        raise Refusal(404, f"the model {_short(body['model'])} is not served here; expected {_short(model)}", "model")
     hints = typing.get_type_hints(Completion, include_extras=True)
     values: dict[str, Any] = {}
     for name, value in body.items():
@@ -71,7 +75,7 @@ def completion_of(body: dict[str, Any]) -> Completion:
         elif name in NEUTRAL:
             if value not in NEUTRAL[name]:
                 raise Refusal(400, f"{name} is not supported here; leave it out", name)
-        elif name not in IGNORED:
+        elif name not in ("model", "user"):
             known = ", ".join(field.name for field in fields(Completion))
             raise Refusal(400, f"'{name}' is unknown; expected some of {known}", name)
     if "prompt" not in values:
@@ -193,7 +197,7 @@ class Service:
         """The answer to a request, whole or streamed."""
         from fastapi.responses import JSONResponse, StreamingResponse
 
-        request = completion_of(web.object_of(await http.body()))
+        request = completion_of(web.object_of(await http.body()), self.name)
         seed = secrets.randbits(31) if request.seed is None else request.seed
         text = self.text_of(request, seed)
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}

@@ -256,7 +256,7 @@ def application(engine: Engine, facts: dict[str, Any], limits: Limits, metrics: 
 
     app = FastAPI(title=f"functree: {facts['id']}", lifespan=lifespan, docs_url=None, redoc_url=None)
     paths = {"/", "/health", "/metrics", "/v1/models", "/openapi.json"}
-    app.state.paths = paths
+    app.state.engine, app.state.paths = engine, paths
     app.add_middleware(Guard, limits=limits, metrics=metrics, paths=lambda: paths)
 
     @app.get("/", response_class=HTMLResponse)
@@ -286,6 +286,14 @@ def application(engine: Engine, facts: dict[str, Any], limits: Limits, metrics: 
     async def refuse(request: Request, refusal: Refusal) -> JSONResponse:
         headers = {"Retry-After": "1"} if refusal.status == 429 else {}
         return JSONResponse(refusal.body, refusal.status, headers)
+
+    @app.exception_handler(Gone)
+    async def leave(request: Request, gone: Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def apologise(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(refusal_of(RuntimeError(type(error).__name__)).body, 500)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
