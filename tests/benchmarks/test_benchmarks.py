@@ -51,6 +51,7 @@ CASES = [
     ("recurrent_language_model --vocabulary 50 --width 8 --rounds 1", "functree, donated / torch.nn, eager"),
     ("segmentation_accuracy --data pairs --other module --steps 2 --size 16 --batch 2 --width 2 --depth 2", "module "),
     ("segmentation_unet --width 2 --depth 2 --side 8 --batch 2 --rounds 1", "functree / nn.Module, compiled"),
+    ("serve --clients 2 --texts 1 --tokens 4", "at once / one after the other"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("super_resolution --blocks 1 --width 4 --patch 8 --batch 2 --rounds 1", "functree / nn.Module"),
     ("super_resolution --norms --recursions 2 --width 4 --patch 8 --batch 2 --rounds 1", "functree / plain gradient"),

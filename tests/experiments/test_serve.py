@@ -220,7 +220,7 @@ def test_client_that_goes_frees_its_slot_and_its_place_in_the_queue(place, strea
 
 
 def test_full_queue_and_time_out(place):
-    limits = web.Limits(tokens=10**6, queue=1, timeout=1.0)
+    limits = web.Limits(tokens=10**6, queue=1, timeout=0.5)
     with running(run=place / "runs/gpt/a", slots=1, limits=limits) as service:
         out = {}
 
@@ -236,7 +236,7 @@ def test_full_queue_and_time_out(place):
         assert status == 429 and line == "1 requests are waiting already; try again later"
         for thread in threads:
             thread.join()
-        late = "the answer took longer than 1 s"
+        late = "the answer took longer than 0.5 s"
         *parts, last = events(out[0][2])  # that of a text that has begun comes as an event
         assert out[0][0] == 200 and parts and last["error"]["message"] == late
         assert out[1][0] == 504 and json.loads(out[1][2])["error"]["message"] == late
