@@ -1,6 +1,7 @@
 """`/v1/completions`: texts of a GPT or a Llama over HTTP, as clients of OpenAI's interface, vLLM and llama.cpp ask for
 them, whole or as server-sent events."""
 
+import asyncio
 import json
 import secrets
 import time
@@ -32,6 +33,8 @@ NEUTRAL: dict[str, tuple] = {
     "suffix": (None, ""),
 }
 """Parameters of others with the values that ask for nothing; another value is refused, not ignored."""
+STOPS = 16
+"""Stop texts of a request, at most."""
 CONTEXT = 8
 """Tokens before a new one that decide on its letters."""
 
@@ -91,6 +94,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
             return None
         if not all(isinstance(text, str) for text in texts) or (name == "stop" and "" in texts):
             raise Refusal(400, f"{name} is {_short(value)}; expected a text", name)
+        if len(texts) > STOPS:
+            raise Refusal(400, f"stop has {len(texts)} texts; expected up to {STOPS}", name)
         if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise Refusal(400, f"{name} has half of a surrogate pair; expected Unicode characters", name)
         return value if name == "prompt" else tuple(texts)
@@ -199,7 +204,7 @@ class Service:
 
         request = completion_of(web.object_of(await http.body()), self.name)
         seed = secrets.randbits(31) if request.seed is None else request.seed
-        text = self.text_of(request, seed)
+        text = await asyncio.to_thread(self.text_of, request, seed)  # megabytes of text take a tokenizer seconds
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         head |= {"model": self.name, "seed": seed}
         stream = self.written(http, text, request.stop)

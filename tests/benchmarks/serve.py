@@ -1,12 +1,11 @@
 """Texts over HTTP: 16 clients at once against the same requests one after the other.
 
-The service is experiments/serve.py in a process of its own, with a GPT that gpt.py has trained for a step; the clients are
-threads of this one. Each streams texts of 48 tokens after 12 of a prompt. The median and the 99th percentile are those of
-the time from a request to its first token, and to its last. The first text of each client is compared: it must be the same
-both ways.
+The service is experiments/serve.py in a process of its own, with a GPT that gpt.py has trained for a step; the clients
+are threads of this one. Each streams texts of 48 tokens after 12 of a prompt. The median and the 99th percentile are
+those of the time from a request to its first token, and to its last. Texts must be the same both ways.
 
-`--minutes` is a test of endurance instead: texts, refusals, uploads that are too large and clients that go, whose
-resident memory is printed.
+`--minutes` is a test of endurance instead: texts, refusals, uploads that are too large and clients that go, beside the
+resident memory of the service.
 
     python tests/benchmarks/serve.py [--clients 16] [--texts 10] [--tokens 48] [--preset tiny] [--exact] [--compile]
     python tests/benchmarks/serve.py --minutes 10

@@ -96,6 +96,22 @@ def test_new_seed_each_time_is_named_and_gives_the_text_again(service):
     assert service.text(prompt="The ", max_tokens=40, seed=first["seed"]) == first["choices"][0]["text"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-30},
+        {"temperature": 1e300},
+        {"top_k": 2**40},
+        {"top_p": 1e-9},
+        {"min_p": 1},
+        {"seed": -(2**63)},
+    ],
+    ids=str,
+)
+def test_extremes_are_written(service, options):
+    assert len(service.text(prompt="The ", max_tokens=9, **{"seed": 1} | options)) == 9
+
+
 def test_stop_text_ends_and_is_no_part(service):
     whole = service.text(prompt="The ", max_tokens=100, seed=5)
     stop = whole[20:23]
@@ -139,10 +155,12 @@ def test_what_others_send_and_asks_for_nothing_is_taken(service):
         ({"prompt": "a", "min_p": 2}, 400, "min_p is 2; expected a number in (0, 1]"),
         ({"prompt": "a", "seed": 2**70}, 400, "seed is 1180591620717411303424; expected an integer"),
         ({"prompt": "a", "stop": [""]}, 400, 'stop is [""]; expected a text'),
+        ({"prompt": "a", "stop": ["b"] * 17}, 400, "stop has 17 texts; expected up to 16"),
         ({"prompt": "a", "stop": 3}, 400, "stop is 3; expected a text"),
         ({"prompt": "a", "stream": 1}, 400, "stream is 1; expected true or false"),
         ({"prompt": "a", "n": 2}, 400, "n is not supported here"),
         ({"prompt": "a", "max_new_tokens": 2}, 400, "'max_new_tokens' is unknown; expected some of prompt, max_tokens"),
+        ({"prompt": "a" * 400_000}, 400, "the prompt has 400000 tokens; expected 1 to 64"),
         ({"prompt": "a", "model": "../../etc"}, 404, 'the model "../../etc" is not served here; expected "gpt/a"'),
         (b'{"prompt": "' + b"a" * 600_000 + b'"}', 413, "the request is larger than 0.5 MB"),
     ],

@@ -49,30 +49,33 @@ def start(folder, *argv):
     raise AssertionError(process.communicate())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_signal_lets_texts_end_and_refuses_new_ones(place, number):
-    process, service = start(place, "--run", "runs/gpt/a", "--slots", "2")
+def begun(service, tokens):
+    """(answer, its first bytes) of a text that is being streamed."""
     connection = service.connect()
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "T", "max_tokens": 900, "stream": True}))
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": "T", "max_tokens": tokens, "stream": True}))
     answer = connection.getresponse()
-    begin = answer.read(10)
-    process.send_signal(number)
+    connection.close()  # the answer has the socket
+    return answer, answer.read(10)
+
+
+def test_sigterm_lets_texts_end_and_refuses_new_ones(place):
+    process, service = start(place, "--run", "runs/gpt/a", "--slots", "2")
+    answer, begin = begun(service, 900)
+    process.send_signal(signal.SIGTERM)
     *_, last, done = events(begin + answer.read())
     assert done == "data: [DONE]" and last["usage"]["completion_tokens"] == 900
-    code, out, err = runs.finish(process)
-    assert (code, err, out) == (0, "", "ended\n")
+    assert runs.finish(process) == (0, "ended\n", "")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", service.port))
 
 
-def test_signal_cuts_off_what_does_not_end_in_time(place):
+def test_what_does_not_end_in_time_is_cut_off(place):
     process, service = start(place, "--run", "runs/gpt/a", "--tokens", "10000000", "--drain", "1")
-    connection = service.connect()
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "T", "max_tokens": 10**7, "stream": True}))
-    assert connection.getresponse().read(10)
-    process.send_signal(signal.SIGTERM)
-    code, out, _ = runs.finish(process)
-    assert code == 0 and out == "ended\n"
+    answer, _ = begun(service, 10**7)
+    process.send_signal(signal.SIGINT)
+    code, out, err = runs.finish(process)
+    answer.close()
+    assert (code, out) == (0, "ended\n") and "Traceback" not in err
 
 
 def test_newest_run_is_served_and_a_taken_port_is_refused(place, capfd):
