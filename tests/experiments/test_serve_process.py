@@ -49,20 +49,20 @@ def start(folder, *argv):
     raise AssertionError(process.communicate())
 
 
+@contextlib.contextmanager
 def begun(service, tokens):
     """(answer, its first bytes) of a text that is being streamed."""
-    connection = service.connect()
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "T", "max_tokens": tokens, "stream": True}))
-    answer = connection.getresponse()
-    connection.close()  # the answer has the socket
-    return answer, answer.read(10)
+    with contextlib.closing(service.connect()) as connection:
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "T", "max_tokens": tokens, "stream": True}))
+        answer = connection.getresponse()
+        yield answer, answer.read(10)
 
 
 def test_sigterm_lets_texts_end_and_refuses_new_ones(place):
     process, service = start(place, "--run", "runs/gpt/a", "--slots", "2")
-    answer, begin = begun(service, 900)
-    process.send_signal(signal.SIGTERM)
-    *_, last, done = events(begin + answer.read())
+    with begun(service, 900) as (answer, begin):
+        process.send_signal(signal.SIGTERM)
+        *_, last, done = events(begin + answer.read())
     assert done == "data: [DONE]" and last["usage"]["completion_tokens"] == 900
     assert runs.finish(process) == (0, "ended\n", "")
     with pytest.raises(ConnectionRefusedError):
@@ -71,10 +71,9 @@ def test_sigterm_lets_texts_end_and_refuses_new_ones(place):
 
 def test_what_does_not_end_in_time_is_cut_off(place):
     process, service = start(place, "--run", "runs/gpt/a", "--tokens", "10000000", "--drain", "1")
-    answer, _ = begun(service, 10**7)
-    process.send_signal(signal.SIGINT)
-    code, out, err = runs.finish(process)
-    answer.close()
+    with begun(service, 10**7):
+        process.send_signal(signal.SIGINT)
+        code, out, err = runs.finish(process)
     assert (code, out) == (0, "ended\n") and "Traceback" not in err
 
 
