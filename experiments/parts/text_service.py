@@ -109,7 +109,10 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value not in allowed:
         kind = "an integer, " if whole else ""
         raise Refusal(400, f"{name} is {_short(value)}; expected {kind}{allowed}", name)
-    return value
+    try:
+        return value if whole else float(value)
+    except OverflowError:
+        raise Refusal(400, f"{name} is {_short(value)}; expected a number below 1e308", name) from None
 
 
 def _short(value: Any) -> str:
@@ -155,8 +158,8 @@ class Service:
     def text_of(self, request: Completion, seed: int) -> Text:
         """The tokens and options of a request. Raises Refusal."""
         if request.max_tokens > self.limits.tokens:
-            found = f"max_tokens is {request.max_tokens}"
-            raise Refusal(400, f"{found}; expected up to {self.limits.tokens} here", "max_tokens")
+            message = f"max_tokens is {request.max_tokens}; expected up to {self.limits.tokens} here"
+            raise Refusal(400, message, "max_tokens")
         try:
             prompt = tuple(ids_of(self.writer, request.prompt))
         except ValueError as error:

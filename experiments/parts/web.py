@@ -192,6 +192,7 @@ async def events(engine: Engine, job: Job, request: Any, seconds: float) -> Asyn
     """
 
     def put(error: Exception) -> None:
+        engine.cancel(job)  # here, too: a client may go before anybody reads
         job.events.put_nowait(Event(error, True))
 
     async def tell_when_gone() -> None:

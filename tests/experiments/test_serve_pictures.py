@@ -129,8 +129,8 @@ def refusals():
 @pytest.mark.parametrize("case", refusals())
 def test_refuses_in_one_line_and_goes_on(service, case):
     body, status, message = refusals()[case]
-    found, line = service.refused(PATH, body)
-    assert found == status and message in line, line
+    code, line = service.refused(PATH, body)
+    assert code == status and message in line, line
     assert len(service.json(PATH, picture())["classes"]) == 5
 
 
