@@ -66,7 +66,7 @@ class _Row:
         return len(new) >= self.text.steps or any(tuple(new[-len(ids) :]) == ids for ids in ends)
 
 
-class NotFinite(ValueError):
+class NotFinite(ArithmeticError):
     """A text's logits have NaN, or -inf for every token."""
 
 
