@@ -38,7 +38,7 @@ from train.data.understood import understood
 from train.run import Count, Natural, checkpoints, command_line
 
 TEXTS = ("gpt", "generate", "pretrain")
-SCRIPTS = (*TEXTS, *picture_service.RUNS)
+SCRIPTS = (*TEXTS, *picture_service.MODELS)
 """Experiments whose runs are served."""
 CONNECTIONS = 512
 """Open connections, at most: those beyond get a 503."""

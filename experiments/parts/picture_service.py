@@ -34,7 +34,7 @@ SCORE = 0.5
 """Score above which a box is part of the answer."""
 
 Answer = dict[str, Any]
-"""What JSON can say, and under "picture" the bytes of a PNG."""
+"""Facts in JSON's types, and under "picture" the bytes of a PNG."""
 
 
 class Model(NamedTuple):
@@ -51,7 +51,7 @@ class Model(NamedTuple):
 
 
 def _each(files: Sequence[bytes], answer: Callable[[io.BytesIO], Any]) -> list[Any]:
-    """What `answer` gives for each file, or raises."""
+    """The answer to each file, or the exception that it raised."""
     out = []
     for data in files:
         try:
@@ -171,7 +171,7 @@ def _segmenter_of(run: SavedRun, device: torch.device) -> Model:
     return of_segmenter(segmenter.load(run, device)._replace(**sizes))
 
 
-RUNS: dict[str, Callable[[SavedRun, torch.device], Model]] = {
+MODELS: dict[str, Callable[[SavedRun, torch.device], Model]] = {
     "classify": _classifier_of,
     "detect": lambda run, device: of_detector(detector.load(run, device)),
     "segment": _segmenter_of,
@@ -182,7 +182,7 @@ RUNS: dict[str, Callable[[SavedRun, torch.device], Model]] = {
 
 def of_run(experiment: str, folder: Path, checkpoint: str, device: torch.device) -> Model:
     """The model of a run. Raises ValueError: no such run or checkpoint, or a damaged one."""
-    return RUNS[experiment](open_run(folder, Path("runs") / experiment, checkpoint), device)
+    return MODELS[experiment](open_run(folder, Path("runs") / experiment, checkpoint), device)
 
 
 class Service:

@@ -206,7 +206,7 @@ def test_mask_has_the_colours_of_predict(here):
 
 
 def test_boxes_are_those_of_predict(here, monkeypatch):
-    """Of a net of random values, whose scores are low."""
+    """A net of random values, whose scores are low."""
     cfg = dataclasses.replace(fcos.PRESETS["small"], classes=3)
     params = spec.init(random.key(0), fcos.spec(cfg))
     model = detector.Detector("fcos", params, cfg, ("a", "b", "c"), 64)

@@ -63,7 +63,7 @@ def written(batch, texts):
 @pytest.mark.parametrize("cfg", [GPT, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_texts_are_those_written_alone(cfg, exact):
-    """Of any prompt, length and options, beyond the context too, whoever is in the other rows."""
+    """Any prompt, length and options, beyond the context too, whoever is in the other rows."""
     net, params = net_of(cfg)
     texts = texts_of(cfg, 20)
     out = written(Batch(net, params, cfg, 5, exact=exact), texts)
