@@ -33,7 +33,8 @@ from experiments.parts.engine import Pictures, Texts
 from experiments.parts.language_model import Writer
 from experiments.parts.web import Limits
 from nets.language import gpt2, llama
-from nets.language.continuous_batching import Batch
+from nets.language.continuous_batching import Batch, Text
+from nets.language.sampling import Options
 from train.data.understood import understood
 from train.run import Count, Natural, checkpoints, command_line
 
@@ -70,7 +71,7 @@ class Args:
     int8: bool = False
     """Matrices of 8-bit integers, rounded from the weights: a quarter of the memory, nearly the same texts."""
     compile: bool = False
-    """Compile the steps of texts, which goes with --exact: tens of seconds before the first text, then faster."""
+    """Compile the steps of texts, which goes with --exact: tens of seconds at the start, then faster."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps ..."""
     drain: Count = 30
@@ -140,6 +141,10 @@ def serving_texts(args: Args, name: str, writer: Writer) -> Any:
     slots = f"{args.slots} of {batch.context} tokens"
     understood(print, {"served": name, "net": writer.cfg, "slots": slots, "device": args.device})
     sizes = {"vocabulary": writer.cfg.vocabulary, "context": batch.context, "max_tokens": args.limits.tokens}
+    if args.compile:  # now, since it takes longer than a request may
+        print("compiling ...", flush=True)
+        batch.add(name, Text((0,), 1, options=Options(temperature=0.0)))
+        batch.step()
     metrics = web.Metrics(engine)
     app = web.application(engine, {"id": name, "kind": "texts", "net": net_name(writer), **sizes}, args.limits, metrics)
     text_service.add_routes(app, text_service.Service(writer, engine, args.limits, metrics, name))
