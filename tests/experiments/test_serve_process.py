@@ -78,12 +78,12 @@ def test_what_does_not_end_in_time_is_cut_off(place):
 
 
 def test_newest_run_is_served_and_a_taken_port_is_refused(place, capfd):
-    """The classifier's; an upload of 300 MB is refused while its sender still sends, and takes no memory."""
+    """The classifier's; an upload of 100 MB is refused while its sender still sends, and takes no memory."""
     process, service = start(place)
     assert service.json("/health")["id"] == "classify/a"
     code, out, err = runs.finish(runs.start("serve", place, "--run", "runs/gpt/a", "--port", service.port))
     assert (code, out) == (2, "") and "in use" in runs.one_error(err)
-    before, size, piece = resident(process.pid), 300_000_000, bytes(2**20)
+    before, size, piece = resident(process.pid), 100_000_000, bytes(2**20)
     for head in (f"Content-Length: {size}", "Transfer-Encoding: chunked"):
         with socket.create_connection(("127.0.0.1", service.port)) as client:
             client.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
@@ -96,7 +96,7 @@ def test_newest_run_is_served_and_a_taken_port_is_refused(place, capfd):
                 answer.begin()
                 assert answer.status == 413 and b"larger than 10 MB" in answer.read()
         assert service.json("/health")["status"] == "ok"
-    assert resident(process.pid) - before < 60_000_000
+    assert resident(process.pid) - before < 40_000_000
     process.send_signal(signal.SIGTERM)
     assert runs.finish(process) == (0, "ended\n", "")
 
