@@ -104,6 +104,7 @@ def compare(port: int, args: argparse.Namespace) -> None:
     single = jobs[: max(args.clients, len(jobs) // 4)]  # enough for its rate
     rates: dict[str, list[float]] = {"one after the other": [], "at once": []}
     answers: dict[str, list[Answer]] = {name: [] for name in rates}
+    texts: dict[tuple[int, int], str] = {}
     stream(port, 0, args.tokens)
     for _ in range(3):
         for name, workers, some in (("one after the other", 1, single), ("at once", args.clients, jobs)):
@@ -112,9 +113,9 @@ def compare(port: int, args: argparse.Namespace) -> None:
                 each = list(pool.map(lambda job: stream(port, 1000 * job[0] + job[1], args.tokens), some))
                 rates[name].append(sum(answer.tokens for answer in each) / (time.perf_counter() - begin))
             answers[name] += each
-    for alone, together in zip(*answers.values(), strict=False):
-        if alone.text != together.text:
-            raise SystemExit(f"a text differs: {alone.text!r} alone, {together.text!r} among others")
+            for job, answer in zip(some, each, strict=True):
+                if texts.setdefault(job, answer.text) != answer.text:
+                    raise SystemExit(f"a text differs: {texts[job]!r}, then {answer.text!r}")
     kind = ", ".join(["eager"] * (not args.compile) + ["exact"] * args.exact + ["compiled"] * args.compile)
     print(f"{args.clients} clients, {len(jobs)} texts of {args.tokens} tokens, {args.preset} ({kind})")
     for name, each in answers.items():
