@@ -113,6 +113,9 @@ class Guard:
             await _send(refusal, answer)
         except Gone:
             pass
+        except asyncio.CancelledError:  # by the server, which ends and waits no longer: no error to be logged
+            if status == 499:
+                await _send(Refusal(503, "the service is ending"), answer)
         finally:
             path = scope["path"] if scope["path"] in self.paths() else "other"  # no label for each address tried
             self.metrics.requests.labels(path, str(status)).inc()
