@@ -38,7 +38,6 @@ from train.run import (
     FromRun,
     NonNegative,
     Positive,
-    SavedRun,
     Shared,
     begin,
     command_line,
@@ -157,15 +156,6 @@ class UpscaleArgs(FromRunOrWeights):
     """New folder for the pictures; RUN/upscaled, or "upscaled" here, numbered if it exists, if None."""
 
 
-def trained(run: SavedRun) -> Upscaler:
-    """The net of a run, on the CPU."""
-    args = run.read("args", Args)
-    net = by_name.PRESETS[args.net]
-    cfg = run.read("net", net.Config)
-    values = run.learned(net.spec(cfg), "generator" if args.net.startswith("srgan") else "", averaged=False)
-    return Upscaler(args.net, net, cfg, values, args.scale, args.residual)
-
-
 def of_source(source: str, name: str, scales: tuple[int, ...]) -> Upscaler:
     """The net of `--weights`, a run or a file in the names of a public version, on the CPU.
 
@@ -175,7 +165,7 @@ def of_source(source: str, name: str, scales: tuple[int, ...]) -> Upscaler:
     if not Path(source).exists():
         raise ValueError(f"--weights '{source}' does not exist; expected a run, or a file of the public {name}")
     if (Path(source) / "checkpoints").is_dir():
-        model = trained(open_run(Path(source), RUNS))
+        model = upscaler.load(open_run(Path(source), RUNS))
         if model.net is not net:
             raise ValueError(f"--weights '{source}' is a {model.name}, expected a {name}")
         return model
@@ -189,7 +179,7 @@ def of_flags(args: FromRunOrWeights, scales: tuple[int, ...]) -> Upscaler:
     check_source(args)
     device = command_line.device(args.device)
     if args.run:
-        model = trained(open_run(args.run, RUNS, args.checkpoint))
+        model = upscaler.load(open_run(args.run, RUNS, args.checkpoint))
     elif args.net is None or not scales:
         raise ValueError(f"--weights '{args.weights}' needs --net and --scale, those of their net")
     else:

@@ -100,7 +100,8 @@ def test_wheel_has_the_packages_and_nothing_else(wheel):
     files = {name for folder in PACKAGES for name in source_files(ROOT / folder)}
     # Of modules, those in packages: strip.py beside the pictures of the gallery is none.
     modules = {name for name in files if name.endswith(".py") and (ROOT / name).with_name("__init__.py").exists()}
-    others = {"nets/classifiers/imagenet_classes.txt", *(f"train/report/page.{end}" for end in ("css", "html", "js"))}
+    others = {"nets/classifiers/imagenet_classes.txt", "experiments/parts/serve.html"}
+    others |= {f"train/report/page.{end}" for end in ("css", "html", "js")}
     modules |= {name for name in files if name.endswith("py.typed") or name in others}
     assert {name for name in names if not name.startswith(f"{about}/")} == modules
     assert {"core/py.typed", "nets/py.typed", "train/py.typed"} <= modules

@@ -19,6 +19,7 @@ from train.files import shown
 from train.metrics import image_quality
 from train.plots import bars
 from train.plots import gan as gan_plots
+from train.run import SavedRun
 
 TILE = 256  # pixels per side of what the net sees of a picture
 SHOWN = 5  # pictures in a table of crops
@@ -81,6 +82,15 @@ class Upscaler(NamedTuple):
         """Pixels around a part of a picture that decide on its enlargement, on each side."""
         reach = self.net.reach(self.cfg)
         return -(-reach // scale) + resize.REACH if self.net.ENLARGED else max(reach, resize.REACH)
+
+
+def load(run: SavedRun) -> Upscaler:
+    """The net of a run, on the CPU."""
+    args = run.config["args"]
+    net = by_name.PRESETS[args["net"]]
+    cfg = run.read("net", net.Config)
+    values = run.learned(net.spec(cfg), "generator" if args["net"].startswith("srgan") else "", averaged=False)
+    return Upscaler(args["net"], net, cfg, values, tuple(args["scale"]), args["residual"])
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ CASES = [
     ("scale --what reduction gpt --rounds 1 --no-compile", "two processes / one process"),
     ("segmentation_accuracy --data pairs --other module --steps 2 --size 16 --batch 2 --width 2 --depth 2", "module "),
     ("segmentation_unet --width 2 --depth 2 --side 8 --batch 2 --rounds 1", "functree / nn.Module, compiled"),
+    ("serve --clients 2 --texts 1 --tokens 4", "at once / one after the other"),
     ("ship --what decode --form torchscript --rounds 1", "cached decode step, batch 1"),
     ("startup --rounds 1 --no-compile", "median of the later ones"),
     ("super_resolution --blocks 1 --width 4 --patch 8 --batch 2 --rounds 1", "functree / nn.Module"),

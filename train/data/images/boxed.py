@@ -52,7 +52,7 @@ def read(
         try:
             with opened(one.path) as image:
                 actual = image.size
-                pixels, scale = _fitted(image, size, channels)
+                pixels, scale = fitted(image, size, channels)
         except DataError as error:
             skipped.append((one.path, str(error).removeprefix(f"{one.path} ")))
             continue
@@ -78,8 +78,8 @@ def read(
     return Boxed(images, boxes, labels, crowd, torch.tensor([scale for _, scale, _ in rows])), skipped
 
 
-def _fitted(image: Image.Image, size: int, channels: int) -> tuple[np.ndarray, float]:
-    """((channels, size, size) bytes, pixels of these per pixel of the picture)."""
+def fitted(image: Image.Image, size: int, channels: int) -> tuple[np.ndarray, float]:
+    """The picture as `read` scales it: ((channels, size, size) bytes, pixels of these per pixel of the picture)."""
     image = converted(image, channels)
     scale = size / max(image.size)
     width, height = (max(1, min(size, round(side * scale))) for side in image.size)

@@ -1,8 +1,9 @@
 """A picture from a file with all that it holds, and back: 8 or 16 bits or floating point, grey or colour, alpha, the
 colour profile. By Pillow, which keeps 16 bits of grey pictures only."""
 
+import io
 import os
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,7 +31,7 @@ class FullRange(NamedTuple):
         return ".tiff" if self.pixels.dtype == np.float32 else ".png"
 
 
-def read(path: str | os.PathLike, white: float | None = None) -> FullRange:
+def read(path: str | os.PathLike | BinaryIO, white: float | None = None) -> FullRange:
     """The picture of a file, upright.
 
     Args:
@@ -74,9 +75,16 @@ def _deep(values: np.ndarray, image: Image.Image, white: float | None) -> tuple[
     return values.astype(np.uint16)[..., None], white
 
 
-def write(path: str | os.PathLike, picture: FullRange) -> None:
-    """Write a picture of `read`, as PNG or, of floating point, as TIFF, whole or not at all."""
+def encoded(picture: FullRange) -> bytes:
+    """The contents of the file that `write` writes: PNG or, of floating point, TIFF."""
     pixels = np.ascontiguousarray(picture.pixels[..., 0] if picture.pixels.shape[2] == 1 else picture.pixels)
     options = {} if picture.profile is None else {"icc_profile": picture.profile}
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format={".png": "PNG", ".tiff": "TIFF"}[picture.suffix], **options)
+    return file.getvalue()
+
+
+def write(path: str | os.PathLike, picture: FullRange) -> None:
+    """Write a picture of `read`, as PNG or, of floating point, as TIFF, whole or not at all."""
     with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format={".png": "PNG", ".tiff": "TIFF"}[picture.suffix], **options)
+        temporary.write_bytes(encoded(picture))

@@ -9,10 +9,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -81,25 +81,36 @@ def is_picture(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The file, opened but not decoded yet. Raises DataError, also for any exception within the block."""
+def opened(path: str | os.PathLike | BinaryIO, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+    """The file, opened but not decoded yet. Raises DataError, also for any exception within the block.
+
+    path: of a file, or a file in memory.
+    formats: Pillow's names of the formats that are read; all that it knows if None.
+    """
+    name = path if isinstance(path, (str, os.PathLike)) else "the picture"
     try:
         with warnings.catch_warnings():
             # Warnings about files that can be read are of no interest; an absurd size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(path.read()) if isinstance(path, Member) else path) as image:
+            file = io.BytesIO(path.read()) if isinstance(path, Member) else path
+            with Image.open(file, formats=formats) as image:
                 _check_range(image)
                 yield image
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist, expected a picture") from None
+        raise DataError(f"{name} does not exist, expected a picture") from None
     except UnidentifiedImageError:
-        size = path.size if isinstance(path, Member) else os.path.getsize(path)
-        reason = "its format is unknown" if size else "it is empty"
-        raise DataError(f"{path} cannot be read as a picture: {reason}") from None
+        reason = "its format is unknown" if _size(path) else "it is empty"
+        raise DataError(f"{name} cannot be read as a picture: {reason}") from None
     except Exception as error:  # decoders raise anything on a garbled file
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"{path} cannot be read as a picture: {reason}") from None
+        raise DataError(f"{name} cannot be read as a picture: {reason}") from None
+
+
+def _size(path: str | os.PathLike | BinaryIO) -> int:
+    if isinstance(path, Member):
+        return path.size
+    return os.path.getsize(path) if isinstance(path, (str, os.PathLike)) else path.seek(0, os.SEEK_END)
 
 
 def converted(image: Image.Image, channels: int) -> Image.Image:
@@ -155,7 +166,7 @@ def _too_dark(brightest: str) -> str:
     return f"its 16-bit values end at {brightest} of 65535, as if they had 12 bits or fewer: convert it to 8 bits"
 
 
-def decode(path: str | os.PathLike, cut: Cut, draws: np.ndarray | None = None) -> np.ndarray:
+def decode(path: str | os.PathLike | BinaryIO, cut: Cut, draws: np.ndarray | None = None) -> np.ndarray:
     """The picture of a file as (channels, size, size) uint8.
 
     Args:
