@@ -267,7 +267,10 @@ def test_per_example_reports_equal_vmap_of_grad(net):
     check_reports(net)
 
 
-@pytest.mark.parametrize("name", [n if n in PLAIN else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
+ALONE = ("mlp", "resnet", "rnn", "gpt2", "transformer", "vqvae", "dcgan critic")
+
+
+@pytest.mark.parametrize("name", [n if n in ALONE else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
 def test_per_example_reports_equal_gradients_of_batches_of_one(name):
     assert per_example.verify(*reported(NETS[name]), examples=2) <= 1e-10
 

@@ -5,6 +5,7 @@ layers, 256 wide, 64 x 64) beside transformers'. Both start from the same weight
 of three steps must agree.
 
     python tests/benchmarks/fcos_clip_step.py [--net fcos|clip] [--side 256] [--batch 8] [--rounds 9] [--threads 2]
+        [--no-compile]
 """
 
 import argparse
@@ -93,10 +94,10 @@ def clip_case(args: argparse.Namespace) -> tuple:
     return params, clip.spec(cfg), loss, model, module_loss, (images, tokens)
 
 
-def functree_step(params, model, loss, batch):
+def functree_step(params, model, loss, batch, compile: bool):
     optimizer = optimizers.adamw(RATE, weight_decay=0.01)
     state = start(random.key(1), tree.map(torch.clone, params), model, optimizer)
-    train = make_step(loss, optimizer, donate=True, update_norm=False)
+    train = make_step(loss, optimizer, donate=True, update_norm=False, compile=compile)
 
     def step():
         nonlocal state
@@ -106,9 +107,9 @@ def functree_step(params, model, loss, batch):
     return step
 
 
-def module_step(module: nn.Module, loss: Callable[[], Tensor]):
+def module_step(module: nn.Module, loss: Callable[[], Tensor], compile: bool):
     optimizer = torch.optim.AdamW(module.parameters(), RATE, weight_decay=0.01, fused=True)
-    compiled = torch.compile(loss, dynamic=False)
+    compiled = torch.compile(loss, dynamic=False) if compile else loss
 
     def step():
         value = compiled()
@@ -125,14 +126,15 @@ def main() -> None:
     parser.add_argument("--net", choices=("fcos", "clip"), default="fcos")
     for name, default in (("side", 256), ("batch", 0), ("rounds", 9), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
     args.batch = args.batch or {"fcos": 8, "clip": 64}[args.net]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     params, model, loss, module, module_loss, batch = {"fcos": fcos_case, "clip": clip_case}[args.net](args)
     steps = {
-        "functree": functree_step(params, model, loss, batch),
-        "nn.Module": module_step(module.train(), module_loss),
+        "functree": functree_step(params, model, loss, batch, args.compile),
+        "nn.Module": module_step(module.train(), module_loss, args.compile),
     }
     values = {name: [float(step()) for _ in range(3)] for name, step in steps.items()}
     print("losses of 3 steps:", values)

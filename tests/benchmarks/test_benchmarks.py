@@ -31,6 +31,7 @@ CASES = [
     ("diffusion_sampling --preset digits --batch 1 --steps 2 --rounds 1", "functree / diffusers"),
     ("diffusion_unet --preset digits --batch 1 --rounds 1", "functree / diffusers"),
     ("ensemble --members 2 --batch 3 --rounds 1", "compile(vmap(step)) / one by one, eager"),
+    ("fcos_clip_step --net clip --side 64 --batch 2 --rounds 1 --no-compile", "functree / nn.Module"),
     ("gan_step --game dcgan --batch 2 --rounds 1", "functree / nn.Module, compiled, fused Adam"),
     ("gan_step --batch 2 --rounds 1", "functree / nn.Module, eager, create_graph"),
     ("generation --widths 16 --vocabulary 20 --tokens 4 --rounds 1", "functree, compiled / transformers"),

@@ -71,7 +71,7 @@ def test_forget_bias_is_added_to_the_forget_gate_alone():
     torch.testing.assert_close(difference, torch.tensor([0.0] * 4 + [1.5] * 4 + [0.0] * 8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_default_run_shows_that_the_gates_hold_the_gradient(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert runs.call("gradient_flow", "--name", "a", "--no-compile") == 0

@@ -27,7 +27,18 @@ from train.run.run import Run
 DRAWN = True
 every_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str, scope="module")
 # Another script of the default suite has their adversarial step, their loop over pairs of sentences or over pictures.
-SLOW_TO_RESUME = ("stylegan", "pix2pix", "cyclegan", "translate", "caption")
+QUICK_TO_RESUME = (
+    "classify",
+    "examine",
+    "imagenet",
+    "gpt",
+    "char_rnn",
+    "vae",
+    "diffusion",
+    "sequences",
+    "ner",
+    "detect",
+)
 SPEEDS = ("seconds", "per_second")
 
 
@@ -116,7 +127,7 @@ def test_prints_what_it_understood_and_where_its_files_are(experiment, folder, t
 
 @pytest.mark.parametrize(
     "experiment",
-    [pytest.param(e, marks=pytest.mark.slow) if e.name in SLOW_TO_RESUME else e for e in EXPERIMENTS],
+    [e if e.name in QUICK_TO_RESUME else pytest.param(e, marks=pytest.mark.slow) for e in EXPERIMENTS],
     ids=str,
     scope="module",
 )

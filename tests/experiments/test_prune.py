@@ -131,7 +131,7 @@ def test_scores_that_are_gone_are_named(here, capfd):
     assert "runs/prune/whole/scores.npy': No such file or directory" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_flags(tmp_path):
     """The run that the experiment's first lines promise, compiled."""
     completed(tmp_path)

@@ -261,7 +261,7 @@ def test_start_from_a_run_of_another_scale(here, capsys):
     assert call(*flags, *QUICK, "--patch", "24", "--learning-rate", "1e-9", "--name", "s") == 0
     out = capsys.readouterr().out
     assert "of other shapes, and so drawn anew: 'up.0.conv.bias', 'up.0.conv.weight'" in out
-    model, before = (superres.trained(open_run(Path(f"runs/superres/{n}"), superres.RUNS)).values for n in "sc")
+    model, before = (upscaler.load(open_run(Path(f"runs/superres/{n}"), superres.RUNS)).values for n in "sc")
     torch.testing.assert_close(model["head"], before["head"], rtol=0, atol=1e-6)
     assert model["up"][0]["conv"]["bias"].shape == (9 * 32,)
 

@@ -49,6 +49,7 @@ def test_ids_with_the_batch_second():
     assert_equal_to_loop(loss, P, IDS, per_example.reports(loss, P, IDS), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "layer norm", "no rule"])
 def test_any_axis_while_compiling(name):
     torch._dynamo.reset()

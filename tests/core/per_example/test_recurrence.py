@@ -59,7 +59,8 @@ def test_reports_are_exact(name):
     assert all(len(leaf.uses) == 1 for path, leaf in plan.leaves.items() if path.startswith("rnn"))
 
 
-@pytest.mark.parametrize("name", ["gru, both directions", pytest.param("layer-norm lstm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gru, both directions", "layer-norm lstm"])
 def test_compiled(name):
     torch._dynamo.reset()
     loss, params, batch = case(name, layers=1)

@@ -109,6 +109,7 @@ def test_transforms(kind, transform):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "vmap(grad)", "vmap(grad) of members"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_of_the_operator_compile(kind, transform):

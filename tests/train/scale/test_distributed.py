@@ -1,6 +1,6 @@
 """Several processes give what one process gives with the whole batch: curves, states, gradients, derivatives.
 
-The cases are those of `cases.py`; gloo processes run them, a few of them in one start, and this process the reference.
+The cases are those of `process_cases.py`; gloo processes run them, a few in one start, and this process the reference.
 """
 
 import sys
@@ -16,14 +16,14 @@ from tests import launched
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import cases  # noqa: E402
+import process_cases as cases  # noqa: E402
 
 # Sums in another order: 1e-7 of a loss of 4 is an ulp; over 20 steps AdamW passes some of them on.
 CURVE = 2e-6
 
 
 def outputs(folder, names: str, ranks: int) -> dict[str, list[dict]]:
-    for code, _, err in launched.together(HERE / "cases.py", folder, names, ranks=ranks):
+    for code, _, err in launched.together(HERE / "process_cases.py", folder, names, ranks=ranks):
         assert code == 0, err
     keys = [name.partition("@")[0] + ("_resumed" if "@" in name else "") for name in names.split(",")]
     return {key: [torch.load(folder / f"{key}-{rank}.pt") for rank in range(ranks)] for key in keys}

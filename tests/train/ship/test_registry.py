@@ -11,7 +11,12 @@ FAST = ("mlp", "convolutional", "gpt2", "vit", "rnn, tanh")
 """One of each kind; all of them take a minute and a half."""
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NETS])
+def by_suite(name: str):
+    """Variants of a net, "name, variant", share its layers."""
+    return name if name in FAST else pytest.param(name, marks=pytest.mark.long if "," in name else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [by_suite(name) for name in NETS])
 def test_export_has_a_dynamic_batch(name):
     program, (apply, params) = program_of(name), face(name)
     for n in (1, 5):

@@ -1,4 +1,5 @@
-"""Cases that the processes of a test run: `python cases.py FOLDER CASE,CASE`, started by `tests.launched.together`.
+"""Cases that the processes of a test run: `python process_cases.py FOLDER CASE,CASE`; `tests.launched.together` starts
+them.
 
 Each case writes what its process has to `FOLDER/<case>-<rank>.pt`.
 """
