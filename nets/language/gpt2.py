@@ -5,6 +5,8 @@ sum) and Radford et al. 2019, "Language Models are Unsupervised Multitask Learne
 one more at the end). In both the output layer is the token embedding again:
 
     h = tokens[ids] + positions[0..T);   h = block_i(h);   logits = norm(h) tokensᵀ
+
+In 60 lines of plain torch: `nets/explained/gpt2.py`.
 """
 
 import math

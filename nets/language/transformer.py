@@ -10,7 +10,7 @@ each of them norm(x + f(x)). With `norm_first` it is x + f(norm(x)), and a norm 
 without a warm-up too (Xiong et al. 2020, arXiv:2002.04745).
 
 A target begins with a start token; the logits at a position are of the token after it. Published weights:
-`nets/language/marian.py`.
+`nets/language/marian.py`. In 100 lines of plain torch: `nets/explained/transformer.py`.
 """
 
 import math
