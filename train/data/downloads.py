@@ -122,7 +122,10 @@ def _unpack(archive: Path, folder: Path, members: tuple[str, ...] | None, again:
                 options = {}
             else:
                 entries = {entry.name: entry for entry in file.getmembers() if entry.isfile()}
-                options = {"filter": "data"}
+                options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
+            for name in entries:
+                if os.path.isabs(name) or ".." in Path(name).parts:
+                    raise DataError(f"{archive} has {name}, outside of its folder")
             absent = [name for name in members or () if name not in entries]
             if absent:
                 raise DataError(f"{archive} has no {absent[0]}")
