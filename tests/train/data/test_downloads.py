@@ -108,6 +108,16 @@ def test_a_damaged_archive_is_one_line(name, served, tmp_path):
     assert files(cache) == {name}
 
 
+def test_an_archive_writes_nothing_outside_of_its_folder(served, tmp_path):
+    """By the check, not by tarfile's filter alone, which Python has from 3.11.4 on."""
+    cache = tmp_path / "cache"
+    with tarfile.open(served / "evil.tar.gz", "w:gz") as tar:
+        tar.add(served / "text.txt", "set/../../evil.txt")
+    with serve(served) as url, pytest.raises(DataError, match=r"has set/\.\./\.\./evil\.txt, outside of its folder"):
+        fetch(f"{url}/evil.tar.gz", None, cache, members=("set/../../evil.txt",))
+    assert not (tmp_path / "evil.txt").exists()
+
+
 @pytest.mark.parametrize(("name", "members"), [("text.txt", ()), ("set.tar.gz", None)])
 def test_a_page_in_place_of_the_file(name, members, served, tmp_path):
     """A network that wants a log-in answers 200 to everything."""
