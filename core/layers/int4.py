@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.layers.unformed import Unformed
+from core.layers.unformed import Scaled
 
 
-class Int4(Unformed):
+class Int4(Scaled):
     """s Q.
 
     Args:
@@ -23,18 +23,6 @@ class Int4(Unformed):
     @property
     def shape(self) -> torch.Size:
         return torch.Size((self.int4.shape[0], 2 * self.int4.shape[1]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.int4.nbytes + self.scale.nbytes
 
     def dense(self) -> Tensor:
         return _dense(self.int4, self.scale)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.layers.unformed import Unformed
+from core.layers.unformed import Scaled
 
 FEW = 8
 """Rows of x up to which a compiled product on a CPU is better written as a sum, which reads Q alone."""
 
 
-class Int8(Unformed):
+class Int8(Scaled):
     """s Q.
 
     Args:
@@ -28,18 +28,6 @@ class Int8(Unformed):
     @property
     def shape(self) -> torch.Size:
         return self.int8.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.scale.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.int8.nbytes + self.scale.nbytes
 
     def dense(self) -> Tensor:
         return self.int8.to(self.scale.dtype) * self.scale.reshape(-1, *(1,) * (self.int8.ndim - 1))  # (rows, *rest)

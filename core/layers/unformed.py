@@ -6,6 +6,7 @@ Such a leaf takes the place of a weight in a tree of parameters: `LowRank`, `Int
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from core import tree
@@ -55,6 +56,24 @@ class Unformed:
             return x.dense() if isinstance(x, Unformed) else x
 
         return func(*tree.map(dense, list(args)), **tree.map(dense, kwargs or {}))
+
+
+class Scaled(Unformed):
+    """Integers times a `scale`, in the dtype and on the device of which the weight is; the bytes are those of both."""
+
+    scale: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, field).nbytes for field in self.fields)
 
 
 def formed(params: Tree) -> Tree:

@@ -106,7 +106,7 @@ def sketched_neighbours(sketches: Tensor, k: int, pairs: int = 0, among: Tensor 
 
 
 def _disjoint(parts: list[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """The pairs of greatest value, (count, 2) or fewer, without those that share an example with a greater one."""
+    """Pairs of the greatest values, up to (count, 2); an example is in one pair only, that of its greatest value."""
     taken: set[int] = set()
     out: list[list[int]] = []
     if parts:

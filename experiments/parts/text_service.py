@@ -139,8 +139,8 @@ class Pieces:
         if ends:
             self.stopped, out = True, self.pending[: min(ends)]
             return out
-        kept = 0 if last else max((_overlap(self.pending, stop) for stop in self.stop), default=0)
-        out, self.pending = self.pending[: len(self.pending) - kept], self.pending[len(self.pending) - kept :]
+        overlap = 0 if last else max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+        out, self.pending = self.pending[: len(self.pending) - overlap], self.pending[len(self.pending) - overlap :]
         return out
 
 

@@ -134,8 +134,8 @@ def examine(
 
     keep = ["loss", "norm", "dot", "layers", "sketch"] + ["log_probs"] * _has_logits(loss, params, first)
     settings = {"folder": path, "resume": resume, "identity": {**(identity or {}), "size": size}}
-    kept = stream(values, data, batch, keep=keep, title="gradients", **settings).kept
-    return _scored(loss, params, data, kept, mean, labels, (neighbours, pairs, damping))
+    columns = stream(values, data, batch, keep=keep, title="gradients", **settings).kept
+    return _scored(loss, params, data, columns, mean, labels, (neighbours, pairs, damping))
 
 
 def on(device: torch.device, part: Tree) -> Tree:
@@ -158,7 +158,7 @@ def sketched(loss: Loss, params: Tree, batch: Tree, hashes: Tree, size: int, chu
 
 
 def _maps(loss: Loss, params: Tree, first: Tree) -> bool:
-    """Whether the loss can be mapped over the examples."""
+    """True if the loss can be mapped over the examples."""
 
     def of_one(example: Tree) -> Tensor:
         return loss(params, tree.map(lambda x: x.unsqueeze(0), example))[0][0]
@@ -203,23 +203,23 @@ def _mean_gradient(loss: Loss, params: Tree, data: Tree, batch: int, folder: Pat
 
 
 def _scored(
-    loss: Loss, params: Tree, data: Tree, kept: dict, mean: Tree, labels: Tensor | None, options
+    loss: Loss, params: Tree, data: Tree, columns: dict, mean: Tree, labels: Tensor | None, options
 ) -> Examination:
     neighbours, pairs, damping = options
-    norm, rows = kept["norm"].astype(np.float64), torch.from_numpy(np.array(kept["sketch"]))
-    if not np.isfinite(norm).all() or not np.isfinite(kept["loss"]).all():
-        worst = int(np.flatnonzero(~np.isfinite(norm) | ~np.isfinite(kept["loss"]))[0])
-        raise ValueError(f"the gradient of example {worst} is not finite (loss {kept['loss'][worst]:g})")
+    norm, rows = columns["norm"].astype(np.float64), torch.from_numpy(np.array(columns["sketch"]))
+    if not np.isfinite(norm).all() or not np.isfinite(columns["loss"]).all():
+        worst = int(np.flatnonzero(~np.isfinite(norm) | ~np.isfinite(columns["loss"]))[0])
+        raise ValueError(f"the gradient of example {worst} is not finite (loss {columns['loss'][worst]:g})")
     mean_norm = float(tree.norm(tree.map(torch.Tensor.double, mean)))
-    quotient = np.divide(kept["dot"], norm * mean_norm, out=np.zeros_like(norm), where=norm * mean_norm > 0)
-    out = {"loss": kept["loss"].astype(np.float64), "norm": norm, "cosine": quotient.clip(-1, 1)}
+    quotient = np.divide(columns["dot"], norm * mean_norm, out=np.zeros_like(norm), where=norm * mean_norm > 0)
+    out = {"loss": columns["loss"].astype(np.float64), "norm": norm, "cosine": quotient.clip(-1, 1)}
     out["self_influence"] = sketched_self_influence(rows, damping).numpy()
-    log_probs = torch.from_numpy(np.array(kept["log_probs"])) if "log_probs" in kept else None
+    log_probs = torch.from_numpy(np.array(columns["log_probs"])) if "log_probs" in columns else None
     if log_probs is not None and labels is not None:
         out["el2n"] = scores.el2n(log_probs, labels).double().numpy()
     near = sketched_neighbours(rows, neighbours, pairs, torch.from_numpy(norm > np.median(norm) * 1e-3))
     kinds = [exact_pairs(loss, params, data, kind) for kind in (near.redundant, near.conflicting)]
-    layers, names = np.array(kept["layers"]), tree.names(params)
+    layers, names = np.array(columns["layers"]), tree.names(params)
     small = torch.from_numpy((layers.astype(np.float64) ** 2).mean(0))  # (parameters,)
     large = torch.stack([x.double().square().sum().cpu() for x in tree.leaves(mean)])
     parts = noise.two_batches(small, large, 1, len(norm))  # of all examples and of one
@@ -236,7 +236,7 @@ def _scored(
         trace / square if square > 0 else float("inf"),
         scale,
         mean_norm,
-        kept["sketch"],
+        columns["sketch"],
     )
 
 

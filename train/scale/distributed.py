@@ -50,7 +50,7 @@ class Distributed:
         return None if parameter is None else self.cuts[parameter]
 
     def is_piece(self, name: str, leaf: Tensor) -> bool:
-        """Whether a leaf that has a cut is a piece."""
+        """True if a leaf that has a cut is a piece."""
         parameter = self._parameter(name, leaf)
         return parameter is not None and tuple(leaf.shape) != self.shapes[parameter]
 

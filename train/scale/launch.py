@@ -132,7 +132,7 @@ class Processes:
         return line if not self.rank or lost else f"process {self.rank}: {line}"
 
     def is_of_a_collective(self, error: RuntimeError) -> bool:
-        """Whether an error says that another process does not answer."""
+        """True if an error says that another process does not answer."""
         import torch.distributed as dist
 
         return isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_GLOO)
@@ -148,7 +148,7 @@ class Processes:
         return None
 
     def _wait_for_the_others(self, seconds: float) -> bool:
-        """Whether the first process, and until then all others, have failed too."""
+        """Wait up to `seconds`; True if all processes, or at the end at least the first one, have failed too."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if all(self._store.check([f"failed/{rank}"]) for rank in range(self.ranks)):

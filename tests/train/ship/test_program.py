@@ -116,7 +116,7 @@ def test_quantised_weights_are_exported_as_integers(integers):
     small = integers.quantise(params)
     inputs = inputs_of("gpt2", 3)
     program = export(lambda p, **x: apply(integers.unformed(p), **x), small, inputs, {"x": {0: Axis("batch", 1, 8)}})
-    kept = [v for v in program.exported.state_dict.values() if v.dtype in (torch.int8, torch.uint8)]
-    assert len(kept) == sum("weight" in name and leaf.ndim == 2 for name, leaf in tree.items(params)) > 4
+    leaves = [v for v in program.exported.state_dict.values() if v.dtype in (torch.int8, torch.uint8)]
+    assert len(leaves) == sum("weight" in name and leaf.ndim == 2 for name, leaf in tree.items(params)) > 4
     other = inputs_of("gpt2", 5, seed=3)
     torch.testing.assert_close(program(**other), apply(integers.unformed(small), **other), rtol=1e-4, atol=1e-4)
