@@ -253,6 +253,8 @@ def explain(args: ExplainArgs) -> None:
     outs = [explanations.explain(model, text, label, support, args.points) for text, label in pairs]
     folder = unused(args.out, args.run / "explanations" / args.score)
     print("\n".join(explanations.write(folder, outs, data.train, args.count, args.score)))
+    log_probs = encoder_classifier.log_probabilities(model.encoder, parts["train"])
+    explanations.write_report(folder, outs, data.train, parts["train"].labels, model, log_probs)
     print(f"files in {folder}/")
 
 

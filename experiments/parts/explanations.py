@@ -1,17 +1,23 @@
-"""Explanations of single predictions: what the tokens contribute, and which training texts speak for and against it."""
+"""Explanations of single predictions: what the tokens contribute, and which training texts speak for and against it.
+
+Files: `explanation.txt`, `.html` and `.png` of the strongest, `report.html` with all training texts, to sort and search.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from core.scores import label_probability
 from experiments.parts import attributions, encoder_classifier
 from experiments.parts import encoder as encoders
 from experiments.parts.attributions import Attributed
 from experiments.parts.encoder_classifier import Classifier
+from train import report
 from train.data.text.labelled import Records
 from train.data.text.ragged import Ragged
 from train.files import replacing, shown
@@ -22,6 +28,7 @@ from train.plots.coloured_text import Passage
 
 POINTS = 32  # of integrated gradients
 LONGEST = 300  # characters of a training text that are shown
+ROWS = 10_000  # training texts on a page
 
 
 class Explained(NamedTuple):
@@ -121,3 +128,39 @@ def write(folder: Path, explained: Sequence[Explained], train: Records, count: i
     coloured_text.page(folder / "explanation.html", passages, "Predictions and the training texts that they rest on")
     coloured_text.picture(folder / "explanation.png", passages)
     return lines
+
+
+def write_report(
+    folder: Path, explained: Sequence[Explained], train: Records, labels: Tensor, model: Classifier, log_probs: Tensor
+) -> None:
+    """`report.html`: a page of training texts, by what they support of each prediction and by their own loss.
+
+    Args:
+        labels, log_probs: (training texts,) and (training texts, classes) by the model.
+    """
+    supports = torch.stack([out.support for out in explained])  # (predictions, training texts)
+    rows = supports.abs().amax(0).argsort(descending=True, stable=True)[:ROWS].sort().values.numpy()
+    columns = {}
+    for i, out in enumerate(explained):
+        about = f"Support of the training text for the prediction {out.title}, of: {shown(short(out.text, LONGEST))}"
+        title = f"for {i + 1}" if len(explained) > 1 else "support"
+        columns[f"support_{i + 1}"] = report.Column(title, supports[i].numpy()[rows], about)
+    tiny = torch.finfo(log_probs.dtype).tiny
+    losses = -label_probability(log_probs, labels).clamp(min=tiny).log().numpy()
+    columns["loss"] = report.Column("loss", losses[rows], "Loss of the training text itself at the model, in nats.")
+    page = report.Report(
+        title="Training texts that predictions rest on",
+        facts={f"{i + 1}" if len(explained) > 1 else "prediction": out.title for i, out in enumerate(explained)},
+        names=[f"training text {i + 1}" for i in rows.tolist()],
+        columns=columns,
+        rank="support_1",
+        scatter=(("support_1", "loss"), ("support_1", "support_2"))[: min(2, len(explained))],
+        classes=model.classes,
+        labels=labels.numpy()[rows],
+        predicted=np.asarray(log_probs.argmax(1))[rows],
+        texts=[train.texts[i] for i in rows.tolist()],
+        numbers=rows,
+        cards="Texts that speak most for the first prediction" if len(explained) > 1 else "Texts that speak most for it",
+        notes=[f"{i + 1}: {out.title}: {shown(short(out.text, LONGEST))}" for i, out in enumerate(explained)],
+    )
+    report.write(folder / "report.html", page)

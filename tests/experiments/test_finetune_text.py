@@ -274,6 +274,8 @@ def test_explanation(here, capsys):
     assert (here / "why" / "explanation.txt").read_text(encoding="utf-8") in out
     page = (here / "why" / "explanation.html").read_text(encoding="utf-8")
     assert "moving" in page and "for it: " in page and runs.is_png(here / "why" / "explanation.png")
+    page = (here / "why" / "report.html").read_text(encoding="utf-8")
+    assert "Texts that speak most for it" in page and '"rank":"support_1"' in page
     assert call("explain", "--run", ROOT / "b", "\u200b") == 2
     assert "has no tokens; expected a text" in capsys.readouterr().err
 

@@ -49,6 +49,7 @@ class Report(NamedTuple):
         class_rows: a row of figures per class, by name.
         class_cosines: (classes, classes) between the mean gradients of classes, or None.
         numbers: of the examples in the whole data set, (N,): a page may have some of them only.
+        cards: heading of the examples of highest rank, which are shown as cards where there are labels.
         notes: lines below the page.
     """
 
@@ -73,6 +74,7 @@ class Report(NamedTuple):
     class_rows: Sequence[Mapping[str, str]] = ()
     class_cosines: np.ndarray | None = None
     numbers: np.ndarray | None = None
+    cards: str = "Most suspicious labels"
     notes: Sequence[str] = ()
 
 
