@@ -231,7 +231,12 @@ bins = values.log10().reshape(100, 40)
 for (name, dtype), colour in zip(FORMATS.items(), ("black", "tab:red", "tab:blue"), strict=True):
     error = ((values.to(dtype).double() - values).abs() / values).reshape(100, 40).amax(1)
     left.semilogy(bins.mean(1).numpy(), error.clamp(max=10).numpy(), color=colour, label=name)
-left.set(xlabel="$\\log_{10}$ of the number", ylabel="relative rounding error (10: overflow)", ylim=(1e-9, 30))
+left.set(
+    xlabel="$\\log_{10}$ of the number",
+    xticks=range(-12, 9, 4),
+    ylabel="relative rounding error (10: overflow)",
+    ylim=(1e-9, 30),
+)
 left.legend(loc="lower left", bbox_to_anchor=(0.0, 0.21))
 for (name, curve), style in zip(curves.items(), ("-", "--", "-"), strict=True):
     right.plot(range(20, 241, 20), curve, style, label=name)
