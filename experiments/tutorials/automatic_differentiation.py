@@ -229,7 +229,7 @@ for name, f in attempts.items():
 # definite, as here). SciPy's Newton method gets the same derivatives from us, and finds the same minimum.
 
 # %% [markdown] lang="zh"
-# ## 牛顿法对梯度下降
+# ## 牛顿法与梯度下降
 #
 # 梯度下降沿 $-\nabla f$ 走。牛顿法则取一个在当前点与 $f$ 的值、梯度和 Hessian 都相同的二次函数，
 # 直接走到它的最低点 $p - H^{-1} \nabla f$（要求 $H$ 正定，这里成立）。把同样的导数交给 SciPy 的牛顿法，

@@ -240,7 +240,7 @@ print(f"all texts in one table: {tuple(data.tokens.shape)}, zeros {(data.tokens 
 # 同一批数字在五个训练步中的样子：每次都不同，而重新运行时又完全一样。
 
 # %%
-figure, axes = plt.subplots(6, 8, figsize=(8, 6), layout="constrained")
+figure, axes = plt.subplots(6, 8, figsize=(6.4, 4.8), layout="constrained")
 for step, row in enumerate(axes, -1):
     for image, axis in zip(pixels if step < 0 else changed(pixels, step), row, strict=True):
         axis.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
@@ -260,5 +260,5 @@ temporary.cleanup()
 # ## 接下来
 #
 # [train/README.md](../../train/README.md#data)：各种数据、打开它们的函数和批次。
-# [experiments/README.md](../README.md#classify)：`python experiments/classify.py --data FOLDER` 在您自己的文件夹上训
-# 练，[imagenet](../README.md#imagenet) 则处理 tar 文件中的上百万张图片。
+# [experiments/README.md](../README.md#classify)：`python experiments/classify.py --data FOLDER` 用您自己的图片训练，
+# [imagenet](../README.md#imagenet) 则处理 tar 文件中的上百万张图片。

@@ -19,6 +19,7 @@
 
 # %%
 import json
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -89,28 +90,28 @@ torch.testing.assert_close(loaded, params, rtol=0, atol=0)
 # ## Why no pickle
 #
 # `pickle` stores objects as instructions to build them, and an instruction may call any function. The object below
-# asks for `open(...).close()`, which leaves an empty file; it could as well read your keys. Files that end in `.pt`,
-# `.pth`, `.bin` or `.ckpt` usually contain a pickle. `torch.load(..., weights_only=True)` builds tensors and plain
-# values only, and so does `nets.weights.read`, which says what it found.
+# asks for `os.mkdir`, which makes an empty folder; it could as well send your files to someone. Files that end in
+# `.pt`, `.pth`, `.bin` or `.ckpt` usually contain a pickle. `torch.load(..., weights_only=True)` builds tensors and
+# plain values only, and so does `nets.weights.read`, which says what it found.
 
 # %% [markdown] lang="zh"
 # ## 为什么不用 pickle
 #
-# `pickle` 把对象存成重建它的指令，而指令可以调用任何函数。下面的对象要求执行 `open(...)`，留下一个空文件；
-# 它同样可以读走您的密钥。以 `.pt`、`.pth`、`.bin`、`.ckpt` 结尾的文件通常含有 pickle。
+# `pickle` 把对象存成重建它的指令，而指令可以调用任何函数。下面的对象要求执行 `os.mkdir`，建立一个空文件夹；
+# 它同样可以把您的文件发给别人。以 `.pt`、`.pth`、`.bin`、`.ckpt` 结尾的文件通常含有 pickle。
 # `torch.load(..., weights_only=True)` 只构造张量和普通的值，`nets.weights.read` 也是如此，并会说明它遇到了什么。
 
 # %%
 
 
 class Surprise:
-    def __reduce__(self):  # "to build me, call open(path, 'w')"
-        return open, (str(folder / "surprise.txt"), "w")
+    def __reduce__(self):  # "to build me, call os.mkdir(path)"
+        return os.mkdir, (str(folder / "surprise"),)
 
 
 (folder / "stranger.pt").write_bytes(pickle.dumps({"weight": Surprise()}))
-pickle.loads((folder / "stranger.pt").read_bytes())["weight"].close()
-print("a file was made by loading:", (folder / "surprise.txt").exists())
+pickle.loads((folder / "stranger.pt").read_bytes())
+print("a folder was made by loading:", (folder / "surprise").is_dir())
 torch.save({"weight": Surprise()}, folder / "stranger.pt")
 refused(lambda: torch.load(folder / "stranger.pt", weights_only=True))
 refused(lambda: read(str(folder / "stranger.pt")))

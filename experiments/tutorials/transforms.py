@@ -4,7 +4,7 @@
 # `grad`, `vmap`, `jvp` and `torch.compile` take a function and return another: its derivative, the same for many
 # inputs, its change along a direction, a faster one. As the result is a function again, they compose. They ask one
 # thing of it: that it is *pure*, its output made of its inputs alone. Our function is no net but a ball thrown
-# against the wind, since all of this holds for any program of tensors. In the end we know how to throw at twelve
+# through the air, since all of this holds for any program of tensors. In the end we know how to throw at twelve
 # targets at once.
 #
 # You need to know derivatives and a little PyTorch.
@@ -14,7 +14,7 @@
 #
 # `grad`、`vmap`、`jvp` 和 `torch.compile` 接受一个函数，返回另一个函数：它的导数、能同时处理许多输入的版本、
 # 沿某个方向的变化、更快的版本。结果仍是函数，所以可以组合。它们只有一个要求：函数必须是*纯函数*，输出只由输入决定。
-# 我们用的函数不是网络，而是逆风抛出的一个球，因为这些对任何张量程序都成立。
+# 我们用的函数不是网络，而是在空气中抛出的一个球，因为这些对任何张量程序都成立。
 # 最后我们将同时算出怎样抛球才能命中十二个目标。
 #
 # 读者需要了解导数和一点 PyTorch。
@@ -265,12 +265,12 @@ plt.show()
 # ## Where to go from here
 #
 # [core/README.md](../../core/README.md#transforms): the same on trees of parameters.
-# [core/COMING_FROM.md](../../core/COMING_FROM.md#errors): every error, and what to write instead.
+# [core/COMING_FROM.md](../../core/COMING_FROM.md#errors): errors, and what to write instead.
 # [train/README.md](../../train/README.md#the-step): a whole training step as one compiled function.
 
 # %% [markdown] lang="zh"
 # ## 接下来
 #
 # [core/README.md](../../core/README.md#transforms)：作用于参数树的同样变换。
-# [core/COMING_FROM.md](../../core/COMING_FROM.md#errors)：每种错误以及应当怎样改写。
+# [core/COMING_FROM.md](../../core/COMING_FROM.md#errors)：常见错误以及应当怎样改写。
 # [train/README.md](../../train/README.md#the-step)：把整个训练步编译成一个函数。
