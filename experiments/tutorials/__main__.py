@@ -89,6 +89,8 @@ def execute(name: str, timeout: float) -> "list[NotebookNode]":
     book = notebook(cells_of(name, "en"))
     # Small pictures: a notebook is read in a browser, and many of them lie in the repository.
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    # transformers imports a progress bar that misses a widget, and would say so with this machine's paths.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     try:
         nbclient.NotebookClient(book, timeout=timeout, kernel_name="python3").execute()
     except (CellExecutionError, CellTimeoutError) as error:
