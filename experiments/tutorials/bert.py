@@ -18,7 +18,6 @@
 
 # %%
 import math
-import sys
 
 import matplotlib.pyplot as plt
 import torch
@@ -176,7 +175,6 @@ follows = linear(params["next_sentence"], pooled)  # (batch, 2)
 print("states:", tuple(x.shape), " logits:", tuple(logits.shape), " pooled:", tuple(pooled.shape))
 torch.testing.assert_close(logits, bert.apply(params, (tokens, types), cfg)["masked_tokens"])
 try:
-    sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
     from transformers import BertConfig, BertForPreTraining
 except ImportError:
     print("not compared with transformers: pip install transformers")

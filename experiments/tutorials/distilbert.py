@@ -20,7 +20,6 @@
 
 # %%
 import math
-import sys
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -71,7 +70,6 @@ tokens = random.randint(random.key(1), (3, 9), 1, 25).long()
 logits = distilbert.apply(params, tokens, cfg)
 print("tokens:", tuple(tokens.shape), " logits:", tuple(logits.shape))
 try:
-    sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 except ImportError:
     print("not compared with transformers: pip install transformers")

@@ -18,7 +18,6 @@
 
 # %%
 import math
-import sys
 
 import matplotlib.pyplot as plt
 import torch
@@ -165,7 +164,6 @@ print("logits:", tuple(logits.shape))
 torch.testing.assert_close(logits, plain.gpt2(params, tokens, cfg.heads))
 torch.testing.assert_close(logits, gpt2.apply(params, tokens, cfg), rtol=1e-4, atol=1e-4)
 try:
-    sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
     from transformers import GPT2Config, GPT2LMHeadModel
 except ImportError:
     print("not compared with transformers: pip install transformers")

@@ -19,7 +19,6 @@
 
 # %%
 import math
-import sys
 
 import matplotlib.pyplot as plt
 import torch
@@ -179,7 +178,6 @@ logits = whole(params, source, target, cfg.heads)
 print("source:", tuple(source.shape), " target:", tuple(target.shape), " logits:", tuple(logits.shape))
 torch.testing.assert_close(logits, t5.apply(params, (source, target), cfg), rtol=1e-4, atol=1e-4)
 try:
-    sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
     from transformers import T5Config, T5ForConditionalGeneration
 except ImportError:
     print("not compared with transformers: pip install transformers")

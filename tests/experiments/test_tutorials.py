@@ -18,6 +18,7 @@ import runpy, sys, warnings
 import matplotlib.pyplot as plt
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)  # as in pyproject.toml
+sys.modules.setdefault("torchvision", None)  # which transformers would import, and that may be of another torch
 shown = []
 plt.show = lambda *args, **options: (shown.append(plt.get_fignums()), plt.close("all"))
 runpy.run_path(sys.argv[1], run_name="__main__")
