@@ -257,7 +257,9 @@ for (name, p), marker in zip(predictions.items(), "os^", strict=True):
 left.set_xlabel("confidence")
 left.set_ylabel("fraction right")
 left.set_title("noisy digits", fontsize=11)
-left.legend(loc="lower right", fontsize=9)
+left.set_ylim(0, 1.42)
+left.set_yticks(np.linspace(0, 1, 6))
+left.legend(loc="upper left", fontsize=9)
 edges = np.linspace(0, 1, 21)
 for name, values in disagreement.items():
     right.hist(values.numpy(), edges, histtype="step", linewidth=1.5, label=name)
