@@ -39,9 +39,10 @@ from train.step import make_step, start
 
 sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
 try:
-    from peft import PeftModel
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.utils import logging
+    with warnings.catch_warnings(action="ignore"):  # of progress bars without ipywidgets
+        from peft import PeftModel
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        from transformers.utils import logging
 except ImportError:
     sys.exit("this tutorial compares with two libraries: pip install transformers peft")
 logging.disable_progress_bar()
