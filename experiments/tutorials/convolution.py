@@ -224,7 +224,7 @@ torch.testing.assert_close(by_kernel, F.conv2d(image, g), rtol=1e-4, atol=1e-4)
 # ## How far does a pixel see?
 #
 # The **receptive field** of an output is the part of the image that it depends on. Layer $l$ adds $(k_l - 1) d_l$
-# steps, each as wide as all strides before it together:
+# steps, each as wide as the product of all strides before it:
 #
 # $$r = 1 + \sum_l (k_l - 1)\, d_l \prod_{i<l} s_i$$
 #

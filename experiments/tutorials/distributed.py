@@ -279,10 +279,12 @@ for way, of_count in costs.items():
     print(f"{way:10} state {cost.state / GIB:6.1f} GiB, gathered {cost.gathered / GIB:4.1f} GiB, sends {sent}")
 
 # %% [markdown] lang="en"
-# The dotted line is a GPU of 80 GiB. A copy of everything does not fit on one, however many there are.
+# The dotted line is a GPU of 80 GiB. A copy of everything does not fit on one, however many there are. Tensor
+# parallelism ends at 8 processes here, as there are 8 heads of keys and values to share.
 
 # %% [markdown] lang="zh"
-# 虚线是一块 80 GiB 显存的 GPU。每个进程都存一份完整状态的话，无论有多少块 GPU 都放不下。
+# 虚线是一块 80 GiB 显存的 GPU。每个进程都存一份完整状态的话，无论有多少块 GPU 都放不下。张量并行在这里最多用 8 个进程，
+# 因为键和值只有 8 个头可分。
 
 # %%
 figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")

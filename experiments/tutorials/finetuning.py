@@ -99,14 +99,14 @@ print("loss:", float(metrics["loss"]))
 # ## Freezing: the head alone
 #
 # A frozen weight is a constant of the loss, and no more than that. `tree.partition` cuts the parameters in two, and the
-# gradient is taken with respect to one half; nothing is computed for the other. The old head knows other classes, so a
-# new one is drawn.
+# gradient is taken with respect to one half; none is computed for the other. The old head knows other classes, so a new
+# one is drawn.
 
 # %% [markdown] lang="zh"
 # ## 冻结：只训练分类头
 #
-# 冻结一个权重，只不过是把它当作损失函数里的常数。`tree.partition` 把参数分成两半，只对其中一半求梯度，
-# 另一半不做任何计算。旧的分类头对应的是别的类别，所以重新初始化一个。
+# 冻结一个权重，只不过是把它当作损失函数里的常数。`tree.partition` 把参数分成两半，只对其中一半求梯度，另一半不求梯度。
+# 旧的分类头对应的是别的类别，所以重新初始化一个。
 
 
 # %%
@@ -145,7 +145,7 @@ tuned = train(lambda head, batch: losses(tree.merge(head, body), batch).mean(), 
 module = nn.Sequential(
     *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
     *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-    *(nn.Flatten(), nn.Linear(144, 64), nn.ReLU(), nn.Linear(64, 5)),
+    *(nn.Flatten(), nn.Linear(16 * (SIZE // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 5)),
 )
 ours = [*old["convs"], *old["hidden"], head["head"]]
 layers = [layer for layer in module if hasattr(layer, "weight")]
@@ -298,8 +298,9 @@ plt.show()
 # x = torchvision_weights.preprocess(images, facts)  # (batch, 3, 224, 224) in [0, 1], normalised
 # ```
 #
-# One trap: a frozen batch norm still follows the new data by its running mean and variance. Call
-# `core.layers.freeze_batch_norms(params, lambda name: not name.startswith("head"))` in the loss, before `net.apply`.
+# One trap: in training, a batch norm with frozen weights still follows the new data by its running mean and variance.
+# Call `core.layers.freeze_batch_norms(params, lambda name: not name.startswith("head"))` in the loss, before
+# `net.apply`.
 
 # %% [markdown] lang="zh"
 # ## 使用公开的预训练权重
@@ -316,7 +317,7 @@ plt.show()
 # x = torchvision_weights.preprocess(images, facts)  # (batch, 3, 224, 224) in [0, 1], normalised
 # ```
 #
-# 有一个陷阱：批归一化层的权重虽然冻结了，滑动均值和方差仍会跟着新数据变化。请在损失函数里、
+# 有一个陷阱：训练时，批归一化层的权重虽然冻结了，滑动均值和方差仍会跟着新数据变化。请在损失函数里、
 # `net.apply` 之前调用 `core.layers.freeze_batch_norms(params, lambda name: not name.startswith("head"))`。
 
 # %% [markdown] lang="en"

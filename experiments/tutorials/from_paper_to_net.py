@@ -145,16 +145,16 @@ assert round(count / 1e6, 1) == 59.9
 # %% [markdown] lang="en"
 # ## The same numbers as someone else's
 #
-# A net that trains is not yet the paper's net. The test for that is an implementation of another form: here modules,
-# with the names of published files. A **rename table** maps our names to theirs; `fill` takes every tensor of theirs
-# once and checks its shape. With this table, published weights load too.
+# A net that trains is not yet the paper's net. The test for that is an implementation of another form: here modules of
+# torch.nn. A **rename table** maps our names to theirs; `fill` takes every tensor of theirs once and checks its shape.
+# Published files are read in the same way, by a table for their names.
 
 # %% [markdown] lang="zh"
 # ## 与别的实现得到相同的数
 #
-# 能训练的网络未必就是论文里的网络。要检验这一点，得有一个写法不同的实现：这里用模块来写，名字与公开权重文件相同。
-# **改名表**把我们的名字对应到对方的名字；`fill` 把对方的每个张量恰好用一次，并检查形状。有了这张表，
-# 也就能加载公开的权重。
+# 能训练的网络未必就是论文里的网络。要检验这一点，得有一个写法不同的实现：这里用 torch.nn 的模块。
+# **改名表**把我们的名字对应到对方的名字；`fill` 把对方的每个张量恰好用一次，并检查形状。读取公开的权重文件也是这样，
+# 只要有一张对应其名字的表。
 
 
 # %%
