@@ -37,7 +37,6 @@ from train.data.translation import number_words
 from train.losses import cross_entropy
 from train.step import make_step, start
 
-sys.modules.setdefault("torchvision", None)  # transformers would import it, for pictures
 try:
     with warnings.catch_warnings(action="ignore"):  # of progress bars without ipywidgets
         from peft import PeftModel
