@@ -24,6 +24,8 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and kind of an autoencoder."""
+
     shape: tuple[int, ...] = (1, 8, 8)
     """Shape of an example, without the batch."""
     latent: int = 2

@@ -20,6 +20,8 @@ from nets.blocks.conv_norm import dropout_keys
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of both players."""
+
     shape: tuple[int, ...] = (1, 8, 8)
     """Shape of an example, without the batch."""
     latent: int = 64

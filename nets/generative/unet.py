@@ -44,6 +44,8 @@ from nets.weights import Rename, WeightsError, fill, locate, read, read_config
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and conventions of a denoising U-Net."""
+
     channels: int = 3
     """Channels of the images."""
     widths: tuple[int, ...] = (128, 256, 256, 256)

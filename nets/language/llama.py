@@ -42,6 +42,8 @@ WHAT = "Llama weights"
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of a Llama and its kin."""
+
     vocabulary: int = 32000
     """Tokens that the embedding and the output layer know."""
     context: int = 4096
@@ -99,6 +101,7 @@ class Config:
 
     @property
     def head_depth(self) -> int:
+        """Size of a head's queries, keys and values."""
         return self.width // self.heads if self.depth is None else self.depth
 
     @property
@@ -279,9 +282,6 @@ def stream(
 def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, *, decode: Callable = decode, **options) -> Tensor:
     """New tokens, (batch, steps), or as many as the longest text has. The options are those of `stream`."""
     return generation.generate(decode, empty_caches, params, prompt, cfg, steps, **options)
-
-
-# Published weights.
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:

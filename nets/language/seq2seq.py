@@ -35,6 +35,8 @@ SIZES = ("source_vocabulary", "target_vocabulary", "embedding", "width", "encode
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of both recurrent nets."""
+
     source_vocabulary: int = 8000
     """Tokens that the encoder's embedding knows."""
     target_vocabulary: int = 8000
@@ -161,8 +163,7 @@ def encode(params: dict, source: Tensor, cfg: Config, *, key: Tensor | None = No
     """Read a source, (batch, time) integers that end with `cfg.padding_id`.
 
     Args:
-        key: (2,) or one per example (batch, 2); needed in training with dropout. `encode` and `decode` draw different
-            masks from one key.
+        key: (2,) or one per example (batch, 2); needed in training with dropout. `decode` draws other masks from it.
 
     Returns:
         `annotations` (batch, time, annotation width), the last layer's hidden states, 0 after the end; `mask`
@@ -366,8 +367,7 @@ def step(params: dict, cache: dict, tokens: Tensor, position: Tensor | None, cfg
     """Logits of the next token of each example, given those before it.
 
     Args:
-        cache: from `start`. `past` and tokens may have several consecutive rows per example (the beams of a sentence)
-            while `shared` has one.
+        cache: from `start`. `past` and tokens may have consecutive rows per example (beams) while `shared` has one.
         tokens: (batch,) the last tokens. Their position is not used.
 
     Returns:

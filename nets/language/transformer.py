@@ -32,6 +32,8 @@ POSITIONS = ("sinusoidal", "halves", "learned")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a Transformer."""
+
     source_vocabulary: int = 37000
     """Tokens that the encoder's embedding knows."""
     target_vocabulary: int = 37000
@@ -107,8 +109,7 @@ def spec(cfg: Config) -> dict:
     As fairseq does: Glorot's for matrices, queries, keys and values counted as one of 3 width rows; N(0, 1 / width)
     for embeddings, so that embedded tokens and first logits are of unit variance; 0 for biases. The embeddings matter:
     the N(0, 1) of torch, scaled by sqrt(width), is that many times as large as the positions, and the logits have a
-    standard deviation of sqrt(width). Then base starts at a loss of 91 nats, not 11, and six layers hardly learn to
-    reverse eight tokens.
+    standard deviation of sqrt(width). Base then starts at 91 nats, not 11; six layers hardly learn to reverse 8 tokens.
     """
     init = initializers.normal(cfg.width**-0.5)
 

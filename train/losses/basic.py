@@ -30,6 +30,7 @@ def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
 
 
 def check_class_labels(scores: Tensor, labels: Tensor) -> None:
+    """Raise ValueError or TypeError unless labels (...) are integers for scores (..., classes)."""
     check_tensor("loss", scores, "logits")
     check_tensor("loss", labels, "labels")
     if scores.ndim == 0 or labels.shape != scores.shape[:-1]:

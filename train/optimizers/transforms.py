@@ -28,30 +28,42 @@ from train.optimizers.protocol import (
 
 
 class CountState(NamedTuple):
+    """Number of steps."""
+
     count: Tensor
 
 
 class TraceState(NamedTuple):
+    """Number of steps, and the decaying sum of the gradients."""
+
     count: Tensor
     trace: Tree
 
 
 class AdamState(NamedTuple):
+    """Number of steps, and the decaying means of gradient and square."""
+
     count: Tensor
     mean: Tree
     square: Tree
 
 
 class RmsState(NamedTuple):
+    """Decaying means of the square and, if centered, of the gradient."""
+
     square: Tree
     mean: Tree
 
 
 class SumState(NamedTuple):
+    """Sum of the squares."""
+
     total: Tree
 
 
 class MomentumState(NamedTuple):
+    """Decaying mean of the gradients."""
+
     momentum: Tree
 
 
