@@ -227,9 +227,9 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "experiments/gallery", FOLDER / "pages/experiments/gallery")
-    chosen = [path for path in texts if "/" in path]
+    paths = [path for path in texts if "/" in path]
     nav = ["README.md", {"中文": "README.zh.md"}]
-    nav += [{name: navigation(chosen, f"{name}/")} for name in FOLDERS] + ["CONTRIBUTING.md", "CHANGELOG.md"]
+    nav += [{name: navigation(paths, f"{name}/")} for name in FOLDERS] + ["CONTRIBUTING.md", "CHANGELOG.md"]
     settings = Path(__file__).with_suffix(".yml").read_text(encoding="utf-8")
     added = "".join(f"{name}: {json.dumps(value)}\n" for name, value in (("repo_url", URL), ("nav", nav)))
     (FOLDER / "mkdocs.yml").write_text(settings + added, encoding="utf-8")
