@@ -123,7 +123,8 @@ def notebook(path: Path) -> str:
 
     def formulas(part: str) -> str:
         part = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), part, flags=re.DOTALL)
-        return re.sub(r"\$([^$\n]+)\$", lambda m: convert(m[1]), part)
+        # Inside of a span it stays a part of its line, where Markdown takes it for a block.
+        return re.sub(r"\$([^$\n]+)\$", lambda m: f"<span>{convert(m[1])}</span>", part)
 
     out = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"][2:]:
@@ -179,14 +180,27 @@ def navigation(paths: list[str], folder: str = "") -> list:
 
 
 def link_names(html: str, at: str, places: dict[str, str]) -> str:
-    """A page's HTML with links from names of modules, functions and files in code; `at` is its path."""
+    """A page's HTML with links from names of modules, functions and files in code; `at` is its path.
+
+    A name may be whole, or as its module, its package or its folder knows it: `core.tree.map`, `map`, `tree.map`.
+    """
+    folder = posixpath.dirname(at)
+    module, package = at.removesuffix(".html").replace("/", "."), folder.replace("/", ".")
 
     def change(match: re.Match) -> str:
-        page, _, fragment = places.get(match[1], "").partition("#")
+        name = match[1]
+        names = [
+            name,
+            posixpath.join(folder, name),
+            f"{module}.{name}",
+            *([f"{package}.{name}"] if "." in name else []),
+        ]
+        target = next((places[name] for name in names if name in places), "")
+        page, _, fragment = target.partition("#")
         page = re.sub(r"(README)?\.md$", lambda m: "index.html" if m[1] else ".html", page)
         if not page or page == at and not fragment:
             return match[0]
-        url = posixpath.relpath(page, posixpath.dirname(at) or ".")
+        url = posixpath.relpath(page, folder or ".")
         return f'<a href="{url}{"#" if fragment else ""}{fragment}">{match[0]}</a>'
 
     return re.sub(r"(?<!\">)<code>([\w./]+)</code>(?!</a>)", change, html)

@@ -71,6 +71,13 @@ def test_names_in_code_become_links():
     text = "<code>core.tree.map</code> <code>core/spec.py</code> <code>x</code> <a><code>core.tree</code></a>"
     out = link_names(text, "nets/language/gpt2.html", targets())
     assert re.findall(r'href="([^"]+)"', out) == ["../../core/tree.html#core.tree.map", "../../core/spec.html"]
+    text = "<code>merge</code> <code>spec.init</code> <code>random</code> <code>layers/linear.py</code>"
+    out = link_names(text, "core/tree.html", targets())
+    assert re.findall(r'href="([^"]+)"', out) == [
+        "tree.html#core.tree.merge",
+        "spec.html#core.spec.init",
+        "layers/linear.html",
+    ]
 
 
 def test_navigation_has_a_folder_per_folder():

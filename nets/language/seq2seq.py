@@ -389,8 +389,8 @@ def step(params: dict, cache: dict, tokens: Tensor, position: Tensor | None, cfg
 def stepper(params: dict, cfg: Config, step: Callable = step) -> Callable:
     """`step`, or a compiled form of it, as `nets.language.decoding` and `nets.language.beam_search` call it.
 
-    cache = start(params, encode(params, source, cfg), cfg)
-    beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], beams=5, ...)
+    `cache = start(params, encode(params, source, cfg), cfg)`, then
+    `beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], beams=5, ...)`.
     """
 
     def call(past: dict, tokens: Tensor, position: Tensor, shared: dict) -> tuple[Tensor, dict]:

@@ -389,8 +389,8 @@ def step(
 def stepper(params: dict, cfg: Config, step: Callable = step) -> Callable:
     """`step`, or a compiled form of it, as `nets.language.decoding` and `nets.language.beam_search` call it.
 
-    cache = start(params, memory, source_mask, cfg, positions)
-    beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)
+    `cache = start(params, memory, source_mask, cfg, positions)`, then
+    `beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)`.
     """
 
     def call(past: list[Cache], tokens: Tensor, position: Tensor, shared: dict) -> tuple[Tensor, list[Cache]]:

@@ -1,7 +1,9 @@
 """A GAN as a few choices: the losses of both players, made of `objectives`, `regularisers` and spectral norm.
 
-critic_loss, generator_loss = losses(Game("wasserstein", regulariser="gradient-penalty"), generate, outputs)
-step = make_step(critic_loss, generator_loss, ...)
+The losses go into `adversarial.step`:
+
+    critic_loss, generator_loss = losses(Game("wasserstein", regulariser="gradient-penalty"), generate, outputs)
+    step = make_step(critic_loss, generator_loss, ...)
 """
 
 import math
