@@ -34,7 +34,8 @@ CITATION = re.compile(
     rf'(?:[\s,(]*"(?P<title>[^"]+)")?(?:[\s,(]*(?:[\w-]+[\s,(]+)?{ID})?'
 )
 NUMBERED = r"(?:eqs?\.|equations?|algorithms?|alg\.)"
-PART = re.compile(rf"{NUMBERED}\s\d+(?:(?:,| and| to)\s\d+)*|(?:sections?|appendix|tables?|figures?)\s[\dA-Z][\d.]*\b")
+PLACED = r"(?:sections?|appendix|tables?|figures?)"
+PART = re.compile(rf"(?:{NUMBERED}\s\d+|{PLACED}\s[\dA-Z][\d.]*\b)(?:(?:,| and| to)\s\d[\d.]*\b)*")
 EXCEPT = {"ImageNet"}  # names before a year that are no author's
 
 
