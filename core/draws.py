@@ -45,6 +45,7 @@ class Draws(TorchFunctionMode):
         return invoke(func, args, kwargs)
 
     def next_key(self) -> Tensor:
+        """Key of the next place that draws."""
         self.site += 1
         return random.fold_in(self.key, self.site - 1)
 
@@ -53,6 +54,7 @@ class Draws(TorchFunctionMode):
         return self._drawn(random.uniform, shape)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal of a shape."""
         return self._drawn(random.normal, shape)
 
     def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -70,7 +70,8 @@ def xavier_normal(gain: float = 1.0) -> Initializer:
 def kaiming_uniform(a: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu") -> Initializer:
     """Uniform within gain(nonlinearity, a) * sqrt(3 / fan).
 
-    He et al. 2015, "Delving deep into rectifiers", eq. 10 (fan_in), eq. 14 (fan_out) and eq. 15 (slope a).
+    He et al. 2015, "Delving deep into rectifiers" (arXiv:1502.01852), eq. 10 (fan_in), eq. 14 (fan_out) and eq. 15
+    (slope a).
 
     Args:
         a: negative slope of a leaky ReLU; not used otherwise. The default, 0, is a ReLU.

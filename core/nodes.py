@@ -13,6 +13,7 @@ Tree = Any
 
 
 def is_namedtuple(node: Tree) -> bool:
+    """True for an instance of a NamedTuple."""
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 

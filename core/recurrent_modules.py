@@ -60,6 +60,7 @@ class Recurrent(nn.Module):
         """Nothing to do; modules call it before the layer."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple:
+        """(output, state) as `nn.RNN`, `nn.GRU` and `nn.LSTM` return them."""
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
         unbatched = input.ndim == 2
@@ -123,6 +124,7 @@ class Cell(nn.Module):
     bias_hh: Tensor | None
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """New state, as `nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell` return it."""
         gates = len(self.weight_hh) // self.hidden_size
         kind = {1: getattr(self, "nonlinearity", ""), 3: "gru", 4: "lstm"}[gates]
         if hx is None:

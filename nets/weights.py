@@ -54,6 +54,7 @@ class Rename:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Their names, one or several."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 

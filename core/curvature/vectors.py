@@ -62,6 +62,7 @@ def check_tree(name: str, what: str, values: Tree) -> None:
 
 
 def check_count(name: str, **counts: int) -> None:
+    """Raise ValueError, with its name, for a count below 1."""
     for what, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: {what} is {count}; expected at least 1")
@@ -97,6 +98,7 @@ def checked(name: str, out: Tree, vector: Tree) -> Tree:
 
 
 def check_finite(name: str, vector: Tensor, like: Tree, where: str) -> None:
+    """Raise ValueError, with the names of the leaves, for a flat vector that is not finite."""
     if not bool(vector.isfinite().all()):
         bad = [path for path, leaf in tree.items(unravel(vector, like)) if not bool(leaf.isfinite().all())]
         raise ValueError(f"{name}: {where} is not finite in {', '.join(map(repr, bad[:5]))}")
@@ -117,6 +119,7 @@ def probe(key: Tensor, like: Tree, distribution: str = "normal") -> Tree:
 
 
 def draw(key: Tensor, count: int, dtype: torch.dtype, distribution: str) -> Tensor:
+    """Random vector (count,), standard normal or of independent signs ("rademacher")."""
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution '{distribution}' is unknown; expected one of {', '.join(DISTRIBUTIONS)}")
     if distribution == "normal":

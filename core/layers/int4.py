@@ -22,9 +22,11 @@ class Int4(Scaled):
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of the matrix, (rows, columns)."""
         return torch.Size((self.int4.shape[0], 2 * self.int4.shape[1]))
 
     def dense(self) -> Tensor:
+        """The matrix as floating-point numbers, (rows, columns)."""
         return _dense(self.int4, self.scale)
 
     def rows(self, ids: Tensor, padding_id: int | None = None) -> Tensor:

@@ -27,9 +27,11 @@ class Int8(Scaled):
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of the weight, (rows, ...)."""
         return self.int8.shape
 
     def dense(self) -> Tensor:
+        """The weight as floating-point numbers, (rows, ...)."""
         return self.int8.to(self.scale.dtype) * self.scale.reshape(-1, *(1,) * (self.int8.ndim - 1))  # (rows, *rest)
 
     def product(self, x: Tensor) -> Tensor:

@@ -53,14 +53,17 @@ class LowRank(Unformed):
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of the weight."""
         return self.weight.shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weight."""
         return self.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weight."""
         return self.weight.device
 
     def dense(self) -> Tensor:

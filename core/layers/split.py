@@ -37,17 +37,21 @@ class Split(Unformed):
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of this process's piece."""
         return self.piece.shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the piece."""
         return self.piece.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the piece."""
         return self.piece.device
 
     def dense(self) -> Tensor:
+        """Raise TypeError: no process has the whole weight."""
         raise TypeError("a weight cut among processes is used by linear and embedding alone; expected no other layer")
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ class Unformed:
 
     @property
     def ndim(self) -> int:
+        """Number of dimensions of the weight."""
         return len(self.shape)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,14 +66,17 @@ class Scaled(Unformed):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the scales, and of the formed weight."""
         return self.scale.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the scales."""
         return self.scale.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the integers and their scales."""
         return sum(getattr(self, field).nbytes for field in self.fields)
 
 

@@ -62,6 +62,7 @@ def selected(params: Tree, only: Predicate | None) -> list[str]:
 
 
 def check_function(name: str, expected: str, f: Any) -> None:
+    """Raise PerExampleError for an argument that is neither None nor callable."""
     if f is not None and not callable(f):
         raise PerExampleError(f"{name} is {type(f).__name__}; expected {expected}")
 

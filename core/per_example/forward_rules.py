@@ -259,6 +259,7 @@ def _instance_norm(
 
 
 def batch_statistics(leaf, what: str) -> PerExampleError:
+    """Error for a layer in training mode that normalises by statistics of the batch."""
     where = f"'{leaf.name}'" if isinstance(leaf, (Parameter, Copies)) else "a layer without weights"
     return PerExampleError(
         f"{where}: {what} in training mode mixes the examples of a batch, so no example has a gradient of its own; "

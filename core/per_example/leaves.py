@@ -37,13 +37,16 @@ class Parameter:
 
     @property
     def plain(self) -> Tensor:
+        """The value, a tensor without a watch."""
         return self.value
 
     def t(self) -> "Parameter":
+        """The transposed parameter, still watched."""
         self._check_grad("transposed")
         return Parameter(self.session, self.name, self.base, self.value.mT, self.casts, not self.transposed)
 
     def cast(self, dtype: torch.dtype) -> "Parameter":
+        """The parameter in another dtype, still watched."""
         if dtype == self.value.dtype:
             return self
         self._check_grad("cast")
@@ -65,6 +68,7 @@ class Copies:
 
     @property
     def plain(self) -> Tensor:
+        """One of the copies, a tensor without a watch."""
         # As value[0], but by a function that `observer` does not count as an example that a loss takes out.
         return self.value.split((1, len(self.value) - 1))[0].squeeze(0)
 
@@ -93,18 +97,22 @@ class Watched(Tensor):
     # Asked for often; without these each is a call of __torch_function__. torch's stubs have attributes in their place.
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
+        """Shape of the value."""
         return contents(self).plain.shape
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the value."""
         return contents(self).plain.dtype
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
+        """Device of the value."""
         return contents(self).plain.device
 
     @property
     def ndim(self) -> int:  # type: ignore[override]
+        """Number of dimensions of the value."""
         return contents(self).plain.ndim
 
 

@@ -101,6 +101,7 @@ class Session:
         return axis == 0
 
     def use(self, leaf: Parameter, operation: str, called: str, settings: tuple, sizes: Sizes, y: Tensor) -> Use:
+        """Note a use of a parameter and return it."""
         use = Use(leaf.name, operation, called, settings, sizes, tuple(y.shape[1:]), y.dtype)
         self.uses.setdefault(leaf.name, []).append(use)
         return use
@@ -155,6 +156,7 @@ class Planning(Session):
         self.layers: dict[str, str] = {}  # lifted layers that are mapped over the examples: why
 
     def answer(self, question: str, shape: tuple, name: str, what: str) -> int | None:
+        """Find the examples' axis of a shape, None without one, and note it as the answer to a question."""
         axes = [i for i, size in enumerate(shape) if size and size % self.examples == 0]
         if len(axes) > 1 or any(shape[i] != self.examples for i in axes):
             raise _misplaced(shape, self.examples, name, what)
@@ -162,6 +164,7 @@ class Planning(Session):
         return self.answers[-1][1]
 
     def whole(self, layer: str, run: Callable[[], Any], mapped: Callable[[], Any]) -> Any:
+        """As `Session.whole`; notes which of the two it was."""
         uses = {name: list(of) for name, of in self.uses.items()}
         before = len(self.answers), uses, dict(self.copies), dict(self.mapped), dict(self.layers)
         try:
@@ -180,13 +183,16 @@ class Planning(Session):
         return out
 
     def record(self, leaf, operation, called, settings, sizes, y, saved) -> Tensor:
+        """Note a use; the output is unchanged."""
         self.use(leaf, operation, called, settings, sizes, y)
         return y
 
     def operand(self, leaf: Parameter) -> Tensor:
+        """Value that an operation gets in place of a watched parameter."""
         return leaf.value
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call an operation. Raises CustomFunction inside a custom autograd.Function."""
         if not self.depth and not torch.compiler.is_compiling() and inside_custom_function():
             raise CustomFunction
         return super().call(func, args, kwargs)
@@ -213,9 +219,11 @@ class Following(Session):
         self.inputs: dict[str, list] = {}
 
     def whole(self, layer: str, run: Callable[[], Any], mapped: Callable[[], Any]) -> Any:
+        """Run a layer in the way that the plan says."""
         return (run if self.answer(layer, (), layer, layer) else mapped)()
 
     def answer(self, question: str, shape: tuple, name: str, what: str) -> Any:
+        """Answer that the plan has to a question. Raises PerExampleError for another question."""
         planned, answer = self.answers[self.answered] if self.answered < len(self.answers) else ("nothing more", None)
         self.answered += 1
         if planned != question:
@@ -223,6 +231,7 @@ class Following(Session):
         return answer
 
     def record(self, leaf, operation, called, settings, sizes, y, saved) -> Tensor:
+        """Output of a use, with a tap that reports it. Raises PerExampleError for a use that the plan has not."""
         name = leaf.name
         use, index = self.use(leaf, operation, called, settings, sizes, y), len(self.uses[name]) - 1
         plan = self.plans[name]
@@ -245,6 +254,7 @@ class Following(Session):
         return report(spec, y, weight, saved, self.direction.get(name), *self.sinks[name][index])
 
     def operand(self, leaf: Parameter) -> Tensor:
+        """Value that an operation gets in place of a watched parameter."""
         # Apart from the graph where the report brings the gradient.
         return leaf.value.detach() if self.plans[leaf.name].sums else leaf.value
 

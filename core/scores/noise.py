@@ -1,8 +1,10 @@
 """Signal and noise of stochastic gradients: noise scale, gradient diversity, signal-to-noise ratio.
 
-noise = estimate(reports(loss, params, batch))  of one batch, unbiased, and so noisy
-state = update(state, noise, 0.95)              an average over steps, of both parts
-scale(average(state)).total                     B = tr Σ / |G|²
+Of a batch, and as an average over the steps of a run:
+
+    noise = estimate(reports(loss, params, batch))  of one batch, unbiased, and so noisy
+    state = update(state, noise, 0.95)              an average over steps, of both parts
+    scale(average(state)).total                     B = tr Σ / |G|²
 """
 
 from typing import NamedTuple

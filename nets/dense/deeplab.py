@@ -26,6 +26,8 @@ RESNET50, RESNET101 = fcn.PRESETS["fcn_resnet50"].backbone, fcn.PRESETS["fcn_res
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of DeepLabV3 and of the ResNet that it reads."""
+
     backbone: Stages = RESNET50
     output_stride: int = 8
     """The backbone halves the image no further than to this part of it."""

@@ -47,6 +47,8 @@ SCALE = 2 * math.pi
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of DETR and of the ResNet that it reads."""
+
     classes: int = 91
     """Classes of objects; "no object" is one more."""
     backbone: Stages = RESNET50

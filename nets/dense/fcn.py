@@ -29,6 +29,8 @@ def _resnet(*depths: int) -> Stages:
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of an FCN and of the ResNet that it reads."""
+
     backbone: Stages = _resnet(3, 4, 6, 3)
     output_stride: int = 8
     """The backbone halves the image no further than to this part of it."""

@@ -30,6 +30,8 @@ RESNET50 = Stages((3, 4, 6, 3), "bottleneck")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of FCOS, and the limits on its detections."""
+
     classes: int = 91
     backbone: Stages = RESNET50
     """Stages of the ResNet."""

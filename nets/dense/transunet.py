@@ -51,6 +51,8 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of a TransUNet: a residual net, a transformer on its feature maps, a decoder."""
+
     image: int = 224
     """Pixels per side, a multiple of 16: the positions are learned, one vector per 16 x 16 pixels."""
     depths: tuple[int, int, int] = (3, 4, 9)

@@ -13,19 +13,23 @@ import torch
 
 
 def linear(p, x):
-    return x @ p["weight"].T + p.get("bias", 0.0)  # y = W x + b
+    """y = W x + b."""
+    return x @ p["weight"].T + p.get("bias", 0.0)
 
 
 def layer_norm(p, x):
+    """(x - mean) / sqrt(variance + 1e-5) * weight + bias, over the w numbers of a token."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
     return (x - mean) / torch.sqrt(var + 1e-5) * p["weight"] + p.get("bias", 0.0)
 
 
-def gelu(x):  # x Φ(x), Φ by tanh (Hendrycks and Gimpel 2016)
+def gelu(x):
+    """x Φ(x), with Φ approximated by tanh (Hendrycks and Gimpel 2016)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def attention(p, x, heads):
+    """softmax(q kᵀ / sqrt(d)) v in each head, d = w / heads: (n, t, w) -> (n, t, w)."""
     q, k, v = linear(p["qkv"], x).chunk(3, -1)  # each (n, t, w)
     q, k, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, k, v))  # each (n, heads, t, w / heads)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (n, heads, t, t)
@@ -35,7 +39,8 @@ def attention(p, x, heads):
 
 
 def mlp(p, x):
-    return linear(p["down"], gelu(linear(p["up"], x)))  # w -> 4 w -> w
+    """w -> 4 w -> w numbers per token."""
+    return linear(p["down"], gelu(linear(p["up"], x)))
 
 
 def gpt2(params, tokens, heads):

@@ -15,10 +15,12 @@ PADDING, START = 0, 1
 
 
 def linear(p, x):
-    return x @ p["weight"].T + p.get("bias", 0.0)  # y = W x + b
+    """y = W x + b."""
+    return x @ p["weight"].T + p.get("bias", 0.0)
 
 
 def layer_norm(p, x):
+    """(x - mean) / sqrt(variance + 1e-5) * weight + bias, over the w numbers of a token."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
     return (x - mean) / torch.sqrt(var + 1e-5) * p["weight"] + p["bias"]
 
@@ -30,14 +32,17 @@ def attention(q, k, v, allowed):
 
 
 def split(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (n, time, w) -> (n, heads, time, w / heads)
+    """(n, time, w) -> (n, heads, time, w / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join(x):
-    return x.transpose(1, 2).flatten(2)  # (n, heads, time, d) -> (n, time, w)
+    """(n, heads, time, d) -> (n, time, w)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def self_attention(p, x, heads, allowed):
+    """Queries, keys and values from one sequence, in every head of its own matrices (section 3.2.2)."""
     q, k, v = (split(part, heads) for part in linear(p["qkv"], x).chunk(3, -1))
     return linear(p["proj"], join(attention(q, k, v, allowed)))
 
@@ -48,29 +53,25 @@ def cross_attention(p, x, memory, heads, allowed):
     return linear(p["proj"], join(attention(split(linear(p["q"], x), heads), k, v, allowed)))
 
 
-# Section 3.3 and 3.5: the MLP of every position, and where a position is.
-
-
 def mlp(p, x):
-    return linear(p["down"], linear(p["up"], x).relu())  # equation 2
+    """max(0, x W_1 + b_1) W_2 + b_2 at every position, equation 2 (section 3.3)."""
+    return linear(p["down"], linear(p["up"], x).relu())
 
 
 def positions(time, width):
-    """sin and cos of position / 10000^(2i / w), alternating: (time, w)."""
+    """sin and cos of position / 10000^(2i / w), alternating: (time, w) (section 3.5)."""
     angles = torch.arange(time)[:, None] * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 def embed(params, ids):
+    """sqrt(w) tokens[ids] + positions: (n, time) -> (n, time, w) (sections 3.4 and 3.5)."""
     table = params["tokens"]["weight"]  # one for source, target and output layer (section 3.4)
     return math.sqrt(table.shape[1]) * table[ids] + positions(ids.shape[1], table.shape[1]).to(table.dtype)
 
 
-# Section 3.1: the stacks. Every sub-layer is norm(x + f(x)).
-
-
 def encode(params, source, heads):
-    """(n, s) -> memory (n, s, w)."""
+    """(n, s) -> memory (n, s, w); every sub-layer is norm(x + f(x)) (section 3.1)."""
     x, real = embed(params, source), (source != PADDING)[:, None, None, :]
     for p in params["encoder"]["blocks"]:
         x = layer_norm(p["norm1"], x + self_attention(p["attn"], x, heads, real))

@@ -4,7 +4,7 @@ The encoder gives a code (a plain or denoising autoencoder), or a Gaussian q(z |
 autoencoder of Kingma & Welling 2014, "Auto-Encoding Variational Bayes", arXiv:1312.6114. The decoder gives the logit of
 a Bernoulli per pixel, or the mean of a Gaussian. Conditional on a class (Sohn et al. 2015, "Learning Structured Output
 Representation using Deep Conditional Generative Models"): both get the label (`nets.blocks.conditioning`). The losses
-are in `train.losses.variational`.
+are in `train.losses.variational`. In 100 lines of plain torch, training included: `nets/explained/vae.py`.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and kind of an autoencoder."""
+
     shape: tuple[int, ...] = (1, 8, 8)
     """Shape of an example, without the batch."""
     latent: int = 2

@@ -23,6 +23,8 @@ from nets.generative.dcgan import WEIGHT
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of an auto-encoder as critic, and of its generator."""
+
     style: str = "ebgan"
     """Layers of both players: ebgan or began."""
     size: int = 8

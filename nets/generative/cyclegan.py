@@ -25,6 +25,8 @@ from nets.generative.patch_critic import patch_critic, patch_critic_spec
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of CycleGAN's generators."""
+
     channels: int = 3
     """Channels of the images."""
     width: int = 64

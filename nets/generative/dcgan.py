@@ -39,6 +39,8 @@ NORMS = ("batch", "instance", "layer", "none")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of both players, and the heads of the critic."""
+
     size: int = 8
     """Height and width of the images, in pixels."""
     channels: int = 1

@@ -3,7 +3,7 @@
 Goodfellow et al. 2014, "Generative Adversarial Nets", arXiv:1406.2661: both players are MLPs. Conditional on a class:
 Mirza & Osindero 2014, arXiv:1411.1784 (`nets.blocks.conditioning`). The widths of the presets for images are those of
 the public PyTorch-GAN collection; its `BatchNorm1d(width, 0.8)` there sets eps, not the momentum that was meant, and is
-an ordinary batch norm here.
+an ordinary batch norm here. In 100 lines of plain torch, training included: `nets/explained/gan.py`.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from nets.blocks.conv_norm import dropout_keys
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of both players."""
+
     shape: tuple[int, ...] = (1, 8, 8)
     """Shape of an example, without the batch."""
     latent: int = 64

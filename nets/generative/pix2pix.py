@@ -29,6 +29,8 @@ from nets.generative.patch_critic import check_norm, norm, norm_spec, patch_crit
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of pix2pix's generator, a U-Net."""
+
     source_channels: int = 3
     """Channels of the source images."""
     channels: int = 3

@@ -24,6 +24,8 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of a gated PixelCNN."""
+
     shape: tuple[int, int] = (7, 7)
     """(height, width) of the images that `sample` draws; `apply` takes any size."""
     categories: int = 128

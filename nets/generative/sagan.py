@@ -38,6 +38,8 @@ RESIDUAL = initializers.xavier_uniform(2**0.5)
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of both players, and where they attend."""
+
     size: int = 32
     """Height and width of the images, in pixels."""
     channels: int = 3

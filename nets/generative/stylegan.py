@@ -48,6 +48,8 @@ SMALLEST = 4
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of StyleGAN's generator and critic."""
+
     size: int = 64
     """Height and width of the images at the highest level, in pixels: 4 * 2**levels."""
     channels: int = 3

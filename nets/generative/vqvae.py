@@ -30,6 +30,8 @@ HE = initializers.kaiming_normal()
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of a VQ-VAE and its codebook."""
+
     channels: int = 1
     """Channels of the images, of any size that can be halved `stages` times."""
     width: int = 32

@@ -50,6 +50,8 @@ POSITIONS = ("all", "tokens")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a BERT."""
+
     vocabulary: int = 30522
     """Tokens that the embedding and the output layer know."""
     context: int = 512

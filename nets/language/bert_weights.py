@@ -40,6 +40,7 @@ class Family:
 
     @property
     def kind(self) -> str:
+        """The `model_type` of transformers' config.json."""
         return self.classes.lower()
 
 

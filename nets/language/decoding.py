@@ -143,6 +143,7 @@ def check_start(cache: Tree, shared: Tree, first: Tensor, max_length: int, min_l
 
 
 def check_scores(scores: Tensor) -> None:
+    """Raise ValueError for logits that allow no token."""
     if bool(scores.isnan().any()):
         raise ValueError("decoding: the step gave logits with NaN, or with -inf for every token")
 

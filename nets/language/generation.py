@@ -31,6 +31,7 @@ from nets.language.sampling import (
 
 
 def check_tokens(tokens: Tensor) -> None:
+    """Raise ValueError unless tokens are (batch, time)."""
     if tokens.ndim != 2:
         raise ValueError(f"generation: expected tokens of shape (batch, time), found {tuple(tokens.shape)}")
 

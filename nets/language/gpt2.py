@@ -28,6 +28,8 @@ from nets.weights import Rename, WeightsError, config_of, fill, read, read_confi
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a GPT."""
+
     vocabulary: int = 50257
     """Tokens that the embedding and the output layer know."""
     context: int = 1024

@@ -1,8 +1,8 @@
 """Llama and its kin (Mistral, Qwen2, SmolLM2): decoder-only transformers with rotary positions.
 
-Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv:2302.13971) and "Llama 2"
-(arXiv:2307.09288); Jiang et al. 2023, "Mistral 7B" (arXiv:2310.06825), whose tokens see a window of the past; Yang et
-al. 2024, "Qwen2 Technical Report" (arXiv:2407.10671), with biases of queries, keys and values:
+Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Models" (arXiv:2302.13971); Touvron et al. 2023,
+"Llama 2" (arXiv:2307.09288); Jiang et al. 2023, "Mistral 7B" (arXiv:2310.06825), whose tokens see a window of the past;
+Yang et al. 2024, "Qwen2 Technical Report" (arXiv:2407.10671), with biases of queries, keys and values:
 
     h = tokens[ids];   h = h + attention_i(norm(h));   h = h + mlp_i(norm(h));   logits = norm(h) Wᵀ
     norm(x) = x / sqrt(mean(x²) + eps) * weight        mlp(x) = down(silu(gate(x)) * up(x))
@@ -42,6 +42,8 @@ WHAT = "Llama weights"
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of a Llama and its kin."""
+
     vocabulary: int = 32000
     """Tokens that the embedding and the output layer know."""
     context: int = 4096
@@ -99,6 +101,7 @@ class Config:
 
     @property
     def head_depth(self) -> int:
+        """Size of a head's queries, keys and values."""
         return self.width // self.heads if self.depth is None else self.depth
 
     @property
@@ -279,9 +282,6 @@ def stream(
 def generate(params: dict, prompt: Tensor, cfg: Config, steps: int, *, decode: Callable = decode, **options) -> Tensor:
     """New tokens, (batch, steps), or as many as the longest text has. The options are those of `stream`."""
     return generation.generate(decode, empty_caches, params, prompt, cfg, steps, **options)
-
-
-# Published weights.
 
 
 def rename_table(cfg: Config) -> dict[str, Rename]:

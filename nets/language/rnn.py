@@ -41,6 +41,8 @@ UNIFORM = initializers.uniform(-0.1, 0.1)
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a recurrent language model."""
+
     vocabulary: int = 33278
     """Tokens that the net knows."""
     embedding: int | None = 200

@@ -35,6 +35,8 @@ SIZES = ("source_vocabulary", "target_vocabulary", "embedding", "width", "encode
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of both recurrent nets."""
+
     source_vocabulary: int = 8000
     """Tokens that the encoder's embedding knows."""
     target_vocabulary: int = 8000
@@ -161,8 +163,7 @@ def encode(params: dict, source: Tensor, cfg: Config, *, key: Tensor | None = No
     """Read a source, (batch, time) integers that end with `cfg.padding_id`.
 
     Args:
-        key: (2,) or one per example (batch, 2); needed in training with dropout. `encode` and `decode` draw different
-            masks from one key.
+        key: (2,) or one per example (batch, 2); needed in training with dropout. `decode` draws other masks from it.
 
     Returns:
         `annotations` (batch, time, annotation width), the last layer's hidden states, 0 after the end; `mask`
@@ -366,8 +367,7 @@ def step(params: dict, cache: dict, tokens: Tensor, position: Tensor | None, cfg
     """Logits of the next token of each example, given those before it.
 
     Args:
-        cache: from `start`. `past` and tokens may have several consecutive rows per example (the beams of a sentence)
-            while `shared` has one.
+        cache: from `start`. `past` and tokens may have consecutive rows per example (beams) while `shared` has one.
         tokens: (batch,) the last tokens. Their position is not used.
 
     Returns:
@@ -389,8 +389,8 @@ def step(params: dict, cache: dict, tokens: Tensor, position: Tensor | None, cfg
 def stepper(params: dict, cfg: Config, step: Callable = step) -> Callable:
     """`step`, or a compiled form of it, as `nets.language.decoding` and `nets.language.beam_search` call it.
 
-    cache = start(params, encode(params, source, cfg), cfg)
-    beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], beams=5, ...)
+    `cache = start(params, encode(params, source, cfg), cfg)`, then
+    `beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], beams=5, ...)`.
     """
 
     def call(past: dict, tokens: Tensor, position: Tensor, shared: dict) -> tuple[Tensor, dict]:

@@ -21,6 +21,8 @@ POOLINGS = ("last", "max", "mean")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a recurrent classifier or forecaster."""
+
     vocabulary: int = 0
     """Tokens of the embedding; 0 for real values."""
     d_in: int = 100

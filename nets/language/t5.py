@@ -49,6 +49,8 @@ from nets.blocks.transformer_block import identity
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a T5."""
+
     vocabulary: int = 32128
     """Tokens that the embedding and the output layer know."""
     layers: int = 6

@@ -32,6 +32,8 @@ POSITIONS = ("sinusoidal", "halves", "learned")
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes and rates of a Transformer."""
+
     source_vocabulary: int = 37000
     """Tokens that the encoder's embedding knows."""
     target_vocabulary: int = 37000
@@ -107,8 +109,7 @@ def spec(cfg: Config) -> dict:
     As fairseq does: Glorot's for matrices, queries, keys and values counted as one of 3 width rows; N(0, 1 / width)
     for embeddings, so that embedded tokens and first logits are of unit variance; 0 for biases. The embeddings matter:
     the N(0, 1) of torch, scaled by sqrt(width), is that many times as large as the positions, and the logits have a
-    standard deviation of sqrt(width). Then base starts at a loss of 91 nats, not 11, and six layers hardly learn to
-    reverse eight tokens.
+    standard deviation of sqrt(width). Base then starts at 91 nats, not 11; six layers hardly learn to reverse 8 tokens.
     """
     init = initializers.normal(cfg.width**-0.5)
 
@@ -388,8 +389,8 @@ def step(
 def stepper(params: dict, cfg: Config, step: Callable = step) -> Callable:
     """`step`, or a compiled form of it, as `nets.language.decoding` and `nets.language.beam_search` call it.
 
-    cache = start(params, memory, source_mask, cfg, positions)
-    beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)
+    `cache = start(params, memory, source_mask, cfg, positions)`, then
+    `beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)`.
     """
 
     def call(past: list[Cache], tokens: Tensor, position: Tensor, shared: dict) -> tuple[Tensor, list[Cache]]:

@@ -327,8 +327,8 @@ def step(
 def stepper(params: Tree, cfg: Config, step: Callable = step) -> Callable:
     """`step`, or a compiled form of it, as `nets.language.decoding` and `nets.language.beam_search` call it.
 
-    cache = start(params, encode(params, pictures, cfg), cfg, positions)
-    beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)
+    `cache = start(params, encode(params, pictures, cfg), cfg, positions)`, then
+    `beam_search(stepper(params, cfg), cache["past"], first, shared=cache["shared"], positions_axis=2, beams=5, ...)`.
     """
 
     def call(past: list[Cache], tokens: Tensor, position: Tensor, shared: list[Cache]) -> tuple[Tensor, list[Cache]]:

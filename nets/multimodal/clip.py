@@ -30,6 +30,8 @@ MAX_SCALE = 4.605170185988092
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of both towers of a CLIP."""
+
     embedding: int = 512
     """Size of the space that pictures and texts share."""
     image: int = 224

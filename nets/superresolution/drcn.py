@@ -28,6 +28,8 @@ ENLARGED = True
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of DRCN."""
+
     recursions: int = 16
     """Applications of the shared convolution; D in the paper."""
     width: int = 256

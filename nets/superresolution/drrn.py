@@ -29,6 +29,8 @@ ENLARGED = True
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of DRRN."""
+
     blocks: int = 1
     """Recursive blocks; B in the paper."""
     units: int = 9

@@ -34,6 +34,8 @@ ENLARGED = False
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of EDSR and MDSR."""
+
     scales: tuple[int, ...] = (2,)
     """Factors of enlargement, each 3 or a power of 2; several are MDSR."""
     blocks: int = 16

@@ -28,6 +28,8 @@ ENLARGED = False
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of ESPCN."""
+
     scale: int = 3
     """Factor of enlargement."""
     widths: tuple[int, ...] = (64, 32)

@@ -26,6 +26,8 @@ ENLARGED = False
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of FSRCNN."""
+
     scale: int = 3
     """Factor of enlargement, 2 to 4 in the paper."""
     width: int = 56

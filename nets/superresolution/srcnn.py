@@ -26,6 +26,8 @@ ENLARGED = True
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of SRCNN."""
+
     kernels: tuple[int, int, int] = (9, 1, 5)
     """Odd kernel sizes."""
     widths: tuple[int, int] = (64, 32)

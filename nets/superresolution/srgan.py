@@ -45,6 +45,8 @@ HALVINGS = 4
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of SRResNet, and of SRGAN's critic."""
+
     scale: int = 4
     """Factor of enlargement, 3 or a power of 2."""
     blocks: int = 16

@@ -26,6 +26,8 @@ ENLARGED = True
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of VDSR."""
+
     depth: int = 20
     """Number of convolutions; D in the paper."""
     width: int = 64

@@ -1,7 +1,9 @@
 """A GAN as a few choices: the losses of both players, made of `objectives`, `regularisers` and spectral norm.
 
-critic_loss, generator_loss = losses(Game("wasserstein", regulariser="gradient-penalty"), generate, outputs)
-step = make_step(critic_loss, generator_loss, ...)
+The losses go into `adversarial.step`:
+
+    critic_loss, generator_loss = losses(Game("wasserstein", regulariser="gradient-penalty"), generate, outputs)
+    step = make_step(critic_loss, generator_loss, ...)
 """
 
 import math
@@ -33,13 +35,16 @@ class Game:
         pairing: none, average or paired, as in `objectives.relativistic`.
         regulariser: "none" or a name of `regularisers.REGULARISERS`, added to the critic's loss.
         weight: weight of the regulariser; its paper's if None.
-        spectral, spectral_generator: divide the critic's, the generator's weights by their spectral norms.
+        spectral: divide the critic's weights by their spectral norms.
+        spectral_generator: the same of the generator's weights.
         pulling_away: weight of EBGAN's pulling-away term in the generator's loss.
         margin: EBGAN's margin.
-        diversity, balance_rate: BEGAN's gamma and lambda_k.
+        diversity: BEGAN's gamma.
+        balance_rate: BEGAN's lambda_k.
         classify: both players also minimise the cross-entropy of the critic's class prediction (ACGAN).
-        categories, codes: number of values of the categorical code, and number of continuous codes, that the generator
-            gets and the critic should recover (InfoGAN); 0 for none.
+        categories: number of values of the categorical code that the generator gets and the critic should recover
+            (InfoGAN); 0 for none.
+        codes: number of continuous codes, likewise.
     """
 
     objective: str = "non-saturating"

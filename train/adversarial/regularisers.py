@@ -78,7 +78,7 @@ def gradient_penalty(
 
     Args:
         weight: lambda.
-        target: norm that costs nothing; 0 is Thanh-Tung et al.'s (arXiv:1902.03984).
+        target: norm that costs nothing; 0 is that of Thanh-Tung et al. 2019 (arXiv:1902.03984).
     """
     gradients = input_gradient(critic, interpolate(key, real, fake))[1]
     return _reduce(weight * (_norms(gradients) - target).square(), reduction)  # lambda (|grad C(z)| - 1)^2
@@ -155,7 +155,10 @@ def weight_of(name: str) -> float:
 
 
 def clip(params: Tree, limit: float = 0.01) -> Tree:
-    """Every parameter clamped to [-limit, limit], after each step of the critic (WGAN, arXiv:1701.07875, alg. 1)."""
+    """Every parameter clamped to [-limit, limit], after each step of the critic.
+
+    WGAN's (Arjovsky et al. 2017, arXiv:1701.07875, alg. 1).
+    """
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
     return tree.map(lambda x: x.clamp(-limit, limit), params)

@@ -33,6 +33,7 @@ class Series(NamedTuple):
 
     @property
     def gaps(self) -> int:
+        """Number of missing values."""
         return int(self.values.isnan().sum())
 
     def label(self, step: int) -> str:

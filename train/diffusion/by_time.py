@@ -43,6 +43,7 @@ def watched(reports: Reports) -> dict[str, Tensor]:
 
 
 def names(steps: int) -> list[str]:
+    """Metrics' names, one per group of times of a schedule of `steps`."""
     edges = [-(-i * steps // GROUPS) for i in range(GROUPS + 1)]
     return [f"gradients/time/{a:04}-{b - 1:04}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
 

@@ -7,7 +7,9 @@ from train.diffusion.tables import Model
 
 
 def guided(conditional: Model, unconditional: Model, scale: float) -> Model:
-    """The model unconditional + scale (conditional - unconditional), for any sampler (arXiv:2207.12598, eq. 6).
+    """The model unconditional + scale (conditional - unconditional), for any sampler.
+
+    Ho and Salimans 2022, arXiv:2207.12598, eq. 6.
 
     Args:
         conditional, unconditional: `(x, time) -> output`. With twice the channels, the variance half is the conditional

@@ -25,8 +25,8 @@ def inpaint(
 ) -> Tensor:
     """Run all steps from x, with the known part replaced by its own noised version after each.
 
-    That is RePaint (arXiv:2201.09865, algorithm 1, jumps of one step): the unknown part only learns of the known part
-    in the next step, so a step may be repeated from its own result, noised again.
+    That is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1, jumps of one step): the unknown part only
+    learns of the known part in the next step, so a step may be repeated from its own result, noised again.
 
     Args:
         x: (batch, channels, ...) standard normal.

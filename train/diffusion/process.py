@@ -7,7 +7,7 @@ x = alpha image + sigma noise, alpha^2 + sigma^2 = 1. A prediction of one of
     "image"     the image before any noise
     "velocity"  v = alpha noise - sigma image               (Salimans and Ho 2022, arXiv:2202.00512)
 
-gives with x the other two.
+gives with x the other two. In 100 lines of plain torch, with the training and the sampler: `nets/explained/ddpm.py`.
 """
 
 from collections.abc import Callable

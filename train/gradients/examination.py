@@ -56,7 +56,8 @@ class Examination(NamedTuple):
         layers: (N, parameters), |g_n| of each parameter by itself; `names` are theirs.
         log_probs: (N, classes), or None where the loss has no logits.
         neighbours: by sketches, as are their cosines.
-        redundant, conflicting: pairs of examples, by the exact cosine.
+        redundant: pairs of examples whose gradients are alike, by the exact cosine.
+        conflicting: pairs whose gradients oppose each other, likewise.
         noise_scale: B = tr Σ / |G|², in examples; infinite where |G|² is not told from 0.
         layer_noise: the same of each parameter, (parameters,).
         mean_norm: |mean gradient|.

@@ -41,8 +41,12 @@ HASHED = 4096  # examples at a time
 
 
 class Streamed(NamedTuple):
-    """results[quantity][label] is the result of that accumulator; kept[quantity] an array (examples, ...), read from
-    its file where there is a folder."""
+    """Results of a pass over data.
+
+    Attributes:
+        results: `results[quantity][label]` is the result of that accumulator.
+        kept: `kept[quantity]` is an array (examples, ...), read from its file where there is a folder.
+    """
 
     results: dict[str, dict[str, Any]]
     kept: dict[str, np.ndarray]
@@ -271,6 +275,7 @@ class Progress:
         self._began = self._shown = time.monotonic()
 
     def show(self, done: int) -> None:
+        """Show how many examples are done: a bar on a terminal, lines elsewhere."""
         if self._quiet:
             return
         now = time.monotonic()

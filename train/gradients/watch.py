@@ -1,10 +1,12 @@
 """Per-example gradients in the log of a run: noise scale, norms per parameter, and histograms of the norms.
 
-step = make_step(losses, optimizer, watch=watching.watch)
-average = watching.begin(run.folder)                        # of a resumed run as it was left
-state, metrics = step(state, batch)
-average, metrics = watching.record(run.log, at, metrics, average)
-watching.draw(run.folder)
+In an experiment's loop:
+
+    step = make_step(losses, optimizer, watch=watching.watch)
+    average = watching.begin(run.folder)                        # of a resumed run as it was left
+    state, metrics = step(state, batch)
+    average, metrics = watching.record(run.log, at, metrics, average)
+    watching.draw(run.folder)
 """
 
 from pathlib import Path

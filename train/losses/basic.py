@@ -30,6 +30,7 @@ def _same_shape(a: Tensor, b: Tensor, names: str) -> None:
 
 
 def check_class_labels(scores: Tensor, labels: Tensor) -> None:
+    """Raise ValueError or TypeError unless labels (...) are integers for scores (..., classes)."""
     check_tensor("loss", scores, "logits")
     check_tensor("loss", labels, "labels")
     if scores.ndim == 0 or labels.shape != scores.shape[:-1]:
@@ -82,7 +83,7 @@ def cross_entropy(
     Args:
         logits: (..., classes).
         labels: (...) integers, or probabilities (..., classes).
-        label_smoothing: s in [0, 1] (Szegedy et al., arXiv:1512.00567, section 7).
+        label_smoothing: s in [0, 1] (Szegedy et al. 2016, arXiv:1512.00567, section 7).
         ignore_id: positions with this integer label give 0 and do not count in the mean; if there is no other, the mean
             is 0 (torch's is nan).
     """
@@ -158,7 +159,7 @@ def huber(predictions: Tensor, targets: Tensor, *, delta: float = 1.0, reduction
 
 
 def smooth_l1(predictions: Tensor, targets: Tensor, *, beta: float = 1.0, reduction: str = "mean") -> Tensor:
-    """`huber` with delta = beta, divided by beta: slope 1 far from zero (Girshick, arXiv:1504.08083)."""
+    """`huber` with delta = beta, divided by beta: slope 1 far from zero (Girshick 2015, arXiv:1504.08083)."""
     return huber(predictions, targets, delta=beta, reduction=reduction) / beta
 
 
@@ -179,7 +180,7 @@ def soft_targets(
 ) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (..., classes).
 
-    Hinton et al., arXiv:1503.02531. The T^2 keeps the size of the gradient, which falls as 1 / T^2.
+    Hinton et al. 2015, arXiv:1503.02531. The T^2 keeps the size of the gradient, which falls as 1 / T^2.
     """
     _same_shape(logits, teacher_logits, "logits and teacher_logits")
     if not temperature > 0:
@@ -191,7 +192,8 @@ def soft_targets(
 def gaussian_kl(mean: Tensor, log_variance: Tensor, *, reduction: str = "mean") -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) = sum (mean^2 + variance - 1 - log variance) / 2 over the last axis.
 
-    Appendix B of the VAE paper (arXiv:1312.6114). Both arguments are (..., dimensions); the mean is over positions.
+    Kingma and Welling 2014, arXiv:1312.6114, appendix B. Both arguments are (..., dimensions); the mean is over
+    positions.
     """
     _same_shape(mean, log_variance, "mean and log_variance")
     mean, log_variance = _wide(mean), _wide(log_variance)

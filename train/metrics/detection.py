@@ -27,7 +27,9 @@ class Precision(NamedTuple):
     """Figures in [0, 1]; NaN of a class without a box in the truth, which does not count in the means.
 
     Attributes:
-        ap, ap50, ap75: means over classes.
+        ap: mean over classes and IoU thresholds.
+        ap50: mean over classes for an IoU of 0.5.
+        ap75: mean over classes for an IoU of 0.75.
         per_class: (classes,) AP50.
         curves: (101, classes) precision at recall 0, 0.01 ... 1, for an IoU of 0.5.
     """

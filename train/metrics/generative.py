@@ -63,6 +63,8 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 
 class PrecisionRecall(NamedTuple):
+    """Precision and recall, each in [0, 1], 0-D."""
+
     precision: Tensor
     recall: Tensor
 
@@ -93,6 +95,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
 
 
 class DensityCoverage(NamedTuple):
+    """Density, at least 0, and coverage, in [0, 1]; 0-D."""
+
     density: Tensor
     coverage: Tensor
 

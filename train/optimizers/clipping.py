@@ -13,6 +13,8 @@ from train.optimizers.protocol import Optimizer, require, require_number, widene
 
 
 class NormsState(NamedTuple):
+    """Number of steps, and the last norms (window,)."""
+
     count: Tensor
     norms: Tensor
 

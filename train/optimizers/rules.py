@@ -130,7 +130,7 @@ def adam(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Adam (Kingma & Ba, arXiv:1412.6980), see `scale_by_adam`; the weight decay is added to the gradient.
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980), see `scale_by_adam`; the weight decay is added to the gradient.
 
     g ← g + λ θ,   θ ← θ - η m̂ / (sqrt(v̂) + ε)
     """
@@ -162,7 +162,7 @@ def adamw(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101).
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     θ ← θ - η (m̂ / (sqrt(v̂) + ε) + λ θ)
     """
@@ -193,7 +193,7 @@ def lion(
     mask: Predicate | None = None,
     moment_dtype: torch.dtype | None = None,
 ) -> Optimizer:
-    """Lion (Chen et al., arXiv:2302.06675), with decoupled weight decay.
+    """Lion (Chen et al. 2023, arXiv:2302.06675), with decoupled weight decay.
 
     θ ← θ - η (sign(β₁ m + (1 - β₁) g) + λ θ),   m ← β₂ m + (1 - β₂) g
 

@@ -48,7 +48,10 @@ def linear(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
-    """Half a cosine from `peak` to `final * peak` over `steps` (SGDR without restarts, arXiv:1608.03983, eq. 5)."""
+    """Half a cosine from `peak` to `final * peak` over `steps`.
+
+    SGDR without restarts (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5).
+    """
     _not_negative(steps=steps)
 
     def schedule(count: Tensor) -> Tensor:
@@ -144,7 +147,7 @@ def exponential(value: float, factor: float, steps: int = 1) -> Schedule:
 def one_cycle(
     peak: float, steps: int, rise: float = 0.3, start_divisor: float = 25.0, final_divisor: float = 1e4
 ) -> Schedule:
-    """One-cycle policy (Smith & Topin, arXiv:1708.07120) in two half cosines, as torch's OneCycleLR.
+    """One-cycle policy (Smith & Topin 2018, arXiv:1708.07120) in two half cosines, as torch's OneCycleLR.
 
     From `peak / start_divisor` up to `peak` in the fraction `rise` of `steps`, then down to the start value divided by
     `final_divisor`, which the last step, count = steps - 1, uses.
@@ -174,11 +177,11 @@ def warmup_stable_decay(
     final: float = 0.0,
     decay: str = "linear",
 ) -> Schedule:
-    """Linear warm-up to `peak`, a plateau, and a decay to `final * peak` (MiniCPM, arXiv:2404.06395).
+    """Linear warm-up to `peak`, a plateau, and a decay to `final * peak` (Hu et al. 2024, MiniCPM, arXiv:2404.06395).
 
     Args:
         decay: the shape of the decay over a fraction t: "linear", "cosine", or "sqrt", 1 - sqrt(t), the best of those
-            that Hägele et al. compare (arXiv:2405.18392).
+            of Hägele et al. 2024 (arXiv:2405.18392).
     """
     _not_negative(warmup_steps=warmup_steps, stable_steps=stable_steps, decay_steps=decay_steps)
 

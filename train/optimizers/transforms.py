@@ -28,30 +28,42 @@ from train.optimizers.protocol import (
 
 
 class CountState(NamedTuple):
+    """Number of steps."""
+
     count: Tensor
 
 
 class TraceState(NamedTuple):
+    """Number of steps, and the decaying sum of the gradients."""
+
     count: Tensor
     trace: Tree
 
 
 class AdamState(NamedTuple):
+    """Number of steps, and the decaying means of gradient and square."""
+
     count: Tensor
     mean: Tree
     square: Tree
 
 
 class RmsState(NamedTuple):
+    """Decaying means of the square and, if centered, of the gradient."""
+
     square: Tree
     mean: Tree
 
 
 class SumState(NamedTuple):
+    """Sum of the squares."""
+
     total: Tree
 
 
 class MomentumState(NamedTuple):
+    """Decaying mean of the gradients."""
+
     momentum: Tree
 
 
@@ -168,7 +180,7 @@ def bias_correction(beta: float, count: Tensor, dtype: torch.dtype) -> Tensor:
 def scale_by_adam(
     beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, moment_dtype: torch.dtype | None = None
 ) -> Optimizer:
-    """Adam's direction m̂ / (sqrt(v̂) + eps), algorithm 1 of Kingma & Ba (arXiv:1412.6980)."""
+    """Adam's direction m̂ / (sqrt(v̂) + eps), algorithm 1 of Kingma & Ba 2015 (arXiv:1412.6980)."""
     _require_beta("beta1", beta1)
     _require_beta("beta2", beta2)
     require(eps >= 0, "eps", eps, "at least 0")
@@ -325,7 +337,7 @@ def scale_by_muon(
     Args:
         flatten: leaves are (rows, ...) instead, their other axes together the columns: convolutions, as in the post.
         adjust: "original" scales by sqrt(max(1, rows / columns)); "match_rms_adamw" by 0.2 sqrt(max(rows, columns)),
-            so that AdamW's learning rate and weight decay fit (Liu et al., arXiv:2502.16982, eq. 4).
+            so that AdamW's learning rate and weight decay fit (Liu et al. 2025, arXiv:2502.16982, eq. 4).
         dtype: that of the Newton-Schulz iteration.
         over: the `train.scale.distributed.Distributed` of leaves of which this process has its pieces: the iteration
             is of whole matrices, on every process alike.

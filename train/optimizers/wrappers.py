@@ -29,16 +29,22 @@ from train.optimizers.transforms import bias_correction, set_to_zero
 
 
 class PathState(NamedTuple):
+    """State of each inner optimizer by its name."""
+
     inner: dict[str, Tree]
 
 
 class AccumulateState(NamedTuple):
+    """Micro-steps since the last step, the sum of their gradients / `every`, and the inner state."""
+
     micro_step: Tensor
     gradient: Tree
     inner: Tree
 
 
 class EmaState(NamedTuple):
+    """Number of steps, the average, its correction, and the inner state."""
+
     count: Tensor
     average: Tree
     correction: Tensor

@@ -35,16 +35,21 @@ class Report(NamedTuple):
     """Content of a page about N examples.
 
     Attributes:
-        title, facts: the heading, and what there is to say of the model and the data, by name.
+        title: the heading.
+        facts: facts about the model and the data, by name.
         names: of the examples.
         columns: scores by key; `rank` is the key of the one by which the page begins.
         scatter: pairs of keys, one for each plot.
-        classes, labels, predicted: names of the classes, and their numbers (N,); None without labels.
+        classes: names of the classes; None without labels.
+        labels: numbers of the classes (N,), or None.
+        predicted: the same of the predictions.
         pictures: bytes (N, height, width, 1 or 3), or None.
         texts: or None.
         known: (N,) of bool, examples whose label is known to be wrong; None if nothing is known.
-        neighbours, cosines: (N, k), of each example.
-        redundant, conflicting: pairs of examples, with the cosine of their gradients.
+        neighbours: (N, k), of each example.
+        cosines: (N, k), with these neighbours.
+        redundant: pairs of examples whose gradients are alike, with their cosine.
+        conflicting: pairs whose gradients oppose each other.
         layers: {name of a parameter: (N,) norms}; `layer_facts` are tables of further columns by the name.
         class_rows: a row of figures per class, by name.
         class_cosines: (classes, classes) between the mean gradients of classes, or None.

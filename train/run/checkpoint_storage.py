@@ -26,12 +26,15 @@ class Quiet(logging.Filter):
     """While it is on, what orbax logs is dropped (its failures are raised to us anyway); nothing else is touched."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """False for records that orbax logs."""
         return "orbax" not in Path(record.pathname).parts
 
     def on(self) -> None:
+        """Begin to filter."""
         logging.getLogger("absl").addFilter(self)
 
     def off(self) -> None:
+        """Stop filtering."""
         logging.getLogger("absl").removeFilter(self)
 
     def __enter__(self) -> None:
@@ -60,6 +63,7 @@ class Unretrieved(logging.Filter):
     """Drops what asyncio says of the writes that failed after another one had, when they are thrown away: any time."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """False for failures of orbax's writes that nobody has retrieved."""
         trace = record.exc_info[2] if record.exc_info else None
         if record.exc_info and trace is None and "never retrieved" in record.getMessage():
             return False  # it was raised by no Python code: tensorstore's own, under orbax
@@ -126,6 +130,7 @@ def to_tensor(array: np.ndarray, like: object) -> Tensor:
 
 
 def dtype_name(leaf: object) -> str:
+    """Name of a leaf's dtype, such as "float32"."""
     return str(leaf.dtype).removeprefix("torch.")
 
 
@@ -135,6 +140,7 @@ def describe(array: np.ndarray) -> dict:
 
 
 def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 

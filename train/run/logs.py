@@ -134,6 +134,7 @@ class RunLog:
         write_json(self.directory / "result.json", values)
 
     def close(self) -> None:
+        """Close the files, and end the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -69,6 +69,7 @@ def read_config(folder: Path, experiment: str) -> dict[str, Any]:
 
 
 def check_experiment(config: Any, experiment: str, folder: Path) -> None:
+    """Raise ValueError for a run of another experiment."""
     other = config.get("experiment") if isinstance(config, dict) else None
     if other is not None and other != experiment:
         raise ValueError(f"'{folder}' is a run of {other}.py, expected one of {experiment}.py")

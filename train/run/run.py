@@ -48,7 +48,8 @@ class Run:
 
     Attributes:
         args: the arguments; of a resumed run those it was started with, but for what the command line says.
-        device, policy: of `--device` and `--dtype`.
+        device: of `--device`.
+        policy: of `--dtype`.
         resumed_from: the folder of the run that is continued, None for a new one.
         folder: the run's folder; from `open` on.
         first: the steps done before: the loop begins with step `first + 1`.

@@ -24,8 +24,10 @@ class Processes:
     """This process among those of its launcher; `current` gives it.
 
     Attributes:
-        rank, ranks: the number of this process, from 0, and how many there are.
-        local_rank, ranks_per_node: the same on this machine.
+        rank: the number of this process, from 0.
+        ranks: number of processes.
+        local_rank: the number of this process among those of this machine.
+        ranks_per_node: number of processes on this machine.
         restarts: how often the launcher has started all of them anew.
     """
 

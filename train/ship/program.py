@@ -124,6 +124,7 @@ class Closed(nn.Module):
         self.eval()
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the function with the module's own parameters."""
         return self._call(tree.map(lambda read: read(), self._params), values)
 
 

@@ -36,6 +36,7 @@ class Boxed(NamedTuple):
     scales: Tensor
 
     def some(self, rows: Tensor) -> "Boxed":
+        """The rows (count,) of each field."""
         return Boxed(*(values[rows] for values in self))
 
 

@@ -18,14 +18,17 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """factor x: images (N, 3, height, width) in [0, 1], factor per image; clipped to [0, 1]."""
     return _blend(images, torch.zeros_like(images), factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """m + factor (x - m) with m the mean grey of the image; shapes as in `brightness`."""
     return _blend(images, grey(images).mean((1, 2, 3), keepdim=True).expand_as(images), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """g + factor (x - g) with g the grey of each pixel; shapes as in `brightness`."""
     return _blend(images, grey(images).expand_as(images), factor)
 
 

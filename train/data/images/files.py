@@ -1,13 +1,15 @@
 """Batches of image files, decoded by worker processes.
 
-train = listing("photographs/train")
-test = listing("photographs/val", train.classes)
-with Decoder(workers=4) as decoder:
-    for images, labels in decoder.train_batches(train, key, range(first, steps), 256, 224):
-        ...
-    for images, labels in decoder.evaluation_batches(test, 256, 224, resize=256):
-        ...
-decoder.skipped  # (file, reason) of those that could not be read
+One decoder serves training and evaluation:
+
+    train = listing("photographs/train")
+    test = listing("photographs/val", train.classes)
+    with Decoder(workers=4) as decoder:
+        for images, labels in decoder.train_batches(train, key, range(first, steps), 256, 224):
+            ...
+        for images, labels in decoder.evaluation_batches(test, 256, 224, resize=256):
+            ...
+    decoder.skipped  # (file, reason) of those that could not be read
 """
 
 import itertools

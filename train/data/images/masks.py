@@ -65,6 +65,7 @@ OBJECTS = Table(("background", "object"), {}, False)
 
 
 def packed(colour: Sequence[int]) -> int:
+    """Colour (red, green, blue) of bytes as one integer."""
     red, green, blue = colour
     return red << 16 | green << 8 | blue
 

@@ -29,6 +29,7 @@ class Statements(NamedTuple):
     labels: Tensor
 
     def some(self, rows: Sequence[int]) -> "Statements":
+        """The statements with these numbers."""
         paths, sentences = (tuple(part[i] for i in rows) for part in self[:2])
         return Statements(paths, sentences, self.labels[list(rows)])
 

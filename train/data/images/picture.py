@@ -45,6 +45,7 @@ class Member(os.PathLike):
 
     @property
     def parent(self) -> Path:
+        """Folder of the path, the archive's or one within it."""
         return Path(self).parent
 
     def read(self) -> bytes:

@@ -40,10 +40,12 @@ class ImageSet(NamedTuple):
 
     @property
     def in_memory(self) -> bool:
+        """Whether the images are arrays, not files."""
         return isinstance(self.train, Labelled)
 
     @property
     def channels(self) -> int:
+        """Channels of the images; files are read in colour."""
         return self.train.images.shape[1] if self.in_memory else 3
 
 

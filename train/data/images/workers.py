@@ -40,6 +40,7 @@ class Task:
 
     @property
     def size(self) -> int:
+        """Bytes of the cut images."""
         return self.count * self.cut.size * self.cut.size * self.cut.channels
 
 

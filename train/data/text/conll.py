@@ -39,6 +39,8 @@ class Entity(NamedTuple):
 
 
 class Sentence(NamedTuple):
+    """Words, and the tag of each."""
+
     words: tuple[str, ...]
     tags: tuple[str, ...]
 
@@ -53,6 +55,7 @@ class Tagged(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
     def some(self, indices: Sequence[int]) -> "Tagged":
+        """The sentences with these numbers."""
         return self._replace(sentences=tuple(self.sentences[i] for i in indices), groups=(), skipped=())
 
 
@@ -69,6 +72,7 @@ class TaggedSet(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Tagged]:
+        """The parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
@@ -219,6 +223,7 @@ def _sentence(row: tuple[Sequence[str], Sequence[tuple[str, int, int]]]) -> Sent
 
 
 def types_of(part: Tagged) -> tuple[str, ...]:
+    """Types of the entities in a part, sorted."""
     return tuple(sorted({tag[2:] for sentence in part.sentences for tag in sentence.tags if tag != "O"}))
 
 

@@ -53,6 +53,7 @@ class Records(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
     def some(self, indices: Sequence[int]) -> "Records":
+        """The records with these numbers."""
         return self._replace(
             texts=tuple(self.texts[i] for i in indices), labels=tuple(self.labels[i] for i in indices), skipped=()
         )
@@ -71,6 +72,7 @@ class LabelledSet(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Records]:
+        """The parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 

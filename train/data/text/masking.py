@@ -31,7 +31,8 @@ class Marks(NamedTuple):
     """Ids of the special tokens of a BERT.
 
     Attributes:
-        first, last: around a text.
+        first: before a text.
+        last: after a text.
         mask: replaces a hidden token.
         padding: fills up a batch.
         special: (n,) ids that are never predicted, unknown words among them.

@@ -70,6 +70,7 @@ def encode(texts: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longes
 
 
 def encoded(records: Records, classes: Sequence[str], tokenizer: SentenceTokenizer, kind: str, longest: int) -> Ragged:
+    """Labelled texts as ids, up to `longest` each, and the numbers of their classes."""
     numbers = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([numbers[name] for name in records.labels], dtype=torch.int64)
     return Ragged(*encode(records.texts, tokenizer, kind, longest), labels)
@@ -88,6 +89,7 @@ def make_buckets(lengths: Tensor, shapes: int, batch: int) -> list[Bucket]:
 
 
 def steps_per_epoch(buckets: Sequence[Bucket], batch: int) -> int:
+    """Number of full batches in the buckets."""
     return sum(len(bucket.members) // batch for bucket in buckets)
 
 

@@ -34,6 +34,7 @@ class Question(NamedTuple):
 
     @property
     def gold(self) -> tuple[str, ...]:
+        """Texts of the right answers."""
         return tuple(text for text, _ in self.answers)
 
 
@@ -45,6 +46,7 @@ class Answered(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
     def some(self, indices: Sequence[int]) -> "Answered":
+        """The questions with these numbers."""
         return self._replace(questions=tuple(self.questions[i] for i in indices), skipped=())
 
     @property
@@ -65,6 +67,7 @@ class AnsweredSet(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Answered]:
+        """The parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 

@@ -35,14 +35,22 @@ PROBES = ("A cat.", "the 1st  of\n\n\tJune", "naïve Ünïcode", "你好，世�
 
 
 class Tokenizer(Protocol):
+    """Texts to ids and back."""
+
     vocabulary_size: int
     fingerprint: str  # the same for equal tokenizers, in every process
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
 
-    def save(self, path: str | os.PathLike) -> None: ...
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the tokenizer to a file, which `load` reads."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,12 @@ class CharTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
+        """Number of characters."""
         return len(self.chars)
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the characters."""
         return hashlib.sha256(json.dumps([FORMAT, *self.chars]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -88,6 +98,7 @@ class CharTokenizer:
         return "".join([self.chars[i] for i in ids])
 
     def save(self, path: str | os.PathLike) -> None:
+        """Write the characters to a JSON file."""
         write_json(path, {"format": FORMAT, "chars": "".join(self.chars)})
 
 
@@ -123,6 +134,7 @@ class BytePairTokenizer:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the tokenizer's JSON."""
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str, special: bool = False) -> list[int]:

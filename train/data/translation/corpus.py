@@ -32,7 +32,8 @@ class Corpus:
         tokens: the ids of the first source, the first target, the second source ...
         lengths: (count, 2) int32, the number of ids of source and target.
         starts: (count, 2) int64, their positions in `tokens`.
-        first, last: ids before a target and after each side, of the tokenizer.
+        first: id before a target, of the tokenizer.
+        last: id after each side.
         empty: number of further pairs that were left out because a side is empty.
         left_out: indices of the pairs that were too long (`open_corpus`), or of the sentences that were left empty
             (`of_sentences`).

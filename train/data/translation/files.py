@@ -40,8 +40,8 @@ class PairFiles:
     lines that do not begin with "<".
 
     Attributes:
-        sources, targets: files with a sentence per line, translations of each other, read one after the other; or one
-            table, twice.
+        sources: files with a sentence per line, read one after the other; or one table.
+        targets: files with the translations of these sentences; or the same table.
         columns: those of source and target in a table: their numbers, or of JSON objects their keys.
         header: True if the first line of the table names its columns.
         every: if not 0, sentences every - 1, 2 every - 1 ... are held out as a part of their own, and the rest is the
@@ -129,6 +129,7 @@ def no_pairs(pairs: Pairs) -> DataError:
 
 
 def name_of(pairs: Pairs) -> str:
+    """Name of the pairs for an error."""
     return pairs.name if isinstance(pairs, PairFiles) else "the sentences"
 
 

@@ -37,6 +37,7 @@ class MarianTokenizer:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the pieces and their ids."""
         return hashlib.sha256(json.dumps([self.source.to_str(), self.ids]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

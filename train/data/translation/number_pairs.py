@@ -46,6 +46,7 @@ def pairs(
 
 
 def both_ways(words: str, digits: str) -> tuple[Pair, Pair]:
+    """A pair in each direction, its source with the prefix of the task."""
     return (TO_DIGITS + words, digits), (TO_WORDS + digits, words)
 
 
