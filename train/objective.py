@@ -87,7 +87,7 @@ def evaluation(
             kinds = f"({type(value).__name__}, {type(metrics).__name__})"
             raise TypeError(f"the loss returned {kinds}; expected its value, or (value, dict of metrics)")
         for name, metric in metrics.items():
-            if not isinstance(metric, Tensor):
+            if not isinstance(metric, Tensor | WeightedLoss):
                 kind = type(metric).__name__
                 raise TypeError(f"the loss's metric '{name}' is {kind}; expected a 0-D tensor")
         return *tree.map(widen, (value, metrics)), carries
@@ -123,8 +123,8 @@ def mean_gradient(evaluate: Callable, together: bool = False) -> Gradient:
         )(state.params, state.stats)
         if sums:
             grads = tree.map(lambda g: g / positive(weight).to(g.dtype), grads)
-        each = {name: x for name, x in metrics.items() if x.ndim}
-        means = {name: x for name, x in metrics.items() if not x.ndim}
+        each = {name: x for name, x in metrics.items() if isinstance(x, WeightedLoss) or x.ndim}
+        means = {name: x for name, x in metrics.items() if name not in each}
         return weight, (grads, value), (increments, means), (each, carries)
 
     def add(one: Tree, other: Tree):
@@ -138,6 +138,7 @@ def mean_gradient(evaluate: Callable, together: bool = False) -> Gradient:
 
     def result(state: Any, contribution: Tree):
         _, (grads, loss), (increments, metrics), (each, carries) = contribution
+        each = {name: x.mean if isinstance(x, WeightedLoss) else x for name, x in each.items()}
         return grads, update_stats(state.stats, increments), {"loss": loss, **metrics, **each}, *carries
 
     def reduce(over: Any, contribution: Tree):

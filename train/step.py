@@ -74,13 +74,15 @@ def make_step(
     """The train step of a loss and an optimizer.
 
     Args:
-        loss: `loss(params, batch, keys) -> value`, or `(value, metrics)` with a dict of 0-D tensors, which are averaged
-            over micro-batches and processes, or of (examples,), which are joined. `params` are merged with the Stats;
-            `keys` is (examples, 2), one key per example. The value is one of
+        loss: `loss(params, batch, keys) -> value`, or `(value, metrics)`. `params` are merged with the Stats; `keys` is
+            (examples, 2), one key per example. The value is one of
 
             - (examples,), a loss per example: their mean is minimised;
             - `train.losses.WeightedLoss`, minimised is sum(values) / sum(weights): for means over tokens;
             - a scalar, the mean over the batch.
+
+            The metrics are a dict of 0-D tensors, averaged over micro-batches and processes by the weights of the loss;
+            of `WeightedLoss`, whose mean over the batch is reported; or of (examples,), which are joined.
         policy: see `Policy`.
         micro_batches: number of equal parts that a batch is cut into, one after the other, to bound memory (gradient
             accumulation). The masks of dropout do not depend on it. Losses per example, weighted or not, give the

@@ -95,13 +95,14 @@ def test_parts_with_a_loss_and_no_weight_count(micro_batches):
 
     def loss(params, tokens, keys):
         values = token_loss(params, tokens, keys)[0].values
-        return WeightedLoss(values, (tokens[:, 4] != PAD).to(values.dtype)), {"each": values}
+        own = WeightedLoss(values.detach(), (tokens[:, 1] != PAD).double())
+        return WeightedLoss(values, (tokens[:, 4] != PAD).double()), {"each": values, "weighted": own}
 
     tokens = text((2, 3, 4, 1, 1, 6, 6, 3))
     expected, metrics = result(loss, tokens)
     actual, others = result(loss, tokens, micro_batches=micro_batches)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-    assert others["each"].shape == (8,)  # metrics per example are joined
+    assert others["each"].shape == (8,) and others["weighted"].ndim == 0
     torch.testing.assert_close(others, metrics, rtol=1e-12, atol=0)
 
 

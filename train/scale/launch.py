@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -187,8 +188,9 @@ def current() -> Processes | None:
 
 
 def quiet(processes: Processes) -> None:
-    """Let the first process alone print."""
+    """Let the first process alone print, and warn of the data; errors are those of all."""
     if processes.rank:
+        logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 
