@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.experiments.runs import ROOT, one_error, refused, same_bits, script, 
 from tests.registry.experiments import EXPERIMENTS, Experiment
 from train.run import checkpoints
 from train.run.ranks import PLAN
+from train.scale import launch
 
 FLAGS = ("--text", "text.txt", "--batch", "4", "--no-compile", "--dropout", "0.1", "--save-every", "4")
 together = functools.partial(launched.together, script("gpt"))
@@ -47,13 +49,34 @@ def test_flags_of_several_processes_are_refused_on_one(here, capfd, experiment, 
     assert message in refused(experiment, capfd, *flags)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "flags", "message"),
+    [
+        ("detect", ("--net", "detr"), "--net detr trains on one process, but 2 run; start it without torchrun"),
+        ("segment", ("--members", "3"), "--members 3 trains on one process, but 2 run; start it without torchrun"),
+        ("sequences", ("--task", "forecast"), "--task forecast trains on one process, but 2 run; start it without"),
+        ("superres", ("--net", "srgan-small"), "--net srgan-small trains on one process, but 2 run; start it without"),
+        *(
+            (row.name, (), f"{row.name}.py trains on one process, but 2 run; start it")
+            for row in EXPERIMENTS
+            if not row.shards
+        ),
+    ],
+)
+def test_flags_of_one_process_are_refused_on_several(here, monkeypatch, experiment, flags, message):
+    first_of_two = SimpleNamespace(rank=0, ranks=2, restarts=0, close=lambda: None)
+    monkeypatch.setattr(launch, "current", lambda: first_of_two)
+    monkeypatch.setenv("FUNCTREE_DEBUG", "1")  # the error is raised, and no process ended by it
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runs.call(experiment, *flags)
+    assert not (here / "runs").exists()
+
+
 def test_the_page_says_which_script_takes_which_way():
     page = (ROOT / "train" / "scale" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:\w+\.py(?:, )?)+) \| ((?:\w+(?:, )?)+) \|$", page, re.MULTILINE)
     taken = {name.removesuffix(".py"): ways for names, ways in rows for name in names.split(", ")}
     assert taken == {row.name: ", ".join(row.shards) for row in EXPERIMENTS if row.shards}
-    for row in EXPERIMENTS:
-        assert bool(row.shards) == ("shards=" in script(row.name).read_text(encoding="utf-8")), row.name
 
 
 def numbers(record: dict) -> dict[str, float]:
@@ -155,6 +178,35 @@ def test_a_signal_to_one_process_ends_both_and_they_continue(here):
     assert "stopped at step" in outputs[0][0] and "torchrun --nproc-per-node 2" in outputs[0][0]
     assert [code for code, _, _ in together("--resume", "--name", "stopped")] == [0, 0]
     assert same_bits(state_of(here / "runs/gpt/whole"), state_of(here / "runs/gpt/stopped"))
+
+
+FULL = """
+import errno, os, runpy, sys
+from train.run.logs import RunLog
+
+def write(log, step, values, metrics=RunLog.metrics):
+    if os.environ["RANK"] == "1":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.directory / "metrics.jsonl"))
+    metrics(log, step, values)
+
+RunLog.metrics, sys.argv = write, sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.long
+def test_a_full_disk_of_one_process_ends_both_in_one_line(here):
+    (here / "full.py").write_text(FULL, encoding="utf-8")
+    flags = (*FLAGS, "--steps", "30", "--shard", "fsdp", "--name", "full")
+    ended = launched.together(here / "full.py", script("gpt"), *flags)  # the first metrics are those of step 10
+    assert [code for code, _, _ in ended] == [2, 2]
+    line = one_error("".join(err for _, _, err in ended))
+    assert "process 1" in line and line.endswith("metrics.jsonl': No space left on device")
+    saved = here / "runs/gpt/full/checkpoints"
+    assert checkpoints.steps(saved) == [4, 8]
+    for step in checkpoints.steps(saved):
+        checkpoints.verify(saved, step)
+    assert call("--resume", "--name", "full") == 0
 
 
 @pytest.mark.slow

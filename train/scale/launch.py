@@ -49,6 +49,7 @@ class Processes:
     def open_group(self, device: str) -> None:
         """Start torch.distributed's default group: gloo, and nccl for tensors on a GPU."""
         import torch.distributed as dist
+        import torch.distributed.nn.functional  # noqa: F401 - later, its default arguments would keep the group open
 
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         prefixed = dist.PrefixStore("group", self._store)
