@@ -39,6 +39,7 @@ from train.metrics import translation
 from train.run import Common, Count, Natural, NonNegative, Positive, Rate, Shared, begin, command_line, open_run
 from train.run.flags import check_source
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -143,7 +144,7 @@ class PredictArgs(Source):
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=FREE, shards=("replicate",))
+    run = begin(RUNS, args, free=FREE, shards=BY_ROWS)
     net_key, run_key, order_key, shift_key = random.split(random.key(args.common.seed), 4).unbind(0)
     net = parts.of_weights(args.weights) if args.weights else None
     data = parts.open_data(args.data, net.cfg.image if net else args.size)
@@ -171,19 +172,19 @@ def train(args: Args) -> None:
         return parts.batch_of(data.train.images[owners[some]], rows[some], keys, args.shift)
 
     with run.open({}, files={"tokenizer.json": net.tokenizer.save}):
-        run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{tree.count(model):,} parameters; run in {run.folder}")
         for at, batch in run.steps(batch_at(t) for t in run.remaining):
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, args.batch)
             if at % args.eval_every == 0 and at < args.steps:
                 some = data.test.captions[:100]
-                texts = parts.write(net._replace(params=state.params), data.test.images[: len(some)])
+                texts = parts.write(net._replace(params=run.whole(state.params)), data.test.images[: len(some)])
                 values = translation.caption_scores([one.text for one in texts], some, args.language)
                 run.log.metrics(at, {"test/exact_match": values["exact_match"], "test/bleu": values["bleu"]})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        values = figures.study(run.folder, net._replace(params=state.params), data, args.language)
-        run.result({**values, "parameters": tree.count(state.params), "skipped": data.skipped + len(left_out)})
+        values = figures.study(run.folder, net._replace(params=run.whole(state.params)), data, args.language)
+        run.result({**values, "parameters": tree.count(model), "skipped": data.skipped + len(left_out)})
     lines = read_curves(run.folder, "train/loss", "train/accuracy", "test/exact_match")
     with plots.panels(run.folder / "curves.png", 1, 2) as (left, right):
         plots.curves(left, {"train": lines.pop("train/loss")}, ylabel="nats per word", title="Cross-entropy")

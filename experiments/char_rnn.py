@@ -35,6 +35,7 @@ from train.optimizers import schedules
 from train.run import Run, begin, command_line, open_run
 from train.run.flags import Common, Count, FromRun, Natural, Positive, Rate, Shared
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.step import make_step, start
 
 RUNS = Path("runs/char_rnn")
@@ -162,7 +163,7 @@ def model_and_data(args: Args, folder: Path | None) -> tuple[rnn.Config, text.Te
 
 def train(args: Args) -> None:
     free = ("text", "steps", "learning_rate", "warmup", "clip", "eval_every")
-    run = begin(RUNS, args, free=free)
+    run = begin(RUNS, args, free=free, shards=BY_ROWS)
     cfg, data = model_and_data(args, run.resumed_from)
     train_tokens, validation_tokens = parts = text.split(data.tokens, blocks=args.blocks, least=4 * args.window)
     understood(print, text.facts(data, *parts) | {"net": cfg})
@@ -175,11 +176,11 @@ def train(args: Args) -> None:
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(args.clip), optimizers.adam(rate, 0.9, args.beta2))
     state = start(run_key.to(run.device), spec.init(init_key.to(run.device), model), model, optimizer)
     state = {"carry": rnn.empty_state(cfg, args.batch, device=run.device), "state": state}
-    state = run.restore(state, {"net": cfg, "data": fingerprint(data.tokens)}, args.steps)
+    state = run.restore(state, {"net": cfg, "data": fingerprint(data.tokens)}, args.steps, model)
     state, carry = state["state"], state["carry"]
     objective = functools.partial(losses, cfg=cfg, fresh=args.fresh)
-    options = {"policy": run.policy, "compile": args.common.compile, "donate": True}
-    step = make_step(objective, optimizer, carry=True, **options)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(objective, optimizer, carry=True, donate=True, **options)
 
     with run.open({}, unit="tokens", best="val_loss", files={"tokenizer.json": data.tokenizer.save}):
         run.log.print(f"{tree.count(model):,} parameters, {pass_steps} steps per pass; run in {run.folder}")
@@ -189,11 +190,13 @@ def train(args: Args) -> None:
             run.record(at, metrics, args.batch * args.window)
             validation = {}
             if run.due(at, args.eval_every):
-                validation["val_loss"] = validate(state.params, cfg, validation_tokens, args.window, limit=10)
+                validation["val_loss"] = validate(
+                    run.whole(state.params), cfg, validation_tokens, args.window, limit=10
+                )
                 run.log.metrics(at, {"validation/loss": validation["val_loss"]})
             if run.due(at, args.common.save_every):
                 run.save(at, {"carry": carry, "state": state}, **validation)
-        report(run, state.params, cfg, data.tokenizer, parts, sample_key)
+        report(run, run.whole(state.params), cfg, data.tokenizer, parts, sample_key)
 
 
 def report(run: Run, params, cfg: rnn.Config, tokenizer, parts: tuple, key) -> None:

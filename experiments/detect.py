@@ -35,6 +35,7 @@ from train.optimizers import schedules
 from train.run import Common, Count, FromRun, NonNegative, Positive, Shared, begin, command_line, open_run
 from train.run.flags import Fraction
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS, alone
 from train.run.run import unused
 from train.step import create, make_step
 
@@ -110,7 +111,7 @@ class PredictArgs(FromRun):
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=FREE)
+    run = begin(RUNS, args, free=FREE, shards=alone("--net detr") if args.net == "detr" else BY_ROWS)
     data = detector.open_data(args.data, args.size)
     cfg = detector.configuration(args, len(data.classes))
     understood(print, {"data": args.data, "classes": list(data.classes), **data.facts, "net": cfg})
@@ -123,9 +124,11 @@ def train(args: Args) -> None:
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(args.clip), adamw)
     state = create(create_key.to(run.device), model, optimizer)
     pictures = fingerprint(data.train.images, data.train.boxes, data.train.labels)
-    state = run.restore(state, {"net": cfg, "data": pictures}, args.steps)
+    parameters = tree.count(state.params)
+    state = run.restore(state, {"net": cfg, "data": pictures}, args.steps, model)
     loss = functools.partial(detector.losses, net=args.net, cfg=cfg)
-    step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(loss, optimizer, donate=True, **options)
 
     def batch_at(t: int) -> tuple:
         rows = batching.epoch_batch(order_key, t, len(data.train.images), args.batch)
@@ -134,14 +137,17 @@ def train(args: Args) -> None:
         labels = torch.where(part.crowd, detector.boxed.BACKGROUND, part.labels)
         return detector.augmented(args, keys, part.images, part.boxes, labels)
 
+    def trained_by(state) -> detector.Detector:
+        params = tree.merge(run.whole(state.params), state.stats)
+        return detector.Detector(args.net, params, cfg, data.classes, args.size)
+
     def figures_of(state, count: int | None = None) -> dict:
-        params = tree.merge(state.params, state.stats)
-        trained = detector.Detector(args.net, params, cfg, data.classes, args.size)
+        trained = trained_by(state)
         part = data.test.some(torch.arange(len(data.test.images))[:count])
         return detector.precision(detector.detect(trained, part.images), part, len(data.classes))._asdict()
 
     with run.open({"classes": data.classes}):
-        run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{parameters:,} parameters; run in {run.folder}")
         for at, batch in run.steps(batch_at(t) for t in run.remaining):
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, args.batch)
@@ -149,11 +155,9 @@ def train(args: Args) -> None:
                 run.log.metrics(at, {"test/ap50": figures_of(state, 100)["ap50"]})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        params = tree.merge(state.params, state.stats)
-        trained = detector.Detector(args.net, params, cfg, data.classes, args.size)
-        figures = detector.study(run.folder, trained, data.test, args.confidence)
+        figures = detector.study(run.folder, trained_by(state), data.test, args.confidence)
         figures["regions_ap50"] = detector.baseline(data.test, data.train, len(data.classes))
-        run.result({**figures, "parameters": tree.count(state.params), "skipped": data.skipped})
+        run.result({**figures, "parameters": parameters, "skipped": data.skipped})
     names = [name for name in ("loss", "classes", "boxes", "l1", "giou", "centreness")]
     curves = {
         name: line

@@ -43,6 +43,7 @@ from train.optimizers import schedules
 from train.run import Run, begin, command_line
 from train.run.flags import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared, check_source
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import LOG_EVERY, format_figures, unused
 from train.step import TrainState, compiled, create, make_step
 
@@ -155,7 +156,7 @@ def model_of(args: Args, data: Data) -> Diffusion:
 
 def train(args: Args) -> None:
     free = ("data", "steps", "batch", "learning_rate", "sampler", "sampler_steps", "count", "classifier")
-    run = begin(RUNS, args, free=free)
+    run = begin(RUNS, args, free=free, shards=BY_ROWS)
     data = diffusion.read(args.data, args.size, args.process.classes)
     model, count = model_of(args, data), len(data.train.labels)
     understood(print, data.facts | {"preset": args.preset, "process": dataclasses.asdict(args.process)})
@@ -173,15 +174,17 @@ def train(args: Args) -> None:
     adam = optimizers.chain(optimizers.clip_by_global_norm(1.0), optimizers.adam(rate))
     optimizer = optimizers.ema(adam, args.ema, debias=True)
     history = tree.move(importance.init(model.steps), run.device) if args.importance else ()
-    state = State(create(init_key, unet.spec(model.cfg), optimizer), history)
-    state = run.restore(state, identity, args.steps)
+    spec = unet.spec(model.cfg)
+    state = State(create(init_key, spec, optimizer), history)
+    state = run.restore(state, identity, args.steps, spec)
     objective = functools.partial(diffusion.losses, model=model, levels=data.levels, policy=run.policy)
     watched = {"watch": by_time.watched} if args.watch_gradients else {}
-    step = make_step(objective, optimizer, donate=True, update_norm=False, compile=args.common.compile, **watched)
+    options = {"distributed": run.distributed, "compile": args.common.compile, **watched}
+    step = make_step(objective, optimizer, donate=True, update_norm=False, **options)
     draw = compiled(importance.draw) if args.common.compile else importance.draw
 
     with run.open({"levels": data.levels, "classes": data.classes}):
-        run.log.print(f"{tree.count(state.train.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{tree.count(spec):,} parameters; run in {run.folder}")
         average = watch.begin(run.folder)
         batches = (batching.epoch_batch(order_key, i, count, args.batch) for i in run.remaining)
         for at, rows in run.steps(batches):
@@ -201,7 +204,7 @@ def train(args: Args) -> None:
                 run.log.metrics(at, by_time.norms(time, norms, model.steps))
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        report(run, model, optimizers.averaged(state.train.opt_state), data, sampler, end_key)
+        report(run, model, run.whole(optimizers.averaged(state.train.opt_state)), data, sampler, end_key)
 
 
 def report(run: Run, model: Diffusion, params: tree.Tree, data: Data, sampler: Sampler, key: Tensor) -> None:

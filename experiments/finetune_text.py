@@ -39,6 +39,7 @@ from train.files import write_json
 from train.metrics.classification import worst_mistakes
 from train.run import Common, Count, Fraction, FromBest, Positive, SavedRun, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -140,7 +141,7 @@ SUMMARY = (
 
 
 def train(args: Args) -> None:
-    run, tuning = begin(RUNS, args, free=FREE), args.tuning
+    run, tuning = begin(RUNS, args, free=FREE, shards=BY_ROWS), args.tuning
     if tuning.lora and tuning.weights is None:
         raise ValueError("--lora adapts trained weights; name them with --weights")
     data = args.source.open()
@@ -157,20 +158,22 @@ def train(args: Args) -> None:
     own = encoders.trainable(encoder, tuning, own_key.to(run.device))
     optimizer = encoders.adamw(tuning, encoder, steps)
     loss = encoder_classifier.loss_of(encoder, own.whole, train=True)
-    step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
     state = start(create_key.to(run.device), tree.map(lambda x: x.clone(), own.values), own.model, optimizer)
-    state, every = run.restore(state, {"net": encoder.cfg, **identity}, steps), args.eval_every or per_epoch
+    state = run.restore(state, {"net": encoder.cfg, **identity}, steps, own.model)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(loss, optimizer, donate=True, **options)
+    every, trained = args.eval_every or per_epoch, tree.count(own.model)
 
     config, files = encoders.stored(encoder), {"tokenizer.json": encoder.tokenizer.save}
     with run.open(config, best="error", files=files):
-        run.log.print(f"{tree.count(state.params):,} of {tree.count(encoder.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{trained:,} of {tree.count(encoder.params):,} parameters; run in {run.folder}")
         batches = (ragged.batch_at(parts["train"], buckets, order_key, t, tuning.batch) for t in run.remaining)
         for at, batch in run.steps(batches):
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, tuning.batch)
             figures = {}
             if at % every == 0 or at == steps:  # not where a signal stops it: that checkpoint cannot be the best one
-                merged = encoder._replace(params=own.merged(state.params))
+                merged = encoder._replace(params=own.merged(run.whole(state.params)))
                 figures = encoder_classifier.validate(merged, parts["validation"])
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every) or figures:
@@ -184,7 +187,7 @@ def train(args: Args) -> None:
         figures |= {"best_step": best.step, "skipped": len(data.skipped)}
         simple = tf_idf.baselines(data)
         figures |= {f"{name}_accuracy": getattr(simple, name) for name in ("tf_idf", "commonest_class")}
-        sizes = {"parameters": tree.count(encoder.params), "trained_parameters": tree.count(state.params)}
+        sizes = {"parameters": tree.count(encoder.params), "trained_parameters": trained}
         run.result({**figures, "tf_idf_unit": simple.unit, **sizes})
         if tuning.lora:
             encoders.write_adapters(run.folder, encoder, tuning, best.restore(own.model, "params"))

@@ -35,6 +35,7 @@ from train.files import write_json
 from train.metrics import entities as metrics
 from train.run import Common, Count, FromBest, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -88,7 +89,9 @@ def train(args: Args) -> None:
     if tuning.longest < 8:
         raise ValueError(f"--longest is {tuning.longest}; expected at least 8, for some words")
     free = ("data", "validation", "test", "tuning.epochs", "tuning.batch", "tuning.shapes", "eval_every")
-    run = begin(RUNS, args, free=(*free, "tuning.learning_rate", "tuning.head_rate", "tuning.weight_decay"))
+    run = begin(
+        RUNS, args, free=(*free, "tuning.learning_rate", "tuning.head_rate", "tuning.weight_decay"), shards=BY_ROWS
+    )
     data = conll.open_tagged(args.data, args.validation, args.test)
     net_key, adapter_key, order_key, run_key = random.split(random.key(args.common.seed), 4).unbind(0)
     texts = [" ".join(sentence.words) for sentence in data.train.sentences]
@@ -111,16 +114,18 @@ def train(args: Args) -> None:
     )
     state = start(run_key.to(run.device), own.values, own.model, optimizer)
     loss = functools.partial(tagger.losses, encoder=encoder, own=own)
-    step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
     identity = {"data": fingerprint(*parts.values()), "types": data.types, **encoders.identity(encoder, tuning)}
-    state, every = run.restore(state, {"net": encoder.cfg, **identity}, steps), args.eval_every or per_epoch
+    state = run.restore(state, {"net": encoder.cfg, **identity}, steps, own.model)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(loss, optimizer, donate=True, **options)
+    every, parameters = args.eval_every or per_epoch, tree.count(own.model)
 
     def model_of(params: tree.Tree) -> Tagger:
         return Tagger(encoder._replace(params=own.merged(params)), data.types, tuning.longest)
 
     config = {**encoders.stored(encoder), "types": data.types}
     with run.open(config, best="error", files={"tokenizer.json": encoder.tokenizer.save}):
-        run.log.print(f"{tree.count(state.params):,} parameters to train; run in {run.folder}")
+        run.log.print(f"{parameters:,} parameters to train; run in {run.folder}")
         batches = (tagger.batch_at(parts["train"], buckets, order_key, t, tuning.batch) for t in run.remaining)
         for at, batch in run.steps(batches):
             state, out = step(state, tree.move(batch, run.device))
@@ -128,7 +133,7 @@ def train(args: Args) -> None:
             figures = {}
             if at % every == 0 or at == steps:  # not where a signal stops it: that checkpoint cannot be the best one
                 f1 = metrics.figures(
-                    gold["validation"], tagger.predicted_tags(model_of(state.params), data.validation)
+                    gold["validation"], tagger.predicted_tags(model_of(run.whole(state.params)), data.validation)
                 )["f1"]
                 figures = {"f1": f1, "error": 1.0 - f1}
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
@@ -137,7 +142,7 @@ def train(args: Args) -> None:
         best = open_run(run.folder, RUNS, "best")
         figures = tagger.study(run.folder, tagger.load(best, run.device), data.test, baseline)
         figures |= {"f1_by": metrics.MODE, "commonest_tag_f1": baseline["f1"], "skipped": len(data.skipped)}
-        run.result({**figures, "parameters": tree.count(state.params), "best_step": best.step})
+        run.result({**figures, "parameters": parameters, "best_step": best.step})
         if tuning.lora:
             encoders.write_adapters(run.folder, encoder, tuning, best.restore(own.model, "params"))
     plots.curves(run.folder / "loss.png", read_curves(run.folder, "train/loss"), ylabel="nats per word", title="Loss")

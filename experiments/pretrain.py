@@ -50,6 +50,7 @@ from train.run import (
     open_run,
 )
 from train.run.flags import Fraction, check_source
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -173,7 +174,7 @@ def optimizer_of(args: Args) -> optimizers.Optimizer:
 
 def train(args: Args) -> None:
     free = ("data", "steps", "batch", "learning_rate", "warmup", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free, shards=("replicate",))
+    run = begin(RUNS, args, free=free, shards=BY_ROWS)
     if args.lora and not args.weights:
         raise ValueError("--lora needs --weights, the weights that its adapters are for")
     if args.teacher and args.objective != "distil":
@@ -190,20 +191,21 @@ def train(args: Args) -> None:
     step = make_step(task.loss, optimizer, donate=True, **options)
 
     with run.open(task.stored, files={"tokenizer.json": task.tokenizer.save}):
-        run.log.print(f"{tree.count(state.params):,} parameters to train; run in {run.folder}")
+        run.log.print(f"{tree.count(task.model):,} parameters to train; run in {run.folder}")
         batches = task.batches(data_key, run.remaining, args.batch)
         for at, batch in run.steps(batches):
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, args.batch)
             if run.due(at, args.eval_every):
-                figures, _ = pretraining.measure(task, state.params, most=10)
+                figures, _ = pretraining.measure(task, run.whole(state.params), most=10)
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = pretraining.study(run.folder, task, state.params, args.objective) | task.baselines(task)
-        net = task.net(state.params)
+        params = run.whole(state.params)
+        figures = pretraining.study(run.folder, task, params, args.objective) | task.baselines(task)
+        net = task.net(params)
         if args.lora:
-            encoders.write_adapters(run.folder, net, args, state.params)
+            encoders.write_adapters(run.folder, net, args, params)
         run.result({**figures, "parameters": tree.count(net.params)})
     pretraining.draw_curves(run.folder, args.objective, figures)
     print(f"held-out text: {pretraining.summary(args.objective, figures)}")

@@ -37,6 +37,7 @@ from train.files import shown, write_json
 from train.metrics import answers as metrics
 from train.run import Common, Count, FromBest, Natural, Shared, begin, command_line, open_run
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -94,7 +95,9 @@ def train(args: Args) -> None:
     tuning = args.tuning
     answerer.check_stride(tuning.longest, args.stride)
     free = ("data", "validation", "test", "tuning.epochs", "tuning.batch", "tuning.shapes", "eval_every")
-    run = begin(RUNS, args, free=(*free, "tuning.learning_rate", "tuning.head_rate", "tuning.weight_decay"))
+    run = begin(
+        RUNS, args, free=(*free, "tuning.learning_rate", "tuning.head_rate", "tuning.weight_decay"), shards=BY_ROWS
+    )
     data = squad.open_answered(args.data, args.validation, args.test)
     net_key, adapter_key, order_key, run_key = random.split(random.key(args.common.seed), 4).unbind(0)
     texts = dict.fromkeys(text for q in data.train.questions for text in (q.context, q.question))
@@ -120,24 +123,26 @@ def train(args: Args) -> None:
     )
     state = start(run_key.to(run.device), own.values, own.model, optimizer)
     loss = functools.partial(answerer.losses, encoder=encoder, own=own)
-    step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
     questions = [(q.question, q.context, q.answers) for part in (data.validation, data.test) for q in part.questions]
     identity = {"data": fingerprint(learn, questions), **encoders.identity(encoder, tuning)}
-    state, every = run.restore(state, {"net": encoder.cfg, **identity}, steps), args.eval_every or per_epoch
+    state = run.restore(state, {"net": encoder.cfg, **identity}, steps, own.model)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    step = make_step(loss, optimizer, donate=True, **options)
+    every, parameters = args.eval_every or per_epoch, tree.count(own.model)
 
     def model_of(params: tree.Tree) -> Answerer:
         return Answerer(encoder._replace(params=own.merged(params)), tuning.longest, args.stride, refuses)
 
     config = {**encoders.stored(encoder), "refuses": refuses}
     with run.open(config, best="error", files={"tokenizer.json": encoder.tokenizer.save}):
-        run.log.print(f"{tree.count(state.params):,} parameters to train; run in {run.folder}")
+        run.log.print(f"{parameters:,} parameters to train; run in {run.folder}")
         batches = (answerer.batch_at(learn, buckets, order_key, t, tuning.batch) for t in run.remaining)
         for at, batch in run.steps(batches):
             state, out = step(state, tree.move(batch, run.device))
             run.record(at, out, tuning.batch)
             figures = {}
             if at % every == 0 or at == steps:  # not where a signal stops it: that checkpoint cannot be the best one
-                candidates = answerer.answer(model_of(state.params), data.validation.questions)
+                candidates = answerer.answer(model_of(run.whole(state.params)), data.validation.questions)
                 right = [question.gold for question in data.validation.questions]
                 figures = metrics.figures([rows[0].text for rows in candidates], right)
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
@@ -149,7 +154,7 @@ def train(args: Args) -> None:
         figures |= {f"overlap_{name}": value for name, value in baseline.items()} | {
             "skipped": len(data.skipped) + len(unheld)
         }
-        run.result({**figures, "parameters": tree.count(state.params), "best_step": best.step})
+        run.result({**figures, "parameters": parameters, "best_step": best.step})
         if tuning.lora:
             encoders.write_adapters(run.folder, encoder, tuning, best.restore(own.model, "params"))
     curves = read_curves(run.folder, "train/loss")

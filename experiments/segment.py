@@ -40,6 +40,7 @@ from train.optimizers import schedules
 from train.run import Common, Count, FromRun, Natural, NonNegative, Positive, Shared, begin, command_line, open_run
 from train.run.flags import check_source
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS, alone
 from train.run.run import unused
 from train.step import compiled, create, make_step
 
@@ -155,7 +156,7 @@ SUMMARY = (
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=FREE)
+    run = begin(RUNS, args, free=FREE, shards=BY_ROWS if args.members == 1 else alone(f"--members {args.members}"))
     source = segmentation_task.source_of(args)
     data, table = source.data, source.data.table
     classes = table.classes
@@ -182,21 +183,24 @@ def train(args: Args) -> None:
         start = functools.partial(segmentation_weights.state_from, values=initial, model=model, optimizer=optimizer)
     if args.members == 1:
         state = start(create_key.to(run.device))
-        step = make_step(loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
     else:
         state = torch.vmap(start)(random.split(create_key, args.members).to(run.device))
         state = tree.map(torch.Tensor.contiguous, state)  # vmap repeats what the members share, such as the step
         step = torch.vmap(make_step(loss, optimizer, policy=run.policy, compile=False))
         step = compiled(step) if args.common.compile else step
     identity = {"net": cfg, "trained": trained, "data": fingerprint(*data.train[:2], *data.test[:2])}
-    state, every = run.restore(state, identity, args.steps), args.eval_every or max(1, args.steps // 4)
+    parameters, every = tree.count(state.params), args.eval_every or max(1, args.steps // 4)
+    state = run.restore(state, identity, args.steps, model)
+    if args.members == 1:
+        options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+        step = make_step(loss, optimizer, donate=True, **options)
 
     def current(state) -> Segmenter:
-        return Segmenter(tree.merge(state.params, state.stats), net, cfg, trained, args.tile, args.overlap)
+        return Segmenter(tree.merge(run.whole(state.params), state.stats), net, cfg, trained, args.tile, args.overlap)
 
     with run.open({}):
         each = f", {args.members} members together" if args.members > 1 else ""
-        run.log.print(f"{tree.count(state.params):,} parameters{each}; run in {run.folder}")
+        run.log.print(f"{parameters:,} parameters{each}; run in {run.folder}")
         batches = (segmentation_task.batch_of(source, order_keys, t) for t in run.remaining)
         for at, batch in run.steps(batches):
             state, metrics = step(state, tree.move(batch, run.device))
@@ -208,7 +212,7 @@ def train(args: Args) -> None:
                 run.save(at, state)
         figures = segmentation_figures.study(run.folder, current(state), data, baseline=True)
         run.log.metrics(run.at, {f"test/{name}": figures[name] for name in CURVES})
-        run.result({**figures, "parameters": tree.count(state.params), "skipped": len(data.skipped)})
+        run.result({**figures, "parameters": parameters, "skipped": len(data.skipped)})
     plots.curves(
         run.folder / "loss.png", read_curves(run.folder, "train/loss", "test/nll"), title="Loss", ylabel="loss"
     )

@@ -30,6 +30,7 @@ from train.data.text.tokenizers import PAD
 from train.metrics import translation
 from train.optimizers import schedules
 from train.run import Common, Count, Natural, Positive, Rate, Share, Shared, begin, command_line, open_run
+from train.run.ranks import BY_ROWS
 from train.step import make_step, start
 
 RUNS = Path("runs/seq2seq")
@@ -119,7 +120,7 @@ def net_of(args: Args, vocabulary: int) -> seq2seq.Config:
 
 def train(args: Args) -> None:
     free = ("data", "steps", "tokens", "micro_batches", "shapes", "learning_rate", "warmup", "clip", "eval_every")
-    run = begin(RUNS, args, free=(*free, "average_checkpoints", "teacher_forcing"))
+    run = begin(RUNS, args, free=(*free, "average_checkpoints", "teacher_forcing"), shards=BY_ROWS)
     task = runs.open_task(args, run, RUNS, functools.partial(net_of, args))
 
     init_key, run_key, order_key = random.split(random.key(args.common.seed), 3).unbind(0)
@@ -127,10 +128,10 @@ def train(args: Args) -> None:
     rate = schedules.warmup_cosine(args.learning_rate, warmup, args.steps)
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(args.clip), optimizers.adam(rate))
     state = start(run_key.to(run.device), spec.init(init_key.to(run.device), model), model, optimizer)
-    state = run.restore(state, task.config(), args.steps)
+    state = run.restore(state, task.config(), args.steps, model)
     objective = functools.partial(loss, cfg=task.cfg, smoothing=args.label_smoothing)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
-    step = make_step(objective, optimizer, donate=True, **options)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, **options)
     runs.learn(run, task, seq2seq, state, step, order_key, functools.partial(batch_of, args=args))
 
 

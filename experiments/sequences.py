@@ -47,6 +47,7 @@ from train.run import (
     open_run,
 )
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS, alone
 from train.run.run import unused
 from train.step import compiled, create, make_step
 
@@ -163,7 +164,7 @@ SUMMARY = {
 
 def train(args: Args) -> None:
     free = ("data", "validation", "test", "epochs", "batch", "shapes", "learning_rate", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free)
+    run = begin(RUNS, args, free=free, shards=BY_ROWS if args.task == "classify" else alone("--task forecast"))
     part = TASKS[args.task]
     task = part.task_of(args, run.resumed_from)
     understood(print, {**task.facts, "net": task.cfg})
@@ -180,24 +181,27 @@ def train(args: Args) -> None:
         step = compiled(step) if args.common.compile else step
     else:
         state = start(create_key.to(run.device))
-        step = make_step(task.loss, optimizer, policy=run.policy, donate=True, compile=args.common.compile)
-    state, every = run.restore(state, task.identity, steps), args.eval_every or task.per_epoch
+    parameters, every = tree.count(state.params), args.eval_every or task.per_epoch
+    state = run.restore(state, task.identity, steps, model)
+    if not task.members:
+        options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+        step = make_step(task.loss, optimizer, donate=True, **options)
 
     with run.open(task.config, best=task.best, files=task.files):
-        run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{parameters:,} parameters; run in {run.folder}")
         batches = (task.batch(order_key, t) for t in run.remaining)
         for at, batch in run.steps(batches):
             state, metrics = step(state, tree.move(batch, run.device))
             run.record(at, metrics, max(1, task.members) * args.batch)
             figures = {}
             if at % every == 0 or at == steps:  # not where a signal stops it: that checkpoint cannot be the best one
-                figures = task.validate(state.params)
+                figures = task.validate(run.whole(state.params))
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every) or figures:
                 run.save(at, state, **figures)
         best = open_run(run.folder, RUNS, "best")
         figures = task.study(run.folder, part.load(best, run.device))
-        run.result({**figures, "parameters": tree.count(state.params), "best_step": best.step})
+        run.result({**figures, "parameters": parameters, "best_step": best.step})
     curves = read_curves(run.folder, "train/loss", "validation/loss")
     plots.curves(run.folder / "loss.png", curves, ylabel="nats", title=f"Loss of {args.task}")
     if args.task == "classify":

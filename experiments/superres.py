@@ -45,6 +45,7 @@ from train.run import (
 )
 from train.run.flags import check_source
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS, alone
 from train.run.run import unused
 
 RUNS = Path("runs/superres")
@@ -194,9 +195,10 @@ def of_flags(args: FromRunOrWeights, scales: tuple[int, ...]) -> Upscaler:
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "test", "steps", "eval_every"))
-    net, cfg = by_name.configured(args.net, args.scale)
     adversarial = args.net.startswith("srgan")
+    shards = alone(f"--net {args.net}") if adversarial else BY_ROWS
+    run = begin(RUNS, args, free=("data", "test", "steps", "eval_every"), shards=shards)
+    net, cfg = by_name.configured(args.net, args.scale)
     cfg = dataclasses.replace(cfg, size=args.patch) if adversarial else cfg
     upscaler_training.check(args)
     data = originals.open_originals(args.data, cfg.channels, args.patch)
@@ -209,15 +211,18 @@ def train(args: Args) -> None:
 
     create_key, data_key = random.split(random.key(args.common.seed)).unbind(0)
     phi = upscaler_training.content(args.classifier, args.content_stage, run.device) if adversarial else None
-    state, step = upscaler_training.beginning(args, net, cfg, create_key.to(run.device), run.policy, phi, start)
+    state, step_of = upscaler_training.beginning(args, net, cfg, create_key.to(run.device), run.policy, phi, start)
     identity = {"net": cfg, "data": fingerprint(data.pictures, test.pictures)}
-    state, every = run.restore(state, identity, args.steps), args.eval_every or max(1, args.steps // 4)
+    state, every = run.restore(state, identity, args.steps, net.spec(cfg)), args.eval_every or max(1, args.steps // 4)
+    step = step_of(run.distributed)
     low = {scale: patches.lowered_all(data.pictures, scale) for scale in args.scale}
     table: dict[str, float] = {}
 
     def model() -> Upscaler:
         player = state.generator if adversarial else state
-        return Upscaler(args.net, net, cfg, tree.merge(player.params, player.stats), args.scale, args.residual)
+        return Upscaler(
+            args.net, net, cfg, tree.merge(run.whole(player.params), player.stats), args.scale, args.residual
+        )
 
     def figures() -> dict[str, float]:
         each = {s: upscaler.figures(model(), test, s) for s in args.scale}
@@ -229,6 +234,8 @@ def train(args: Args) -> None:
         for at, batch in run.steps(batches):
             batch = tree.move(batch, run.device)
             state, metrics = step(state, tree.map(lambda x: x[None], batch) if adversarial else batch)
+            if not adversarial:
+                metrics["psnr"] = -10 * metrics.pop("mse").log10()  # of all pixels of the batch
             shown = {"content": metrics["generator/content"]} if adversarial else {"psnr": metrics["psnr"]}
             run.record(at, metrics, args.batch, group="" if adversarial else "train/", **shown)
             if at % every == 0 or at == args.steps:

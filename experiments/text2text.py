@@ -37,6 +37,7 @@ from train.metrics import translation
 from train.optimizers import schedules
 from train.run import Common, Count, Natural, NonNegative, Positive, Rate, Shared, begin, command_line, open_run
 from train.run.flags import check_source
+from train.run.ranks import BY_ROWS
 from train.run.run import unused
 from train.step import make_step, start
 
@@ -166,7 +167,7 @@ def open_data(args: Args) -> pair_sets.ParallelSet:
 
 def train(args: Args) -> None:
     free = ("data", "metric", "steps", "tokens", "micro_batches", "shapes", "learning_rate", "warmup", "weight_decay")
-    run = begin(RUNS, args, free=(*free, "eval_every"))
+    run = begin(RUNS, args, free=(*free, "eval_every"), shards=BY_ROWS)
     parts.check_metric(args.metric)
     if args.lora and not args.weights:
         raise ValueError("--lora adapts weights that have learned something; name them with --weights")
@@ -188,10 +189,10 @@ def train(args: Args) -> None:
     rate = schedules.warmup_cosine(args.learning_rate, min(args.warmup, args.steps // 10), args.steps)
     optimizer = parts.adamw(rate, args.weight_decay, cfg)
     state = start(run_key.to(run.device), tree.move(own.values, run.device), own.model, optimizer)
-    state = run.restore(state, task.config() | {"kind": "t5", "weights": base}, args.steps)
+    state = run.restore(state, task.config() | {"kind": "t5", "weights": base}, args.steps, own.model)
     objective = functools.partial(loss, cfg=cfg, whole=own.whole, smoothing=args.label_smoothing)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
-    step = make_step(objective, optimizer, donate=True, **options)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, **options)
 
     def ending(params: tree.Tree) -> None:
         if args.lora:

@@ -28,6 +28,7 @@ from train.metrics import translation
 from train.optimizers import schedules
 from train.run import Common, Count, Positive, Rate, Shared, begin, command_line, open_run
 from train.run.flags import check_source
+from train.run.ranks import BY_ROWS
 from train.step import make_step, start
 
 RUNS = Path("runs/translate")
@@ -104,7 +105,7 @@ def net_of(args: Args, vocabulary: int) -> transformer.Config:
 
 def train(args: Args) -> None:
     free = ("data", "steps", "tokens", "micro_batches", "shapes", "factor", "warmup", "eval_every")
-    run = begin(RUNS, args, free=(*free, "average_checkpoints"))
+    run = begin(RUNS, args, free=(*free, "average_checkpoints"), shards=BY_ROWS)
     task = runs.open_task(args, run, RUNS, functools.partial(net_of, args))
     cfg = task.cfg
 
@@ -112,10 +113,10 @@ def train(args: Args) -> None:
     model, rate = transformer.spec(cfg), schedules.noam(cfg.width, args.warmup, args.factor)
     optimizer = optimizers.adam(rate, 0.9, 0.98, eps=1e-9)  # section 5.3 of the paper
     state = start(run_key.to(run.device), spec.init(init_key.to(run.device), model), model, optimizer)
-    state = run.restore(state, task.config(), args.steps)
+    state = run.restore(state, task.config(), args.steps, model)
     objective = functools.partial(loss, cfg=cfg, smoothing=args.label_smoothing)
     options = {"policy": run.policy, "micro_batches": args.micro_batches, "compile": args.common.compile}
-    step = make_step(objective, optimizer, donate=True, **options)
+    step = make_step(objective, optimizer, donate=True, distributed=run.distributed, **options)
 
     runs.learn(run, task, transformer, state, step, order_key)
 

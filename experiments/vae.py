@@ -49,6 +49,7 @@ from train.gradients import watch
 from train.losses import variational
 from train.run import Common, Count, Fraction, NonNegative, Positive, SavedRun, Shared, begin, command_line
 from train.run.logs import read_curves
+from train.run.ranks import BY_ROWS
 from train.run.run import format_figures
 from train.step import create, make_step
 
@@ -172,7 +173,7 @@ def losses(params, batch, keys, cfg: Config, args: Args) -> tuple[Tensor, dict[s
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "steps", "bound_samples", "eval_every"))
+    run = begin(RUNS, args, free=("data", "steps", "bound_samples", "eval_every"), shards=BY_ROWS)
     check(args)
     images = parts.read(args, labelled=MODELS[args.model].conditional)
     cfg = net_of(args, images)
@@ -181,10 +182,10 @@ def train(args: Args) -> None:
     init_key, order_key, test_key = random.split(random.key(args.common.seed), 3).unbind(0)
     init_key, test_key = tree.move((init_key, test_key), run.device)
     learn, test = tree.move((images.train, images.test), run.device)
-    optimizer = optimizers.adam(args.learning_rate)
+    optimizer, model = optimizers.adam(args.learning_rate), autoencoder.spec(cfg)
     identity = {"model": args.model, "net": cfg, "data": fingerprint(images.train, images.test)}
-    state = run.restore(create(init_key, autoencoder.spec(cfg), optimizer), identity, args.steps)
-    options = {"donate": True, "update_norm": False, "compile": args.common.compile}
+    state = run.restore(create(init_key, model, optimizer), identity, args.steps, model)
+    options = {"donate": True, "update_norm": False, "distributed": run.distributed, "compile": args.common.compile}
     options |= {"watch": watch.watch} if args.watch_gradients else {}
     step = make_step(functools.partial(losses, cfg=cfg, args=args), optimizer, policy=run.policy, **options)
 
@@ -193,7 +194,7 @@ def train(args: Args) -> None:
         return learn.images[rows], learn.labels[rows]
 
     with run.open({"classes": images.classes}):
-        run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}")
+        run.log.print(f"{tree.count(model):,} parameters; run in {run.folder}")
         average = watch.begin(run.folder)
         for at, batch in run.steps(map(batch_at, run.remaining)):
             state, metrics = step(state, batch)
@@ -201,16 +202,17 @@ def train(args: Args) -> None:
                 average, metrics = watch.record(run.log, at, metrics, average)
             run.record(at, metrics, args.batch)
             if run.due(at, args.eval_every):
-                means = figures_of(state.params, cfg, test, test_key, args.noise)
+                means = figures_of(run.whole(state.params), cfg, test, test_key, args.noise)
                 run.log.metrics(at, {f"test/{name}": value for name, value in means.items()})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = figures_of(state.params, cfg, test, test_key, args.noise, args.bound_samples)
+        params = run.whole(state.params)
+        figures = figures_of(params, cfg, test, test_key, args.noise, args.bound_samples)
         figures |= mean_image(images.train, images.test, cfg)
         run.result(figures)
     watch.draw(run.folder)
     draw_curves(run.folder, cfg)
-    model = as_functions(state.params, cfg, images.classes, args.noise)
+    model = as_functions(params, cfg, images.classes, args.noise)
     codes = pictures.draw(run.folder, model, test, test_key)
     if cfg.latent == 2:
         pictures.draw_latent_grid(run.folder / "latent_grid.png", model, codes)

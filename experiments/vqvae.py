@@ -95,10 +95,15 @@ def nets_of(args: Args, images: ImageSet) -> tuple[vqvae.Config, pixelcnn.Config
     return cfg, prior
 
 
-def losses(params, batch, keys, cfg: vqvae.Config, beta: float, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss per image (N,), eq. 3 of the paper, and means of its parts. scale: of the squared error."""
+def losses(
+    params, batch, keys, cfg: vqvae.Config, beta: float, scale: float, ways: int = 1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss per image (N,), eq. 3 of the paper, and means of its parts.
+
+    scale: of the squared error. ways: as in `vqvae.apply`.
+    """
     images, _ = batch
-    out = vqvae.apply(params, images, cfg, train=True)
+    out = vqvae.apply(params, images, cfg, train=True, ways=ways)
     error = variational.squared_error(out["output"], images)
     commitment = variational.commitment_loss(out["encodings"], out["nearest"])
     value = scale * error + beta * commitment  # |x - D(e)|^2 / variance + beta |z - stop(e)|^2
@@ -168,7 +173,7 @@ def as_functions(values: tree.Tree, cfg: vqvae.Config, prior: pixelcnn.Config, c
 
 
 def train(args: Args) -> None:
-    run = begin(RUNS, args, free=("data", "prior_steps", "eval_every"))
+    run = begin(RUNS, args, free=("data", "prior_steps", "eval_every"), shards=("replicate",))
     images, total = parts.read(args, labelled=False), args.steps + args.prior_steps
     cfg, prior = nets_of(args, images)
     understood(print, image_sets.facts(images) | {"net": cfg, "prior": prior})
@@ -185,10 +190,11 @@ def train(args: Args) -> None:
     specs = {"model": vqvae.spec(cfg), "prior": pixelcnn.spec(prior)}
     identity = {"net": cfg, "prior": prior, "data": fingerprint(images.train, images.test)}
     state = {name: create(keys[name], model, optimizer) for name, model in specs.items()}
-    state = run.restore(state, identity, total)
+    state = run.restore(state, identity, total, specs)
     scale = float(1 / learn.images.var())
-    loss = functools.partial(losses, cfg=cfg, beta=args.commitment, scale=scale)
-    options = {"policy": run.policy, "donate": True, "update_norm": False, "compile": args.common.compile}
+    loss = functools.partial(losses, cfg=cfg, beta=args.commitment, scale=scale, ways=run.rows)
+    options = {"policy": run.policy, "distributed": run.distributed, "compile": args.common.compile}
+    options |= {"donate": True, "update_norm": False}
     step = make_step(loss, optimizer, watch=watch.watch if args.watch_gradients else None, **options)
     prior_step = make_step(functools.partial(prior_losses, cfg=prior), optimizer, **options)
 

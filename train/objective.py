@@ -87,7 +87,7 @@ def evaluation(
             kinds = f"({type(value).__name__}, {type(metrics).__name__})"
             raise TypeError(f"the loss returned {kinds}; expected its value, or (value, dict of metrics)")
         for name, metric in metrics.items():
-            if not isinstance(metric, Tensor):
+            if not isinstance(metric, Tensor | WeightedLoss):
                 kind = type(metric).__name__
                 raise TypeError(f"the loss's metric '{name}' is {kind}; expected a 0-D tensor")
         return *tree.map(widen, (value, metrics)), carries
@@ -95,12 +95,18 @@ def evaluation(
     return evaluate
 
 
-def mean_gradient(evaluate: Callable) -> Gradient:
-    """The gradient of a mean, by one backward pass per part; the mean over two parts is that of both by weight:
+def mean_gradient(evaluate: Callable, together: bool = False) -> Gradient:
+    """The gradient of a mean, by one backward pass per part. Of two parts with sums of values v and of weights w, the
+    whole has the loss, and so the gradient,
 
-    g <- g_1 + w_2 / (w_1 + w_2) (g_2 - g_1),  so too the metrics and the increments of the Stats
+    (v_1 + v_2) / (w_1 + w_2),  1 in place of a sum of weights that is 0
 
-    The states that the parts carry are those of different examples, one part after the other.
+    and the means by weight of the metrics and of the increments of the Stats. What the parts have per example, metrics
+    and carried states, is that of different examples, one part after the other.
+
+    Args:
+        together: the batch norms join the rows of several processes. Then each differentiates its v and not v / w: what
+            it sends to the others through the statistics must be in one unit.
     """
 
     def part(state: Any, batch: Tree, keys: Tensor):
@@ -109,30 +115,41 @@ def mean_gradient(evaluate: Callable) -> Gradient:
         def objective(params: Tree, stats: Tree):
             value, metrics, carries = evaluate(params, stats, batch, keys)
             mean, weight = _mean(value, len(keys))
-            return mean, (metrics, weight, carries)
+            return mean * positive(weight) if sums else mean, (mean, metrics, weight, carries)
 
-        (value, (metrics, weight, carries)), (grads, increments) = transforms.value_and_grad(
+        sums = together and bool(tree.leaves(state.stats))
+        (_, (value, metrics, weight, carries)), (grads, increments) = transforms.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.params, state.stats)
-        return weight, (grads, increments, {"loss": value, **metrics}), carries
+        if sums:
+            grads = tree.map(lambda g: g / positive(weight).to(g.dtype), grads)
+        each = {name: x for name, x in metrics.items() if isinstance(x, WeightedLoss) or x.ndim}
+        means = {name: x for name, x in metrics.items() if name not in each}
+        return weight, (grads, value), (increments, means), (each, carries)
 
     def add(one: Tree, other: Tree):
-        (first, means, carries), (second, others, after) = one, other
+        (first, losses, means, rows), (second, other_losses, other_means, other_rows) = one, other
         weight = first + second
-        share = second / positive(weight)
-        means = tree.map(lambda x, y: torch.lerp(x, y, share.to(x.dtype)), means, others)
-        return weight, means, tree.map(lambda x, y: torch.cat([x, y]), carries, after)
+        a, b, total = positive(first), positive(second), positive(weight)
+        losses = _lerp(losses, other_losses, b / (a + b))
+        losses = tree.map(lambda x: x * ((a + b) / total).to(x.dtype), losses)  # 1 unless a part has no weight
+        means = _lerp(means, other_means, second / total)
+        return weight, losses, means, tree.map(lambda x, y: torch.cat([x, y]), rows, other_rows)
 
     def result(state: Any, contribution: Tree):
-        _, (grads, increments, metrics), carries = contribution
-        return grads, update_stats(state.stats, increments), metrics, *carries
+        _, (grads, loss), (increments, metrics), (each, carries) = contribution
+        each = {name: x.mean if isinstance(x, WeightedLoss) else x for name, x in each.items()}
+        return grads, update_stats(state.stats, increments), {"loss": loss, **metrics, **each}, *carries
 
     def reduce(over: Any, contribution: Tree):
-        weight, (grads, increments, metrics), carries = contribution
-        weight, grads, (increments, metrics) = over.mean(weight, grads, (increments, metrics))
-        return weight, (grads, increments, metrics), carries
+        weight, losses, means, rows = contribution
+        return *over.mean(weight, losses, means), over.joined(rows)
 
     return Gradient(part, add, result, reduce)
+
+
+def _lerp(one: Tree, other: Tree, share: Tensor) -> Tree:
+    return tree.map(lambda x, y: torch.lerp(x, y, share.to(x.dtype)), one, other)
 
 
 def per_example_gradient(evaluate: Callable, watch: Callable, want: tuple[str, ...]) -> Gradient:

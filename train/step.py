@@ -74,12 +74,15 @@ def make_step(
     """The train step of a loss and an optimizer.
 
     Args:
-        loss: `loss(params, batch, keys) -> value`, or `(value, metrics)` with a dict of 0-D tensors. `params` are
-            merged with the Stats; `keys` is (examples, 2), one key per example. The value is one of
+        loss: `loss(params, batch, keys) -> value`, or `(value, metrics)`. `params` are merged with the Stats; `keys` is
+            (examples, 2), one key per example. The value is one of
 
             - (examples,), a loss per example: their mean is minimised;
             - `train.losses.WeightedLoss`, minimised is sum(values) / sum(weights): for means over tokens;
             - a scalar, the mean over the batch.
+
+            The metrics are a dict of 0-D tensors, averaged over micro-batches and processes by the weights of the loss;
+            of `WeightedLoss`, whose mean over the batch is reported; or of (examples,), which are joined.
         policy: see `Policy`.
         micro_batches: number of equal parts that a batch is cut into, one after the other, to bound memory (gradient
             accumulation). The masks of dropout do not depend on it. Losses per example, weighted or not, give the
@@ -98,16 +101,16 @@ def make_step(
             norm mixes the examples.
         want: what is reported to `watch`, see `core.per_example.reports`.
         distributed: mesh and plan of a run on several processes. The state has this process's pieces
-            (`Distributed.cut`); the batch is that of all of them, each takes its rows, and the result is that of one
-            process with the whole batch. The loss must be a mean over examples or a `WeightedLoss`: one that compares
-            the examples of a batch sees this process's rows alone.
+            (`Distributed.cut`); the batch and a carry are those of all of them, each takes its rows, and the result is
+            that of one process with the whole batch, the new carry too. The loss must be a mean over examples or a
+            `WeightedLoss`: one that compares the examples of a batch sees this process's rows alone.
         own_rows: the batch has only this process's rows already.
         compile: through torch.compile, `fullgraph`; `backend` as there.
 
     Returns:
-        `step(state, batch) -> (state, metrics)`; metrics are 0-D tensors, in float32 or wider: `loss`, `grad_norm`,
-        `update_norm`, and the loss's own, or those of `watch`. With `carry`: `step(state, (batch, carry)) -> (state,
-        metrics, carry)`, the new carry a copy without gradient, which shares no memory.
+        `step(state, batch) -> (state, metrics)`; metrics are tensors in float32 or wider: `loss`, `grad_norm`,
+        `update_norm`, all 0-D, and the loss's own, or those of `watch`. With `carry`: `step(state, (batch, carry)) ->
+        (state, metrics, carry)`, the new carry a copy without gradient, which shares no memory.
 
     Raises:
         TypeError: a loss, optimizer or policy of another form; from the step: a state or a leaf of the batch.
@@ -127,14 +130,14 @@ def make_step(
             raise ValueError(f"a batch of {examples} examples does not divide into {micro_batches} micro-batches")
         return examples // micro_batches
 
-    if distributed is not None and carry:
-        raise ValueError("make_step: a carried state does not go over several processes; leave one of the two out")
-
     if distributed is not None and watch is not None and distributed.mesh.sizes["model"] > 1:
         raise ValueError("make_step: layers cut along model have no per-example gradients; expected no watch with them")
 
     evaluate = evaluation(loss, policy, carry, *([] if distributed is None else [distributed.prepared]))
-    gradient = mean_gradient(evaluate) if watch is None else per_example_gradient(evaluate, watch, want)
+    if watch is None:
+        gradient = mean_gradient(evaluate, together=distributed is not None and distributed.mesh.rows > 1)
+    else:
+        gradient = per_example_gradient(evaluate, watch, want)
     size = None if micro_batches == 1 else part_size
     options = {"donate": donate, "update_norm": update_norm, "compile": compile, "backend": backend}
     options |= {"distributed": distributed, "own_rows": own_rows}

@@ -20,7 +20,6 @@ from train.data.images.scenes import Scenes, scenes
 from train.data.images.windows import Changes, windows
 from train.losses import dense
 from train.losses.weighted import WeightedLoss, positive
-from train.metrics import classification
 
 SCENES = Table(("background", *map(str, range(10))), {i: i for i in range(11)}, False)
 SAMPLE = 200
@@ -142,5 +141,5 @@ class Loss:
         heads = weighted_logits(self.net, self.net.apply(params, x, self.cfg, key=keys, train=True))
         losses = [(share, LOSSES[self.name](logits, labels, self.weight)) for share, logits in heads]
         value = WeightedLoss(sum(share * loss.values for share, loss in losses), losses[0][1].weights)
-        logits = heads[0][1].detach().movedim(1, -1)  # (batch, side, side, classes)
-        return value, {"accuracy": classification.accuracy(logits, labels, ignore_id=VOID)}
+        hits, valid = heads[0][1].detach().argmax(1) == labels, labels != VOID  # each (batch, side, side)
+        return value, {"accuracy": WeightedLoss((hits & valid).flatten(1).sum(1), valid.flatten(1).sum(1))}

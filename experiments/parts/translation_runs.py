@@ -147,22 +147,23 @@ def learn(
     """
     args, tokenizer, data = run.args, task.tokenizer, task.data
     with run.open({}, unit="tokens", files={"tokenizer.json": tokenizer.save}):
-        run.log.print(f"{tree.count(state.params):,} parameters; run in {run.folder}\n{task.shapes}")
-        batches = (buckets.batch_at(task.pairs, task.shapes, order, at, args.micro_batches) for at in run.remaining)
+        run.log.print(f"{tree.count(run.whole(state.params)):,} parameters; run in {run.folder}\n{task.shapes}")
+        parts = run.rows * args.micro_batches
+        batches = (buckets.batch_at(task.pairs, task.shapes, order, at, parts) for at in run.remaining)
         for at, batch in run.steps(batches):
             state, metrics = step(state, tree.move(batch_of(*batch, at), run.device))
             run.record(at, metrics, int((batch[1] != PAD).sum()))
             if run.due(at, args.eval_every):
-                model = task.model(state.params)
+                model = task.model(run.whole(state.params))
                 figures = validate(model, task.validation)
                 run.log.metrics(at, {f"validation/{name}": value for name, value in figures.items()})
                 translators.write_samples(run, model, data.validation[:4])
             if run.due(at, args.common.save_every):
                 run.save(at, state)
         if ending:
-            ending(state.params)
+            ending(run.whole(state.params))
             return
-        saved = open_run(run.folder, run.folder.parent)
+        saved = open_run(run.folder, run.root)
         model = translators.load(saved, args.common.device, args.average_checkpoints, net)
         report(run, task, model, partial(translators.evaluate, language=args.target), SUMMARY)
 

@@ -19,6 +19,7 @@ from train.adversarial import step as games
 from train.adversarial.objectives import NON_SATURATING
 from train.data.images import patches, resize
 from train.optimizers import Optimizer, schedules
+from train.scale.distributed import Distributed
 from train.step import Policy, TrainState, create, make_step
 
 LOSSES = {"mse": losses.mse, "l1": losses.l1, "charbonnier": losses.charbonnier}
@@ -70,7 +71,7 @@ def objective(net: ModuleType, cfg: Any, loss: str, residual: bool) -> Callable:
             out = by_name.enlarge(net, params, cfg, *both, scale, residual=residual, train=True)
             value = error(out, batch, scale)
         mse = (inner(out, scale) - inner(batch["high"], scale)).detach().float().square().mean()
-        return value, {"psnr": -10 * mse.log10()}
+        return value, {"mse": mse}
 
     return f
 
@@ -172,7 +173,7 @@ def beginning(
     phi: Callable[[Tensor], Tensor] | None,
     start: Upscaler | None,
 ) -> tuple[tree.Tree, Callable]:
-    """(the state before the first step, the step).
+    """(the state before the first step; from `Run.distributed` to the step).
 
     Args:
         phi: with SRGAN, of `content`; the state is then of both players.
@@ -182,13 +183,18 @@ def beginning(
     if phi is None:
         optimizer = optimizer_of(args)
         state = create(key, net.spec(cfg), optimizer)
-        step = make_step(objective(net, cfg, args.loss, args.residual), optimizer, donate=True, **options)
-        return state if start is None else _from(state, net.spec(cfg), cfg, start), step
+        loss = objective(net, cfg, args.loss, args.residual)
+
+        def step_of(distributed: Distributed | None) -> Callable:
+            return make_step(loss, optimizer, donate=True, distributed=distributed, **options)
+
+        return state if start is None else _from(state, net.spec(cfg), cfg, start), step_of
     both = optimizer_of(args), optimizer_of(args)
     state = games.create(key, net.critic_spec(cfg), net.spec(cfg), *both)
     if start is not None:
         state = state._replace(generator=_from(state.generator, net.spec(cfg), cfg, start))
-    return state, games.make_step(*game(cfg, phi, args.adversarial, args.residual), *both, **options)
+    step = games.make_step(*game(cfg, phi, args.adversarial, args.residual), *both, **options)
+    return state, lambda _: step
 
 
 def _from(state: TrainState, model: tree.Tree, cfg: Any, start: Upscaler) -> TrainState:

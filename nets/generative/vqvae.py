@@ -151,6 +151,7 @@ def apply(
     labels: Tensor | None = None,
     key: Tensor | None = None,
     train: bool = False,
+    ways: int = 1,
 ) -> dict[str, Tensor]:
     """Encode, quantise and decode.
 
@@ -158,6 +159,8 @@ def apply(
         x: (batch, channels, height, width).
         labels, key: without effect here.
         train: report to the moving averages, if there are any, by taps on the output.
+        ways: x is one of this many equal parts of a batch, such as those of several processes, whose increments of the
+            moving averages are then averaged.
 
     Returns:
         `codes` (batch, height', width'); `encodings` (batch, height', width', code), the encoder's output; `nearest`,
@@ -171,7 +174,7 @@ def apply(
     quantised = quantise(codebook(p, cfg.smoothing), z)
     output = _decode_vectors(params["decoder"], quantised.vectors)
     if train and "sum" in p:
-        new = update(p, z, quantised.codes, cfg.decay)
+        new = update(p, z, quantised.codes, cfg.decay, ways)
         output = tap(output, p["sum"], new["sum"] - p["sum"])
         output = tap(output, p["size"], new["size"] - p["size"])
         # From a batched value, so that each of a vmapped batch counts.
@@ -219,7 +222,7 @@ def quantise(codebook: Tensor, z: Tensor) -> Quantised:
     return Quantised(codes, nearest, z + (nearest - z).detach())
 
 
-def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
+def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99, ways: int = 1) -> dict:
     """Moving averages after a batch. Appendix A.1, with n_i vectors z whose nearest row is i:
 
         N_i <- decay N_i + (1 - decay) n_i,        m_i <- decay m_i + (1 - decay) sum of these z
@@ -230,6 +233,7 @@ def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
         p: `params["codebook"]` of an "ema" codebook.
         z: (..., code).
         codes: (...) integers.
+        ways: both sums count so many times.
     """
     z, codes = z.detach().flatten(0, -2), codes.flatten()  # (vectors, code), (vectors,)
     # As a matrix: sums in no fixed order (index_add) would make a GPU's run differ from itself.
@@ -237,8 +241,8 @@ def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99) -> dict:
     size, total = p["size"].detach(), p["sum"].detach()
     return {
         "count": p["count"].detach() + 1,
-        "size": decay * size + (1 - decay) * one_hot.sum(1),  # (codes,)
-        "sum": decay * total + (1 - decay) * (one_hot @ z.to(total.dtype)),  # (codes, code)
+        "size": decay * size + (1 - decay) * ways * one_hot.sum(1),  # (codes,)
+        "sum": decay * total + (1 - decay) * ways * (one_hot @ z.to(total.dtype)),  # (codes, code)
     }
 
 

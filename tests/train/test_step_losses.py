@@ -89,6 +89,23 @@ def test_parts_without_a_token_do_not_count(micro_batches):
     assert metrics["loss"] == metrics["grad_norm"] == 0
 
 
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_parts_with_a_loss_and_no_weight_count(micro_batches):
+    """As pictures without an object do, whose background is learned from: sum of values / sum of weights."""
+
+    def loss(params, tokens, keys):
+        values = token_loss(params, tokens, keys)[0].values
+        own = WeightedLoss(values.detach(), (tokens[:, 1] != PAD).double())
+        return WeightedLoss(values, (tokens[:, 4] != PAD).double()), {"each": values, "weighted": own}
+
+    tokens = text((2, 3, 4, 1, 1, 6, 6, 3))
+    expected, metrics = result(loss, tokens)
+    actual, others = result(loss, tokens, micro_batches=micro_batches)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert others["each"].shape == (8,) and others["weighted"].ndim == 0
+    torch.testing.assert_close(others, metrics, rtol=1e-12, atol=0)
+
+
 def losses(params, batch, keys):
     return F.cross_entropy(apply(params, batch["x"], keys, 0.3), batch["y"], reduction="none")
 

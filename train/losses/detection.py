@@ -85,7 +85,7 @@ def sigmoid_focal(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma
 
 def fcos_losses(
     logits: Tensor, boxes: Tensor, centreness: Tensor, targets: PlaceTargets
-) -> tuple[WeightedLoss, dict[str, Tensor]]:
+) -> tuple[WeightedLoss, dict[str, WeightedLoss]]:
     """Focal loss of the classes, 1 - GIoU of the boxes and cross-entropy of the centreness, the last two of positive
     places; each is divided by the number of positive places of the batch, at least 1.
 
@@ -93,7 +93,7 @@ def fcos_losses(
         logits: (batch, places, classes); boxes (batch, places, 4) in pixels; centreness (batch, places), logits.
 
     Returns:
-        their sum, and metrics: the three means.
+        their sum, and metrics: each by itself.
     """
     positive = targets.labels >= 0  # (batch, places)
     classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -104,8 +104,8 @@ def fcos_losses(
         "classes": sigmoid_focal(logits, one_hot).sum((1, 2)),
     }
     counts = positive.sum(1).to(logits.dtype)  # (batch,)
-    means = {name: WeightedLoss(values.detach(), counts).mean for name, values in parts.items()}
-    return WeightedLoss(sum(parts.values()), counts), means
+    metrics = {name: WeightedLoss(values.detach(), counts) for name, values in parts.items()}
+    return WeightedLoss(sum(parts.values()), counts), metrics
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

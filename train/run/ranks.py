@@ -102,9 +102,21 @@ class Ranks:
         return f"torchrun --nproc-per-node {self.processes.ranks} {start.removeprefix('python ')}"
 
 
+def alone(flag: str) -> tuple[str, ...]:
+    """The ways of `--shard` of a run with a flag that is for one process: none.
+
+    Raises ValueError: several processes run.
+    """
+    processes = launch.current()
+    if processes is not None and processes.ranks > 1:
+        raise ValueError(f"{flag} trains on one process, but {processes.ranks} run; start it without torchrun")
+    return ()
+
+
 def check_batch(args: Any, rows: int) -> None:
     """Raise ValueError unless the flags' batch divides over `rows` processes, and each part into its micro-batches."""
-    batch, micro = getattr(args, "batch", None), getattr(args, "micro_batches", 1)
+    words = {name.rpartition(".")[2]: value for name, value in flags.values(args).items()}
+    batch, micro = words.get("batch"), words.get("micro_batches", 1)
     if batch is not None and batch % rows:
         raise ValueError(f"--batch {batch} does not divide over {rows} processes with rows of their own")
     if batch is not None and batch // rows % micro:

@@ -117,6 +117,11 @@ class Run:
         return values if self.distributed is None else self.distributed.whole(values)
 
     @property
+    def rows(self) -> int:
+        """Number of processes with rows of their own, into which a batch is cut; from `restore` on."""
+        return 1 if self.distributed is None else self.distributed.mesh.rows
+
+    @property
     def remaining(self) -> range:
         """The numbers of the steps still to do, from 0: batch t is that of step t + 1."""
         return range(self.first, self.total)

@@ -139,18 +139,20 @@ class Distributed:
 
         return tree.map(mine, batch)
 
-    def mean(self, weight: Tensor, grads: Tree, others: Tree) -> tuple[Tensor, Tree, Tree]:
-        """(Σ w_r, Σ w_r x_r / Σ w_r of the gradients, the same of the others), r the processes with other rows.
+    def mean(self, weight: Tensor, losses: Tree, others: Tree) -> tuple[Tensor, Tree, Tree]:
+        """(Σ w_r, Σ v_r / Σ w_r of the losses, Σ w_r x_r / Σ w_r of the others), r the processes with other rows; 1 in
+        place of a sum of weights that is 0.
 
         Args:
-            weight: 0-D, that of this process's rows.
-            grads: whole; those that are cut along data come out cut.
-            others: metrics, increments of the Stats; whole.
+            weight: 0-D, w_r, that of this process's rows.
+            losses: gradients and losses, v_r / w_r; whole; gradients that are cut along data come out cut.
+            others: metrics, increments of the Stats, x_r; whole.
         """
         if self.mesh.rows == 1:
-            return weight, grads, others
-        cuts = [self.cut_of(name, g) for name, g in tree.items(grads)]
-        scaled = [g * weight.to(g.dtype) for g in tree.leaves(grads)]
+            return weight, losses, others
+        cuts = [self.cut_of(name, x) for name, x in tree.items(losses)]
+        own = positive(weight)
+        scaled = [x * own.to(x.dtype) for x in tree.leaves(losses)]  # v_r
         over_data = [i for i, cut in enumerate(cuts) if cut is not None and cut.mesh_axis == "data"]
         rest = [i for i in range(len(cuts)) if i not in set(over_data)]
         if over_data:
@@ -166,9 +168,9 @@ class Distributed:
         for i, x in zip(rest, sums, strict=False):
             scaled[i] = x
         share = 1 / positive(total)
-        means = [g * share.to(g.dtype) for g in scaled]
+        means = [x * share.to(x.dtype) for x in scaled]
         extra = [x * share.to(x.dtype) for x in sums[len(rest) :]]
-        return total, tree.unflatten(grads, means), tree.unflatten(others, extra)
+        return total, tree.unflatten(losses, means), tree.unflatten(others, extra)
 
     def summed(self, values: Tree) -> Tree:
         """The sum over the processes with other rows of each leaf, whole."""

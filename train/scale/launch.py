@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,7 @@ class Processes:
     def open_group(self, device: str) -> None:
         """Start torch.distributed's default group: gloo, and nccl for tensors on a GPU."""
         import torch.distributed as dist
+        import torch.distributed.nn.functional  # noqa: F401 - later, its default arguments would keep the group open
 
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         prefixed = dist.PrefixStore("group", self._store)
@@ -189,8 +191,9 @@ def current() -> Processes | None:
 
 
 def quiet(processes: Processes) -> None:
-    """Let the first process alone print."""
+    """Let the first process alone print, and warn of the data; errors are those of all."""
     if processes.rank:
+        logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
 
 

@@ -97,8 +97,8 @@ def test_outputs_losses_and_gradients_equal_torchvision(reference):
         to_predict = detection.fcos_targets(frames, labels, at.centres.double(), at.strides.double())
         exact = fcos.Places(at.centres.double(), at.strides.double(), at.levels)
         predicted = fcos.decode(out["distances"], exact)
-        value, means = detection.fcos_losses(out["logits"], predicted, out["centreness"], to_predict)
-        return value.mean, means
+        value, metrics = detection.fcos_losses(out["logits"], predicted, out["centreness"], to_predict)
+        return value.mean, {name: metric.mean for name, metric in metrics.items()}
 
     grads, means = torch.func.grad(loss, has_aux=True)(params)
     for ours, name in (("boxes", "bbox_regression"), ("centreness", "bbox_ctrness"), ("classes", "classification")):

@@ -97,6 +97,15 @@ def test_training_reports_the_update(parts):
         torch.testing.assert_close(actual[name], expected[name])
 
 
+def test_the_averages_of_parts_are_those_of_the_batch():
+    p, z = state(), normal(3, 4, 2, 2, 3)
+    codes = vqvae.quantise(vqvae.codebook(p), z).codes
+    parts = [vqvae.update(p, a, b, ways=2) for a, b in zip(z.chunk(2), codes.chunk(2), strict=True)]
+    mean, whole = tree.map(lambda a, b: (a + b) / 2, *parts), vqvae.update(p, z, codes)
+    torch.testing.assert_close(mean, whole)
+    assert not torch.allclose(vqvae.update(p, z[:2], codes[:2])["size"], whole["size"])
+
+
 @pytest.mark.parametrize("revived", [True, False])
 def test_revival_finds_every_cluster(revived):
     """All rows start close together, where one of them is nearest to whole clusters, which share it without revival."""

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230)}
 
@@ -58,6 +59,7 @@ ROWS = [
         files=("mistakes.txt", "tokenizer.json"),
         inputs=files,
         baseline="nearest_exact_match",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere"), "nowhere does not exist; expected a folder with pictures and captions.tsv"),
             (("--data", "empty"), "empty has none of captions.tsv, captions.csv, captions.jsonl; expected a folder"),

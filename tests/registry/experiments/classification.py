@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
 from train.data.images import shards
+from train.run.ranks import BY_ROWS
 
 DIGITS = ("--net", "lenet-digits", "--batch", "100", "--epochs", "1", "--save-every", "4", "--eval-every", "8")
 
@@ -39,6 +40,7 @@ ROWS = [
         pictures=("confusion.png", "calibration.png", "mistakes.png", "filters.png", "accuracy.png"),
         files=("report.txt",),
         baseline="nearest_mean_accuracy",
+        shards=BY_ROWS,
         refusals=(
             (("--batch", "3", "--micro-batches", "2"), "--batch 3 does not divide into --micro-batches 2"),
             (("--data", "nowhere"), "--data 'nowhere' does not exist"),
@@ -101,6 +103,7 @@ ROWS = [
         files=("report.txt",),
         inputs=tars,
         baseline="commonest_class_accuracy",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "digits"), "--data 'digits' is no folder of class folders or tars; classify.py learns it"),
             (("--data", "nowhere"), "--data 'nowhere' does not exist"),

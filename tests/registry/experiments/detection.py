@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
@@ -43,6 +44,8 @@ ROWS = [
         pictures=("detections.png", "precision_recall.png", "loss.png"),
         inputs=files,
         baseline="regions_ap50",
+        shards=BY_ROWS,
+        together=("--learning-rate", "1e-4"),
         refusals=(
             (("--data", "nowhere"), "nowhere does not exist; expected a folder of pictures with VOC's XML files"),
             (("--data", "empty"), "empty has no XML file; expected Pascal VOC's annotations"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.registry.experiments import sequences
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 
 def labelled(folder: Path) -> None:
@@ -30,6 +31,7 @@ ROWS = [
         files=("tokenizer.json", "report.txt", "mistakes.txt", "attributions.html"),
         inputs=labelled,
         baseline="tf_idf_accuracy",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere"), "nowhere does not exist, expected a file with a labelled text per line"),
             (("--data", "one_class.tsv"), "one_class.tsv: all records have the label 'good'; expected at least two"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 
 def two_folders(folder: Path) -> None:
@@ -115,6 +116,7 @@ ROWS = [
         4,
         pictures=("reconstructions.png", "samples.png", "latent_grid.png", "walk.png", "codes.png", "loss.png"),
         baseline="mean_image_log_likelihood",
+        shards=BY_ROWS,
         refusals=(
             (("--model", "gan"), "invalid choice 'gan' for argument '--model'"),
             (("--kind", "transformer"), "invalid choice 'transformer' for argument '--kind'"),
@@ -142,6 +144,7 @@ ROWS = [
         6,
         pictures=("reconstructions.png", "samples.png", "usage.png", "walk.png", "codes.png", "loss.png"),
         baseline="prior_nats_unigram",
+        shards=("replicate",),
         refusals=(
             (("--codebook", "list"), "invalid choice 'list' for argument '--codebook'"),
             (("--watch-gradients",), "--watch-gradients: the averages of an ema codebook mix the images; use --codeb"),
@@ -165,6 +168,7 @@ ROWS = [
         pictures=("samples.png", "film.png", "film_predicted.png", "loss.png", "loss_by_time.png"),
         files=("sampling.gif",),
         baseline="real_frechet_distance",
+        shards=BY_ROWS,
         refusals=(
             (("--noise-schedule", "quadratic"), "invalid choice 'quadratic' for argument '--noise-schedule'"),
             (("--timesteps", "1"), "--timesteps is 1; expected at least 2"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.registry.experiments.experiment import Experiment
 from train.data.translation import dates
+from train.run.ranks import BY_ROWS
 
 
 def text(folder: Path) -> None:
@@ -81,6 +82,8 @@ ROWS = [
         files=("samples.txt", "tokenizer.json", "mistakes.txt"),
         inputs=questions,
         baseline="nearest_exact_match",
+        shards=BY_ROWS,
+        together=("--learning-rate", "1e-4"),
         refusals=(
             (("--preset", "huge"), "--preset"),
             (("--data", "nowhere"), "'nowhere' does not exist; expected a folder, a TSV, CSV or JSONL"),
@@ -107,6 +110,7 @@ ROWS = [
         files=("sample.txt", "tokenizer.json"),
         inputs=text,
         baseline="unigram_entropy",
+        shards=(*BY_ROWS, "tensor"),
         refusals=(
             (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
             (("--batch", "3", "--micro-batches", "2"), "--batch 3 does not divide into --micro-batches 2"),
@@ -127,6 +131,7 @@ ROWS = [
         files=("cells.html", "sample.txt", "tokenizer.json"),
         inputs=text,
         baseline="unigram_entropy",
+        shards=BY_ROWS,
         refusals=(
             (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
             (("--text", "text.txt", "--window", "2000"), "expected at least"),
@@ -170,6 +175,7 @@ ROWS = [
         files=("filled.txt", "tokenizer.json"),
         inputs=text,
         baseline="unigram_entropy",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere.txt"), "nowhere.txt does not exist"),
             (("--objective", "replaced"), "invalid choice 'replaced' for argument '--objective'"),
@@ -227,6 +233,7 @@ ROWS = [
         files=("samples.txt", "tokenizer.json"),
         inputs=pairs,
         baseline="copy_bleu",
+        shards=BY_ROWS,
         refusals=(
             (("--preset", "huge"), "--preset"),
             (("--tokenizer", "letters"), "--tokenizer"),
@@ -255,6 +262,7 @@ ROWS = [
         files=("samples.txt", "tokenizer.json"),
         inputs=pairs,
         baseline="copy_bleu",
+        shards=BY_ROWS,
         refusals=(
             (("--kind", "rnn"), "--kind"),
             (("--scores", "luong"), "--scores"),

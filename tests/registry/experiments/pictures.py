@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 
 def pictures(folder: Path) -> None:
@@ -24,6 +25,7 @@ ROWS = [
         pictures=("crops_x2.png", "bars_x2.png", "psnr.png"),
         inputs=pictures,
         baseline="psnr_bicubic_x2",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere"), "'nowhere' does not exist; expected a folder of pictures, or one of photographs"),
             (("--test", "nowhere"), "'nowhere' does not exist"),

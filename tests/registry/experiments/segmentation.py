@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 
 def files(folder: Path) -> None:
@@ -46,6 +47,8 @@ ROWS = [
         pictures=("examples.png", "iou.png", "confusion.png", "loss.png"),
         inputs=files,
         baseline="colour_mean_iou",
+        shards=BY_ROWS,
+        together=("--members", "1", "--loss", "cross-entropy"),
         refusals=(
             (
                 ("--data", "nowhere"),

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 WORDS = ("a fine and moving film", "dull and much too long", "funny from start to end", "neither funny nor moving")
 
@@ -36,6 +37,7 @@ ROWS = [
         files=("tokenizer.json", "report.txt", "mistakes.txt"),
         inputs=files,
         baseline="bag_of_words_accuracy",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere"), "nowhere does not exist, expected a file with a labelled text per line"),
             (("--data", "one_class.tsv"), "one_class.tsv: all records have the label 'good'; expected at least two"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from tests.registry.experiments.experiment import Experiment
+from train.run.ranks import BY_ROWS
 
 NAMES = ("Anna", "Bert", "Clara", "David")
 PLACES = ("Rome", "Oslo", "New York")
@@ -73,6 +74,7 @@ ROWS = [
         files=("entities.html", "predictions.tsv", "tokenizer.json"),
         inputs=sentences,
         baseline="commonest_tag_f1",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere"), "nowhere does not exist, expected a file with a word and its tag per line"),
             (("--data", "plain.conll"), "'plain.conll' has no entity to learn from; expected tags such as B-person"),
@@ -104,6 +106,7 @@ ROWS = [
         files=("answers.html", "predictions.json", "tokenizer.json"),
         inputs=questions,
         baseline="overlap_f1",
+        shards=BY_ROWS,
         refusals=(
             (("--data", "nowhere.json"), "nowhere.json does not exist, expected a JSON file of the SQuAD kind"),
             (("--data", "two.json"), "there are 2 groups of records; expected one each for train, validation, test"),

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from core import collectives, random, spec, tree
-from core.layers import batch_norm_spec
+from core.layers import batch_norm_spec, dropout, linear, linear_spec
 from core.layers import normalization as layers
 from core.layers.split import Split, vocabulary_cross_entropy
 from nets.classifiers import resnet
 from nets.language import gpt2
 from train import optimizers
-from train.losses import cross_entropy
+from train.losses import WeightedLoss, cross_entropy
 from train.objective import evaluation, mean_gradient
 from train.scale import launch
 from train.scale.distributed import distribute
@@ -26,6 +26,8 @@ from train.step import create, make_step, step_keys
 
 CFG = gpt2.Config(vocabulary=48, context=16, layers=2, heads=4, width=32, dropout=0.2)
 STEPS = 20
+UNLIKE = torch.tensor([0.0, 0, 0, 0, 3, 1, 0, 2])
+"""Weights of eight examples."""
 
 
 def losses(params, batch, keys, cfg, by_vocabulary=True):
@@ -93,21 +95,60 @@ def batch_norm(processes, local_norm=False):
     return gradient_of(cfg, over)
 
 
-def gradient_of(cfg, over=None):
+def unlike_weights(processes):
+    """The same of a loss whose weights differ: the first of two processes has none."""
+    cfg = resnet.PRESETS["cifar-resnet8"]
+    over = distribute(resnet.spec(cfg), open_mesh({"data": processes.ranks}), "replicate")
+    return gradient_of(cfg, over, UNLIKE)
+
+
+def gradient_of(cfg, over=None, weights=None):
     state = create(random.key(0), resnet.spec(cfg), optimizers.sgd(0.1))
     images = random.normal(random.key(1), (8, 3, 8, 8))
-    batch = images, torch.arange(8) % 10
+    batch = images, torch.arange(8) % 10, torch.ones(8) if weights is None else weights
 
     def loss(params, batch, keys):
-        return cross_entropy(resnet.apply(params, batch[0], cfg, train=True), batch[1], reduction="none")
+        values = cross_entropy(resnet.apply(params, batch[0], cfg, train=True), batch[1], reduction="none")
+        return values if weights is None else WeightedLoss(values, batch[2])
 
     prepared = () if over is None else (over.prepared,)
-    gradient = mean_gradient(evaluation(loss, make_step.__kwdefaults__["policy"], False, *prepared))
+    evaluate = evaluation(loss, make_step.__kwdefaults__["policy"], False, *prepared)
+    gradient = mean_gradient(evaluate, together=over is not None)
     batch = batch if over is None else over.rows(batch)
     part = gradient.part(state, batch, step_keys(state.key, state.step, len(batch[1])))
     part = part if over is None else gradient.reduce(over, part)
-    _, (grads, increments, metrics), _ = part
-    return {"grads": tree.flatten(grads), "increments": tree.flatten(increments), "loss": metrics["loss"]}
+    _, (grads, loss), (increments, _), _ = part
+    return {"grads": tree.flatten(grads), "increments": tree.flatten(increments), "loss": loss}
+
+
+MODEL = {"hidden": linear_spec(8, 8), "inputs": linear_spec(8, 8), "out": linear_spec(8, 5)}
+
+
+def read_on(over, micro_batches=1):
+    """(losses of each step, the loss of each example of the last, the state of the examples, parameters) of a net that
+    carries a state, whole."""
+    rule = optimizers.adamw(1e-2)
+
+    def loss(params, inputs, keys):
+        (x, y), carry = inputs
+        h = torch.tanh(linear(params["inputs"], x) + linear(params["hidden"], carry))
+        values = cross_entropy(linear(params["out"], dropout(h, 0.2, keys, True)), y, reduction="none")
+        return values, {"each": values, "mean": values.mean()}, h
+
+    step = make_step(loss, rule, carry=True, distributed=over, micro_batches=micro_batches, compile=False)
+    state, carry, curve = create(random.key(0), MODEL, rule), torch.zeros(8, 8), []
+    state = state if over is None else over.cut(state)
+    for i in range(6):
+        key = random.fold_in(random.key(1), i)
+        batch = random.normal(key, (8, 8)), random.randint(random.fold_in(key, 1), (8,), 0, 5, dtype=torch.int64)
+        state, metrics, carry = step(state, (batch, carry))
+        curve.append(torch.stack([metrics["loss"], metrics["mean"]]))
+    params = state.params if over is None else over.whole(state.params)
+    return {"curve": torch.stack(curve), "each": metrics["each"], "carry": carry, "out": params["out"]["weight"]}
+
+
+def carried(processes, micro_batches=1):
+    return read_on(distribute(MODEL, open_mesh({"data": processes.ranks}), "fsdp"), micro_batches)
 
 
 def transforms(processes):
@@ -187,6 +228,9 @@ CASES = {
     "half": half,
     "watched": watched,
     "batch_norm": batch_norm,
+    "unlike_weights": unlike_weights,
+    "carried": carried,
+    "carried_in_parts": functools.partial(carried, micro_batches=2),
     "local_norm": functools.partial(batch_norm, local_norm=True),
     "far_from_zero": far_from_zero,
     "transforms": transforms,

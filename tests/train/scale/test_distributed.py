@@ -48,6 +48,7 @@ def check(ranks: list[dict], reference: tuple) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     names = "transforms,replicate,fsdp,tensor,batch_norm,local_norm,far_from_zero,watched,half"
+    names += ",unlike_weights,carried,carried_in_parts"
     return outputs(tmp_path_factory.mktemp("two"), names, 2)
 
 
@@ -110,6 +111,26 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two):
             assert error < 1e-5, (part, name, error)
     name = max(reference["grads"], key=lambda name: float(reference["grads"][name].norm()))
     assert float((local["grads"][name] - reference["grads"][name]).norm() / reference["grads"][name].norm()) > 0.01
+
+
+def test_weights_that_differ_between_processes(two):
+    """Each process is told by the others, through the statistics, how they change their losses: in one unit."""
+    reference = cases.gradient_of(resnet.PRESETS["cifar-resnet8"], weights=cases.UNLIKE)
+    for out in two["unlike_weights"]:
+        torch.testing.assert_close(out["loss"], reference["loss"])
+        for part in ("grads", "increments"):
+            for name, x in reference[part].items():
+                error = float((out[part][name] - x).norm() / x.norm().clamp(min=1e-6))
+                assert error < 1e-5, (part, name, error)
+
+
+@pytest.mark.parametrize("case", ["carried", "carried_in_parts"])
+def test_a_carried_state_and_metrics_per_example_are_those_of_the_whole_batch(two, case):
+    reference = cases.read_on(None)
+    assert reference["each"].shape == (8,) and reference["carry"].abs().max() > 0.1
+    for out in two[case]:
+        for name, x in reference.items():
+            torch.testing.assert_close(out[name], x, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_synchronised_batch_norm_far_from_zero(two):
