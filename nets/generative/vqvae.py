@@ -159,8 +159,8 @@ def apply(
         x: (batch, channels, height, width).
         labels, key: without effect here.
         train: report to the moving averages, if there are any, by taps on the output.
-        ways: x is one of this many equal parts of a batch, such as those of several processes, whose increments of the
-            moving averages are then averaged.
+        ways: number of equal parts of a batch, of which x is one; the increments that the parts report must be
+            averaged, as those of several processes are.
 
     Returns:
         `codes` (batch, height', width'); `encodings` (batch, height', width', code), the encoder's output; `nearest`,
@@ -233,7 +233,7 @@ def update(p: dict, z: Tensor, codes: Tensor, decay: float = 0.99, ways: int = 1
         p: `params["codebook"]` of an "ema" codebook.
         z: (..., code).
         codes: (...) integers.
-        ways: both sums count so many times.
+        ways: factor on both sums; see `apply`.
     """
     z, codes = z.detach().flatten(0, -2), codes.flatten()  # (vectors, code), (vectors,)
     # As a matrix: sums in no fixed order (index_add) would make a GPU's run differ from itself.

@@ -1,8 +1,6 @@
 """Meshes from flags, and plans from specs: nothing here needs a process."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 
@@ -110,14 +108,6 @@ def test_table_sums_the_bytes():
     assert lines[-2].split()[-1].replace(",", "") == str(tree.count(model))  # a quarter of 4 bytes each
     local = sum(math.prod(shards.local_shape(x.shape, cuts[name], sizes)) for name, x in tree.items(model))
     assert local * 4 == shards.local_bytes(model, sizes, cuts)
-
-
-def test_the_page_lists_the_scripts_that_take_several_processes():
-    root = Path(__file__).parents[3]
-    scripts = {path.name for path in (root / "experiments").glob("*.py") if "shards=" in path.read_text("utf-8")}
-    page = (root / "train/scale/README.md").read_text("utf-8")
-    table = page[page.index("| script |") : page.index("| all others |")]
-    assert set(re.findall(r"\w+\.py", table)) == scripts
 
 
 def test_parts_must_cover_the_first_dimension():
