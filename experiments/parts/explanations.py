@@ -1,6 +1,6 @@
 """Explanations of single predictions: what the tokens contribute, and which training texts speak for and against it.
 
-Files: `explanation.txt`, `.html` and `.png` of the strongest, `report.html` with all training texts, to sort and search.
+Files: `explanation.txt`, `.html` and `.png` of the strongest; `report.html` has all training texts, to sort and search.
 """
 
 import math
@@ -131,7 +131,12 @@ def write(folder: Path, explained: Sequence[Explained], train: Records, count: i
 
 
 def write_report(
-    folder: Path, explained: Sequence[Explained], train: Records, labels: Tensor, model: Classifier, log_probs: Tensor
+    folder: Path,
+    explained: Sequence[Explained],
+    train: Records,
+    labels: Tensor,
+    model: Classifier,
+    log_probs: Tensor,
 ) -> None:
     """`report.html`: a page of training texts, by what they support of each prediction and by their own loss.
 
@@ -160,7 +165,9 @@ def write_report(
         predicted=np.asarray(log_probs.argmax(1))[rows],
         texts=[train.texts[i] for i in rows.tolist()],
         numbers=rows,
-        cards="Texts that speak most for the first prediction" if len(explained) > 1 else "Texts that speak most for it",
+        cards="Texts that speak most for the first prediction"
+        if len(explained) > 1
+        else "Texts that speak most for it",
         notes=[f"{i + 1}: {out.title}: {shown(short(out.text, LONGEST))}" for i, out in enumerate(explained)],
     )
     report.write(folder / "report.html", page)

@@ -260,7 +260,7 @@ def test_files_are_as_short_as_they_say_and_import_torch_alone(name):
     assert imports - sys.stdlib_module_names <= ({"torch", "nets"} if name == "ddpm" else {"torch"})
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the tutorials of the three run the same code in CI
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm"])
 def test_scripts_learn_digits(name, tmp_path):
     """The ELBO is above the mean image's; the Fréchet distance below a quarter of that of images of noise."""
