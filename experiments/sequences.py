@@ -1,11 +1,12 @@
 """Recurrent networks on sequences: texts are classified, series are forecast with bands.
 
-Hochreiter and Schmidhuber 1997 (LSTM), Cho et al. 2014 (GRU). Without a flag an LSTM learns which sequences of brackets
+Hochreiter and Schmidhuber 1997 (LSTM), Cho et al. 2014 (GRU); for texts also fastText (Joulin et al. 2017,
+arXiv:1607.01759) and TextCNN (Kim 2014, arXiv:1408.5882). Without a flag an LSTM learns which sequences of brackets
 are balanced, offline; a bag of words, which does not see their order, is at chance:
 
     python experiments/sequences.py                                          a minute on 2 CPU cores
     python experiments/sequences.py --data stsa.binary.train                 SST-2; any TSV, CSV, or lines "label text"
-    python experiments/sequences.py --data train.txt --tokenizer characters  Chinese titles
+    python experiments/sequences.py --data train.txt --tokenizer characters-and-spaces --net fasttext   Chinese titles
     python experiments/sequences.py --task forecast                          a trend, two seasons, noise; half a minute
     python experiments/sequences.py --task forecast --data FILE.csv --column load --season 24
     python experiments/sequences.py predict --run runs/sequences/NAME "a gripping film"
@@ -27,7 +28,7 @@ import tyro
 
 from core import random, tree
 from experiments.parts import forecaster, text_classifier
-from nets.language import sequence_classifier as net
+from experiments.parts.sequence_task import module_of
 from train import optimizers, plots
 from train.data.text import labelled, ragged
 from train.data.understood import understood
@@ -65,8 +66,8 @@ class Args:
     """File of labelled texts for validation; that beside a training file, or a tenth held out, if None."""
     test: str | None = None
     """File of labelled texts for testing, in the same way."""
-    tokenizer: Literal["words", "characters", "bpe"] = "characters"
-    """Tokens of a text: its words, its characters, or byte pairs."""
+    tokenizer: Literal["words", "characters", "characters-and-spaces", "bpe"] = "characters"
+    """Tokens of a text: its words, its characters, without or with the spaces between them, or byte pairs."""
     vocabulary: Count = 100
     """Size of the vocabulary, at most."""
     min_count: Count = 1
@@ -86,14 +87,14 @@ class Args:
     """Values of a series per step of the recurrence."""
     members: Count = 5
     """Nets that forecast together, trained in one compiled step."""
-    net: Literal["rnn", "gru", "lstm", "layer-norm-lstm"] = "lstm"
-    """Cells of the network."""
+    net: Literal["rnn", "gru", "lstm", "layer-norm-lstm", "fasttext", "text_cnn"] = "lstm"
+    """Cells of a recurrent network; or fastText or TextCNN, which classify texts, with defaults of their own."""
     embedding: Count = 32
     """Size of a token's embedding."""
     embedding_std: Positive = 1.0
     """Standard deviation of its initial values."""
     width: Count = 64
-    """Hidden units per layer and direction."""
+    """Hidden units per layer and direction; filters per window of text_cnn."""
     layers: Count = 1
     """Recurrent layers."""
     bidirectional: bool = False
@@ -101,7 +102,13 @@ class Args:
     pooling: Literal["last", "max", "mean"] = "last"
     """Hidden state that the output sees: the last, or the greatest or mean over time."""
     dropout: Rate = 0.0
-    """Dropout rate of embeddings, between layers and before the output."""
+    """Dropout rate of embeddings, between layers and before the output; of whole tokens and n-grams with fasttext."""
+    ngrams: Count = 2
+    """Tokens of the longest n-grams of fasttext; 1 for none."""
+    buckets: Count = 2**17
+    """Vectors that the n-grams of fasttext share by their hashes."""
+    windows: tuple[Count, ...] = (2, 3, 4)
+    """Tokens that a filter of text_cnn sees, for each of its convolutions."""
     epochs: Positive = 10.0
     """Passes over the training examples; the learning rate falls over all of them."""
     batch: Count = 50
@@ -112,6 +119,9 @@ class Args:
     """Peak learning rate."""
     weight_decay: NonNegative = 0.0
     """Weight decay of AdamW."""
+    best_by: Literal["error", "loss"] = "error"
+    """Validation figure of a classifier of which the checkpoint with the least is used. The loss tells epochs apart
+    where there are few validation texts."""
     eval_every: Count | None = None
     """Steps between evaluations on the validation part; those of an epoch if None."""
     common: Shared = Common()
@@ -122,15 +132,24 @@ TEXTS = {
     **{"width": 100, "bidirectional": True, "pooling": "max", "dropout": 0.5},
     **{"epochs": 4.0, "batch": 32, "shapes": 2, "learning_rate": 2e-3},
 }
+NETS = {
+    "fasttext": {
+        **{"net": "fasttext", "embedding": 32, "embedding_std": 0.1, "dropout": 0.4},
+        **{"epochs": 6.0, "batch": 64, "learning_rate": 1e-2, "best_by": "loss"},
+    },
+    "text_cnn": {
+        **{"net": "text_cnn", "embedding": 128, "embedding_std": 0.05, "width": 128, "dropout": 0.5},
+        **{"epochs": 6.0, "batch": 64, "learning_rate": 3e-3, "best_by": "loss"},
+    },
+}
 SERIES = {"task": "forecast", "epochs": 6.0, "batch": 32, "learning_rate": 1e-2, "weight_decay": 0.01}
 
 
 def presets(words: dict[str, str]) -> Args:
     if words.get("task") == "forecast":
         return Args(**SERIES, data="seasons")
-    if words.get("data", "brackets") == "brackets":
-        return Args()
-    return Args(**TEXTS)
+    texts = {} if words.get("data", "brackets") == "brackets" else TEXTS
+    return Args(**{**texts, **NETS.get(words.get("net", ""), {})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +175,7 @@ class PredictArgs(FromBest):
 TASKS = {"classify": text_classifier, "forecast": forecaster}
 SUMMARY = {
     "classify": "{accuracy:.2%} of the test texts right, NLL {nll:.4f}, ECE {calibration_error:.2%} "
-    "(bag of words: {bag_of_words_accuracy:.2%}, commonest class: {commonest_class_accuracy:.2%})",
+    "({tf_idf}bag of words: {bag_of_words_accuracy:.2%}, commonest class: {commonest_class_accuracy:.2%})",
     "forecast": "RMSE {rmse:.4g}, a member {member_rmse:.4g} (seasonal naive: {seasonal_naive_rmse:.4g}, "
     "ridge regression: {ridge_rmse:.4g}); {band_coverage:.1%} of the values in the 90 % bands",
 }
@@ -170,7 +189,7 @@ def train(args: Args) -> None:
     understood(print, {**task.facts, "net": task.cfg})
     steps = max(1, round(args.epochs * task.per_epoch))
     create_key, order_key = random.split(random.key(args.common.seed)).unbind(0)
-    model, rate = net.spec(task.cfg), schedules.warmup_cosine(args.learning_rate, steps // 20, steps)
+    model, rate = module_of(args.net).spec(task.cfg), schedules.warmup_cosine(args.learning_rate, steps // 20, steps)
     adamw = optimizers.adamw(rate, weight_decay=args.weight_decay, mask=lambda name, leaf: leaf.ndim >= 2)
     optimizer = optimizers.chain(optimizers.clip_by_global_norm(1.0), adamw)
     start = functools.partial(create, model=model, optimizer=optimizer)
@@ -208,7 +227,8 @@ def train(args: Args) -> None:
         curves = read_curves(run.folder, "train/accuracy", "validation/accuracy")
         plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title="Accuracy")
     ratio = "; {rmse_over_sigma:.3g} sigma, best possible {least_rmse:.4g}" if "least_rmse" in figures else ""
-    print((SUMMARY[args.task] + ratio).format(**figures))
+    simple = f"TF-IDF: {figures['tf_idf_accuracy']:.2%}, " if "tf_idf_accuracy" in figures else ""
+    print((SUMMARY[args.task] + ratio).format(**figures, tf_idf=simple))
     print(f"{run.at} steps in {run.seconds:.0f} s, the best was {best.step}; files in {run.folder}/")
 
 

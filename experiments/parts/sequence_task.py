@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from core import tree
-from nets.language import sequence_classifier as net
+from nets.language import fasttext, sequence_classifier, text_cnn
+
+NetConfig = sequence_classifier.Config | fasttext.Config | text_cnn.Config
+OF_TEXTS = {"fasttext": fasttext, "text_cnn": text_cnn}
+"""Nets of tokens alone, by their names; every other name is a cell of `sequence_classifier`."""
+CHOICES = {"fasttext": ("buckets", "dropout", "ngrams"), "text_cnn": ("dropout", "width", "windows")}
+"""Fields of their configurations that are flags of the same name."""
 
 
 class Task(NamedTuple):
@@ -30,7 +37,7 @@ class Task(NamedTuple):
     facts: dict[str, Any]
     identity: dict[str, Any]
     config: dict[str, Any]
-    cfg: net.Config
+    cfg: NetConfig
     per_epoch: int
     members: int
     batch: Callable[[Tensor, int], tree.Tree]
@@ -41,7 +48,16 @@ class Task(NamedTuple):
     files: dict[str, Callable[[Path], Any]]
 
 
-def net_of(args: Any, **sizes: Any) -> net.Config:
-    """The net of the flags of sequences.py."""
+def module_of(name: str) -> ModuleType:
+    """The module of the net of `--net`."""
+    return OF_TEXTS.get(name, sequence_classifier)
+
+
+def net_of(args: Any, **sizes: Any) -> NetConfig:
+    """The net of the flags of sequences.py. Raises ValueError: it takes tokens, and the sizes have no vocabulary."""
+    if args.net in OF_TEXTS:
+        if "vocabulary" not in sizes:
+            raise ValueError(f"--net {args.net} classifies texts; expected rnn, gru, lstm or layer-norm-lstm")
+        return OF_TEXTS[args.net].Config(**{name: getattr(args, name) for name in CHOICES[args.net]}, **sizes)
     kind, choices = args.net.replace("-", "_"), ("width", "layers", "bidirectional", "pooling", "dropout")
-    return net.Config(kind=kind, **{name: getattr(args, name) for name in choices}, **sizes)
+    return sequence_classifier.Config(kind=kind, **{name: getattr(args, name) for name in choices}, **sizes)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,22 +11,26 @@ from torch import Tensor
 
 from core import tree
 from experiments.parts import labelled_texts
-from experiments.parts.sequence_task import Task, net_of
-from nets.language import sequence_classifier as net
+from experiments.parts.sequence_task import NetConfig, Task, module_of, net_of
 from train.data.fingerprint import fingerprint
-from train.data.text import labelled, ragged, tokenizers
+from train.data.text import labelled, ragged, tf_idf, tokenizers
 from train.data.text.ragged import Ragged
 from train.data.text.tokenizers import SentenceTokenizer
 from train.losses import cross_entropy
 from train.metrics import classification
 from train.run import SavedRun
 
+MOST_TEXTS = 20_000
+"""Training texts up to which TF-IDF is fitted, in seconds."""
+
 
 class TextClassifier(NamedTuple):
-    """`kind` is that of the tokenizer; of a longer text the net sees the first `longest` tokens."""
+    """`net` is the module of the net, `kind` that of the tokenizer; of a longer text the net sees the first `longest`
+    tokens."""
 
+    net: ModuleType
     params: tree.Tree
-    cfg: net.Config
+    cfg: NetConfig
     classes: tuple[str, ...]
     tokenizer: SentenceTokenizer
     kind: str
@@ -34,13 +39,15 @@ class TextClassifier(NamedTuple):
 
 def load(run: SavedRun, device: torch.device | str = "cpu") -> TextClassifier:
     """The classifier of a run, at its checkpoint."""
-    cfg, args = run.read("net", net.Config), run.config["args"]
+    args = run.config["args"]
+    net = module_of(args["net"])
+    cfg = run.read("net", net.Config)
     params = tree.move(run.restore(net.spec(cfg), "params"), device)
     tokenizer = tokenizers.load(run.folder / "tokenizer.json")
-    return TextClassifier(params, cfg, tuple(run.config["classes"]), tokenizer, args["tokenizer"], args["longest"])
+    return TextClassifier(net, params, cfg, tuple(run.config["classes"]), tokenizer, args["tokenizer"], args["longest"])
 
 
-def losses(params: tree.Tree, batch: Ragged, keys: Tensor, cfg: net.Config):
+def losses(params: tree.Tree, batch: Ragged, keys: Tensor, net: ModuleType, cfg: NetConfig):
     """(examples,): cross-entropy in nats."""
     logits = net.apply(params, (batch.tokens, batch.lengths), cfg, key=keys, train=True)
     hits = classification.accuracy(logits.detach(), batch.labels)
@@ -60,24 +67,29 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     }
     learn, validation, test = parts.values()
     sizes = {"d_in": args.embedding, "embedding_std": args.embedding_std, "outputs": len(data.classes)}
-    cfg = net_of(args, vocabulary=size, **sizes)
+    net, cfg = module_of(args.net), net_of(args, vocabulary=size, **sizes)
     buckets = ragged.make_buckets(learn.lengths, args.shapes, args.batch)
     baselines = ragged.baselines(learn, test, size)
     lower = ", of lower-case texts" if tokenizer.tokenizer.normalizer else ""
     facts = {"tokenizer": kind + lower, "vocabulary": size, "widths of batches": [bucket.width for bucket in buckets]}
     long = sum(int((part.lengths == args.longest).sum()) for part in parts.values())
+    beside = len(data.train.texts) <= MOST_TEXTS and tf_idf.has_letters(data.train.texts)
+    facts |= {"TF-IDF beside it": f"of {tf_idf.unit_of(data.train.texts)}"} if beside else {}
     facts |= {"cut": f"{long:,} texts may be longer than --longest {args.longest}"} if long else {}
 
     def batch(key: Tensor, step: int) -> Ragged:
         return ragged.batch_at(learn, buckets, key, step, args.batch)
 
     def validate(params: tree.Tree) -> dict[str, float]:
-        log_probs = log_probabilities(params, cfg, validation.tokens, validation.lengths)
+        log_probs = log_probabilities(net, params, cfg, validation.tokens, validation.lengths)
         figures = classification.figures(log_probs, validation.labels)
         return {"loss": figures["nll"], "accuracy": figures["accuracy"], "error": 1.0 - figures["accuracy"]}
 
     def study_of(folder: Path, model: TextClassifier) -> dict[str, float]:
-        return {**study(folder, model, data.test.texts, test), **baselines, "skipped": len(data.skipped)}
+        figures = {**study(folder, model, data.test.texts, test), **baselines}
+        if beside:
+            figures["tf_idf_accuracy"] = tf_idf.baselines(data).tf_idf
+        return {**figures, "skipped": len(data.skipped)}
 
     return Task(
         facts={**labelled.facts(data), **facts},
@@ -87,16 +99,16 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
         per_epoch=ragged.steps_per_epoch(buckets, args.batch),
         members=0,
         batch=batch,
-        loss=functools.partial(losses, cfg=cfg),
+        loss=functools.partial(losses, net=net, cfg=cfg),
         validate=validate,
-        best="error",
+        best=args.best_by,
         study=study_of,
         files={"tokenizer.json": tokenizer.save},
     )
 
 
 @torch.no_grad()
-def log_probabilities(params: tree.Tree, cfg: net.Config, tokens: Tensor, lengths: Tensor) -> Tensor:
+def log_probabilities(net: ModuleType, params: tree.Tree, cfg: NetConfig, tokens: Tensor, lengths: Tensor) -> Tensor:
     """(texts, classes), on the CPU."""
     device, out = tree.leaves(params)[0].device, torch.empty(len(lengths), cfg.outputs)
     for rows, batch in ragged.evaluation_batches(tokens, lengths):
@@ -107,12 +119,12 @@ def log_probabilities(params: tree.Tree, cfg: net.Config, tokens: Tensor, length
 def classify(model: TextClassifier, texts: Sequence[str]) -> Tensor:
     """Log probabilities (texts, classes)."""
     tokens, lengths = ragged.encode(texts, model.tokenizer, model.kind, model.longest)
-    return log_probabilities(model.params, model.cfg, tokens, lengths)
+    return log_probabilities(model.net, model.params, model.cfg, tokens, lengths)
 
 
 def study(folder: Path, model: TextClassifier, texts: Sequence[str], data: Ragged) -> dict[str, float]:
     """Figures and pictures of `labelled_texts.study`; texts are those of `data`."""
-    log_probs = log_probabilities(model.params, model.cfg, data.tokens, data.lengths)
+    log_probs = log_probabilities(model.net, model.params, model.cfg, data.tokens, data.lengths)
     return labelled_texts.study(folder, log_probs, data.labels, texts, model.classes)
 
 

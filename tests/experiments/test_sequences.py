@@ -100,6 +100,27 @@ def test_predict_reads_a_file_and_standard_input(here, monkeypatch, capsys):
     assert "--column 'load' is that of a CSV, and 'runs/sequences/b' classifies texts" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("net", ["fasttext", "text_cnn"])
+def test_nets_of_texts_are_trained_used_and_resumed(net, here, capsys):
+    flags = (*rows.REVIEWS, "--net", net, "--windows", "2", "3", "--no-compile", "--save-every", "4", "--name", net)
+    run = Path("runs/sequences") / net
+    assert call(*flags) == 0
+    result, args = runs.result(run), json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
+    assert args["best_by"] == "loss" and args["tokenizer"] == "words"  # defaults of the net, and of texts
+    assert "TF-IDF: " in capsys.readouterr().out and 0 <= result["tf_idf_accuracy"] <= 1
+    assert call("predict", "--run", run, "a moving film", "dull") == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] in ("good", "bad") for line in lines] == [True, True]
+    assert call("evaluate", "--run", run, "--data", "reviews.tsv") == 0
+    assert (run / "evaluations" / "reviews.tsv" / "result.json").exists()
+    first, *later = checkpoints.steps(run / "checkpoints")
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    assert call("--resume", "--name", net) == 0
+    again = runs.result(run)
+    assert later and {**result, "seconds": 0} == {**again, "seconds": 0}
+
+
 def test_bad_records_are_counted(here):
     assert runs.result(Path("runs/sequences/b"))["skipped"] == 1  # the line without a tab
 
@@ -167,6 +188,7 @@ def test_default_knows_balanced_brackets(tmp_path, monkeypatch):
     assert call("--name", "a", "--no-compile") == 0
     result = runs.result(RUN)
     assert result["accuracy"] >= 0.99 and 0.45 < result["bag_of_words_accuracy"] < 0.55
+    assert "tf_idf_accuracy" not in result  # brackets are no words
 
 
 @pytest.mark.slow
@@ -176,6 +198,19 @@ def test_default_forecast_is_better_than_those_without_a_net(tmp_path, monkeypat
     result = runs.result(RUN)
     assert result["least_rmse"] < result["rmse"] < result["ridge_rmse"] < result["seasonal_naive_rmse"]
     assert result["rmse_over_sigma"] < 1.72 and math.isclose(result["band_coverage"], 0.9, abs_tol=0.04)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.environ.get("FUNCTREE_DATA"), reason="FUNCTREE_DATA names no folder of public data")
+def test_fasttext_reaches_tf_idf_on_titles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = SETS / "text_cls_zh" / "THUCNews" / "data"
+    files = ("--data", folder / "dev.txt", "--test", folder / "test.txt")
+    tokens = ("--tokenizer", "characters-and-spaces", "--vocabulary", "5000")
+    assert call("--net", "fasttext", *files, *tokens, "--name", "a", "--no-compile") == 0
+    result = runs.result(RUN)
+    assert result["accuracy"] >= 0.865 > 0.82 > result["bag_of_words_accuracy"]
+    assert abs(result["accuracy"] - result["tf_idf_accuracy"]) < 0.005
 
 
 @pytest.mark.long

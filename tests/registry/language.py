@@ -6,7 +6,20 @@ from torch import Tensor
 
 from core import random
 from core.tree import Tree
-from nets.language import bert, distilbert, gpt2, llama, rnn, roberta, seq2seq, sequence_classifier, t5, transformer
+from nets.language import (
+    bert,
+    distilbert,
+    fasttext,
+    gpt2,
+    llama,
+    rnn,
+    roberta,
+    seq2seq,
+    sequence_classifier,
+    t5,
+    text_cnn,
+    transformer,
+)
 from tests.registry.face import Net, both, labels, net, published, register, sequences, tokens
 
 GPT = {"vocabulary": 31, "context": 10, "layers": 2, "heads": 2, "width": 8}
@@ -145,3 +158,11 @@ GRU = sequence_classifier.Config(**VALUES, kind="gru", bidirectional=True, pooli
 net("sequence classifier, gru of values", sequence_classifier, GRU, both(sequences(6, 2), labels(7)))
 ELMAN = sequence_classifier.Config(**VALUES, kind="rnn", layers=2, outputs=4, dropout=0.3)
 net("sequence classifier, rnn of values", sequence_classifier, ELMAN, both(sequences(6, 2), labels(7)), draws=True)
+
+# Texts of 0 to 6 tokens, whose n-grams share few buckets.
+CLASSES = {"vocabulary": 13, "d_in": 5, "outputs": 3}
+net("fasttext", fasttext, fasttext.Config(**CLASSES, buckets=16, dropout=0.3), RAGGED, draws=True)
+net("fasttext, hidden layer", fasttext, fasttext.Config(**CLASSES, buckets=16, ngrams=4, hidden=4), RAGGED)
+net("fasttext, tokens alone", fasttext, fasttext.Config(**CLASSES, ngrams=1), RAGGED)
+net("text cnn", text_cnn, text_cnn.Config(**CLASSES, width=4, windows=(2, 3), dropout=0.2), RAGGED, draws=True)
+net("text cnn, a wide window", text_cnn, text_cnn.Config(**CLASSES, width=4, windows=(8,), dropout=0.0), RAGGED)

@@ -61,6 +61,10 @@ ROWS = [
                 "load.csv has 2 columns of numbers: hour, load; name one with --column",
             ),
             ((*FORECAST, "--data", "load.csv", "--column", "price"), "no column 'price'; there are hour, load"),
+            (
+                (*FORECAST, "--net", "fasttext"),
+                "--net fasttext classifies texts; expected rnn, gru, lstm or layer-norm",
+            ),
             ((*FORECAST, "--window", "50"), "--window 50 does not divide into --patch 24"),
             (
                 (*FORECAST, "--data", "load.csv", "--column", "load"),

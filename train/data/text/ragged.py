@@ -26,13 +26,21 @@ class Bucket(NamedTuple):
     members: Tensor
 
 
+SPACE = "▁"
+"""Token of the white space between characters, as in SentencePiece."""
+
+
 def spaced(text: str, kind: str) -> str:
-    """The text as the tokenizer of this kind takes it: for "characters" each one is a word."""
+    """The text as the tokenizer of this kind takes it: each character a word, white space left out ("characters") or a
+    word, too ("characters-and-spaces"); else the text itself."""
+    if kind == "characters-and-spaces":
+        text, kind = SPACE.join(text.split()), "characters"
     return " ".join(c for c in text if not c.isspace()) if kind == "characters" else text
 
 
 def learn_tokenizer(texts: Sequence[str], vocabulary: int, kind: str, min_count: int = 1) -> SentenceTokenizer:
-    """A tokenizer of the most frequent words, characters or byte pairs ("words", "characters", "bpe").
+    """A tokenizer of the most frequent words, characters or byte pairs ("words", "characters", "characters-and-spaces",
+    "bpe").
 
     Where no text has a capital, as in SST-2, it makes all texts lower-case: else their words would be unknown.
 

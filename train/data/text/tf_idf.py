@@ -33,6 +33,11 @@ def unit_of(texts: Sequence[str]) -> str:
     return "characters" if 2 * unspaced > letters else "words"
 
 
+def has_letters(texts: Sequence[str]) -> bool:
+    """True if there are words or characters for TF-IDF to count."""
+    return any(LETTER.search(text) for text in texts)
+
+
 def baselines(data: LabelledSet) -> Baselines:
     """Both, learned from the training part.
 

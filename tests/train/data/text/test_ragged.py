@@ -35,7 +35,18 @@ def test_rare_words_are_unknown():
     assert tokenizer.vocabulary_size == 6 and (ids == UNK).tolist() == [[False, True, False]]
 
 
-@pytest.mark.parametrize("kind", ["words", "characters", "bpe"])
+def test_spaces_are_tokens_if_asked_for():
+    texts, kind = ["今天 天气", " 天 气　好 "], "characters-and-spaces"
+    tokenizer = ragged.learn_tokenizer(texts, 100, kind)
+    tokens, lengths = ragged.encode(texts, tokenizer, kind, 30)
+    assert lengths.tolist() == [5, 5] and tokens[0, 2] == tokens[1, 1] == tokens[1, 3] > UNK
+    assert ragged.encode(texts, ragged.learn_tokenizer(texts, 100, "characters"), "characters", 30)[1].tolist() == [
+        4,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "characters-and-spaces", "bpe"])
 def test_capitals_are_known_to_a_tokenizer_of_lower_case_texts(kind, tmp_path):
     tokenizer = ragged.learn_tokenizer(["a fine film", "dull 7"], 300, kind)
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -26,6 +26,10 @@ def test_unit_fits_the_script(texts, unit):
     assert tf_idf.unit_of(texts) == unit
 
 
+def test_letters_are_those_of_any_script():
+    assert tf_idf.has_letters(["()", "词"]) and not tf_idf.has_letters(["([)]", "1 2 3 ..."])
+
+
 def test_pairs_of_words_count():
     """No single word tells these classes apart, pairs do."""
     out = tf_idf.baselines(set_of([("not good", "x"), ("good not", "y"), ("bad I", "y"), ("I bad", "x")] * 5))
