@@ -85,8 +85,9 @@ class Args:
     """Values in a season, for the forecast that repeats the last one."""
     patch: Count = 24
     """Values of a series per step of the recurrence."""
-    members: Count = 5
-    """Nets that forecast together, trained in one compiled step."""
+    members: Count = 1
+    """Nets that forecast or classify together, trained in one step; the mean of their forecasts or probabilities
+    counts."""
     net: Literal["rnn", "gru", "lstm", "layer-norm-lstm", "fasttext", "text_cnn"] = "lstm"
     """Cells of a recurrent network; or fastText or TextCNN, which classify texts, with defaults of their own."""
     embedding: Count = 32
@@ -142,7 +143,7 @@ NETS = {
         **{"epochs": 6.0, "batch": 64, "learning_rate": 3e-3, "best_by": "loss"},
     },
 }
-SERIES = {"task": "forecast", "epochs": 6.0, "batch": 32, "learning_rate": 1e-2, "weight_decay": 0.01}
+SERIES = {"task": "forecast", "members": 5, "epochs": 6.0, "batch": 32, "learning_rate": 1e-2, "weight_decay": 0.01}
 
 
 def presets(words: dict[str, str]) -> Args:
@@ -174,7 +175,7 @@ class PredictArgs(FromBest):
 
 TASKS = {"classify": text_classifier, "forecast": forecaster}
 SUMMARY = {
-    "classify": "{accuracy:.2%} of the test texts right, NLL {nll:.4f}, ECE {calibration_error:.2%} "
+    "classify": "{accuracy:.2%} of the test texts right{member}, NLL {nll:.4f}, ECE {calibration_error:.2%} "
     "({tf_idf}bag of words: {bag_of_words_accuracy:.2%}, commonest class: {commonest_class_accuracy:.2%})",
     "forecast": "RMSE {rmse:.4g}, a member {member_rmse:.4g} (seasonal naive: {seasonal_naive_rmse:.4g}, "
     "ridge regression: {ridge_rmse:.4g}); {band_coverage:.1%} of the values in the 90 % bands",
@@ -183,7 +184,9 @@ SUMMARY = {
 
 def train(args: Args) -> None:
     free = ("data", "validation", "test", "epochs", "batch", "shapes", "learning_rate", "weight_decay", "eval_every")
-    run = begin(RUNS, args, free=free, shards=BY_ROWS if args.task == "classify" else alone("--task forecast"))
+    single = args.task == "classify" and args.members == 1
+    shards = BY_ROWS if single else alone("--task forecast" if args.task == "forecast" else "--members")
+    run = begin(RUNS, args, free=free, shards=shards)
     part = TASKS[args.task]
     task = part.task_of(args, run.resumed_from)
     understood(print, {**task.facts, "net": task.cfg})
@@ -228,7 +231,8 @@ def train(args: Args) -> None:
         plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title="Accuracy")
     ratio = "; {rmse_over_sigma:.3g} sigma, best possible {least_rmse:.4g}" if "least_rmse" in figures else ""
     simple = f"TF-IDF: {figures['tf_idf_accuracy']:.2%}, " if "tf_idf_accuracy" in figures else ""
-    print((SUMMARY[args.task] + ratio).format(**figures, tf_idf=simple))
+    member = f" (a member: {figures['member_accuracy']:.2%})" if "member_accuracy" in figures else ""
+    print((SUMMARY[args.task] + ratio).format(**figures, tf_idf=simple, member=member))
     print(f"{run.at} steps in {run.seconds:.0f} s, the best was {best.step}; files in {run.folder}/")
 
 

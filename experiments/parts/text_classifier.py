@@ -1,6 +1,7 @@
 """A classifier of texts that `experiments/sequences.py` has trained: its predictions, figures and pictures."""
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core import tree
+from core import spec, tree
 from experiments.parts import labelled_texts
 from experiments.parts.sequence_task import NetConfig, Task, module_of, net_of
 from train.data.fingerprint import fingerprint
@@ -26,7 +27,7 @@ MOST_TEXTS = 20_000
 
 class TextClassifier(NamedTuple):
     """`net` is the module of the net, `kind` that of the tokenizer; of a longer text the net sees the first `longest`
-    tokens."""
+    tokens. `params` of several `members` have them as their leading axis; their probabilities are averaged."""
 
     net: ModuleType
     params: tree.Tree
@@ -35,16 +36,20 @@ class TextClassifier(NamedTuple):
     tokenizer: SentenceTokenizer
     kind: str
     longest: int
+    members: int = 1
 
 
 def load(run: SavedRun, device: torch.device | str = "cpu") -> TextClassifier:
     """The classifier of a run, at its checkpoint."""
-    args = run.config["args"]
+    args, members = run.config["args"], run.config.get("members", 1)
     net = module_of(args["net"])
     cfg = run.read("net", net.Config)
-    params = tree.move(run.restore(net.spec(cfg), "params"), device)
-    tokenizer = tokenizers.load(run.folder / "tokenizer.json")
-    return TextClassifier(net, params, cfg, tuple(run.config["classes"]), tokenizer, args["tokenizer"], args["longest"])
+    like = net.spec(cfg)
+    if members > 1:
+        like = tree.map(lambda leaf: leaf.expand(members, *leaf.shape), spec.abstract(like))
+    params = tree.move(run.restore(like, "params"), device)
+    tokenizer, classes = tokenizers.load(run.folder / "tokenizer.json"), tuple(run.config["classes"])
+    return TextClassifier(net, params, cfg, classes, tokenizer, args["tokenizer"], args["longest"], members)
 
 
 def losses(params: tree.Tree, batch: Ragged, keys: Tensor, net: ModuleType, cfg: NetConfig):
@@ -78,10 +83,13 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     facts |= {"cut": f"{long:,} texts may be longer than --longest {args.longest}"} if long else {}
 
     def batch(key: Tensor, step: int) -> Ragged:
-        return ragged.batch_at(learn, buckets, key, step, args.batch)
+        out = ragged.batch_at(learn, buckets, key, step, args.batch)
+        # Members differ by their initial values and dropout.
+        return tree.map(lambda x: x.expand(args.members, *x.shape), out) if args.members > 1 else out
 
     def validate(params: tree.Tree) -> dict[str, float]:
-        log_probs = log_probabilities(net, params, cfg, validation.tokens, validation.lengths)
+        model = TextClassifier(net, params, cfg, data.classes, tokenizer, kind, args.longest, args.members)
+        log_probs = log_probabilities(model, validation.tokens, validation.lengths)
         figures = classification.figures(log_probs, validation.labels)
         return {"loss": figures["nll"], "accuracy": figures["accuracy"], "error": 1.0 - figures["accuracy"]}
 
@@ -94,10 +102,10 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     return Task(
         facts={**labelled.facts(data), **facts},
         identity={"net": cfg, "data": fingerprint(*parts.values())},
-        config={"classes": data.classes},
+        config={"classes": data.classes, "members": args.members},
         cfg=cfg,
         per_epoch=ragged.steps_per_epoch(buckets, args.batch),
-        members=0,
+        members=args.members if args.members > 1 else 0,
         batch=batch,
         loss=functools.partial(losses, net=net, cfg=cfg),
         validate=validate,
@@ -108,24 +116,37 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
 
 
 @torch.no_grad()
-def log_probabilities(net: ModuleType, params: tree.Tree, cfg: NetConfig, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """(texts, classes), on the CPU."""
-    device, out = tree.leaves(params)[0].device, torch.empty(len(lengths), cfg.outputs)
+def log_probabilities_of_members(model: TextClassifier, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(members, texts, classes), on the CPU."""
+    device = tree.leaves(model.params)[0].device
+    out = torch.empty(model.members, len(lengths), model.cfg.outputs)
+    apply = functools.partial(model.net.apply, cfg=model.cfg)
     for rows, batch in ragged.evaluation_batches(tokens, lengths):
-        out[rows] = net.apply(params, tree.move(batch, device), cfg).float().log_softmax(-1).cpu()
+        batch = tree.move(batch, device)
+        logits = torch.vmap(apply, (0, None))(model.params, batch) if model.members > 1 else apply(model.params, batch)
+        out[:, rows] = logits.float().log_softmax(-1).cpu()
     return out
+
+
+def log_probabilities(model: TextClassifier, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Logarithms of the members' mean probabilities, (texts, classes), on the CPU."""
+    return log_probabilities_of_members(model, tokens, lengths).logsumexp(0) - math.log(model.members)
 
 
 def classify(model: TextClassifier, texts: Sequence[str]) -> Tensor:
     """Log probabilities (texts, classes)."""
     tokens, lengths = ragged.encode(texts, model.tokenizer, model.kind, model.longest)
-    return log_probabilities(model.net, model.params, model.cfg, tokens, lengths)
+    return log_probabilities(model, tokens, lengths)
 
 
 def study(folder: Path, model: TextClassifier, texts: Sequence[str], data: Ragged) -> dict[str, float]:
     """Figures and pictures of `labelled_texts.study`; texts are those of `data`."""
-    log_probs = log_probabilities(model.net, model.params, model.cfg, data.tokens, data.lengths)
-    return labelled_texts.study(folder, log_probs, data.labels, texts, model.classes)
+    members = log_probabilities_of_members(model, data.tokens, data.lengths)  # (members, texts, classes)
+    log_probs = members.logsumexp(0) - math.log(model.members)
+    figures = labelled_texts.study(folder, log_probs, data.labels, texts, model.classes)
+    if model.members > 1:
+        figures["member_accuracy"] = float((members.argmax(-1) == data.labels).float().mean())
+    return figures
 
 
 def print_classes(model: TextClassifier, texts: Sequence[str], file: Path | None) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import random
-from experiments.parts import forecaster
+from core import random, tree
+from experiments.parts import forecaster, text_classifier
 from tests.experiments import runs
 from tests.registry.experiments import sequences as rows
 from train.data import series as data
-from train.run import checkpoints
+from train.data.text import ragged
+from train.run import checkpoints, open_run
 
 SETS = Path(os.environ.get("FUNCTREE_DATA", ""))
 call = functools.partial(runs.call, "sequences")
@@ -119,6 +120,24 @@ def test_nets_of_texts_are_trained_used_and_resumed(net, here, capsys):
     assert call("--resume", "--name", net) == 0
     again = runs.result(run)
     assert later and {**result, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_members_of_a_classifier_are_averaged(here, capsys):
+    """Probabilities of a resumed run of two are the means of both, as files and evaluation give them."""
+    options = ("--net", "fasttext", "--buckets", "512", "--members", "2", "--name", "two", "--no-compile")
+    assert call(*rows.REVIEWS, *options) == 0
+    assert "(a member: " in capsys.readouterr().out
+    result = runs.result(Path("runs/sequences/two"))
+    model = text_classifier.load(open_run(Path("runs/sequences/two"), Path("runs/sequences"), "best"))
+    texts = ["a gripping film", "dull"]
+    tokens = ragged.encode(texts, model.tokenizer, model.kind, model.longest)
+    alone = [model.net.apply(tree.map(lambda x, i=i: x[i], model.params), tokens, model.cfg) for i in range(2)]
+    mean = torch.stack([logits.softmax(-1) for logits in alone]).mean(0)
+    torch.testing.assert_close(text_classifier.classify(model, texts).exp(), mean)
+    assert not torch.equal(*alone) and 0 <= result["member_accuracy"] <= 1
+    assert call("evaluate", "--run", "runs/sequences/two", "--out", "again") == 0
+    again = json.loads((here / "again" / "result.json").read_text(encoding="utf-8"))
+    assert again["accuracy"] == result["accuracy"]
 
 
 def test_bad_records_are_counted(here):
