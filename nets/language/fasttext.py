@@ -26,6 +26,8 @@ MULTIPLIER = 742_938_285
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of fastText."""
+
     vocabulary: int = 5000
     """Tokens of the embedding."""
     d_in: int = 32
@@ -56,6 +58,7 @@ class Config:
 
 
 def spec(cfg: Config) -> dict:
+    """Parameters of fastText."""
     parts = {"head": linear_spec(cfg.hidden or cfg.d_in, cfg.outputs)}
     if cfg.hidden:
         parts["hidden"] = linear_spec(cfg.d_in, cfg.hidden)

@@ -19,6 +19,8 @@ from core.layers.recurrent import check_lengths
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of TextCNN."""
+
     vocabulary: int = 5000
     """Tokens of the embedding."""
     d_in: int = 128
@@ -45,6 +47,7 @@ class Config:
 
 
 def spec(cfg: Config) -> dict:
+    """Parameters of TextCNN."""
     return {
         "convs": [conv_spec(cfg.d_in, cfg.width, (k,)) for k in cfg.windows],
         "head": linear_spec(cfg.width * len(cfg.windows), cfg.outputs),
