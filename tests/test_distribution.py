@@ -118,11 +118,12 @@ def test_installed_packages_are_imported(installed, environment):
 
 
 def code_that_imports(folder: Path) -> str:
-    """Code that imports every module of the packages in a folder."""
+    """Code that imports every module of the packages in a folder; a tutorial is a script, which would run."""
     modules = [
         ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         for name in PACKAGES
         for path in sorted((folder / name).rglob("*.py"))
+        if path.parent.name != "tutorials" or path.stem.startswith("__")
     ]
     return f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
 
