@@ -208,7 +208,7 @@ def evaluate(args: FromRun) -> None:
     net = net_of(trained, images)
     understood(print, sets.facts(images) | {"net": net.cfg})
     model = net.module.spec(net.cfg)
-    like = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(model))
+    like = tree.stack([spec.abstract(model)] * trained.members)
     parts = zip(("params", "stats"), spec.split(model, like), strict=True)
     values = tree.merge(*(run.restore(part, name) if tree.leaves(part) else part for name, part in parts))
     values, test = tree.move((values, images.test), device)

@@ -185,7 +185,7 @@ SUMMARY = {
 def train(args: Args) -> None:
     free = ("data", "validation", "test", "epochs", "batch", "shapes", "learning_rate", "weight_decay", "eval_every")
     single = args.task == "classify" and args.members == 1
-    shards = BY_ROWS if single else alone("--task forecast" if args.task == "forecast" else "--members")
+    shards = BY_ROWS if single else alone("--task forecast" if args.task == "forecast" else f"--members {args.members}")
     run = begin(RUNS, args, free=free, shards=shards)
     part = TASKS[args.task]
     task = part.task_of(args, run.resumed_from)

@@ -28,7 +28,7 @@ MODULES = public_modules()
 
 
 def overload(node: ast.AST) -> bool:
-    """Whether it is a signature for typing.overload: the last definition has the docstring."""
+    """True for a signature by typing.overload, whose last definition has the docstring."""
     return any("overload" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
 
 

@@ -291,6 +291,24 @@ def check_lengths(name: str, lengths: Tensor, x: Tensor) -> None:
             raise ValueError(f"{name}: lengths are from {low} to {high}; expected from 0 to the time of {x.shape[1]}")
 
 
+def check_sequences(name: str, x: Any, d_in: int = 0) -> tuple[Tensor, Tensor]:
+    """The two parts of x: tokens (batch, time), or real values (batch, time, d_in) if d_in is given, and lengths.
+
+    Raises:
+        TypeError: x is not two tensors.
+        ValueError: shapes that do not fit, lengths out of range.
+    """
+    what, shape = ("values", f"(batch, time, {d_in})") if d_in else ("tokens", "(batch, time)")
+    if not isinstance(x, tuple) or len(x) != 2:
+        raise TypeError(f"{name}: x is {type(x).__name__}; expected a tuple, ({what}, lengths)")
+    values, lengths = x
+    check_tensor(name, values, what)
+    if values.ndim != (3 if d_in else 2) or d_in and values.shape[2] != d_in:
+        raise ValueError(f"{name}: expected {what} of shape {shape}, found {tuple(values.shape)}")
+    check_lengths(name, lengths, values)
+    return values, lengths
+
+
 def _at_end(states: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
     """The states (batch, time, n) after `lengths` steps, (batch, n)."""
     lengths = lengths.long()[:, None]  # (batch, 1)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from core.scores import label_probability
 from experiments.parts import attributions, encoder_classifier
 from experiments.parts import encoder as encoders
 from experiments.parts.attributions import Attributed
@@ -145,29 +145,26 @@ def write_report(
     """
     supports = torch.stack([out.support for out in explained])  # (predictions, training texts)
     rows = supports.abs().amax(0).argsort(descending=True, stable=True)[:ROWS].sort().values.numpy()
-    columns = {}
+    columns, several = {}, len(explained) > 1
     for i, out in enumerate(explained):
         about = f"Support of the training text for the prediction {out.title}, of: {shown(short(out.text, LONGEST))}"
-        title = f"for {i + 1}" if len(explained) > 1 else "support"
+        title = f"for {i + 1}" if several else "support"
         columns[f"support_{i + 1}"] = report.Column(title, supports[i].numpy()[rows], about)
-    tiny = torch.finfo(log_probs.dtype).tiny
-    losses = -label_probability(log_probs, labels).clamp(min=tiny).log().numpy()
+    losses = F.nll_loss(log_probs, labels, reduction="none").numpy()
     columns["loss"] = report.Column("loss", losses[rows], "Loss of the training text itself at the model, in nats.")
     page = report.Report(
         title="Training texts that predictions rest on",
-        facts={f"{i + 1}" if len(explained) > 1 else "prediction": out.title for i, out in enumerate(explained)},
+        facts={f"{i + 1}" if several else "prediction": out.title for i, out in enumerate(explained)},
         names=[f"training text {i + 1}" for i in rows.tolist()],
         columns=columns,
         rank="support_1",
-        scatter=(("support_1", "loss"), ("support_1", "support_2"))[: min(2, len(explained))],
+        scatter=(("support_1", "loss"), ("support_1", "support_2"))[: 1 + several],
         classes=model.classes,
         labels=labels.numpy()[rows],
         predicted=np.asarray(log_probs.argmax(1))[rows],
         texts=[train.texts[i] for i in rows.tolist()],
         numbers=rows,
-        cards="Texts that speak most for the first prediction"
-        if len(explained) > 1
-        else "Texts that speak most for it",
+        cards=f"Texts that speak most for {'the first prediction' if several else 'it'}",
         notes=[f"{i + 1}: {out.title}: {shown(short(out.text, LONGEST))}" for i, out in enumerate(explained)],
     )
     report.write(folder / "report.html", page)

@@ -61,7 +61,7 @@ class Forecast(NamedTuple):
 def load(run: SavedRun, device: torch.device | str = "cpu") -> Forecaster:
     """The forecaster of a run, at its checkpoint."""
     cfg, trained = run.read("net", net.Config), run.read("forecaster", Trained)
-    like = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), spec.abstract(net.spec(cfg)))
+    like = tree.stack([spec.abstract(net.spec(cfg))] * trained.members)
     return Forecaster(tree.move(run.restore(like, "params"), device), cfg, trained)
 
 

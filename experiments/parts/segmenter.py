@@ -81,7 +81,7 @@ def load(run: SavedRun, device: torch.device) -> Segmenter:
     cfg = run.read("net", type(preset))
     like = spec.abstract(net.spec(cfg))
     if trained.members > 1:
-        like = tree.map(lambda leaf: leaf.expand(trained.members, *leaf.shape), like)
+        like = tree.stack([like] * trained.members)
     parts = zip(("params", "stats"), spec.split(net.spec(cfg), like), strict=True)
     values = tree.merge(*(run.restore(part, name) if tree.leaves(part) else part for name, part in parts))
     return Segmenter(tree.move(values, device), net, cfg, trained)

@@ -44,9 +44,9 @@ def load(run: SavedRun, device: torch.device | str = "cpu") -> TextClassifier:
     args, members = run.config["args"], run.config.get("members", 1)
     net = module_of(args["net"])
     cfg = run.read("net", net.Config)
-    like = net.spec(cfg)
+    like = spec.abstract(net.spec(cfg))
     if members > 1:
-        like = tree.map(lambda leaf: leaf.expand(members, *leaf.shape), spec.abstract(like))
+        like = tree.stack([like] * members)
     params = tree.move(run.restore(like, "params"), device)
     tokenizer, classes = tokenizers.load(run.folder / "tokenizer.json"), tuple(run.config["classes"])
     return TextClassifier(net, params, cfg, classes, tokenizer, args["tokenizer"], args["longest"], members)
@@ -85,7 +85,7 @@ def task_of(args: Any, resumed_from: Path | None) -> Task:
     def batch(key: Tensor, step: int) -> Ragged:
         out = ragged.batch_at(learn, buckets, key, step, args.batch)
         # Members differ by their initial values and dropout.
-        return tree.map(lambda x: x.expand(args.members, *x.shape), out) if args.members > 1 else out
+        return tree.stack([out] * args.members) if args.members > 1 else out
 
     def validate(params: tree.Tree) -> dict[str, float]:
         model = TextClassifier(net, params, cfg, data.classes, tokenizer, kind, args.longest, args.members)
@@ -128,9 +128,14 @@ def log_probabilities_of_members(model: TextClassifier, tokens: Tensor, lengths:
     return out
 
 
+def log_mean(log_probs: Tensor) -> Tensor:
+    """Logarithms of the members' mean probabilities, (members, texts, classes) -> (texts, classes)."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
+
+
 def log_probabilities(model: TextClassifier, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Logarithms of the members' mean probabilities, (texts, classes), on the CPU."""
-    return log_probabilities_of_members(model, tokens, lengths).logsumexp(0) - math.log(model.members)
+    """(texts, classes), on the CPU."""
+    return log_mean(log_probabilities_of_members(model, tokens, lengths))
 
 
 def classify(model: TextClassifier, texts: Sequence[str]) -> Tensor:
@@ -142,8 +147,7 @@ def classify(model: TextClassifier, texts: Sequence[str]) -> Tensor:
 def study(folder: Path, model: TextClassifier, texts: Sequence[str], data: Ragged) -> dict[str, float]:
     """Figures and pictures of `labelled_texts.study`; texts are those of `data`."""
     members = log_probabilities_of_members(model, data.tokens, data.lengths)  # (members, texts, classes)
-    log_probs = members.logsumexp(0) - math.log(model.members)
-    figures = labelled_texts.study(folder, log_probs, data.labels, texts, model.classes)
+    figures = labelled_texts.study(folder, log_mean(members), data.labels, texts, model.classes)
     if model.members > 1:
         figures["member_accuracy"] = float((members.argmax(-1) == data.labels).float().mean())
     return figures

@@ -9,6 +9,7 @@ A tutorial is a Python script in the percent format of Jupytext. Each text stand
 Needs the extra `notebooks`.
 """
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def execute(name: str, timeout: float) -> "list[NotebookNode]":
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def kept(name: str) -> "list[NotebookNode]":
+def stored(name: str) -> "list[NotebookNode]":
     """Code cells of the notebook that is there, with their outputs."""
     import nbformat
 
@@ -111,15 +112,15 @@ def write(name: str, args: Args) -> None:
     """Both notebooks of a tutorial."""
     import nbformat
 
-    done = kept(name) if args.sources else execute(name, args.timeout)
-    outputs = {cell.source: cell for cell in done}
+    code = stored(name) if args.sources else execute(name, args.timeout)
+    outputs = {cell.source: cell.outputs for cell in code}
     for language in LANGUAGES:
         cells, count = cells_of(name, language), 0
         for cell in cells:
             if cell.cell_type == "code":
                 count += 1
                 cell.execution_count = count
-                cell.outputs = outputs[cell.source].outputs if cell.source in outputs else []
+                cell.outputs = outputs.get(cell.source, [])
                 for out in cell.outputs:
                     if out.output_type == "execute_result":
                         out.execution_count = count
@@ -132,6 +133,9 @@ def main(args: Args) -> None:
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
         raise ValueError(f"tutorial '{unknown[0]}' is unknown; expected {', '.join(NAMES)}")
+    for package in ("jupytext", "nbformat") if args.sources else ("jupytext", "nbclient", "ipykernel"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed; expected pip install -e '.[notebooks]'")
     for name in args.names or NAMES:
         write(name, args)
         print(f"{path_of(name, 'en')}, {path_of(name, 'zh').name}", flush=True)

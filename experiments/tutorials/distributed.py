@@ -214,8 +214,8 @@ ranks = [torch.load(f"{folder.name}/{rank}.pt") for rank in range(2)]
 folder.cleanup()
 
 # %% [markdown] lang="en"
-# The curves are those of one process, to rounding: sums come in another order. Even dropout agrees, because a mask
-# belongs to an example and not to a process. The memory is as planned: half for fsdp; a little more than half for
+# The curves are those of one process, to rounding: sums come in another order. Even dropout agrees, because each mask
+# belongs to its example and not to a process. The memory is as planned: half for fsdp; a little more than half for
 # tensor, which leaves norms, positions and some biases whole.
 
 # %% [markdown] lang="zh"

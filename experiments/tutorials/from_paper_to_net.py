@@ -205,7 +205,7 @@ torch.testing.assert_close(apply(params, x, cfg), module(x).detach(), rtol=1e-4,
 # What every net must do is tested once, for all nets. Short versions of these tests, in double precision:
 #
 # 1. **Pure**: two calls agree to the bit, no input is changed, and torch's global generator is not used.
-# 2. **Batch**: an example alone gives what it gives in a batch.
+# 2. **Batch**: each example alone gives what it gives in a batch.
 # 3. **Gradient**: every parameter has one, or it is known why not.
 # 4. **vmap**: an ensemble gives what its members give.
 # 5. **Per example**: the gradients of the examples add up to the gradient of the batch, and `reports` has their norms.

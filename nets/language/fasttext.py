@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from core import initializers
 from core.layers import dropout, embedding, embedding_spec, linear, linear_spec
-from core.layers.checks import check_tensor
-from core.layers.recurrent import check_lengths
+from core.layers.recurrent import check_sequences
 
 PRIME = 2**31 - 1
 MULTIPLIER = 742_938_285
@@ -101,7 +100,7 @@ def features(
     params: dict, x: tuple[Tensor, Tensor], cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> Tensor:
     """The mean vector of each text, (batch, d_in), or its hidden units, (batch, hidden). Arguments as in `apply`."""
-    tokens, lengths = _checked(x)
+    tokens, lengths = check_sequences("fasttext", x)
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"fasttext: training with dropout {cfg.dropout} draws random numbers; pass key=")
@@ -134,14 +133,3 @@ def apply(
         ValueError: shapes that do not fit, lengths out of range, no key where one is needed.
     """
     return linear(params["head"], features(params, x, cfg, key=key, train=train))
-
-
-def _checked(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(x, tuple) or len(x) != 2:
-        raise TypeError(f"fasttext: x is {type(x).__name__}; expected a tuple, (tokens, lengths)")
-    tokens, lengths = x
-    check_tensor("fasttext", tokens, "tokens")
-    if tokens.ndim != 2:
-        raise ValueError(f"fasttext: expected tokens of shape (batch, time), found {tuple(tokens.shape)}")
-    check_lengths("fasttext", lengths, tokens)
-    return tokens, lengths

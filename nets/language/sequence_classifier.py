@@ -13,8 +13,7 @@ from torch import Tensor
 
 from core import initializers, random
 from core.layers import dropout, embedding, embedding_spec, linear, linear_spec, recurrent, recurrent_spec
-from core.layers.checks import check_tensor
-from core.layers.recurrent import LAYERS, check_lengths
+from core.layers.recurrent import LAYERS, check_sequences
 
 POOLINGS = ("last", "max", "mean")
 
@@ -77,7 +76,7 @@ def features(
     params: dict, x: tuple[Tensor, Tensor], cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> Tensor:
     """The pooled state of each sequence, (batch, pooled). Arguments as in `apply`."""
-    values, lengths = _checked(x, cfg)
+    values, lengths = check_sequences("sequence_classifier", x, 0 if cfg.vocabulary else cfg.d_in)
     dropping = train and cfg.dropout > 0.0
     if dropping and key is None:
         raise ValueError(f"sequence_classifier: training with dropout {cfg.dropout} draws random numbers; pass key=")
@@ -108,20 +107,6 @@ def apply(
         ValueError: shapes that do not fit, lengths out of range, no key where one is needed.
     """
     return linear(params["head"], features(params, x, cfg, key=key, train=train))
-
-
-def _checked(x: tuple[Tensor, Tensor], cfg: Config) -> tuple[Tensor, Tensor]:
-    if not isinstance(x, tuple) or len(x) != 2:
-        raise TypeError(f"sequence_classifier: x is {type(x).__name__}; expected a tuple, (tokens or values, lengths)")
-    values, lengths = x
-    check_tensor("sequence_classifier", values, "tokens" if cfg.vocabulary else "values")
-    shape = tuple(values.shape)
-    if cfg.vocabulary and values.ndim != 2:
-        raise ValueError(f"sequence_classifier: expected tokens of shape (batch, time), found {shape}")
-    if not cfg.vocabulary and (values.ndim != 3 or shape[2] != cfg.d_in):
-        raise ValueError(f"sequence_classifier: expected values of shape (batch, time, {cfg.d_in}), found {shape}")
-    check_lengths("sequence_classifier", lengths, values)
-    return values, lengths
 
 
 def _pool(h: Tensor, state: dict, lengths: Tensor, cfg: Config) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from core import initializers
 from core.layers import conv, conv_spec, dropout, embedding, embedding_spec, linear, linear_spec
-from core.layers.checks import check_tensor
-from core.layers.recurrent import check_lengths
+from core.layers.recurrent import check_sequences
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def features(
     params: dict, x: tuple[Tensor, Tensor], cfg: Config, *, key: Tensor | None = None, train: bool = False
 ) -> Tensor:
     """The pooled filters of each text, (batch, width * len(windows)). Arguments as in `apply`."""
-    tokens, lengths = _checked(x)
+    tokens, lengths = check_sequences("text_cnn", x)
     if train and cfg.dropout > 0.0 and key is None:
         raise ValueError(f"text_cnn: training with dropout {cfg.dropout} draws random numbers; pass key=")
     lengths = lengths.long()[:, None]  # (batch, 1)
@@ -91,14 +90,3 @@ def apply(
         ValueError: shapes that do not fit, lengths out of range, no key where one is needed.
     """
     return linear(params["head"], features(params, x, cfg, key=key, train=train))
-
-
-def _checked(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(x, tuple) or len(x) != 2:
-        raise TypeError(f"text_cnn: x is {type(x).__name__}; expected a tuple, (tokens, lengths)")
-    tokens, lengths = x
-    check_tensor("text_cnn", tokens, "tokens")
-    if tokens.ndim != 2:
-        raise ValueError(f"text_cnn: expected tokens of shape (batch, time), found {tuple(tokens.shape)}")
-    check_lengths("text_cnn", lengths, tokens)
-    return tokens, lengths

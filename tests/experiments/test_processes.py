@@ -55,6 +55,7 @@ def test_flags_of_several_processes_are_refused_on_one(here, capfd, experiment, 
         ("detect", ("--net", "detr"), "--net detr trains on one process, but 2 run; start it without torchrun"),
         ("segment", ("--members", "3"), "--members 3 trains on one process, but 2 run; start it without torchrun"),
         ("sequences", ("--task", "forecast"), "--task forecast trains on one process, but 2 run; start it without"),
+        ("sequences", ("--members", "3"), "--members 3 trains on one process, but 2 run; start it without torchrun"),
         ("superres", ("--net", "srgan-small"), "--net srgan-small trains on one process, but 2 run; start it without"),
         *(
             (row.name, (), f"{row.name}.py trains on one process, but 2 run; start it")

@@ -118,7 +118,7 @@ def number(cell: str, mark: str = ".") -> float | None:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a number, with a decimal point or comma."""
+    """True if a cell is a number, with a decimal point or comma."""
     return any(number(cell, mark) is not None for mark in GROUPED)
 
 

@@ -324,7 +324,7 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has asked to stop."""
+        """True once a signal has asked to stop."""
         return self.signal is not None
 
     def _request(self, number, frame):

@@ -131,8 +131,7 @@ class SavedRun(NamedTuple):
             name = f"{part}.{name}" if part else name
             if members == 1:
                 return self.restore(like, name)
-            stacked = tree.map(lambda leaf: leaf.expand(members, *leaf.shape), like)
-            return tree.map(lambda leaf: leaf[0], self.restore(stacked, name))
+            return tree.map(lambda leaf: leaf[0], self.restore(tree.stack([like] * members), name))
 
         params, stats = spec.split(model, spec.abstract(model))
         if averaged:

@@ -115,9 +115,9 @@ def test_dropout_leaves_out_whole_tokens_and_ngrams():
     assert len(ids.unique()) == time + 1  # else a weight would be the sum of two
     mean = net.features(params, (tokens, lengths), cfg, key=keys, train=True)
     weights = torch.cat([mean[:, :time], mean[:, time:][:, ids[0, 0]]], 1) * (2 * time + 1) * (1 - rate)
-    kept = weights > 0.5
-    torch.testing.assert_close(weights, kept.double(), rtol=1e-12, atol=1e-12)
-    assert float((kept.double().mean(0) - (1 - rate)).abs().max()) < 0.08  # four standard deviations of 500
+    survivors = weights > 0.5
+    torch.testing.assert_close(weights, survivors.double(), rtol=1e-12, atol=1e-12)
+    assert float((survivors.double().mean(0) - (1 - rate)).abs().max()) < 0.08  # four standard deviations of 500
 
 
 @pytest.mark.slow

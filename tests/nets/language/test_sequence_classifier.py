@@ -95,7 +95,7 @@ def test_refused_configurations(options, error):
 
 def test_refused_arguments():
     cfg, params, tokens = setting()
-    with pytest.raises(TypeError, match=r"x is Tensor; expected a tuple, \(tokens or values, lengths\)"):
+    with pytest.raises(TypeError, match=r"x is Tensor; expected a tuple, \(tokens, lengths\)"):
         net.apply(params, tokens, cfg)
     with pytest.raises(ValueError, match=r"expected tokens of shape \(batch, time\), found \(4, 7, 1\)"):
         net.apply(params, (tokens[..., None], LENGTHS), cfg)

@@ -23,7 +23,7 @@ class FullRange(NamedTuple):
 
     @property
     def alpha(self) -> bool:
-        """Whether the last channel is an alpha channel."""
+        """True if the last channel is an alpha channel."""
         return self.pixels.shape[2] in (2, 4)
 
     @property

@@ -40,7 +40,7 @@ class ImageSet(NamedTuple):
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are arrays, not files."""
+        """True if the images are arrays, not files."""
         return isinstance(self.train, Labelled)
 
     @property
