@@ -46,8 +46,8 @@ def lift(module: nn.Module) -> Lifted:
     Raises:
         TypeError: not a module.
         ValueError: a lazy parameter that has no shape yet, or a buffer called `count`, here; from `apply`, values that
-            are missing or left over, training mode with a layer that draws random numbers and no key, and dropout
-            between the layers of a recurrence. All are named.
+            are missing or left over, and training mode with a layer that draws random numbers and no key. All are
+            named.
     """
     if not isinstance(module, nn.Module):
         called = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
@@ -84,11 +84,6 @@ def lift(module: nn.Module) -> Lifted:
         train: [name or type(layer).__name__ for name, layer in module.named_modules() if _mixes(layer, train)]
         for train in (False, True)
     }
-    between = [
-        name or type(layer).__name__
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.RNNBase) and layer.dropout > 0
-    ]
     module = replaced(module)
     written_out = replaced(module, {nn.MultiheadAttention: Attention})
     layered = with_fallbacks(written_out)
@@ -101,11 +96,10 @@ def lift(module: nn.Module) -> Lifted:
                 f"lift: layer '{mixing[train][0]}' {mode} mixes the examples of a batch, so no example has a gradient "
                 f"of its own; {advice}"
             )
-        if train and (between or (drawing and key is None)):
-            advice = " between its layers, where no key is taken:" if between else "; pass a key,"
+        if train and drawing and key is None:
             raise ValueError(
-                f"lift: layer '{(between or drawing)[0]}' draws random numbers in training mode{advice} set its rate "
-                "to 0 or use train=False"
+                f"lift: layer '{drawing[0]}' draws random numbers in training mode; pass a key, set its rate to 0 or "
+                "use train=False"
             )
         is_tree = isinstance(values, (dict, list))  # a list if all names are numbers
         flat = tree.flatten(values) if is_tree else {}

@@ -54,6 +54,7 @@ class Recurrent(nn.Module):
     bias: bool
     batch_first: bool
     bidirectional: bool
+    dropout: float
     nonlinearity: str
 
     def flatten_parameters(self) -> None:
@@ -86,10 +87,13 @@ class Recurrent(nn.Module):
         p = [{"forward": both[0], "backward": both[1]} if self.bidirectional else both[0] for both in layers]
         options: dict[str, Any] = {"nonlinearity": self.nonlinearity} if kind == "rnn" else {}
         start = None if hx is None else self._starts(kind, hx)
-        out, states = recurrent(kind, p, x, start, lengths=lengths, **options)
+        out, states = recurrent(kind, p, x, start, lengths=lengths, drop=self._drop, **options)
         ends = [state[d] for state in states for d in ("forward", "backward")] if self.bidirectional else states
         h = torch.stack([state["h"] for state in ends])  # (layers * directions, batch, width)
         return out, (h, torch.stack([state["c"] for state in ends])) if kind == "lstm" else h
+
+    def _drop(self, layer: int, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
     def _layer(self, layer: int, direction: int) -> dict:
         suffix = f"_l{layer}{'_reverse' if direction else ''}"

@@ -36,10 +36,22 @@ class Noisy(nn.Module):
         return self.drop(F.scaled_dot_product_attention(h, h, h, dropout_p=0.3 if self.training else 0.0))
 
 
+class Outputs(nn.Module):
+    """The outputs of a recurrence, without its state."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
 MODULES = {
     "noise": Noisy,
     "transformer": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True),
     "dropout": lambda: nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.5), nn.Linear(6, 3)),
+    "recurrence": lambda: Outputs(nn.LSTM(8, 3, 2, dropout=0.5, bidirectional=True, batch_first=True)),
 }
 
 
@@ -111,6 +123,20 @@ def test_shares_of_what_is_drawn(name):
     assert abs(values.double().mean() - share) < 5 * (0.21 / n) ** 0.5
 
 
+def test_dropout_between_layers_is_at_the_outputs_of_all_but_the_last():
+    """With a rate near 1 the second layer of a stack sees zeros, and gives what it gives for zeros."""
+    torch.manual_seed(0)
+    module = nn.GRU(8, 3, 2, dropout=1 - 1e-9).double()
+    params, _, apply = lift(module)
+    second = nn.GRU(3, 3).double()
+    second.load_state_dict({k.replace("l1", "l0"): v for k, v in module.state_dict().items() if "l1" in k})
+    out, state = apply(params, X, train=True, key=random.key(0))
+    alone, last = second(torch.zeros(5, 4, 3, dtype=F64))
+    torch.testing.assert_close(out, alone)
+    torch.testing.assert_close(state[1], last[0])
+    torch.testing.assert_close(state[0], module.eval()(X)[1][0])
+
+
 def test_alpha_dropout_keeps_mean_and_variance():
     with Draws(random.key(0)):
         y = F.alpha_dropout(random.normal(random.key(1), (100000,)), 0.3, True)
@@ -155,8 +181,8 @@ def test_what_cannot_draw_is_named():
     with pytest.raises(ValueError, match="rrelu draws random numbers, and takes no key here"):
         apply(params, X, train=True, key=KEYS)
     params, _, apply = lift(nn.LSTM(8, 3, 2, dropout=0.1).double())
-    with pytest.raises(ValueError, match="'LSTM' draws random numbers in training mode between its layers"):
-        apply(params, X, train=True, key=KEYS)
+    with pytest.raises(ValueError, match="'LSTM' draws random numbers in training mode; pass a key"):
+        apply(params, X, train=True)
     params, apply = lifted("dropout")
     with pytest.raises(ValueError, match="dropout: expected a key"):
         apply(params, X, train=True, key=KEYS[:3])
