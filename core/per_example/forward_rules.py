@@ -270,10 +270,19 @@ def batch_statistics(leaf, what: str) -> PerExampleError:
 def _batch_norm(
     session, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
-    if training:
+    if training and isinstance(input, (Parameter, Copies)) and running_mean is None:
+        y = apply(session, _standardised, input, eps)  # of a weight, in which there are no examples
+    elif training:
         raise batch_statistics(weight if weight is not None else bias, "batch norm")
-    y = apply(session, F.batch_norm, input, running_mean, running_var, None, None, False, momentum, eps)
+    else:
+        y = apply(session, F.batch_norm, input, running_mean, running_var, None, None, False, momentum, eps)
     return _channels(session, y, weight, bias)
+
+
+def _standardised(x: Tensor, eps: float) -> Tensor:
+    """Batch norm by the statistics of x itself."""
+    variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0, keepdim=True)
+    return (x - mean) * (variance + eps).rsqrt()
 
 
 def _batch_norm_of_torch(session, input, weight, bias, running_mean, running_var, training, momentum, eps, *rest):

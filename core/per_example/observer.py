@@ -41,7 +41,8 @@ class Observer(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _BATCH_NORMS and kwargs.get("training", args[5] if len(args) > 5 else False):
+        own = bool(args) and isinstance(args[0], Watched)  # of a weight: its rule decides
+        if func in _BATCH_NORMS and not own and kwargs.get("training", args[5] if len(args) > 5 else False):
             leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, Watched)]
             raise batch_statistics(contents(leaves[0]) if leaves else None, "batch norm")
         name = getattr(func, "__name__", "")

@@ -44,6 +44,14 @@ layer(
 )
 layer("matrix exponential", lambda draw: draw(4, 4), lambda w, x: x @ torch.matrix_exp(w - w.T), 4, 4)
 layer("a kernel out of a parameter", lambda draw: draw(3, 4, 3), lambda w, x: F.conv1d(x, w / 2, padding=1), 4, 4, 5)
+layer(
+    "a kernel standardised by batch norm",
+    lambda draw: {"gain": draw(3), "weight": draw(3, 4, 3)},
+    lambda p, x: F.conv1d(
+        x, F.batch_norm(p["weight"].reshape(1, 3, -1), None, None, p["gain"], training=True).reshape(3, 4, 3)
+    ),
+    *(4, 4, 5),
+)
 layer("flipped kernel", lambda draw: draw(3, 4, 3), lambda w, x: F.conv1d(x, w.flip(2)), 4, 4, 5)
 layer("penalty", lambda draw: draw(3), lambda p, x: x + p.square().sum() + p.abs().mean(), 4, 3)
 layer("distance", lambda draw: draw(5, 4), lambda p, x: (x[:, None] - p).square().sum(-1), 4, 4)
