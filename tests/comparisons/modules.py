@@ -1,4 +1,5 @@
-"""The table of architectures of other libraries: whose per-example norms are exact. README.md explains the words.
+"""The table of architectures of other libraries: whose per-example norms are exact; functree's Gram matrix, squares and
+clipped sum are judged too. README.md explains the words.
 
 python tests/comparisons/modules.py            prints it
 python tests/comparisons/modules.py --write    puts it between its markers of README.md
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, whose test
 
 import torch
 from table import EXACT, markdown, on_purpose, percent, versions, write
-from torch import Tensor
+from torch import Tensor, nn
 
 from core import per_example, tree
 from core.lift import lift
@@ -26,23 +27,61 @@ BEGIN, END = "<!-- modules.py begins -->", "<!-- modules.py ends -->"
 
 
 def oracle(about: Public) -> Tensor:
-    """(N,): plain autograd on batches of one."""
-    norms, parameters = [], list(about.module.parameters())
+    """(N, entries of all parameters): the gradient of each example, by plain autograd on batches of one."""
+    rows, parameters = [], list(about.module.parameters())
     for i in range(N):
         loss = about.losses(about.module, tuple(x[i : i + 1] for x in about.batch)).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        norms.append(torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt())
-    return torch.stack(norms)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
 
 
-def functree(about: Public) -> Tensor:
+def lifted(about: Public) -> tuple:
+    """(loss, parameters) of the lifted module."""
     params, stats, apply = lift(about.module)
 
     def loss(params, batch):
         values = tree.merge(params, stats)
         return about.losses(lambda *args, **kwargs: apply(values, *args, **kwargs), batch)
 
+    return loss, params
+
+
+def functree(about: Public) -> Tensor:
+    loss, params = lifted(about)
     return per_example.reports(loss, params, about.batch).total_norm
+
+
+def functree_compiled(about: Public) -> Tensor:
+    loss, params = lifted(about)
+    plan = per_example.plan(loss, params, about.batch)
+    torch._dynamo.reset()
+    norms = torch.compile(
+        lambda params, batch: per_example.reports(loss, params, batch, plan=plan).total_norm,
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=False,
+    )
+    return norms(params, about.batch)
+
+
+def errors(about: Public, each: Tensor) -> dict[str, float]:
+    """Of functree's other quantities, the largest error relative to the largest entry. each: (N, entries)."""
+    loss, params = lifted(about)
+    out = per_example.reports(loss, params, about.batch, ("gram", "square"))
+    limit = each.norm(dim=1).mean()
+    clipped = per_example.clipped(loss, params, about.batch, float(limit)).sum
+    names = [name for name, _ in about.module.named_parameters()]
+
+    def flat(values: tree.Tree) -> Tensor:
+        return torch.cat([tree.get(values, name).flatten() for name in names])
+
+    expected = {
+        "Gram": (out.total_gram, each @ each.T),
+        "squares": (flat(out.square), each.square().sum(0)),
+        "clipped sum": (flat(clipped), ((limit / each.norm(dim=1)).clamp(max=1)[:, None] * each).sum(0)),
+    }
+    return {name: float((ours - theirs).abs().max() / theirs.abs().max()) for name, (ours, theirs) in expected.items()}
 
 
 def vmap_grad(about: Public) -> Tensor:
@@ -58,15 +97,39 @@ def vmap_grad(about: Public) -> Tensor:
     return sum(g.flatten(1).square().sum(1) for g in gradients.values()).sqrt()
 
 
+def _in_training(module: nn.Module) -> None:
+    """Opacus looks at layers in training mode only; what draws stays in eval mode."""
+    for layer in module.modules():
+        layer.training = any(True for _ in layer.parameters(recurse=False))
+
+
 def opacus_hooks(about: Public) -> Tensor:
     from opacus import GradSampleModule
 
     module = GradSampleModule(about.module, loss_reduction="sum")
-    for layer in about.module.modules():  # it looks at layers in training mode only; what draws stays in eval mode
-        layer.training = any(True for _ in layer.parameters(recurse=False))
+    _in_training(about.module)
     about.losses(module, about.batch).sum().backward()
     left = [p.grad_sample for p in module.parameters() if getattr(p, "grad_sample", None) is not None]
     return sum(g.flatten(1).square().sum(1) for g in left).sqrt()
+
+
+def opacus_ghost(about: Public) -> Tensor:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    module = GradSampleModuleFastGradientClipping(about.module, max_grad_norm=1.0, loss_reduction="sum")
+    _in_training(about.module)
+    about.losses(module, about.batch).sum().backward()
+    return module.get_norm_sample()
+
+
+def backpack_norms(about: Public) -> Tensor:
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    loss = about.losses(extend(about.module), about.batch).sum()
+    with backpack(BatchL2Grad()):
+        loss.backward()
+    return sum(p.batch_l2 for p in about.module.parameters() if hasattr(p, "batch_l2")).sqrt()
 
 
 def torchjd(about: Public) -> Tensor:
@@ -78,10 +141,14 @@ def torchjd(about: Public) -> Tensor:
 
 TOOLS = {
     "functree": functree,
+    "functree, compiled": functree_compiled,
     "vmap(grad)": vmap_grad,
     "Opacus hooks": opacus_hooks,
+    "Opacus ghost": opacus_ghost,
+    "BackPACK BatchL2Grad": backpack_norms,
     "TorchJD batch_dim=0": torchjd,
 }
+LIBRARIES = ("transformers", "torchvision", "timm", "diffusers")
 
 
 def verdict(tool: str, name: str) -> tuple[str, str]:
@@ -90,14 +157,22 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            norms = TOOLS[tool](about._replace(module=copy.deepcopy(about.module))).detach()
+            norms = TOOLS[tool](about._replace(module=copy.deepcopy(about.module)))
+            norms = norms.detach() if isinstance(norms, Tensor) else norms  # 0 where nothing was left
+    except ModuleNotFoundError as error:
+        return "not installed", str(error)
     except Exception as error:
         return ("refuses" if on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
+    if not isinstance(norms, Tensor):
+        return "no norms", ""
     if norms.shape != (N,):
         return f"shape {tuple(norms.shape)}", ""
-    expected = oracle(about)
-    error = float(((norms - expected).abs() / expected).max())
-    return ("exact" if error <= EXACT else f"wrong: {percent(error)}"), ""
+    each = oracle(about)
+    expected = each.norm(dim=1)
+    found = {"norms": float(((norms - expected).abs() / expected).max())}
+    found |= errors(about, each) if tool == "functree" else {}
+    wrong = [f"{name} {percent(error)}" for name, error in found.items() if not error <= EXACT]
+    return (f"wrong: {', '.join(wrong)}".replace("norms ", "") if wrong else "exact"), ""
 
 
 def main() -> None:
@@ -117,7 +192,7 @@ def main() -> None:
         for tool, (words, text) in verdicts.items():
             if args.errors and text:
                 print(f"{name}, {tool}: {words}: {' '.join(text.split())[:300]}")
-    text = f"{markdown(rows, list(TOOLS))}\n\n{versions(list(TOOLS), 'transformers', 'torchvision', 'diffusers')}"
+    text = f"{markdown(rows, list(TOOLS))}\n\n{versions([*TOOLS][2:], *LIBRARIES)}"
     print(text)
     if args.write:
         write(text, BEGIN, END)

@@ -122,6 +122,14 @@ def mistral():
 
 
 @add
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    return _decoder(MixtralForCausalLM(MixtralConfig(**_text(**experts))))
+
+
+@add
 def mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -259,6 +267,34 @@ _torchvision("regnet_y_400mf")
 _torchvision("VisionTransformer", 32, 8, 2, 2, 16, 24)
 _torchvision("SwinTransformer", [4, 4], 8, [2, 2], [1, 2], [4, 4], stochastic_depth_prob=0.0)
 _torchvision("MaxVit", (32, 32), 8, 4, [8, 8], [1, 1], 8, 0.0)
+
+
+def _inception():
+    from torchvision.models import inception_v3
+
+    module, (_, labels), losses = _classifier(inception_v3(num_classes=5, aux_logits=False, init_weights=False))
+    return module, (torch.rand(N, 3, 75, 75), labels), losses  # its smallest pictures
+
+
+BUILDS["torchvision's inception_v3"] = _inception
+
+
+def _timm(name: str, of: Callable[[Any], nn.Module]) -> None:
+    def build():
+        from timm import models
+
+        return _classifier(of(models))
+
+    BUILDS[f"timm's {name}"] = build
+
+
+_SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_classes": 5}
+_timm("MlpMixer", lambda models: models.mlp_mixer.MlpMixer(num_blocks=2, **_SMALL))
+_timm("ConvMixer", lambda models: models.convmixer.ConvMixer(8, 2, 5, 4, num_classes=5))
+_timm("Beit", lambda models: models.beit.Beit(depth=2, num_heads=2, use_rel_pos_bias=True, **_SMALL))
+_timm("MetaFormer", lambda models: models.metaformer.MetaFormer(depths=(1,) * 4, dims=(8,) * 4, num_classes=5))
+_timm("NormFreeNet", lambda models: models.create_model("nf_regnet_b0", num_classes=5))
+_timm("GhostNet", lambda models: models.create_model("ghostnet_050", num_classes=5))
 
 
 @add
