@@ -4,6 +4,7 @@ Each entry of `FORMS` takes (settings, saved input, cotangent), all with the bat
 `core.per_example.forms`. Settings are plain numbers, because they travel through `torch.compiler.allow_in_graph`.
 """
 
+import itertools
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from core.compiling import allow_in_graph
 from core.per_example.blocked import wide
 from core.per_example.errors import FIRST_ORDER, PerExampleError
-from core.per_example.forms import Dense, Form, Outer, Rows, reduce
+from core.per_example.forms import Dense, Form, Outer, Rows, Shifted, reduce
 
 
 class Sizes(NamedTuple):
@@ -36,47 +37,72 @@ def _linear(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
     return Outer(inputs, outputs) if swapped else Outer(outputs, inputs)
 
 
-def windows(x: Tensor, kernel: tuple, stride: tuple, dilation: tuple) -> Tensor:
-    """All windows of a kernel over x (N, channels, *space): a view (N, channels, *positions, *kernel)."""
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
-    return x
+def _shifted(x: Tensor, positions: tuple, settings: tuple) -> tuple[Tensor, list[int], list[int]]:
+    """What a convolution's windows read, laid out so that a step of the kernel is a shift along one flat axis.
+
+    The flat axis has a cell for each position, and to the right of each row of positions as many as the kernel reaches
+    over; with a stride, one such plane for each remainder (phase) of an index by the stride.
+
+    Args:
+        x: (N, channels, *space), not padded.
+        positions: of the windows, along each axis.
+        settings: (kernel, stride, padding, dilation, groups).
+
+    Returns:
+        (N, channels, L), the number of cells along each axis of a plane, and the offset of each entry of the kernel.
+    """
+    kernel, stride, padding, dilation, _ = settings
+    steps = [[k * d for k in range(size)] for size, d in zip(kernel, dilation, strict=True)]
+    cells = [n + at[-1] // s for n, at, s in zip(positions, steps, stride, strict=True)]
+    phases = [1 + max(i % s for i in at) for at, s in zip(steps, stride, strict=True)]
+    ends = [n * s - p - size for n, s, p, size in zip(cells, stride, padding, x.shape[2:], strict=True)]
+    if any(padding) or any(ends):
+        x = F.pad(x, [n for p, end in zip(reversed(padding), reversed(ends), strict=True) for n in (p, end)])
+    if max(stride) > 1:
+        x = x.reshape(*x.shape[:2], *(n for pair in zip(cells, stride, strict=True) for n in pair))
+        for axis, n in enumerate(phases):
+            x = x.narrow(3 + 2 * axis, 0, n)  # (N, channels, cells, phases, cells, phases, ...)
+        dims = len(cells)
+        x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))  # phases first
+    strides = [prod(cells[axis + 1 :]) for axis in range(len(cells))]
+    planes = [prod(phases[axis + 1 :]) * prod(cells) for axis in range(len(phases))]
+    offsets = [
+        sum((i % s) * plane + (i // s) * flat for i, s, plane, flat in zip(at, stride, planes, strides, strict=True))
+        for at in itertools.product(*steps)
+    ]
+    return x.flatten(2), cells, offsets
 
 
-def _columns(x: Tensor, kernel: tuple, stride: tuple, dilation: tuple, groups: int, positions: tuple) -> Tensor:
-    """im2col: (N, groups, T, channels / groups * prod(kernel)), of the first `positions` along each axis."""
-    view = windows(x, kernel, stride, dilation)
-    for axis, length in enumerate(positions):
-        view = view.narrow(2 + axis, 0, length)  # (N, channels, *positions, *kernel)
-    count, channels = view.shape[:2]
-    time = prod(positions)
-    view = view.reshape(count, groups, channels // groups, time, prod(kernel))  # a copy: the windows overlap
-    return view.transpose(2, 3).reshape(count, groups, time, -1)  # (N, groups, T, channels / groups * prod(kernel))
+def _on_cells(x: Tensor, cells: list[int]) -> Tensor:
+    """(N, channels, *positions) -> (N, channels, T): each position on its cell of the flat axis, 0 between them."""
+    positions = x.shape[2:]
+    ends = [n - size for n, size in zip(cells[1:], positions[1:], strict=True)]
+    if not any(ends):
+        return x.flatten(2)
+    time = 1 + sum((n - 1) * prod(cells[axis + 1 :]) for axis, n in enumerate(positions))  # up to the last position
+    return F.pad(x, [n for end in reversed(ends) for n in (0, end)]).flatten(2)[..., :time]
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(N, channels, *space) -> (N, groups, T, channels / groups)."""
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).transpose(2, 3)  # (N, groups, T, channels / groups)
+    """(N, channels, L) -> (N, groups, L, channels / groups)."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, x.shape[2]).transpose(2, 3)
 
 
-def _both_sides(padding: tuple) -> list[int]:
-    # F.pad counts from the last axis.
-    return [n for p in reversed(padding) for n in (p, p)]
+def _windowed(settings: tuple, x: Tensor, rows: Tensor) -> Form:
+    """rows (N, channels, *positions) times the windows of x (N, channels, *space)."""
+    flat, cells, offsets = _shifted(x, tuple(rows.shape[2:]), settings)
+    groups = settings[-1]
+    form = Shifted(_by_group(_on_cells(rows, cells), groups), _by_group(flat, groups), tuple(offsets))
+    return Outer(form.rows, form.columns) if offsets == [0] else form
 
 
 def _conv(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
-    kernel, stride, padding, dilation, groups = settings
-    x = F.pad(x, _both_sides(padding)) if any(padding) else x
-    columns = _columns(x, kernel, stride, dilation, groups, tuple(cotangent.shape[2:]))  # (N, groups, T, d)
-    return Outer(_by_group(cotangent, groups), columns)
+    return _windowed(settings, x, cotangent)
 
 
 def _conv_transpose(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
     """x's cotangent is the convolution of the output's, so input and output are swapped."""
-    kernel, stride, padding, dilation, groups = settings
-    cotangent = F.pad(cotangent, _both_sides(padding)) if any(padding) else cotangent
-    columns = _columns(cotangent, kernel, stride, dilation, groups, tuple(x.shape[2:]))  # (N, groups, T, d)
-    return Outer(_by_group(x, groups), columns)
+    return _windowed(settings, cotangent, x)
 
 
 def _embedding(settings: tuple, ids: Tensor, cotangent: Tensor) -> Form:

@@ -3,7 +3,7 @@
 If it were written out in the graph, the compiler would fuse the reductions of all blocks and hold them all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,70 +22,103 @@ def bytes_at_once(device: torch.device) -> int:
     return 2**22 if device.type == "cpu" else 2**26
 
 
-def _blocks(rows: Tensor, columns: Tensor, dense: Tensor | None, budget: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, a block of g (N, rows of the block, d)) for all rows of the parameter as a matrix (groups * p, d)."""
-    count, groups, _, p = rows.shape
-    d = columns.shape[-1]
-    dense = None if dense is None else dense.reshape(count, groups * p, d)  # (N, groups * p, d)
-    most = max(1, budget // max(1, count * d * rows.element_size()))
-    if groups > 1:
-        step = max(1, most // p)  # whole groups
-        for b in range(0, groups, step):
-            g = rows[:, b : b + step].transpose(-2, -1) @ columns[:, b : b + step]  # (N, step, p, d)
-            g = g.reshape(count, -1, d)  # (N, step * p, d)
-            yield b * p, g if dense is None else g + dense[:, b * p : b * p + g.shape[1]]
-        return
-    step = -(-p // -(-p // most))  # blocks of equal size
-    for i in range(0, p, step):
-        g = rows[:, 0, :, i : i + step].transpose(-2, -1) @ columns[:, 0]  # (N, step, d)
-        yield i, g if dense is None else g + dense[:, i : i + step]
+NARROW = 16
+"""Columns of a matrix product, at least: for fewer several entries of a kernel are taken at once, by a copy."""
+
+
+def _at(columns: Tensor, offsets: Sequence[int], time: int) -> Tensor:
+    """The T columns at each of some offsets: (N, groups, L, c) -> (N, groups, T, offsets * c)."""
+    parts = [columns[:, :, k : k + time] for k in offsets]
+    return parts[0] if len(parts) == 1 else torch.cat([x.mT for x in parts], 2).mT  # T is last in memory
+
+
+def _blocks(
+    rows: Sequence[Tensor], columns: Sequence[Tensor], offsets: Sequence[int], dense: Tensor | None, budget: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks (rows, entries of the kernel, g (N, these rows, these entries, c)) of the parameter as a tensor
+    (groups * p, kernel, c)."""
+    count, groups, _, p = rows[0].shape
+    c, kernel = columns[0].shape[-1], len(offsets) // len(rows)
+    dense = None if dense is None else dense.reshape(count, groups * p, c, kernel).mT
+    most = max(1, budget // max(1, count * c * rows[0].element_size()))  # rows of one entry
+    together = 1 if groups > 1 else min(kernel, max(1, min(NARROW // c, most)))
+    most = max(1, most // together)
+    step = -(-p // -(-p // most)) if groups == 1 else max(1, most // p)  # blocks of equal size; whole groups
+    for k in range(0, kernel, together):
+        entries = slice(k, min(k + together, kernel))
+        windows = [
+            _at(x, offsets[use * kernel :][entries], left.shape[2])
+            for use, (left, x) in enumerate(zip(rows, columns, strict=True))
+        ]
+        for i in range(0, p if groups == 1 else groups, step):
+            own = slice(i, i + step)
+            pairs = zip(rows, windows, strict=True)
+            if groups == 1:
+                parts = [left[..., own].mT @ right for left, right in pairs]
+            else:
+                parts = [left[:, own].mT @ right[:, own] for left, right in pairs]
+            g = sum(parts[1:], parts[0]).reshape(count, -1, entries.stop - k, c)  # (N, rows, entries, c)
+            first = i if groups == 1 else i * p
+            at = slice(first, first + g.shape[1])
+            yield at, entries, g if dense is None else g + dense[:, at, entries]
 
 
 @torch.library.custom_op("functree::formed", mutates_args=())
 def _operator(
-    rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: str, budget: int
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    offsets: Sequence[int],
+    dense: Tensor | None,
+    direction: Tensor | None,
+    want: str,
+    budget: int,
 ) -> list[Tensor]:
-    names = want.split(",")
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for start, g in _blocks(rows, columns, dense, budget):
-        size, g = g.shape[1], wide(g)
-        for name in names:
+    count, groups, _, p = rows[0].shape
+    c, kernel = columns[0].shape[-1], len(offsets) // len(rows)
+    dtype = torch.promote_types(rows[0].dtype, torch.float32)
+    direction = None if direction is None else wide(direction).reshape(groups * p, c, kernel).mT
+    shapes = {"norm": (count,), "dot": (count,), "gram": (count, count)}
+    out = {name: rows[0].new_zeros(shapes.get(name, (groups * p, kernel, c)), dtype=dtype) for name in want.split(",")}
+    for at, entries, g in _blocks(rows, columns, offsets, dense, budget):
+        g = wide(g)
+        flat = g.flatten(1)
+        for name, total in out.items():
             if name == "norm":
-                parts[name].append(torch.linalg.vector_norm(g, dim=(1, 2)).square())
+                total += torch.linalg.vector_norm(flat, dim=1).square()
             elif name == "dot":
                 assert direction is not None
-                v = wide(direction).reshape(-1, g.shape[2])[start : start + size]  # (rows, d)
-                parts[name].append(g.flatten(1) @ v.flatten())  # (N,)
+                total += flat @ direction[at, entries].flatten()  # (N,)
             elif name == "gram":
-                parts[name].append(g.flatten(1) @ g.flatten(1).T)  # (N, N)
+                total += flat @ flat.T  # (N, N)
             elif name == "square":
-                parts[name].append(torch.linalg.vector_norm(g, dim=0).square())  # (rows, d)
+                total[at, entries] = torch.linalg.vector_norm(g, dim=0).square()
             else:
-                parts[name].append(g.sum(0))  # (rows, d)
-    return [
-        torch.cat(parts[name]) if name in ("square", "sum") else sum(parts[name])  # type: ignore[misc]  # not 0
-        for name in names
-    ]
+                total[at, entries] = g.sum(0)
+    return [x if name in shapes else x.mT.reshape(groups * p, c * kernel).contiguous() for name, x in out.items()]
 
 
 @_operator.register_fake
-def _(rows, columns, dense, direction, want, budget):
-    count, groups, _, p = rows.shape
-    like = (groups * p, columns.shape[-1])
+def _(rows, columns, offsets, dense, direction, want, budget):
+    count, groups, _, p = rows[0].shape
+    like = (groups * p, columns[0].shape[-1] * (len(offsets) // len(rows)))
     shapes = {"norm": (count,), "dot": (count,), "gram": (count, count), "square": like, "sum": like}
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return [rows.new_empty(shapes[name], dtype=dtype) for name in want.split(",")]
+    dtype = torch.promote_types(rows[0].dtype, torch.float32)
+    return [rows[0].new_empty(shapes[name], dtype=dtype) for name in want.split(",")]
 
 
 @_operator.register_vmap
-def _(info, in_dims, rows, columns, dense, direction, want, budget):
+def _(info, in_dims, rows, columns, offsets, dense, direction, want, budget):
+    def member(x: Tensor | None, dim: int | None, i: int) -> Tensor | None:
+        return x if x is None or dim is None else x.select(dim, i)
+
     members = []
     for i in range(info.batch_size):
-        tensors = [
-            x if dim is None else x.select(dim, i)
-            for x, dim in zip((rows, columns, dense, direction), in_dims[:4], strict=True)
+        lists = [
+            [member(x, dim, i) for x, dim in zip(xs, dims, strict=True)]
+            for xs, dims in zip((rows, columns), in_dims, strict=False)
         ]
-        members.append(_operator(*tensors, want, budget))
+        others = [member(x, dim, i) for x, dim in zip((dense, direction), in_dims[3:5], strict=True)]
+        members.append(_operator(*lists, offsets, *others, want, budget))
     outs = [torch.stack(values) for values in zip(*members, strict=True)]
     return outs, [0] * len(outs)
 
@@ -96,8 +129,10 @@ class _Formed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, columns, dense, direction, want, budget):
-        return tuple(_operator(rows, columns, dense, direction, want, budget))
+    def forward(offsets, dense, direction, want, budget, *rows_and_columns):
+        uses = len(rows_and_columns) // 2
+        rows, columns = list(rows_and_columns[:uses]), list(rows_and_columns[uses:])
+        return tuple(_operator(rows, columns, offsets, dense, direction, want, budget))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -112,12 +147,21 @@ class _Formed(torch.autograd.Function):
 
 @allow_in_graph  # see core.tap
 def formed(
-    rows: Tensor, columns: Tensor, dense: Tensor | None, direction: Tensor | None, want: tuple[str, ...], budget: int
+    rows: list[Tensor],
+    columns: list[Tensor],
+    offsets: list[int],
+    dense: Tensor | None,
+    direction: Tensor | None,
+    want: tuple[str, ...],
+    budget: int,
 ) -> tuple[Tensor, ...]:
-    """The wanted quantities of g_n = rows_n^T columns_n + dense_n, group by group.
+    """The wanted quantities of g_n, group by group, for the uses u of a parameter and the entries k of its kernel:
+
+        g_n[:, :, k] = sum_u rows_u[n]^T columns_u[n, offset of u and k:] + dense_n[:, :, k]
 
     Args:
-        rows, columns: (N, groups, T, p) and (N, groups, T, d).
+        rows, columns: of each use, (N, groups, T, p) and (N, groups, L, c); T and L may differ.
+        offsets: of each use, the first of the T columns for each k, all of them one after the other.
         dense: (N, *shape), added.
         direction: like the parameter, for "dot".
         want: names of `core.per_example.forms.reduce`, at least one.
@@ -125,6 +169,6 @@ def formed(
 
     Returns:
         for each name, in float32 or wider: "norm" (squared) and "dot" (N,), "gram" (N, N), "square" and "sum"
-        (groups * p, d).
+        (groups * p, c * kernel).
     """
-    return _Formed.apply(rows, columns, dense, direction, ",".join(want), budget)
+    return _Formed.apply(offsets, dense, direction, ",".join(want), budget, *rows, *columns)

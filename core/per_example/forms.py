@@ -1,10 +1,11 @@
-"""The three forms of per-example gradients after a backward pass, and the quantities computed from them.
+"""The four forms of per-example gradients after a backward pass, and the quantities computed from them.
 
 For one use of a parameter by example n, the gradient g_n is one of
 
-    Outer    g_n[b, i, j] = sum_t rows[n, b, t, i] columns[n, b, t, j]     linear layers and convolutions (b: groups)
-    Rows     g_n[v, j]    = sum over the t with ids[n, t] = v of values[n, t, j]     embeddings
-    Dense    g_n          = values[n]     everything else
+    Outer    g_n[b, i, j]    = sum_t rows[n, b, t, i] columns[n, b, t, j]     linear layers (b: groups)
+    Shifted  g_n[b, i, j, k] = sum_t rows[n, b, t, i] columns[n, b, t + offsets[k], j]     convolutions
+    Rows     g_n[v, j]       = sum over the t with ids[n, t] = v of values[n, t, j]     embeddings
+    Dense    g_n             = values[n]     everything else
 
 each reshaped to the parameter's shape. Several uses of a parameter add up. `reduce` computes the wanted quantities
 without keeping any g_n:
@@ -19,7 +20,8 @@ by one of these ways (T rows, p times d entries per group, per example):
     ghost    sum((rows rows^T) * (columns columns^T)), 2 T^2 (p + d) operations and T^2 memory (Goodfellow 2015,
              arXiv:1510.01799; Li et al. 2022, arXiv:2110.05679). Its terms can cancel: it is summed in float64.
     formed   g_n itself, 2 T p d operations, a block of its rows at a time. Summed over n it is the gradient of the
-             batch: where that is wanted too, only the memory traffic is extra.
+             batch: where that is wanted too, only the memory traffic is extra. Of Shifted forms each entry k of the
+             kernel is a matrix product of its own, of views: the windows of a convolution are never copied out.
     compressed   Rows: values with equal ids are added up at the id's first position; no table is formed.
 """
 
@@ -39,6 +41,17 @@ class Outer(NamedTuple):
     columns: Tensor
 
 
+class Shifted(NamedTuple):
+    """rows (N, groups, T, p), columns (N, groups, L, c), and by how much columns are shifted for entry k of the kernel.
+
+    The largest offset is at most L - T. As Outer it has d = c * len(offsets) columns.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    offsets: tuple[int, ...]
+
+
 class Rows(NamedTuple):
     """ids (N, T) integers and values (N, T, D)."""
 
@@ -52,21 +65,33 @@ class Dense(NamedTuple):
     values: Tensor
 
 
-Form = Outer | Rows | Dense
+Form = Outer | Shifted | Rows | Dense
+
+
+def unshifted(form: Form) -> Form:
+    """The same gradient, a Shifted form with its windows copied out, as Outer."""
+    if not isinstance(form, Shifted):
+        return form
+    time = form.rows.shape[2]
+    columns = form.columns.mT  # (N, groups, c, L), as they lie in memory
+    windows = torch.stack([columns[..., k : k + time] for k in form.offsets], 3)  # (N, groups, c, kernel, T)
+    return Outer(form.rows, windows.flatten(2, 3).mT)  # columns (N, groups, T, c * kernel)
 
 
 def combine(forms: Sequence[Form], shape: tuple[int, ...]) -> list[Form]:
-    """The same gradient in one form of each kind: uses are concatenated along T.
+    """The same gradient in one form of each kind, but Shifted ones, which stay: uses are concatenated along T.
 
-    Outer forms of different numbers of groups (a weight used in several convolutions) become Dense.
+    Outer and Shifted forms of different numbers of groups (a weight used in several convolutions), and both kinds
+    together, become Dense.
     """
     outers = [f for f in forms if isinstance(f, Outer)]
+    shifted = [f for f in forms if isinstance(f, Shifted)]
     rows = [f for f in forms if isinstance(f, Rows)]
     denses = [f for f in forms if isinstance(f, Dense)]
-    if len({f.rows.shape[1] for f in outers}) > 1:
-        denses += [Dense(materialise([f], shape)) for f in outers]
-        outers = []
-    combined: list[Form] = []
+    if len({(type(f), f.rows.shape[1]) for f in [*outers, *shifted]}) > 1:
+        denses += [Dense(materialise([f], shape)) for f in [*outers, *shifted]]
+        outers, shifted = [], []
+    combined: list[Form] = [*shifted]
     if outers:
         pairs = [torch.cat([f[i] for f in outers], 2) if len(outers) > 1 else outers[0][i] for i in (0, 1)]
         combined.append(Outer(*pairs))
@@ -85,18 +110,18 @@ def _one_hot(rows: Rows, vocabulary: int) -> Outer:
     return Outer(hot, rows.values[:, None])  # columns (N, 1, T, D)
 
 
-def as_outer(forms: list[Form], shape: tuple[int, ...]) -> tuple[Outer | None, Tensor | None]:
-    """(the Outer and Rows forms as one Outer, the Dense values)."""
+def _products(forms: list[Form], shape: tuple[int, ...]) -> tuple[list[Shifted], Tensor | None]:
+    """(the Outer, Shifted and Rows forms as Shifted ones of equal groups and kernels, the Dense values)."""
     outers = [_one_hot(f, shape[0]) if isinstance(f, Rows) else f for f in forms if not isinstance(f, Dense)]
     dense = [f.values for f in forms if isinstance(f, Dense)]
-    outer = combine(outers, shape)[0] if outers else None
-    return outer, (dense[0] if dense else None)  # type: ignore[return-value]  # of Outer forms, combine makes one
+    products = [Shifted(*f, (0,)) if isinstance(f, Outer) else f for f in combine(outers, shape)]
+    return products, (dense[0] if dense else None)  # type: ignore[return-value]  # of such forms, combine makes such
 
 
 def materialise(forms: Sequence[Form], shape: tuple[int, ...]) -> Tensor:
     """g, (N, *shape): the gradient of every example."""
     parts = []
-    for form in forms:
+    for form in map(unshifted, forms):
         if isinstance(form, Outer):
             parts.append((form.rows.transpose(-2, -1) @ form.columns).reshape(-1, *shape))  # (N, *shape)
         elif isinstance(form, Rows):
@@ -113,14 +138,16 @@ def _formed(
     forms: list[Form], shape: tuple[int, ...], want: tuple[str, ...], direction: Tensor | None, budget: int | None
 ) -> dict[str, Tensor]:
     """All wanted quantities in one pass over blocks of g."""
-    outer, dense = as_outer(forms, shape)
-    if outer is None:
+    products, dense = _products(forms, shape)
+    if not products:
         assert dense is not None
         return {name: _of_dense(wide(dense), name, direction) for name in want}
     if not want:
         return {}
-    budget = bytes_at_once(outer.rows.device) if budget is None else budget
-    values = formed(outer.rows, outer.columns, dense, direction, want, budget)
+    rows, columns = [f.rows for f in products], [f.columns for f in products]
+    offsets = [k for f in products for k in f.offsets]
+    budget = bytes_at_once(rows[0].device) if budget is None else budget
+    values = formed(rows, columns, offsets, dense, direction, want, budget)
     quantities = zip(want, values, strict=True)
     return {name: x.reshape(shape) if name in ("square", "sum") else x for name, x in quantities}
 
@@ -219,9 +246,9 @@ def reduce(
         direction: of the parameter's shape, for "dot".
         budget: bytes that "formed" forms at once, by default `blocked.bytes_at_once`.
     """
-    forms = combine(forms, shape)
     if method in ("formed", "dense"):
-        return _formed(forms, shape, want, direction, budget)
+        return _formed(combine(forms, shape), shape, want, direction, budget)
+    forms = combine([unshifted(form) for form in forms], shape)
     first: Any = forms[0]  # Outer or Rows, as the method needs it
     out: dict[str, Tensor] = {}
     for name in want:
@@ -250,13 +277,19 @@ def reduce(
 
 
 def weighted_sum(forms: list[Form], weights: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """sum_n weights[n] g_n, of the parameter's shape, with no g_n formed. weights: (N,), or None for ones."""
+    """sum_n weights[n] g_n, of the parameter's shape. weights: (N,), or None for ones.
+
+    No g_n is formed, but of Shifted forms, a block at a time.
+    """
     parts = []
     for form in forms:
         rows = form.values if isinstance(form, (Rows, Dense)) else form.rows
         if weights is not None:
             rows = rows * weights.to(rows.dtype).reshape(-1, *(1,) * (rows.ndim - 1))
-        if isinstance(form, Outer):
+        if isinstance(form, Shifted):
+            total = _formed([form._replace(rows=rows)], shape, ("sum",), None, None)["sum"]
+            parts.append(total.to(rows.dtype))
+        elif isinstance(form, Outer):
             parts.append(torch.einsum("nbti,nbtj->bij", rows, form.columns).reshape(shape))
         elif isinstance(form, Rows):
             table = rows.new_zeros(shape[0], rows.shape[2])

@@ -170,9 +170,9 @@ def _compiled_trace(loss: Callable, params: Tree, batch: Tree, names: list[str],
 
 def _leaf_plan(shape: tuple, uses: tuple[Use, ...], want: tuple[str, ...], keep: bool) -> LeafPlan:
     together = keep or len(uses) > 1
-    method = choose_method(uses, want, shared=not together)
+    method = choose_method(uses, want, shared=not keep)
     # The gradients that are formed anyway, summed, are the gradient of the batch.
-    sums = keep or (not together and method in ("formed", "dense") and bool(want))
+    sums = keep or (method in ("formed", "dense") and bool(want))
     return LeafPlan(shape, uses, method, together and bool(uses), sums and bool(uses))
 
 

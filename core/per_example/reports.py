@@ -166,12 +166,17 @@ def reports(
     losses, pull, inputs, aux = pull_back(loss, params, batch, plan, directions, budget, has_aux)
     sums, reported = pull(torch.ones_like(losses))
     quantities: dict[str, list[Tensor]] = {quantity: [] for quantity in plan.want}
+    own_sums = {}
     for name, leaf in tree.items(params):
         if name not in plan.leaves:
             continue
         values = quantities_of_leaf(plan, name, leaf, reported, inputs, len(losses), directions.get(name), budget)
+        if "sum" in values:
+            own_sums[name] = values.pop("sum").to(leaf.dtype)
         for quantity, value in values.items():
             quantities[quantity].append(value.sqrt() if quantity == "norm" else value)
+    if own_sums:
+        sums = tree.map_with_names(lambda name, g: own_sums.get(name, g), sums)
     like = params if only is None else tree.partition(params, lambda name, _: name in plan.leaves)[0]
     trees = {quantity: tree.unflatten(like, values) for quantity, values in quantities.items()}
     return Reports(once(losses.detach(), *tree.leaves(params)), sums, **trees, aux=aux)
@@ -253,11 +258,12 @@ def forms_of(plan: LeafPlan, cotangents: list[list[Tensor]], inputs: list) -> li
 def quantities_of_leaf(
     plan: Plan, name: str, leaf: Tensor, reported, inputs, count: int, direction, budget: int | None
 ) -> dict[str, Tensor]:
-    """{quantity: value} of one parameter."""
+    """{quantity: value} of one parameter; with "sum" where its uses are reduced together and give the gradient."""
     leaf_plan = plan.leaves[name]
     if leaf_plan.keep:
         forms = forms_of(leaf_plan, reported[name], inputs[name])
-        return reduce(forms, leaf_plan.shape, plan.want, leaf_plan.method, direction, budget)
+        want = (*plan.want, "sum") if leaf_plan.sums else plan.want
+        return reduce(forms, leaf_plan.shape, want, leaf_plan.method, direction, budget)
     if leaf_plan.uses:
         return dict(zip(plan.want, reported[name][0], strict=True))
     shapes = {"norm": (count,), "dot": (count,), "gram": (count, count), "square": leaf_plan.shape}

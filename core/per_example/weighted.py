@@ -86,7 +86,7 @@ def weighted(
     squares, forms = {}, {}
     for name, leaf in tree.items(params):
         leaf_plan = plan.leaves[name]
-        if plan.keep and leaf_plan.uses:
+        if leaf_plan.keep:
             forms[name] = forms_of(leaf_plan, reported[name], inputs[name])
             squares[name] = reduce(forms[name], leaf_plan.shape, ("norm",), leaf_plan.method, None, budget)["norm"]
         else:
@@ -95,16 +95,17 @@ def weighted(
     total = torch.stack(list(squares.values())).sum(0).sqrt()  # (N,)
     factors = weights(norm)
     by_name = _checked_weights(factors, norm, count)
-    if plan.keep:
-        # Parameters that were not used keep the zeros of `sums`.
-        sums = tree.map_with_names(
-            lambda name, g: (
-                weighted_sum(forms[name], by_name[name], plan.leaves[name].shape).to(g.dtype) if name in forms else g
-            ),
-            sums,
-        )
-    else:
+    if not plan.keep:
         sums = _pulled(pull, by_name, losses.dtype)
+
+    def own_sum(name: str, g: Tensor) -> Tensor:
+        """`g`, unless the uses of the parameter are reduced together; of parameters that were not used zeros."""
+        leaf_plan = plan.leaves[name]
+        if not (leaf_plan.keep and leaf_plan.sums):
+            return g
+        return weighted_sum(forms[name], by_name[name], leaf_plan.shape).to(g.dtype)
+
+    sums = tree.map_with_names(own_sum, sums)
     return Weighted(once(losses.detach(), *tree.leaves(params)), sums, factors, norm, total, aux)
 
 

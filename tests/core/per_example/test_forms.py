@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from core.per_example.forms import Dense, Outer, Rows, combine, compress, inner, materialise, reduce, weighted_sum
+from core.per_example.forms import (
+    Dense,
+    Outer,
+    Rows,
+    Shifted,
+    combine,
+    compress,
+    inner,
+    materialise,
+    reduce,
+    weighted_sum,
+)
 
 N = 4
 
@@ -13,6 +24,11 @@ def normal(*shape):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def shifted(groups, p, c, time, offsets, sign=1.0):
+    longer = time + max(offsets)
+    return Shifted(normal(N, groups, time, p) * sign, normal(N, groups, longer, c).flip(0), offsets)
+
+
 def outer(groups, p, d, time, sign=1.0):
     return Outer(normal(N, groups, time, p) * sign, normal(N, groups, time, d).flip(0))
 
@@ -20,6 +36,10 @@ def outer(groups, p, d, time, sign=1.0):
 def rows(vocabulary, width, time):
     generator = torch.Generator().manual_seed(time)
     return Rows(torch.randint(vocabulary, (N, time), generator=generator), normal(N, time, width))
+
+
+def cast(form, dtype):
+    return type(form)(*(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in form))
 
 
 def dense(*shape):
@@ -35,6 +55,20 @@ CASES = {
     "outer used twice": ([outer(1, 5, 4, 2), outer(1, 5, 4, 3, -2.0)], (5, 4), ("ghost", "formed")),
     "a kernel": ([outer(2, 3, 8, 4)], (6, 2, 2, 2), ("ghost", "formed")),
     "groups that differ": ([outer(1, 4, 6, 2), outer(2, 2, 6, 3)], (4, 6), ("formed",)),
+    "windows": ([shifted(1, 5, 3, 7, (0, 2, 5))], (5, 3, 3), ("ghost", "formed")),
+    "windows of one row in groups": ([shifted(2, 4, 3, 1, (0, 1))], (8, 3, 2), ("closed", "ghost", "formed")),
+    "windows twice": (
+        [shifted(2, 3, 2, 6, (0, 3, 4, 9)), shifted(2, 3, 2, 4, (0, 1, 2, 3), -2.0)],
+        (6, 2, 2, 2),
+        ("ghost", "formed"),
+    ),
+    "windows in groups that differ": (
+        [shifted(1, 4, 6, 2, (0, 1)), shifted(2, 2, 6, 3, (0, 2))],
+        (4, 6, 2),
+        ("formed",),
+    ),
+    "windows and outer": ([shifted(1, 5, 3, 7, (0, 4)), outer(1, 5, 6, 3)], (5, 3, 2), ("formed",)),
+    "windows and dense": ([shifted(3, 2, 3, 7, (0, 4)), dense(6, 3, 2)], (6, 3, 2), ("formed",)),
     "rows": ([rows(5, 3, 7)], (5, 3), ("compressed", "ghost", "formed")),
     "rows twice": ([rows(5, 3, 7), rows(5, 3, 4)], (5, 3), ("compressed", "ghost", "formed")),
     "rows of a large table": ([rows(300, 3, 4)], (300, 3), ("compressed", "ghost")),
@@ -84,8 +118,8 @@ def test_reduce(name, method, budget):
 def test_reduce_of_half_precision_is_wide(name, method):
     """Quantities come in float32, and as close as operands rounded to bfloat16 allow."""
     forms, shape, _ = CASES[name]
-    half = [type(f)(*(x.bfloat16() if x.is_floating_point() else x for x in f)) for f in forms]
-    rounded = [type(f)(*(x.double() if x.is_floating_point() else x for x in f)) for f in half]
+    half = [cast(f, torch.bfloat16) for f in forms]
+    rounded = [cast(f, torch.float64) for f in half]
     direction = normal(*shape)
     expected = quantities_of(materialise(rounded, shape), direction)
     out = reduce(half, shape, ("norm", "dot"), method, direction.float())
@@ -107,7 +141,8 @@ def test_weighted_sum(name):
 def test_combine_keeps_the_gradient(name):
     forms, shape, _ = CASES[name]
     joined = combine(forms, shape)
-    assert len({type(f) for f in joined}) == len(joined)
+    kinds = [type(f) for f in joined if not isinstance(f, Shifted)]
+    assert len(set(kinds)) == len(kinds)
     torch.testing.assert_close(materialise(joined, shape), materialise(forms, shape))
 
 
