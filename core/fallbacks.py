@@ -2,6 +2,7 @@
 covered, else mapped over the examples.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -34,10 +35,20 @@ def _copied(module: nn.Module, names: Mapping[nn.Module, str], copies: dict[nn.M
         # functional_call writes into these dicts.
         tensors = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
         out.__dict__.update({**module.__dict__, **tensors, "_modules": children})
+        if hasattr(module.__dict__.get("config"), "_experts_implementation"):
+            out.config = _with_mappable_experts(module.config)
         if asks:
             name = f"{names[module]} ({type(module).__name__})".strip()
             out.__dict__.update(_lifted_name=name, _lifted_call=_call(out, name))
     return copies[module]
+
+
+def _with_mappable_experts(config: Any) -> Any:
+    """transformers' configuration, with the experts of a mixture in the one form of theirs that vmap takes: the weights
+    of each token's experts are gathered, and no token is sorted by its value."""
+    config = copy.copy(config)
+    config._experts_implementation = "batched_mm"
+    return config
 
 
 def _may_fail(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ it is: its hooks, which form every example's gradient.
 
     python tests/benchmarks/lifted.py [--net bert|resnet18] [--layers 6] [--width 384] [--vocabulary 30522] [--time 128]
         [--side 64] [--batch 16] [--rounds 9]
+    python tests/benchmarks/lifted.py --memory        peak memory of a call instead of its time; no Opacus
 """
 
 import argparse
@@ -14,6 +15,7 @@ import warnings
 
 import torch
 import torchvision_operators  # noqa: F401
+from memory import peak, require_prompt_free
 from timing import interleaved, report
 from torch import nn
 from torch.func import grad
@@ -71,7 +73,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory instead of the time")
     args = parser.parse_args()
+    if args.memory:
+        require_prompt_free()
     args.batch = args.batch or (16 if args.net == "bert" else 32)
     torch.manual_seed(0)
     module, batch, losses_of = {"bert": bert, "resnet18": resnet18}[args.net](args)
@@ -100,11 +105,18 @@ def main() -> None:
         alone = tree.norm(plain(params, tuple(x[i : i + 1] for x in batch)))
         torch.testing.assert_close(sides["lifted"]()[1][i], alone, rtol=1e-3, atol=1e-6)
     targets = {"plain gradient": 1.25 if args.net == "bert" else 1.3}
+    title = f"norms and mean gradient of a lifted {type(module).__name__}, batch {args.batch}"
+    if args.memory:
+        peaks = {name: peak(call) for name, call in sides.items()}
+        ratio = peaks["lifted"] / peaks["plain gradient"]
+        print(title, *(f"  {name}: {size / 2**20:.0f} MiB" for name, size in peaks.items()), sep="\n")
+        verdict = "reached" if ratio <= 1.15 else "missed"
+        print(f"  lifted / plain gradient: {ratio:.2f} (target at most 1.15: {verdict})")
+        return
     if args.net == "bert":
         warnings.simplefilter("ignore")  # Opacus' hooks on inputs without a gradient
         sides["Opacus, hooks"] = opacus(module, batch, losses_of)
         targets["Opacus, hooks"] = 1.0
-    title = f"norms and mean gradient of a lifted {type(module).__name__}, batch {args.batch}"
     report(title, interleaved(sides, args.rounds), "lifted", targets)
 
 

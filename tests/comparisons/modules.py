@@ -153,7 +153,8 @@ LIBRARIES = ("transformers", "torchvision", "timm", "diffusers")
 
 def verdict(tool: str, name: str) -> tuple[str, str]:
     """(the verdict on a tool for an architecture, its own message)."""
-    about = public(name)
+    about, default = public(name), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # some tools make tensors of the default precision
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -163,6 +164,8 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
         return "not installed", str(error)
     except Exception as error:
         return ("refuses" if on_purpose(error) else "stops"), f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_default_dtype(default)
     if not isinstance(norms, Tensor):
         return "no norms", ""
     if norms.shape != (N,):

@@ -6,7 +6,6 @@ from torch import nn
 
 from core import per_example, random, tree
 from core.lift import lift
-from core.per_example import PerExampleError
 from tests.registry.public_modules import BUILDS, N, public
 
 # One for each thing that a module may do: tie weights, take and return objects, a Conv1D, fold windows into the batch,
@@ -14,6 +13,7 @@ from tests.registry.public_modules import BUILDS, N, public
 QUICK = ("gpt2", "llama", "bert", "swin", "t5")
 MAPPED = {
     "deberta_v2": {"DisentangledSelfAttention"},
+    "mixtral": {"MixtralSparseMoeBlock"},
     "swin": {"SwinLayer"},
     "torchvision's SwinTransformer": {"ShiftedWindowAttention"},
 }
@@ -36,7 +36,7 @@ def marked(name: str):
     return name if name in QUICK else pytest.param(name, marks=pytest.mark.long if heavy else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in BUILDS if name != "mixtral"])
+@pytest.mark.parametrize("name", [marked(name) for name in BUILDS])
 def test_public_modules_are_exact_per_example(name):
     if "timm" in name:
         pytest.importorskip("timm")
@@ -113,8 +113,11 @@ def test_a_layer_that_folds_the_batch_is_mapped_and_named(traced):
 
 
 @pytest.mark.slow
-def test_a_mixture_of_experts_is_refused_by_name():
+def test_a_mixture_of_experts_keeps_its_own_form():
+    """Inside reports its experts are gathered per token, so that they can be mapped; the module stays as it is."""
     about = public("mixtral")
     params, _, apply = lift(about.module)
-    with pytest.raises(PerExampleError, match="'model.layers.0.mlp.gate.weight' meets"):
-        per_example.reports(lambda p, batch: about.losses(lambda ids: apply(p, ids), batch), params, about.batch)
+    plan = per_example.plan(lambda p, batch: about.losses(lambda ids: apply(p, ids), batch), params, about.batch)
+    assert {layer.partition(" ")[2] for layer in plan.layers} == {"(MixtralSparseMoeBlock)"}
+    assert about.module.config._experts_implementation == "eager"
+    assert all(m.config._experts_implementation == "eager" for m in about.module.modules() if hasattr(m, "config"))

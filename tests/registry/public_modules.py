@@ -126,7 +126,9 @@ def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 1}
-    return _decoder(MixtralForCausalLM(MixtralConfig(**_text(**experts))))
+    cfg = MixtralConfig(**_text(**experts))
+    cfg._experts_implementation = "eager"  # the default one has no double precision
+    return _decoder(MixtralForCausalLM(cfg))
 
 
 @add
