@@ -18,7 +18,7 @@ from tests.experiments.gpt_runs import TEXT, call, state_of
 from tests.experiments.runs import ROOT, one_error, refused, same_bits, script, wait_for_step
 from tests.registry.experiments import EXPERIMENTS, Experiment
 from train.run import checkpoints
-from train.run.ranks import PLAN
+from train.run.ranks import PLAN, Ranks
 from train.scale import launch
 
 FLAGS = ("--text", "text.txt", "--batch", "4", "--no-compile", "--dropout", "0.1", "--save-every", "4")
@@ -208,6 +208,43 @@ def test_a_full_disk_of_one_process_ends_both_in_one_line(here):
     for step in checkpoints.steps(saved):
         checkpoints.verify(saved, step)
     assert call("--resume", "--name", "full") == 0
+
+
+def test_a_straggler_is_named_once_and_not_by_its_start():
+    ranks, said = object.__new__(Ranks), []
+    others = iter([["0.0", "9.0"], ["0.01", "0.02"], ["0.01", "0.3"], ["0.01", "0.3"]])
+    ranks.processes = SimpleNamespace(ranks=3, exchange=lambda own: [own, *next(others)])
+    ranks._waits, ranks._straggler = 0, False
+    logged = [ranks.waits(0.03, said.append) for _ in range(4)]
+    assert said == ["process 2 takes 0.30 s a step for its data, the others 0.02 s"]
+    assert logged[1] == {"data/seconds": pytest.approx(0.02), "data/slowest_seconds": 0.03}
+
+
+SLOW = """
+import os, runpy, sys, time
+from train.run.run import Run
+
+def late(batches):
+    for batch in batches:
+        time.sleep(0.1 if os.environ["RANK"] == "1" else 0.0)
+        yield batch
+
+own, Run.steps = Run.steps, lambda run, batches: own(run, late(batches))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.long
+def test_a_straggler_is_named_and_changes_nothing(here):
+    (here / "slow.py").write_text(SLOW, encoding="utf-8")
+    flags = (*FLAGS, "--steps", "30", "--shard", "fsdp")
+    ended = launched.together(here / "slow.py", script("gpt"), *flags, "--name", "slow")
+    assert [(code, err) for code, _, err in ended] == [(0, ""), (0, "")]
+    assert re.search(r"process 1 takes 0\.\d+ s a step for its data, the others 0\.0\d s", ended[0][1])
+    assert ended[0][1].count("a step for its data") == 1
+    assert [code for code, _, _ in together(*flags, "--name", "whole")] == [0, 0]
+    assert same_bits(state_of(here / "runs/gpt/slow"), state_of(here / "runs/gpt/whole"))
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from train.scale.distributed import Distributed, distribute
 BY_ROWS = ("replicate", "fsdp", "hsdp")
 """The ways of `--shard` for any loss that is a mean over examples; "tensor" needs a net that knows of it."""
 PLAN = "plan.txt"
+SLOW = 0.05
+"""Seconds a step for its data, above which a process that is slower than the others is named."""
 
 
 class Ranks:
@@ -35,6 +38,7 @@ class Ranks:
         self.processes, self.rank, self.first = processes, processes.rank, processes.first
         self.device = f"cuda:{processes.local_rank}" if common.device == "cuda" else common.device
         self._way, self._local_norm, self._model = common.shard, common.local_norm, None
+        self._waits, self._straggler = 0, False  # how often `waits` was called, whether it has named a process
         if common.mesh:
             self.sizes = mesh.sizes(common.mesh)
         else:
@@ -93,6 +97,23 @@ class Ranks:
         number = sum(cut is not None for cut in cuts.values())
         cut = f"{number} of {len(cuts)} leaves cut, each has {share:.0%} of the parameters" if number else "nothing cut"
         return [f"{self.processes.ranks} processes ({grid}), --shard {self._way}: {cut}; {folder / PLAN}"]
+
+    def waits(self, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
+        """Seconds a step that the processes wait for their batches, their mean and the slowest's, for the log.
+
+        The others wait for the slowest inside the step, whose time is therefore the same for all. One that takes long,
+        and much longer than the others, is named once; not by the first call, which has everybody's start in it.
+        """
+        if self.processes.ranks == 1:
+            return {}
+        each = [float(text) for text in self.processes.exchange(repr(seconds))]
+        slowest = max(range(len(each)), key=each.__getitem__)
+        others = median(x for rank, x in enumerate(each) if rank != slowest)
+        self._waits += 1
+        if not self._straggler and self._waits > 1 and each[slowest] > max(SLOW, 4 * others):
+            self._straggler = True
+            say(f"process {slowest} takes {each[slowest]:.2f} s a step for its data, the others {others:.2f} s")
+        return {"data/seconds": sum(each) / len(each), "data/slowest_seconds": each[slowest]}
 
     def command(self, start: str) -> str:
         """The command line that starts this script on as many processes; `start` is that for one."""
