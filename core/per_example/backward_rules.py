@@ -38,7 +38,7 @@ def _linear(settings: tuple, x: Tensor, cotangent: Tensor) -> Form:
 
 
 def _shifted(x: Tensor, positions: tuple, settings: tuple) -> tuple[Tensor, list[int], list[int]]:
-    """What a convolution's windows read, laid out so that a step of the kernel is a shift along one flat axis.
+    """Input of a convolution, laid out so that a step of its kernel is a shift along one flat axis.
 
     The flat axis has a cell for each position, and to the right of each row of positions as many as the kernel reaches
     over; with a stride, one such plane for each remainder (phase) of an index by the stride.

@@ -66,7 +66,7 @@ def functree_compiled(about: Public) -> Tensor:
 
 
 def errors(about: Public, each: Tensor) -> dict[str, float]:
-    """Of functree's other quantities, the largest error relative to the largest entry. each: (N, entries)."""
+    """Largest error of each of functree's other quantities, relative to the largest entry. each: (N, entries)."""
     loss, params = lifted(about)
     out = per_example.reports(loss, params, about.batch, ("gram", "square"))
     limit = each.norm(dim=1).mean()
@@ -172,9 +172,9 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
         return f"shape {tuple(norms.shape)}", ""
     each = oracle(about)
     expected = each.norm(dim=1)
-    found = {"norms": float(((norms - expected).abs() / expected).max())}
-    found |= errors(about, each) if tool == "functree" else {}
-    wrong = [f"{name} {percent(error)}" for name, error in found.items() if not error <= EXACT]
+    distances = {"norms": float(((norms - expected).abs() / expected).max())}
+    distances |= errors(about, each) if tool == "functree" else {}
+    wrong = [f"{name} {percent(error)}" for name, error in distances.items() if not error <= EXACT]
     return (f"wrong: {', '.join(wrong)}".replace("norms ", "") if wrong else "exact"), ""
 
 

@@ -211,12 +211,12 @@ def test_a_full_disk_of_one_process_ends_both_in_one_line(here):
 
 
 def test_a_straggler_is_named_once_and_not_by_its_start():
-    ranks, said = object.__new__(Ranks), []
+    ranks, lines = object.__new__(Ranks), []
     others = iter([["0.0", "9.0"], ["0.01", "0.02"], ["0.01", "0.3"], ["0.01", "0.3"]])
     ranks.processes = SimpleNamespace(ranks=3, exchange=lambda own: [own, *next(others)])
-    ranks._waits, ranks._straggler = 0, False
-    logged = [ranks.waits(0.03, said.append) for _ in range(4)]
-    assert said == ["process 2 takes 0.30 s a step for its data, the others 0.02 s"]
+    ranks.clock, ranks._waits, ranks._straggler = SimpleNamespace(mean=lambda: 0.03), 0, False
+    logged = [ranks.waits(lines.append) for _ in range(4)]
+    assert lines == ["process 2 takes 0.30 s a step for its data, the others 0.02 s"]
     assert logged[1] == {"data/seconds": pytest.approx(0.02), "data/slowest_seconds": 0.03}
 
 

@@ -14,6 +14,7 @@ import core
 from core.tree import Tree
 from train.files import plain
 from train.run import flags
+from train.run.waits import Waits
 from train.scale import launch, mesh, shards
 from train.scale.distributed import Distributed, distribute
 
@@ -31,6 +32,7 @@ class Ranks:
         processes: `train.scale.launch.Processes`.
         rank: the number of this process.
         device: that of this process.
+        clock: of the batches that this process waits for.
     """
 
     def __init__(self, args: Any, processes: launch.Processes):
@@ -38,7 +40,11 @@ class Ranks:
         self.processes, self.rank, self.first = processes, processes.rank, processes.first
         self.device = f"cuda:{processes.local_rank}" if common.device == "cuda" else common.device
         self._way, self._local_norm, self._model = common.shard, common.local_norm, None
-        self._waits, self._straggler = 0, False  # how often `waits` was called, whether it has named a process
+        self.clock, self._waits, self._straggler = (
+            Waits(),
+            0,
+            False,
+        )  # how often `waits` was called, whether it has named a process
         if common.mesh:
             self.sizes = mesh.sizes(common.mesh)
         else:
@@ -98,7 +104,7 @@ class Ranks:
         cut = f"{number} of {len(cuts)} leaves cut, each has {share:.0%} of the parameters" if number else "nothing cut"
         return [f"{self.processes.ranks} processes ({grid}), --shard {self._way}: {cut}; {folder / PLAN}"]
 
-    def waits(self, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
+    def waits(self, say: Callable[[str], None]) -> dict[str, float]:
         """Seconds a step that the processes wait for their batches, their mean and the slowest's, for the log.
 
         The others wait for the slowest inside the step, whose time is therefore the same for all. One that takes long,
@@ -106,7 +112,7 @@ class Ranks:
         """
         if self.processes.ranks == 1:
             return {}
-        each = [float(text) for text in self.processes.exchange(repr(seconds))]
+        each = [float(text) for text in self.processes.exchange(repr(self.clock.mean()))]
         slowest = max(range(len(each)), key=each.__getitem__)
         others = median(x for rank, x in enumerate(each) if rank != slowest)
         self._waits += 1

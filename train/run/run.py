@@ -77,7 +77,6 @@ class Run:
         self.policy = POLICIES[args.common.dtype]
         self.first = self.at = record.step if record else 0
         self.last, self.total = False, None
-        self._waited, self._waited_from = 0.0, self.first  # seconds for batches since the step that was logged last
         self._record, self._identity, self._lines = record, {}, lines
 
     def restore(self, state: Tree, identity: Mapping[str, Any], total: int, model: Tree = None) -> Tree:
@@ -216,15 +215,11 @@ class Run:
 
         Raises CheckpointError if the last checkpoint could not be written.
         """
-        clock, batches = time.perf_counter(), iter(batches)
+        clock = time.perf_counter()
         if self.args.common.compile and self.remaining:
             self.log.print("compiling the train step ...")
-        for at in range(self.first + 1, self.total + 1):
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
+        batches = self._ranks.clock.timed(batches) if self._ranks else batches
+        for at, batch in zip(range(self.first + 1, self.total + 1), batches, strict=False):
             self.at, self.last = at, at == self.total
             yield at, batch
             if at == self.first + 1:
@@ -260,10 +255,8 @@ class Run:
         metrics = {name: value.mean() if value.ndim else value for name, value in metrics.items()}
         self.log.progress(at, items, **(shown or {"loss": metrics["loss"]}))
         if self.due(at, LOG_EVERY):
-            seconds = self._waited / (at - self._waited_from)
-            waits = self._ranks.waits(seconds, self.log.print) if self._ranks else {}
-            self._waited, self._waited_from = 0.0, at
-            self.log.metrics(at, {f"{group}{name}": value for name, value in metrics.items()} | waits)
+            numbers = {f"{group}{name}": value for name, value in metrics.items()}
+            self.log.metrics(at, numbers | (self._ranks.waits(self.log.print) if self._ranks else {}))
 
     def due(self, at: int, every: int) -> bool:
         """True every `every` steps and after the last one: evaluations, pictures, checkpoints."""
