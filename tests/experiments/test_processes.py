@@ -214,7 +214,7 @@ def test_a_straggler_is_named_once_and_not_by_its_start():
     ranks, lines = object.__new__(Ranks), []
     others = iter([["0.0", "9.0"], ["0.01", "0.02"], ["0.01", "0.3"], ["0.01", "0.3"]])
     ranks.processes = SimpleNamespace(ranks=3, exchange=lambda own: [own, *next(others)])
-    ranks.clock, ranks._waits, ranks._straggler = SimpleNamespace(mean=lambda: 0.03), 0, False
+    ranks.clock, ranks._calls, ranks._named = SimpleNamespace(mean=lambda: 0.03), 0, False
     logged = [ranks.waits(lines.append) for _ in range(4)]
     assert lines == ["process 2 takes 0.30 s a step for its data, the others 0.02 s"]
     assert logged[1] == {"data/seconds": pytest.approx(0.02), "data/slowest_seconds": 0.03}

@@ -40,11 +40,7 @@ class Ranks:
         self.processes, self.rank, self.first = processes, processes.rank, processes.first
         self.device = f"cuda:{processes.local_rank}" if common.device == "cuda" else common.device
         self._way, self._local_norm, self._model = common.shard, common.local_norm, None
-        self.clock, self._waits, self._straggler = (
-            Waits(),
-            0,
-            False,
-        )  # how often `waits` was called, whether it has named a process
+        self.clock, self._calls, self._named = Waits(), 0, False  # of `waits`, and whether it has named a process
         if common.mesh:
             self.sizes = mesh.sizes(common.mesh)
         else:
@@ -115,9 +111,9 @@ class Ranks:
         each = [float(text) for text in self.processes.exchange(repr(self.clock.mean()))]
         slowest = max(range(len(each)), key=each.__getitem__)
         others = median(x for rank, x in enumerate(each) if rank != slowest)
-        self._waits += 1
-        if not self._straggler and self._waits > 1 and each[slowest] > max(SLOW, 4 * others):
-            self._straggler = True
+        self._calls += 1
+        if not self._named and self._calls > 1 and each[slowest] > max(SLOW, 4 * others):
+            self._named = True
             say(f"process {slowest} takes {each[slowest]:.2f} s a step for its data, the others {others:.2f} s")
         return {"data/seconds": sum(each) / len(each), "data/slowest_seconds": each[slowest]}
 

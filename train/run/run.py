@@ -209,9 +209,8 @@ class Run:
     def steps(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(number of the step, batch) for each step still to do, of the batches of `remaining`.
 
-        After the last one, the last checkpoint is on disk. A run that a signal asks to end does so after the step that
-        `record` marked as the last: this then says how to continue, and raises SystemExit with 128 + the signal's
-        number.
+        After the last one, the last checkpoint is on disk. After a signal that is the step which `record` marked as the
+        last: this then says how to continue, and raises SystemExit with 128 + the signal's number.
 
         Raises CheckpointError if the last checkpoint could not be written.
         """
