@@ -6,6 +6,7 @@ from torch import nn
 
 from core import per_example, random, tree
 from core.lift import lift
+from core.per_example import PerExampleError
 from tests.registry.public_modules import BUILDS, N, public
 
 # One for each thing that a module may do: tie weights, take and return objects, a Conv1D, fold windows into the batch,
@@ -110,6 +111,22 @@ def test_a_layer_that_folds_the_batch_is_mapped_and_named(traced):
     )
     assert [leaf.uses[0].called for leaf in plan.leaves.values()] == 4 * ["spread"] + ["spread", "linear"]
     assert per_example.verify(loss, params, x) < 1e-12
+
+
+class Sorts(Folds):
+    """Sends the tokens of all examples to a layer by their values, as mixtures of experts do."""
+
+    def forward(self, x):
+        rows = self.first(x.reshape(-1, 4))
+        places = (rows[:, 0] > 0).nonzero()[:, 0]
+        return rows.new_zeros(len(rows), 3).index_add(0, places, self.second(rows[places])).reshape(len(x), -1, 3)
+
+
+def test_a_layer_that_sorts_all_tokens_by_value_is_refused_by_name():
+    params, _, apply = lift(Sorts().double())
+    x = random.normal(random.key(0), (N, 5, 4), torch.float64)
+    with pytest.raises(PerExampleError, match="'first.weight' meets"):
+        per_example.reports(lambda p, x: apply(p, x).square().sum((1, 2)), params, x)
 
 
 @pytest.mark.slow
