@@ -68,7 +68,7 @@ class Dense(NamedTuple):
 Form = Outer | Shifted | Rows | Dense
 
 
-def unshifted(form: Form) -> Form:
+def unshifted(form: Form) -> Outer | Rows | Dense:
     """The same gradient, a Shifted form with its windows copied out, as Outer."""
     if not isinstance(form, Shifted):
         return form
@@ -86,10 +86,11 @@ def combine(forms: Sequence[Form], shape: tuple[int, ...]) -> list[Form]:
     """
     outers = [f for f in forms if isinstance(f, Outer)]
     shifted = [f for f in forms if isinstance(f, Shifted)]
+    products: list[Outer | Shifted] = [*outers, *shifted]
     rows = [f for f in forms if isinstance(f, Rows)]
     denses = [f for f in forms if isinstance(f, Dense)]
-    if len({(type(f), f.rows.shape[1]) for f in [*outers, *shifted]}) > 1:
-        denses += [Dense(materialise([f], shape)) for f in [*outers, *shifted]]
+    if len({(type(f), f.rows.shape[1]) for f in products}) > 1:
+        denses += [Dense(materialise([f], shape)) for f in products]
         outers, shifted = [], []
     combined: list[Form] = [*shifted]
     if outers:
@@ -198,6 +199,7 @@ def inner(a: Form, b: Form) -> Tensor:
 
 def _dot(form: Form, direction: Tensor) -> Tensor:
     """<g_n, direction>, (N,)."""
+    form = unshifted(form)
     if isinstance(form, Outer):
         groups, d = form.rows.shape[1], form.columns.shape[-1]
         rows = wide(form.rows)
