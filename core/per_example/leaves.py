@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from core import tree
@@ -177,12 +178,28 @@ def watch(session: Any, params: Tree, names: Iterable[str]) -> Tree:
     )
 
 
+def in_tuple(args: tuple, kwargs: dict) -> bool:
+    """True for a watched parameter in a tuple of tensors, where Dynamo does not look for tensors of a subclass."""
+    return any(type(x) is tuple and any(isinstance(y, Watched) for y in x) for x in (*args, *kwargs.values()))
+
+
 def invoke(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """`func(*args, **kwargs)`, methods of tensors as methods: Dynamo does not enter those written in Python."""
+    """`func(*args, **kwargs)`, tuples with watched parameters as lists, methods of tensors as methods: Dynamo does not
+    enter those written in Python."""
     name = getattr(func, "__name__", "")
+    if in_tuple(args, kwargs):
+        args = tuple(list(x) if type(x) is tuple else x for x in args)
+        kwargs = {key: list(x) if type(x) is tuple else x for key, x in kwargs.items()}
     if args and isinstance(args[0], Tensor) and getattr(Tensor, name, None) is func:
         return getattr(args[0], name)(*args[1:], **kwargs)
     return func(*args, **kwargs)
+
+
+class Invoked(TorchFunctionMode):
+    """Every function is called as `invoke` does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return invoke(func, args, kwargs or {})
 
 
 _COMPARISONS = frozenset("lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__".split())

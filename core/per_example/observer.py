@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from core.per_example.dynamo import PARTS, loses_axis, parts_taken
 from core.per_example.errors import PerExampleError
 from core.per_example.forward_rules import batch_statistics
-from core.per_example.leaves import Watched, contents, invoke
+from core.per_example.leaves import Watched, contents, in_tuple, invoke
 
 # In all of these `training` is the sixth argument.
 _BATCH_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
@@ -27,7 +27,8 @@ SMALL, LARGER = 61, 127
 
 
 class Observer(TorchFunctionMode):
-    """Refuses batch norm in training mode and loops over the examples, and records the coarsest precision.
+    """Refuses batch norm in training mode and loops over the examples, and records the coarsest precision and
+    whether a tuple of tensors has a parameter in it.
 
     Args:
         examples: the batch size while planning.
@@ -38,6 +39,7 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.examples, self.count_calls = examples, count_calls
         self.parts, self.calls, self.eps = 0, 0, torch.finfo(torch.float64).eps
+        self.tuples = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,6 +52,7 @@ class Observer(TorchFunctionMode):
         takes_part = takes_part and self.examples in args[0].shape
         if takes_part and self._list_length(name, args, kwargs) > LOOP:
             self._refuse_loop(f"by {name}")
+        self.tuples = self.tuples or in_tuple(args, kwargs)
         out = invoke(func, args, kwargs)
         self.calls += 1
         if takes_part and isinstance(out, Tensor) and loses_axis(args[0], out, self.examples):

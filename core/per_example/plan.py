@@ -32,7 +32,8 @@ class Plan:
     """The plan of `reports` for one loss and one shape of its inputs; `print` it.
 
     `leaves` has an entry for each parameter that is reported on; `answers` tells which arguments had the batch axis,
-    in the order of the loss, and which lifted layers run whole; `layers` why the others do not.
+    in the order of the loss, and which lifted layers run whole; `layers` why the others do not; `tuples` whether a
+    function is given a tuple with a parameter in it.
     """
 
     leaves: dict[str, LeafPlan]
@@ -41,6 +42,7 @@ class Plan:
     keep: bool
     inputs: tuple
     layers: dict[str, str] = field(default_factory=dict)
+    tuples: bool = False
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "used by", "T x p x d (groups)", "way")]
@@ -103,7 +105,7 @@ def make_plan(
         )
         lifted = any(answer is True for _, answer in answers)
         compare_losses(loss, params, batch, leaves, answers, planning.mapped, lifted, eps, has_aux)
-    return Plan(leaves, answers, want, keep, signature(params, batch), planning.layers)
+    return Plan(leaves, answers, want, keep, signature(params, batch), planning.layers, planning.observer.tuples)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Reports on per-example gradients from one forward and one backward pass."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from core.per_example.backward_rules import form, once
 from core.per_example.custom_functions import refuse_custom_functions
 from core.per_example.errors import MissingError, PerExampleError
 from core.per_example.forms import Form, reduce
-from core.per_example.leaves import contents, plain, watch
+from core.per_example.leaves import Invoked, contents, plain, watch
 from core.per_example.plan import Plan, make_plan, signature
 from core.per_example.trace import Following, LeafPlan, Use
 from core.tree import Tree
@@ -222,7 +223,8 @@ def pull_back(
     def watched_loss(leaves: list[Tensor], sinks: dict):
         following = Following(count, plan.leaves, plan.answers, plan.want, sinks, directions, budget)
         watched = watch(following, tree.unflatten(params, leaves), plan.leaves)
-        losses, aux = split_aux(refuse_custom_functions(loss)(watched, batch), has_aux)
+        with Invoked() if plan.tuples and torch.compiler.is_compiling() else nullcontext():
+            losses, aux = split_aux(refuse_custom_functions(loss)(watched, batch), has_aux)
         check_losses(losses, count)
         following.check_complete()
         structure.append(aux)

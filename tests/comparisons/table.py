@@ -72,7 +72,7 @@ def _short(left: tuple[str, ...], names: list[str]) -> str:
 
 
 def percent(error: float) -> str:
-    return f"{100 * error:.2g} %"
+    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:.0f} %"
 
 
 def _error(norms: torch.Tensor, squares: torch.Tensor) -> float:

@@ -68,6 +68,26 @@ def test_compiled_matmul_of_square_matrices(loss):
     torch.testing.assert_close(compiled(per_example.reports)(loss, SQUARE, x).norm, expected.norm)
 
 
+@pytest.mark.parametrize("planned", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_compiled_functions_of_tuples(planned):
+    """Dynamo looks for tensors of a subclass in lists, not in tuples."""
+
+    def loss(p, x):
+        a, b, none = p["a"][0], p["b"][0], torch.zeros(4, dtype=torch.float64)
+        rows = torch.stack((a, none, b)).sum(0) * torch.cat(tensors=(b[:2], a[2:]))
+        return (x @ p["a"] + rows).sin().sum(1) + (x.repeat(1, 3) * torch.cat((a, none, b))).cos().sum(1)
+
+    x = torch.randn(3, 4).double()
+    expected = per_example.reports(loss, SQUARE, x)
+    assert per_example.verify(loss, SQUARE, x) <= 1e-10
+    plan = per_example.plan(loss, SQUARE, x) if planned else None
+    out = compiled(lambda p, x: per_example.reports(loss, p, x, plan=plan))(SQUARE, x)
+    torch.testing.assert_close(out.norm, expected.norm)
+    weights = torch.tensor([0.5, -1.0, 2.0]).double()
+    actual = compiled(lambda p, x: per_example.weighted(loss, p, x, lambda report: weights).sum)(SQUARE, x)
+    torch.testing.assert_close(actual, per_example.weighted(loss, SQUARE, x, lambda report: weights).sum)
+
+
 def ensemble(model):
     """Two members and their directions, stacked."""
     members = [model.params, tree.map(lambda p: 0.9 * p + 0.1, model.params)]
