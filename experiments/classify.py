@@ -84,6 +84,8 @@ class Args:
     """Decay of a moving average of the parameters, which is then evaluated; 0 for none."""
     crop: Natural = 1
     """Largest random shift of images in memory, in pixels. Files are always cropped and scaled at random."""
+    least_area: Share = 0.08
+    """Smallest share of a file's picture that a random crop keeps; more suits small pictures and short runs."""
     flip: bool = False
     """Random horizontal flips."""
     colour_jitter: NonNegative = 0.0
@@ -172,6 +174,8 @@ def train(args: Args) -> None:
         raise ValueError(f"--rand-augment is {args.rand_augment}; expected 0 to 30")
     data = image_sets.open_images(args.data)
     understood(print, image_sets.facts(data) | {"net": args.net, "weights": args.weights})
+    if data.in_memory and args.least_area != Args.least_area:
+        raise ValueError(f"--least-area is for files; '{args.data}' is held in memory, where --crop shifts the images")
     count = len(data.train.labels)
     if args.batch > count:
         raise ValueError(f"--batch is {args.batch}, but '{args.data}' has {count} images to learn from")
@@ -203,21 +207,23 @@ def train(args: Args) -> None:
         run.log.print(f"{args.net}: {parameters:,} parameters; run in {run.folder}")
         if fresh:
             run.log.print(f"initialised anew, as the weights are for other classes: {', '.join(fresh)}")
-        batches = image_sets.train_batches(data.train, order_key, run.remaining, args.batch, args.size, decoder)
+        shape = args.batch, args.size, decoder, args.least_area
+        batches = image_sets.train_batches(data.train, order_key, run.remaining, *shape)
         for at, batch in run.steps(batches):
             here = random.fold_in(change_key, at - 1).to(run.device)
             pixels, labels = tree.move(batch, run.device)
             pixels, labels = augment.changed(here, pixels, labels, changes, len(trained.classes), trained.mean)
             state, metrics = step(state, (pixels.contiguous(memory_format=layout), labels))
             run.record(at, metrics, args.batch, loss=metrics["loss"], accuracy=metrics["accuracy"])
-            if run.due(at, args.eval_every or max(1, per_epoch)):
+            if at < steps and run.due(at, args.eval_every or max(1, per_epoch)):
                 figures = classification.figures(*predictions(values_of(run, state), trained, data.test, decoder))
                 run.log.metrics(at, {f"test/{name}": value for name, value in figures.items()})
             if run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = study(run.folder, values_of(run, state), trained, data.test, decoder) | image_sets.baselines(data)
         speed = {"parameters": parameters, "images_per_second": run.at * args.batch / run.seconds}
-        run.result({**figures, **speed, "skipped": len(decoder.skipped)})
+        figures = study(run.folder, values_of(run, state), trained, data.test, decoder)
+        run.log.metrics(run.at, {f"test/{name}": value for name, value in figures.items()})
+        run.result({**figures, **image_sets.baselines(data), **speed, "skipped": len(decoder.skipped)})
     curves = read_curves(run.folder, "train/accuracy", "test/accuracy")
     plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title=f"{args.net} on {shown(args.data)}")
     classifier.report_skipped(decoder)

@@ -27,6 +27,7 @@ CASES = [
         "norms / plain gradient",
     ),
     ("classifier_accuracy --data pictures.zip --epochs 1 --batch 4 --seeds 1 --workers 0 --no-compile", "plain loop"),
+    ("classifier_families --data pictures.zip --nets mnist --batch 4", "| logistic regression | "),
     ("classifiers --size 32 --batch 2 --rounds 1", "functree / torchvision"),
     ("diffusion_sampling --preset digits --batch 1 --steps 2 --rounds 1", "functree / diffusers"),
     ("diffusion_unet --preset digits --batch 1 --rounds 1", "functree / diffusers"),

@@ -233,6 +233,7 @@ def test_compiled_run_has_the_same_values(here, monkeypatch):
         (["predict", "a.png", "--run", ""], "--run is empty; expected a path"),
         (["--optimizer", "adam"], "invalid choice 'adam' for argument '--optimizer'"),
         (["--batch", "2000"], "--batch is 2000, but 'digits' has 1500 images to learn from"),
+        (["--least-area", "0.5"], "--least-area is for files; 'digits' is held in memory"),
         (["--rand-augment", "31"], "--rand-augment is 31; expected 0 to 30"),
         (["--colour-jitter", "-1"], "--colour-jitter is -1.0; expected at least 0"),
         (["finetune", "--head-learning-rate", "-1"], "--head-learning-rate is -1.0; expected at least 0"),

@@ -261,7 +261,13 @@ EVALUATED = 256
 
 
 def train_batches(
-    data: Labelled | Files, key: Tensor, steps: range, batch: int, size: int, decoder: Decoder
+    data: Labelled | Files,
+    key: Tensor,
+    steps: range,
+    batch: int,
+    size: int,
+    decoder: Decoder,
+    least_area: float = 0.08,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (batch, channels, size, size), labels (batch,)) of each step, a function of key and step.
 
@@ -269,9 +275,10 @@ def train_batches(
 
     Args:
         key: (2,).
+        least_area: the smallest share of a file's picture that a crop keeps.
     """
     if isinstance(data, Files):
-        yield from decoder.train_batches(data, key, steps, batch, size)
+        yield from decoder.train_batches(data, key, steps, batch, size, scale=(least_area, 1.0))
         return
     for step in steps:
         indices = batching.epoch_batch(key, step, len(data.labels), batch)

@@ -1,7 +1,9 @@
 """Batches of an image set: functions of key and step, with their labels, without what cannot be read."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from core import random
 from tests.train.data.images.image_files import write_pictures
@@ -30,6 +32,22 @@ def test_training_batches_are_functions_of_key_and_step(kind, pictures, decoder)
     for (pixels, labels), (expected, targets) in zip(batches(KEY, range(3, 5)), actual[3:], strict=True):
         assert torch.equal(pixels, expected) and torch.equal(labels, targets)
     assert not torch.equal(batches(random.key(6), range(1))[0][0], actual[0][0])
+
+
+def test_the_least_area_of_a_crop(tmp_path, decoder):
+    """With 1 a square picture comes whole; with less, crops of it."""
+    for i, name in enumerate("ab" * 4):
+        (tmp_path / name).mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    data = image_sets.open_images(str(tmp_path)).train
+
+    def first(**options):
+        return next(image_sets.train_batches(data, KEY, range(1), 7, 16, decoder, **options))[0]
+
+    assert torch.equal(first(), first(least_area=0.08)) and not torch.equal(first(), first(least_area=0.9))
+    whole = next(decoder.train_batches(data, KEY, range(1), 7, 16, scale=None))[0]
+    assert torch.equal(first(least_area=1.0), whole)
 
 
 def test_images_in_memory_come_with_their_labels():
