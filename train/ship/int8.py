@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from core.tree import Tree
 from train.ship.package import FORMS, Loaded, needed, write_package
 from train.ship.program import Program, ShipError, checked, quiet
@@ -77,11 +79,14 @@ def count_integers(path: Path) -> dict[str, int]:
 
 
 def _reader(base: type, package: Loaded, batches: Iterable[Mapping[str, Tree]]) -> Any:
-    """The batches as onnxruntime reads them. Raises ShipError: there is none."""
+    """The batches as onnxruntime reads them. Raises ShipError: there is none, or one is not finite."""
     rows = [
         {leaf.name: value.numpy() for leaf, value in zip(package.inputs, checked(package.inputs, batch), strict=True)}
         for batch in batches
     ]
+    for i, row in enumerate(rows):
+        if wrong := [name for name, values in row.items() if not np.isfinite(values).all()]:
+            raise ShipError(f"calibration batch {i}: input '{wrong[0]}' has values that are not finite")
     if not rows:
         raise ShipError("there is no batch to calibrate with; expected at least one")
 

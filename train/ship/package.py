@@ -56,7 +56,16 @@ class Loaded(NamedTuple):
 
     @torch.no_grad()
     def __call__(self, **inputs: Tree) -> Tree:
-        """The outputs. Raises ShipError: an input that is not of its dtype, shape or range; nothing is computed."""
+        """The outputs.
+
+        Raises ShipError: an input that is not of its dtype, shape or range, or that a transform of torch.func maps or
+        differentiates; nothing is computed.
+        """
+        for name, value in tree.items(dict(inputs)):
+            if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+                raise ShipError(
+                    f"input '{name}' is inside a transform of torch.func; packages have no gradient and no vmap"
+                )
         return shaped(self.tree, self.run(checked(self.inputs, inputs)))
 
 
@@ -217,7 +226,10 @@ def load(folder: str | Path) -> Loaded:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise ShipError(f"'{shown(folder)}' is no package; expected a folder with {MANIFEST}")
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError as error:
+        raise ShipError(str(error)) from None
     try:
         form, path, digest = manifest["form"], folder / FORMS[manifest["form"]], manifest["sha256"]
         inputs = tuple(

@@ -199,8 +199,9 @@ def checked(leaves: tuple[Leaf, ...], inputs: Mapping[str, Tree]) -> list[Tensor
     """
     values, sizes, out = dict(tree.items(dict(inputs))), {}, []
     if set(values) != {leaf.name for leaf in leaves}:
-        expected = ", ".join(leaf.name for leaf in leaves)
-        raise ShipError(f"inputs {', '.join(values) or 'none'}; expected {expected}")
+        given, expected = ", ".join([*values][:8]), ", ".join(leaf.name for leaf in leaves)
+        more = f" and {len(values) - 8} more" if len(values) > 8 else ""
+        raise ShipError(f"inputs {given or 'none'}{more}; expected {expected}")
     for leaf in leaves:
         value = values[leaf.name]
         if not isinstance(value, Tensor):

@@ -51,6 +51,8 @@ def test_nothing_to_quantise_is_an_error(tmp_path):
         integers.quantise(one, program, tmp_path / "int8")
     with pytest.raises(ShipError, match="there is no batch to calibrate with; expected at least one"):
         integers.quantise(one, program, tmp_path / "int8", [])
+    with pytest.raises(ShipError, match="calibration batch 1: input 'x' has values that are not finite"):
+        integers.quantise(one, program, tmp_path / "int8", [{"x": torch.full((3, 2), v)} for v in (1.0, torch.nan)])
     script = load(save(program, tmp_path / "script", "torchscript"))
     with pytest.raises(ShipError, match="8-bit integers are for 'onnx' packages; .* is 'torchscript'"):
         integers.quantise(script, program, tmp_path / "int8")

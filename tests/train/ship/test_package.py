@@ -88,6 +88,11 @@ def test_package_checks_every_call(script):
         with pytest.raises(ShipError) as raised:
             one(x=wrong)
         assert error in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(ShipError, match=r"^inputs x\.0\.0, x\.0\.1, .*, x\.1\.1 and 10 more; expected x$"):
+        one(x=x.tolist())
+    for transform in (torch.func.grad(lambda x: one(x=x).sum()), torch.func.vmap(lambda x: one(x=x[None]))):
+        with pytest.raises(ShipError, match="input 'x' is inside a transform of torch.func"):
+            transform(x)
     turned = x.T.contiguous().T
     assert not turned.is_contiguous() and torch.equal(one(x=turned), one(x=x))
 
@@ -114,6 +119,9 @@ def test_damaged_packages_are_refused(tmp_path, script):
         load(tmp_path / "a")
     (tmp_path / "a" / "manifest.json").write_text(json.dumps({"form": "tflite"}))
     with pytest.raises(ShipError, match="is no manifest of a package"):
+        load(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text('{"form": "torch')
+    with pytest.raises(ShipError, match="manifest.json is not valid JSON"):
         load(tmp_path / "a")
     with pytest.raises(ShipError, match="'torchscript' keeps its parameters; only 'aoti' packages take others"):
         swap(load(script), face("mlp")[1])
