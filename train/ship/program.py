@@ -199,9 +199,9 @@ def checked(leaves: tuple[Leaf, ...], inputs: Mapping[str, Tree]) -> list[Tensor
     """
     values, sizes, out = dict(tree.items(dict(inputs))), {}, []
     if set(values) != {leaf.name for leaf in leaves}:
-        given, expected = ", ".join([*values][:8]), ", ".join(leaf.name for leaf in leaves)
+        names, expected = ", ".join([*values][:8]), ", ".join(leaf.name for leaf in leaves)
         more = f" and {len(values) - 8} more" if len(values) > 8 else ""
-        raise ShipError(f"inputs {given or 'none'}{more}; expected {expected}")
+        raise ShipError(f"inputs {names or 'none'}{more}; expected {expected}")
     for leaf in leaves:
         value = values[leaf.name]
         if not isinstance(value, Tensor):
