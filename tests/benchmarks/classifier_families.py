@@ -130,7 +130,7 @@ def main() -> None:
     if args.write and args.nets != list(NETS):
         parser.error("--write needs all nets")
     with tempfile.TemporaryDirectory() as place:
-        place = args.runs or Path(place)
+        place = (args.runs or Path(place)).resolve()
         data = place / "data"
         if not data.exists():
             with zipfile.ZipFile(args.data) as archive:
