@@ -202,10 +202,10 @@ def train(args: Args) -> None:
 def report(run: Run, params, cfg: rnn.Config, tokenizer, parts: tuple, key) -> None:
     """The final figures, the curves, what cells do, and a text by the model."""
     window = run.args.window
+    speed = {"tokens_per_second": run.at * run.args.batch * window / run.seconds}
     val_loss, carried = (f(params, cfg, parts[1], window) for f in (validate, validate_carried))
     lines, baseline = read_curves(run.folder, "train/loss", "validation/loss"), text.unigram_entropy(*parts)
     figures = {"val_loss": val_loss, "carried_val_loss": carried, "train_loss": lines["train/loss"][1][-1]}
-    speed = {"tokens_per_second": run.at * run.args.batch * window / run.seconds}
     run.result({**figures, "unigram_entropy": baseline, "parameters": tree.count(params), **speed})
     plots.curves(run.folder / "loss.png", lines, ylabel="nats per token", title="Cross-entropy")
     for line in cells.draw(run.folder, params, cfg, tokenizer, parts[1]):

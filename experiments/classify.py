@@ -38,6 +38,7 @@ from train.files import shown, write_json
 from train.metrics import classification
 from train.optimizers import recipes
 from train.run import Common, Count, FromRun, Natural, NonNegative, Positive, Rate, Share, Shared, begin, command_line
+from train.run.flags import Portion
 from train.run.logs import read_curves
 from train.run.ranks import BY_ROWS
 from train.run.run import unused
@@ -84,8 +85,8 @@ class Args:
     """Decay of a moving average of the parameters, which is then evaluated; 0 for none."""
     crop: Natural = 1
     """Largest random shift of images in memory, in pixels. Files are always cropped and scaled at random."""
-    least_area: Share = 0.08
-    """Smallest share of a file's picture that a random crop keeps; more suits small pictures and short runs."""
+    least_area: Portion = 0.08
+    """Least part of a file's area that a random crop has; more suits small pictures and short runs."""
     flip: bool = False
     """Random horizontal flips."""
     colour_jitter: NonNegative = 0.0

@@ -210,10 +210,10 @@ def train(args: Args) -> None:
 
 def report(run: Run, params, cfg: Config, tokenizer, baseline: float, validation_tokens, key) -> None:
     """The final figures, the curves, and a text by the model."""
-    val_loss = validate(params, cfg, validation_tokens)
-    lines = read_curves(run.folder, "train/loss", "validation/loss")
     tokens = run.at * run.args.batch * cfg.context
     speed = {"parameters": tree.count(params), "tokens_per_second": tokens / run.seconds}
+    val_loss = validate(params, cfg, validation_tokens)
+    lines = read_curves(run.folder, "train/loss", "validation/loss")
     figures = {"val_loss": val_loss, "train_loss": lines["train/loss"][1][-1], "unigram_entropy": baseline}
     run.result({**figures, **speed})
     watch.draw(run.folder)

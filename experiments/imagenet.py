@@ -195,8 +195,8 @@ def learn(args: Args, run: Run, data: image_sets.ImageSet) -> None:
                 run.save(at, state, error=1 - figures["accuracy"])
             elif run.due(at, args.common.save_every):
                 run.save(at, state)
-        figures = study(run.folder, values_of(run, state), trained, data.test, decoder) | image_sets.baselines(data)
         speed = {"parameters": parameters, "images_per_second": run.at * args.batch / run.seconds}
+        figures = study(run.folder, values_of(run, state), trained, data.test, decoder) | image_sets.baselines(data)
         run.result({**figures, **best_of(run.folder, per_epoch), **speed, "skipped": len(decoder.skipped)})
     curves = read_curves(run.folder, "train/accuracy", "test/accuracy", "test/top5_accuracy")
     plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title=f"{args.net} on {shown(args.data)}")

@@ -3,7 +3,7 @@ clipped sum are judged too. README.md explains the words.
 
 python tests/comparisons/modules.py            prints it
 python tests/comparisons/modules.py --write    puts it between its markers of README.md
-python tests/comparisons/modules.py --modules gpt2 swin --errors
+python tests/comparisons/modules.py --modules gpt2 swin --tools "Opacus hooks" --errors
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository, whose tests are no package that is installed
 
 import torch
-from table import EXACT, markdown, on_purpose, percent, versions, write
+from table import EXACT, markdown, on_purpose, percent, relative_error, versions, write
 from torch import Tensor, nn
 
 from core import per_example, tree
@@ -180,21 +180,15 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
     if norms.shape != (N,):
         return f"shape {tuple(norms.shape)}", ""
     each = oracle(about)
-    distances = {"norms": _error(norms, each)}
+    distances = {"norms": relative_error(norms, each.square().sum(1))}
     if tool == "functree":
         distances |= errors(about, each)
     elif not distances["norms"] <= EXACT and len(names) < len(sizes):
-        kept = torch.cat([torch.full((size,), n in names) for n, size in sizes.items()])
-        if _error(norms, each[:, kept]) <= EXACT:
+        entries = torch.cat([torch.full((size,), name in names) for name, size in sizes.items()])
+        if relative_error(norms, each[:, entries].square().sum(1)) <= EXACT:
             return f"leaves out {len(sizes) - len(names)} of {len(sizes)}: {percent(distances['norms'])}", ""
     wrong = [f"{name} {percent(error)}" for name, error in distances.items() if not error <= EXACT]
     return (f"wrong: {', '.join(wrong)}".replace("norms ", "") if wrong else "exact"), ""
-
-
-def _error(norms: Tensor, each: Tensor) -> float:
-    """The greatest relative error. norms: (N,); each: (N, entries) gradients."""
-    expected = each.norm(dim=1)
-    return float(((norms - expected).abs() / expected).max())
 
 
 def main() -> None:

@@ -43,14 +43,14 @@ def verdict(tool: str, name: str) -> tuple[str, str]:
     if norms.shape != (BATCH,):
         return f"shape {tuple(norms.shape)}", text
     squares = squares_by_parameter(about)
-    error = _error(norms, squares.sum(0))
+    error = relative_error(norms, squares.sum(0))
     if error <= EXACT:
         return "exact", text
     # What a tool leaves out is found from the outside: its norm is exact over some of the parameters only.
     names = [name for name, _ in about.module.named_parameters()]
     for left in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(1, len(names))):
         rest = [i for i, name in enumerate(names) if name not in left]
-        if _error(norms, squares[rest].sum(0)) <= EXACT:
+        if relative_error(norms, squares[rest].sum(0)) <= EXACT:
             named = all(any(word in text for word in _words(about.module, name)) for name in left)
             return f"leaves out {_short(left, names)}{' (says so)' if named else ''}: {percent(error)}", text
     return f"wrong: {percent(error)}", text
@@ -75,7 +75,7 @@ def percent(error: float) -> str:
     return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:.0f} %"
 
 
-def _error(norms: torch.Tensor, squares: torch.Tensor) -> float:
+def relative_error(norms: torch.Tensor, squares: torch.Tensor) -> float:
     """The greatest relative error of the per-example norms."""
     return ((norms - squares.sqrt()).abs() / squares.sqrt()).max().item()
 

@@ -275,7 +275,7 @@ def train_batches(
 
     Args:
         key: (2,).
-        least_area: the smallest share of a file's picture that a crop keeps.
+        least_area: the least part of a file's area that a crop has.
     """
     if isinstance(data, Files):
         yield from decoder.train_batches(data, key, steps, batch, size, scale=(least_area, 1.0))
