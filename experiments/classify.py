@@ -224,7 +224,8 @@ def train(args: Args) -> None:
         speed = {"parameters": parameters, "images_per_second": run.at * args.batch / run.seconds}
         figures = study(run.folder, values_of(run, state), trained, data.test, decoder)
         run.log.metrics(run.at, {f"test/{name}": value for name, value in figures.items()})
-        run.result({**figures, **image_sets.baselines(data), **speed, "skipped": len(decoder.skipped)})
+        figures |= image_sets.baselines(data)
+        run.result({**figures, **speed, "skipped": len(decoder.skipped)})
     curves = read_curves(run.folder, "train/accuracy", "test/accuracy")
     plots.curves(run.folder / "accuracy.png", curves, ylabel="accuracy", title=f"{args.net} on {shown(args.data)}")
     classifier.report_skipped(decoder)

@@ -54,6 +54,14 @@ def parameters(run, net="lenet-digits", channels=1, classes=10, size=8, step=Non
     return checkpoints.restore(run / "checkpoints", params, step, part="params")
 
 
+def test_ends_beside_a_baseline_and_is_tested_once_a_step(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert call(*QUICK, "--epochs", "2", "--name", "a") == 0
+    assert "(nearest mean: 90.91%)" in capfd.readouterr().out.splitlines()[-1]
+    lines = [json.loads(line) for line in (tmp_path / "runs/classify/a/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "test/accuracy" in line] == [15, 30]
+
+
 def test_evaluation_repeats_the_figures(here, capsys):
     run = here / "runs" / "classify" / "whole"
     figures = result(run)
