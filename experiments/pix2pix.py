@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from core import random, tree
 from experiments.parts import image_translation as parts
@@ -178,6 +179,9 @@ def train(args: Args) -> None:
                 run.save(at, state)
         images = translations(state.generator, cfg, test)
         figures = {"l1": float(mean_absolute_error(images, targets))}
+        average = torch.mean(pairs.targets, dim=0, keepdim=True, dtype=torch.float32)  # larger than a test picture
+        average = F.interpolate(average, tuple(targets.shape[2:]), mode="bilinear", antialias=True) / 127.5 - 1
+        figures["l1_mean"] = float(mean_absolute_error(average.expand_as(targets), targets))  # one and the same for all
         if cfg.source_channels in (1, cfg.channels):  # the source itself as its translation
             figures["l1_source"] = float(mean_absolute_error(signed(test.sources).expand_as(images), targets))
         run.result(figures)

@@ -18,7 +18,6 @@ from train.data.images import annotations, boxed, scenes
 from train.data.images.annotations import BoxSet
 from train.data.images.arrays import digits
 from train.data.images.boxed import Boxed
-from train.data.images.picture import opened
 from train.files import replacing, shown, write_json
 from train.losses import detection, matching
 from train.metrics.detection import Frames, Precision, average_precision
@@ -214,7 +213,8 @@ def study(folder: Path, model: Detector, data: Boxed, score: float) -> dict[str,
     count = min(SHOWN, len(data.images))
     frames = [_compared(one, data, i, model.classes, score) for i, one in enumerate(detections[:count])]
     title = "Detections: right, wrong (orange), missed (yellow)"
-    pictures.boxes(folder / "detections.png", data.images[:count], frames, title=title)
+    shown_images = [boxed.unfilled(image) for image in data.images[:count]]
+    pictures.boxes(folder / "detections.png", shown_images, frames, title=title)
     names = [f"{shown(name)}, {value:.2f}" for name, value in zip(model.classes, out.per_class, strict=True)]
     curves = dict(zip(names, out.curves.T, strict=True))
     pictures.precision_recall(folder / "precision_recall.png", curves, "Precision over recall, and AP50")
@@ -294,16 +294,9 @@ def write_predictions(folder: Path, model: Detector, paths: Sequence[Path], scor
     for page, start in enumerate(range(0, len(names), SHOWN)):
         rows, images, frames = range(start, min(start + SHOWN, len(names))), [], []
         for i in rows:
-            one, scale = detections[i], float(data.scales[i])
+            one = detections[i]
             texts = [f"{shown(model.classes[k])} {s:.2f}" for s, k in zip(one.scores, one.labels, strict=True)]
             frames.append([pictures.Box(tuple(b.tolist()), text) for b, text in zip(one.boxes, texts, strict=True)])
-            images.append(_inside(data.images[i], names[i], scale))
+            images.append(boxed.unfilled(data.images[i]))
         pictures.boxes(folder / f"boxes_{page + 1}.png", images, frames, titles=[Path(names[i]).name for i in rows])
     return len(names), skipped
-
-
-def _inside(image: Tensor, name: str, scale: float) -> Tensor:
-    """The image without the grey that fills it up."""
-    with opened(name) as picture:
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-    return image[:, :height, :width]

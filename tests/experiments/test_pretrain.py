@@ -17,11 +17,12 @@ from torch import nn
 
 from core import random, tree
 from experiments import pretrain
-from experiments.parts import distillation, filling, pretraining
+from experiments.parts import distillation, encoder_attention, filling, pretraining
 from experiments.parts import encoder as encoders
 from experiments.parts.encoder import Tuning
 from experiments.pretrain import OBJECTIVES, Args
 from tests.experiments import runs
+from tests.experiments.runs import is_png
 from tests.experiments.test_laws import final_state
 from tests.registry.experiments import language as rows
 from train.data.text import masking
@@ -240,6 +241,43 @@ def test_fill(here, monkeypatch, capsys):
         assert error in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_attention_of_a_text(here, capsys):
+    text, out = "The quick brown foxes", here / "heads.png"
+    assert call("attention", text, "--run", RUNS / "a") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:14].strip() for line in lines[:-1]] == [
+        "previous token",
+        "next token",
+        "itself",
+        "first token",
+        "last token",
+    ]
+    assert is_png(RUNS / "a" / "attention_of_text.png") and "2 layers of 1 heads" in lines[-1]
+    assert call("attention", text, "--weights", "published/body", "--heads", "2.1", "--out", out) == 0 and is_png(out)
+    capsys.readouterr()
+    for argv, error in (
+        ((text, "--run", RUNS / "a", "--heads", "1.2"), "there is no head '1.2'; expected LAYER.HEAD, up to 2.1"),
+        ((text, "--run", RUNS / "a", "--heads", "0.1"), "there is no head '0.1'"),
+        ((text, "--run", RUNS / "a", "--heads", "first"), "there is no head 'first'"),
+        ((text, "--run", RUNS / "a", "--out", out), "exists already"),
+        (("word " * 200, "--run", RUNS / "a"), "the text has more than the 128 tokens that the net sees"),
+        ((text, "--run", RUNS / "c"), "'runs/pretrain/c'"),
+        ((text,), "expected either --run DIR or --weights SOURCE"),
+    ):
+        assert call("attention", *argv) == 2
+        assert error in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_typical_heads():
+    previous, rest = torch.zeros(4, 4), torch.full((4, 4), 0.25)
+    previous[torch.arange(4), torch.tensor([0, 0, 1, 2])] = 1.0
+    weights = torch.stack([rest, previous, previous.flip(0, 1), torch.eye(4)]).unflatten(0, (2, 2))
+    heads = encoder_attention.typical(weights)
+    assert heads["previous token"] == (0, 1, 1.0) and heads["next token"] == (1, 0, 1.0)
+    assert heads["itself"] == (1, 1, 1.0) and heads["first token"] == (0, 1, 0.5)
+    assert set(encoder_attention.typical(weights[..., :1, :1])) == {"itself", "first token", "last token"}
+
+
 def test_words_go_where_the_masks_are(here):
     assert filling._inserted("a [M] b[M] [M]", "[M]", [" x", "y", " z"]) == "a x by z"
     assert filling._inserted("[M]ing", "[M]", ["do"]) == "doing"
@@ -260,7 +298,7 @@ def test_causal_and_span_runs_write(here, capsys):
 
 def test_attention_maps_are_distributions(here):
     net = encoders.of_finetuned(open_run(RUNS / "a", RUNS))
-    maps = filling.attention_maps(net, torch.tensor([[2, 8, 9, 3, 0]]))
+    maps = encoder_attention.attention_maps(net, torch.tensor([[2, 8, 9, 3, 0]]))
     assert maps.shape == (1, 2, 1, 5, 5) and not maps[..., 4].any()
     torch.testing.assert_close(maps.sum(-1), torch.ones(1, 2, 1, 5))
     torch.testing.assert_close(maps, theirs(net, torch.tensor([[2, 8, 9, 3, 0]])))

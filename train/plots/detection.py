@@ -36,11 +36,13 @@ def boxes(
     Args:
         images: (count, channels, height, width) in [0, 1], or bytes, or a list of such in sizes of their own.
         frames: the boxes of each image.
-        side: size of an image in inches.
+        side: width of an image in inches.
     """
     count, columns = len(images), min(columns, max(1, len(images)))
     rows = -(-count // columns)
-    figure = new_figure(columns * side, rows * (side + 0.15) + 0.3 * bool(title))
+    tallest = max((image.shape[-2] / image.shape[-1] for image in images), default=1.0)
+    height = side * min(1.0, tallest) + 0.15 + 0.15 * bool(titles)
+    figure = new_figure(columns * side, rows * height + 0.3 * bool(title))
     figure.set_layout_engine("constrained")
     from matplotlib.patches import Rectangle
 

@@ -72,7 +72,7 @@ ROWS = [
         pictures=("translations.png", "l1.png", "frames/*.png"),
         files=("training.gif",),
         inputs=two_folders,
-        baseline="l1_source",
+        baseline="l1_mean",
         refusals=(
             (("--data", "nowhere"), "--data 'nowhere' does not exist; expected photographs, facades, a folder"),
             (("--data", "first,lone"), "has no pair"),

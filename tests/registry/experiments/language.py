@@ -208,6 +208,7 @@ ROWS = [
         commands=(
             (("fill", "The [MASK] brown [MASK] jump", "--top", "2"), ()),
             (("evaluate",), ("evaluations/held_out/result.json", "evaluations/held_out/filled.png")),
+            (("attention", "The brown fox"), ("attention_of_text.png",)),
             (("evaluate", "--data", "text.txt", "--checkpoint", "8"), ("evaluations/text.txt/result.json",)),
         ),
     ),

@@ -21,6 +21,8 @@ from train.data.images.annotations import Annotated
 from train.data.images.picture import converted, opened
 
 BACKGROUND = -1
+FILL = 114
+"""Grey of the bytes around a picture that is no square."""
 VISIBLE = 0.3
 """Least share of a box that must be left inside, or it is no object any more."""
 
@@ -84,9 +86,18 @@ def fitted(image: Image.Image, size: int, channels: int) -> tuple[np.ndarray, fl
     image = converted(image, channels)
     scale = size / max(image.size)
     width, height = (max(1, min(size, round(side * scale))) for side in image.size)
-    canvas = Image.new(image.mode, (size, size), (114,) * channels if channels > 1 else 114)
+    canvas = Image.new(image.mode, (size, size), (FILL,) * channels if channels > 1 else FILL)
     canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), (0, 0))
     return np.asarray(canvas).reshape(size, size, channels).transpose(2, 0, 1).copy(), scale
+
+
+def unfilled(image: Tensor) -> Tensor:
+    """An image (channels, height, width) of bytes without the grey that `fitted` filled it up with."""
+    drawn = (image != FILL).any(0)
+    if not drawn.any():
+        return image
+    height, width = (int(drawn.any(dim).nonzero().max()) + 1 for dim in (1, 0))
+    return image[:, :height, :width]
 
 
 def flip(keys: Tensor, images: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,9 @@ def test_reading(tmp_path):
     assert out.images.shape == (2, 3, 40, 40) and out.images.dtype == torch.uint8
     assert out.boxes[0, 0].tolist() == [8, 4, 24, 12] and out.labels.tolist() == [[1], [-1]]
     assert around(out.images[0, :1] / 255) == [8, 4, 24, 12] and int(out.images[0, 0, -1, 0]) == 114
+    inside = boxed.unfilled(out.images[0])
+    assert torch.equal(inside, out.images[0, :, :20])
+    assert boxed.unfilled(out.images[0, :, 20:]).shape == (3, 20, 40)  # nothing but grey stays whole
     assert [path.name for path, _ in skipped] == ["b.png", "c.png"]
     assert skipped[0][1] == "is 100 x 50, its annotation says 50 x 100"
     with pytest.raises(DataError, match="no picture with boxes can be used"):
