@@ -28,16 +28,9 @@ import torch
 import tyro
 
 from core import random, spec, tree
-from experiments.parts import (
-    causal_and_spans,
-    distillation,
-    encoder_attention,
-    filling,
-    language_model,
-    pretraining,
-    writer,
-)
+from experiments.parts import causal_and_spans, distillation, filling, language_model, pretraining, writer
 from experiments.parts import encoder as encoders
+from experiments.parts.encoder_attention import AttentionArgs, attention
 from experiments.parts.pretraining import Objective
 from nets.weights import read_config
 from train import optimizers
@@ -175,23 +168,6 @@ class FillArgs:
     """cpu, cuda, cuda:1, mps ..."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionArgs:
-    text: Annotated[str, tyro.conf.Positional]
-    """Text whose tokens look at one another."""
-    run: Path | None = None
-    """Folder of a run with an encoder, of this script or of one that fine-tunes."""
-    weights: str | None = None
-    """Published weights instead: a folder or repository of a BERT, DistilBERT or RoBERTa."""
-    heads: tuple[str, ...] = ()
-    """Heads to draw, each as LAYER.HEAD, such as 1.3 4.12; if none is named, those that look most at the previous
-    token, the next one, itself, the first and the last."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps ..."""
-    out: Path | None = None
-    """New picture; RUN/attention_of_text.png, numbered if it exists, if None."""
-
-
 def optimizer_of(args: Args) -> optimizers.Optimizer:
     rate = schedules.warmup_cosine(args.learning_rate, min(args.warmup, args.steps // 10), args.steps)
     adamw = optimizers.adamw(rate, 0.9, 0.98, weight_decay=args.weight_decay, mask=lambda name, leaf: leaf.ndim >= 2)
@@ -300,26 +276,6 @@ def net_of(args: FillArgs) -> encoders.Encoder | writer.Writer:
     if not has_head:
         raise ValueError(f"'{source}' has no head for masked tokens")
     return net
-
-
-def attention(args: AttentionArgs) -> None:
-    """Where the heads of an encoder look in a text: a picture of some, and the most typical ones."""
-    check_source(args)
-    path, device = unused(args.out, (args.run or Path()) / "attention_of_text.png"), command_line.device(args.device)
-    net, _ = pretraining.open_encoder(args.weights or str(args.run))
-    layers, heads = net.cfg.layers, net.cfg.heads
-    titles = {
-        place: f"layer {place[0] + 1}, head {place[1] + 1}"
-        for place in encoder_attention.places(args.heads, layers, heads)
-    }
-    net = net._replace(params=tree.move(net.params, device))
-    weights, names = encoder_attention.maps_of_text(net, args.text)
-    for what, (layer, head, share) in encoder_attention.typical(weights).items():
-        print(f"{what:14}  layer {layer + 1}, head {head + 1}: {share:.0%} of the weight on average")
-        if not args.heads:
-            titles.setdefault((layer, head), f"layer {layer + 1}, head {head + 1}: {what}")
-    encoder_attention.draw_heads(path, weights, names, titles)
-    print(f"{layers} layers of {heads} heads, {len(names)} tokens; picture in {path}")
 
 
 COMMANDS: dict[str, tuple] = {

@@ -1,42 +1,53 @@
-"""Where the heads of an encoder look: their attention weights, as figures and as pictures."""
+"""Where the heads of an encoder look in a text: the sub-command `attention` of `experiments/pretrain.py`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor
 
 from core import tree
-from core.attention import attention, queries_keys_values
 from experiments.parts import encoder as encoders
 from experiments.parts.encoder import Encoder
-from experiments.parts.filling import piece
-from experiments.parts.translator import draw_maps
+from experiments.parts.filling import attention_maps, piece
+from experiments.parts.pretraining import open_encoder
 from train import plots
+from train.run import command_line
+from train.run.flags import check_source
+from train.run.run import unused
 
-SHOWN = 4
-"""Layers and heads that `draw_first` shows."""
+LONGEST = 64
+"""Tokens that a picture shows at most."""
 
 
-@torch.no_grad()
-def attention_maps(net: Encoder, tokens: Tensor) -> Tensor:
-    """Attention weights (batch, layers, heads, time, time) of an encoder; each row sums to 1."""
-    mask, maps = tokens != net.cfg.padding_id, []
-    states = net.net.hidden_states(net.params, tokens, net.cfg, mask=mask)
-    for p, x in zip(net.params["blocks"], states, strict=False):
-        q, k, _ = queries_keys_values(p["attn"], x, net.cfg.heads)
-        each = torch.eye(tokens.shape[1], dtype=x.dtype, device=x.device).expand(*k.shape[:2], -1, -1)
-        maps.append(attention(q, k, each, mask=mask[:, None, None, :], method="explicit"))  # weights times 1
-    return torch.stack(maps, 1)
+@dataclass(frozen=True, kw_only=True)
+class AttentionArgs:
+    text: Annotated[str, tyro.conf.Positional]
+    """Text whose tokens look at one another."""
+    run: Path | None = None
+    """Folder of a run with an encoder, of this script or of one that fine-tunes."""
+    weights: str | None = None
+    """Published weights instead: a folder or repository of a BERT, DistilBERT or RoBERTa."""
+    heads: tuple[str, ...] = ()
+    """Heads to draw, each as LAYER.HEAD, such as 1.3 4.12; if none is named, those that look most at the previous
+    token, the next one, itself, the first and the last."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps ..."""
+    out: Path | None = None
+    """New picture; RUN/attention_of_text.png, numbered if it exists, if None."""
 
 
 def maps_of_text(net: Encoder, text: str) -> tuple[Tensor, list[str]]:
     """(Attention weights (layers, heads, time, time) of a text, its tokens). Raises ValueError: it is no Unicode text,
-    or longer than the net's context."""
+    or too long for the net or a picture."""
     text.encode()  # of a lone surrogate
-    (encoding,) = encoders.encodings(net, [text], net.cfg.context + 1)
-    if len(encoding.ids) > net.cfg.context:
-        raise ValueError(f"the text has more than the {net.cfg.context} tokens that the net sees")
+    longest = min(net.cfg.context, LONGEST)
+    (encoding,) = encoders.encodings(net, [text], longest + 1)
+    if len(encoding.ids) > longest:
+        raise ValueError(f"the text has more than {longest} tokens; expected a sentence")
     tokens = torch.tensor([encoding.ids], device=tree.leaves(net.params)[0].device)
     return attention_maps(net, tokens)[0].cpu(), [piece(net.tokenizer, token).strip() for token in encoding.ids]
 
@@ -67,8 +78,7 @@ def places(names: Sequence[str], layers: int, heads: int) -> list[tuple[int, int
         parts = name.split(".")
         numbers = [int(part) - 1 if part.isascii() and part.isdecimal() else -1 for part in parts]
         if len(numbers) != 2 or not (0 <= numbers[0] < layers and 0 <= numbers[1] < heads):
-            expected = f"LAYER.HEAD, up to {layers}.{heads}"
-            raise ValueError(f"there is no head '{name}'; expected {expected}")
+            raise ValueError(f"there is no head '{name}'; expected LAYER.HEAD, up to {layers}.{heads}")
         out.append((numbers[0], numbers[1]))
     return out
 
@@ -84,8 +94,18 @@ def draw_heads(path: Path, weights: Tensor, names: Sequence[str], titles: dict[t
             panel.set_axis_off()
 
 
-def draw_first(path: Path, net: Encoder, tokens: Tensor) -> None:
-    """The first layers and heads on one text (time,)."""
-    weights = attention_maps(net, tokens[None].to(tree.leaves(net.params)[0].device))[:, :SHOWN, :SHOWN].cpu()
-    names = [piece(net.tokenizer, token).strip() for token in tokens.tolist()]
-    draw_maps(path, weights, names, names)
+def attention(args: AttentionArgs) -> None:
+    """Where the heads of an encoder look in a text: a picture of some, and the most typical ones."""
+    check_source(args)
+    path, device = unused(args.out, (args.run or Path()) / "attention_of_text.png"), command_line.device(args.device)
+    net, _ = open_encoder(args.weights or str(args.run))
+    layers, heads = net.cfg.layers, net.cfg.heads
+    titles = {place: f"layer {place[0] + 1}, head {place[1] + 1}" for place in places(args.heads, layers, heads)}
+    net = net._replace(params=tree.move(net.params, device))
+    weights, names = maps_of_text(net, args.text)
+    for what, (layer, head, share) in typical(weights).items():
+        print(f"{what:14}  layer {layer + 1}, head {head + 1}: {share:.0%} of the weight on average")
+        if not args.heads:
+            titles.setdefault((layer, head), f"layer {layer + 1}, head {head + 1}: {what}")
+    draw_heads(path, weights, names, titles)
+    print(f"{layers} layers of {heads} heads, {len(names)} tokens; picture in {path}")

@@ -1,4 +1,4 @@
-"""Masked tokens and spans filled in by a net of `experiments/pretrain.py`, printed and as pictures."""
+"""Masked tokens and spans filled in by a net of `experiments/pretrain.py`, printed and as pictures; its attention."""
 
 import re
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from core import tree
+from core.attention import attention, queries_keys_values
 from experiments.parts import encoder as encoders
 from experiments.parts import writer
 from experiments.parts.encoder import Encoder
+from experiments.parts.translator import draw_maps
 from experiments.parts.writer import Sampling, Writer
 from train.data.text import masking
 from train.data.text.subwords import SENTINELS
@@ -22,7 +24,7 @@ from train.plots.coloured_text import Passage
 MASK = "[MASK]"
 """A missing word, or span, in a text."""
 SHOWN = 4
-"""Passages that are drawn."""
+"""Passages, layers and heads that are drawn."""
 
 
 class Filled(NamedTuple):
@@ -180,3 +182,22 @@ def draw_filled(folder: Path, parts: list[Passage]) -> None:
     with replacing(folder / "filled.txt") as path:
         lines = (f"{part.title}\n{''.join(part.pieces).strip()}\n" for part in parts)
         path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@torch.no_grad()
+def attention_maps(net: Encoder, tokens: Tensor) -> Tensor:
+    """Attention weights (batch, layers, heads, time, time) of an encoder; each row sums to 1."""
+    mask, maps = tokens != net.cfg.padding_id, []
+    states = net.net.hidden_states(net.params, tokens, net.cfg, mask=mask)
+    for p, x in zip(net.params["blocks"], states, strict=False):
+        q, k, _ = queries_keys_values(p["attn"], x, net.cfg.heads)
+        each = torch.eye(tokens.shape[1], dtype=x.dtype, device=x.device).expand(*k.shape[:2], -1, -1)
+        maps.append(attention(q, k, each, mask=mask[:, None, None, :], method="explicit"))  # weights times 1
+    return torch.stack(maps, 1)
+
+
+def draw_attention(path: Path, net: Encoder, tokens: Tensor) -> None:
+    """The first layers and heads on one text (time,)."""
+    weights = attention_maps(net, tokens[None].to(tree.leaves(net.params)[0].device))[:, :SHOWN, :SHOWN].cpu()
+    names = [piece(net.tokenizer, token).strip() for token in tokens.tolist()]
+    draw_maps(path, weights, names, names)

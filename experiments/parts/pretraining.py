@@ -15,7 +15,7 @@ from core import random, tree
 from core import spec as specs
 from core.tree import Tree
 from experiments.parts import encoder as encoders
-from experiments.parts import encoder_attention, filling
+from experiments.parts import filling
 from experiments.parts.encoder import Encoder
 from experiments.parts.examples import Examples, keyed, make_lines, open_windows, read_lines
 from nets import weights
@@ -169,7 +169,7 @@ def study(folder: Path, task: Objective, params: Tree, objective: str) -> dict[s
             filling.draw_filled(folder, filling.passages(net, batch))
     if isinstance(net, Encoder):
         tokens = batch[0][0]
-        encoder_attention.draw_first(folder / "attention.png", net, tokens[tokens != net.cfg.padding_id][:16])
+        filling.draw_attention(folder / "attention.png", net, tokens[tokens != net.cfg.padding_id][:16])
     return figures
 
 

@@ -104,9 +104,14 @@ def main() -> None:
     parser.add_argument("--encoder", default="mobilenet_v2")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    numbers = {"longest": 240, "size": 160, "batch": 8, "steps": 600, "width": 16, "depth": 4, "seed": 0, "threads": 2}
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--longest", type=int, default=240)
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = mask_sets.open_masks(args.data, args.longest)

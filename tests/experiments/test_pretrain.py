@@ -260,7 +260,7 @@ def test_attention_of_a_text(here, capsys):
         ((text, "--run", RUNS / "a", "--heads", "0.1"), "there is no head '0.1'"),
         ((text, "--run", RUNS / "a", "--heads", "first"), "there is no head 'first'"),
         ((text, "--run", RUNS / "a", "--out", out), "exists already"),
-        (("word " * 200, "--run", RUNS / "a"), "the text has more than the 128 tokens that the net sees"),
+        (("word " * 200, "--run", RUNS / "a"), "the text has more than 64 tokens; expected a sentence"),
         ((text, "--run", RUNS / "c"), "'runs/pretrain/c'"),
         ((text,), "expected either --run DIR or --weights SOURCE"),
     ):
@@ -298,7 +298,7 @@ def test_causal_and_span_runs_write(here, capsys):
 
 def test_attention_maps_are_distributions(here):
     net = encoders.of_finetuned(open_run(RUNS / "a", RUNS))
-    maps = encoder_attention.attention_maps(net, torch.tensor([[2, 8, 9, 3, 0]]))
+    maps = filling.attention_maps(net, torch.tensor([[2, 8, 9, 3, 0]]))
     assert maps.shape == (1, 2, 1, 5, 5) and not maps[..., 4].any()
     torch.testing.assert_close(maps.sum(-1), torch.ones(1, 2, 1, 5))
     torch.testing.assert_close(maps, theirs(net, torch.tensor([[2, 8, 9, 3, 0]])))

@@ -93,10 +93,10 @@ def fitted(image: Image.Image, size: int, channels: int) -> tuple[np.ndarray, fl
 
 def unfilled(image: Tensor) -> Tensor:
     """An image (channels, height, width) of bytes without the grey that `fitted` filled it up with."""
-    drawn = (image != FILL).any(0)
-    if not drawn.any():
+    inside = (image != FILL).any(0)
+    if not inside.any():
         return image
-    height, width = (int(drawn.any(dim).nonzero().max()) + 1 for dim in (1, 0))
+    height, width = (int(inside.any(dim).nonzero().max()) + 1 for dim in (1, 0))
     return image[:, :height, :width]
 
 
