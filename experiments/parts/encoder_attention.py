@@ -13,7 +13,7 @@ from core import tree
 from experiments.parts import encoder as encoders
 from experiments.parts.encoder import Encoder
 from experiments.parts.filling import attention_maps, piece
-from experiments.parts.pretraining import open_encoder
+from experiments.parts.pretraining import is_run, open_encoder
 from train import plots
 from train.run import command_line
 from train.run.flags import check_source
@@ -98,6 +98,8 @@ def attention(args: AttentionArgs) -> None:
     """Where the heads of an encoder look in a text: a picture of some, and the most typical ones."""
     check_source(args)
     path, device = unused(args.out, (args.run or Path()) / "attention_of_text.png"), command_line.device(args.device)
+    if args.run and not is_run(str(args.run)):
+        raise ValueError(f"'{args.run}' is not the folder of a run")
     net, _ = open_encoder(args.weights or str(args.run))
     layers, heads = net.cfg.layers, net.cfg.heads
     titles = {place: f"layer {place[0] + 1}, head {place[1] + 1}" for place in places(args.heads, layers, heads)}

@@ -262,6 +262,7 @@ def test_attention_of_a_text(here, capsys):
         ((text, "--run", RUNS / "a", "--out", out), "exists already"),
         (("word " * 200, "--run", RUNS / "a"), "the text has more than 64 tokens; expected a sentence"),
         ((text, "--run", RUNS / "c"), "'runs/pretrain/c'"),
+        ((text, "--run", "nowhere"), "'nowhere' is not the folder of a run"),
         ((text,), "expected either --run DIR or --weights SOURCE"),
     ):
         assert call("attention", *argv) == 2
