@@ -13,9 +13,9 @@ from core import tree
 from experiments.parts import encoder as encoders
 from experiments.parts.encoder import Encoder
 from experiments.parts.filling import attention_maps, piece
-from experiments.parts.pretraining import is_run, open_encoder
+from experiments.parts.pretraining import RUNS, is_run, open_encoder
 from train import plots
-from train.run import command_line
+from train.run import command_line, open_run
 from train.run.flags import check_source
 from train.run.run import unused
 
@@ -25,7 +25,7 @@ LONGEST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionArgs:
-    text: Annotated[str, tyro.conf.Positional]
+    text: Annotated[str, tyro.conf.Positional] = "The dog that chased the cats is tired, because it ran too far."
     """Text whose tokens look at one another."""
     run: Path | None = None
     """Folder of a run with an encoder, of this script or of one that fine-tunes."""
@@ -99,7 +99,7 @@ def attention(args: AttentionArgs) -> None:
     check_source(args)
     path, device = unused(args.out, (args.run or Path()) / "attention_of_text.png"), command_line.device(args.device)
     if args.run and not is_run(str(args.run)):
-        raise ValueError(f"'{args.run}' is not the folder of a run")
+        open_run(args.run, RUNS)  # says so
     net, _ = open_encoder(args.weights or str(args.run))
     layers, heads = net.cfg.layers, net.cfg.heads
     titles = {place: f"layer {place[0] + 1}, head {place[1] + 1}" for place in places(args.heads, layers, heads)}
