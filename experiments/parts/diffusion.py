@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from core import random, tree
-from experiments.parts.generator import distances
+from experiments.parts.generator import distances, some_of
 from nets import weights
 from nets.generative import unet
 from train import plots
@@ -289,8 +289,9 @@ def check_figures(data: Data, classifier: Path | None) -> None:
 
 
 def real_images(data: Data, count: int) -> Tensor:
-    """At most `count` images to compare samples with, from the test images on."""
-    return torch.cat([data.test.images, data.train.images])[:count]
+    """At most `count` images to compare samples with, drawn at random: test images before the others."""
+    first = some_of(data.test.images, count)
+    return torch.cat([first, some_of(data.train.images, count - len(first))])
 
 
 def compared(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -300,8 +301,9 @@ def compared(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, f
 
 def baseline(data: Data, count: int, classifier: Path | None) -> dict[str, float]:
     """The distance without a net: between two halves of the real images, up to `count` in each."""
-    halves = (real_images(data, 2 * count)[i::2] for i in range(2))
-    return {"real_frechet_distance": compared(*halves, classifier)["frechet_distance"]}
+    images = some_of(real_images(data, 2 * count), 2 * count)  # test images and others in both halves
+    first, second, *_ = images.split(len(images) // 2)
+    return {"real_frechet_distance": compared(first, second, classifier)["frechet_distance"]}
 
 
 def probe(model: Diffusion, data: Data, key: Tensor, rounds: int, count: int) -> Iterator[tuple[Tensor, ...]]:

@@ -160,9 +160,21 @@ def noise(model: Players, key: Tensor, count: int, data: Data, label: int | None
     return z, labels % max(len(data.classes), 1) if label is None else torch.full_like(labels, label)
 
 
+def some_of(images: Tensor, count: int) -> Tensor:
+    """At most `count` of the images, drawn at random, always the same ones in the same order.
+
+    Files may lie in the order of their classes, and those of MNIST come from two groups of writers in turn: the first
+    images, or every other one, are no sample of all.
+    """
+    order = random.permutation(random.key(0), len(images))[:count]
+    return images[order.to(images.device)]
+
+
 def real_images(data: Data) -> Tensor:
-    """The images in [0, 1] that samples are compared with: those for testing first."""
-    return (torch.cat([data.test.images, data.train.images])[:MEASURED] + 1) / 2  # (count, channels, size, size)
+    """The images in [0, 1] that samples are compared with, (count, channels, size, size): those for testing before the
+    others."""
+    first = some_of(data.test.images, MEASURED)
+    return (torch.cat([first, some_of(data.train.images, MEASURED - len(first))]) + 1) / 2
 
 
 def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -190,8 +202,8 @@ def figures_of_all(
 
 def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
     """The distance that two halves of the real images have, of up to 2 * MEASURED of them."""
-    images = (data.train.images[: 2 * MEASURED] + 1) / 2
-    first, second = images[::2], images[1::2]
+    images = (some_of(data.train.images, 2 * MEASURED) + 1) / 2
+    first, second, *_ = images.split(len(images) // 2)
     return {"real_frechet_distance": distances(first, second, classifier)["frechet_distance"]}
 
 

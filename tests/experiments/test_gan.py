@@ -2,9 +2,11 @@ import functools
 import re
 
 import pytest
+import torch
 from PIL import Image
 
-from core import spec
+from core import random, spec
+from experiments.parts import diffusion, generator
 from nets.generative import dcgan
 from tests.experiments import runs
 from tests.experiments.runs import config, flag_id, is_png, result
@@ -32,6 +34,27 @@ def averages(run):
     model = dcgan.generator_spec(dcgan.Config(**{**config(run)["net"], "heads": ()}))
     params, _ = spec.split(model, spec.abstract(model))
     return checkpoints.restore(run / "checkpoints", params, part="generator.opt_state.average")
+
+
+def two_kinds(order: str) -> generator.Labelled:
+    """400 pictures, half of them dark and half bright, in the order of their kinds or the two in turn."""
+    bright = torch.arange(400) >= 200 if order == "sorted" else torch.arange(400) % 2 == 1
+    noise = random.normal(random.key(0), (400, 1, 2, 2)) / 10
+    return generator.Labelled(noise + torch.where(bright, 0.5, -0.5)[:, None, None, None], bright.long())
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_real_images_are_a_sample_of_all(order, monkeypatch):
+    """Folders lie in the order of their classes; every other image of MNIST is by other writers."""
+    monkeypatch.setattr(generator, "MEASURED", 100)
+    images, labels = two_kinds(order)
+    data = generator.Data(generator.Labelled(images, labels), generator.Labelled(images, labels), ("dark", "bright"))
+    of_diffusion = diffusion.Data(*data[:3], 256, {})
+    for real in (generator.real_images(data), (diffusion.real_images(of_diffusion, 100) + 1) / 2):
+        assert len(real) == 100 and 0.3 < float((real.mean((1, 2, 3)) > 0.5).float().mean()) < 0.7
+    apart = generator.distances(images[labels == 0], images[labels == 1], None)["frechet_distance"]
+    for figures in (generator.baseline(data, None), diffusion.baseline(of_diffusion, 100, None)):
+        assert figures["real_frechet_distance"] < 0.05 * apart
 
 
 def test_samples(here, capsys):
