@@ -8,6 +8,7 @@ OMP_NUM_THREADS says: `OMP_NUM_THREADS=2 pytest`. What inductor compiles is kept
 import gc
 import os
 
+import pooch  # noqa: F401  its logger keeps the stderr of its import, which a test's capture closes
 import pytest
 import torch
 

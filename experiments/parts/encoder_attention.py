@@ -25,8 +25,8 @@ LONGEST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionArgs:
-    text: Annotated[str, tyro.conf.Positional] = "The dog that chased the cats is tired, because it ran too far."
-    """Text whose tokens look at one another."""
+    sentence: Annotated[str, tyro.conf.Positional] = "The dog that chased the cats is tired, because it ran too far."
+    """Sentence whose tokens look at one another."""
     run: Path | None = None
     """Folder of a run with an encoder, of this script or of one that fine-tunes."""
     weights: str | None = None
@@ -104,7 +104,7 @@ def attention(args: AttentionArgs) -> None:
     layers, heads = net.cfg.layers, net.cfg.heads
     titles = {place: f"layer {place[0] + 1}, head {place[1] + 1}" for place in places(args.heads, layers, heads)}
     net = net._replace(params=tree.move(net.params, device))
-    weights, names = maps_of_text(net, args.text)
+    weights, names = maps_of_text(net, args.sentence)
     for what, (layer, head, share) in typical(weights).items():
         print(f"{what:14}  layer {layer + 1}, head {head + 1}: {share:.0%} of the weight on average")
         if not args.heads:
