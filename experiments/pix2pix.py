@@ -180,7 +180,7 @@ def train(args: Args) -> None:
         images = translations(state.generator, cfg, test)
         figures = {"l1": float(mean_absolute_error(images, targets))}
         average = torch.mean(pairs.targets, dim=0, keepdim=True, dtype=torch.float32)  # larger than a test picture
-        average = F.interpolate(average, tuple(targets.shape[2:]), mode="bilinear", antialias=True) / 127.5 - 1
+        average = signed(F.interpolate(average / 255, tuple(targets.shape[2:]), mode="bilinear", antialias=True))
         figures["l1_mean"] = float(mean_absolute_error(average.expand_as(targets), targets))  # one and the same for all
         if cfg.source_channels in (1, cfg.channels):  # the source itself as its translation
             figures["l1_source"] = float(mean_absolute_error(signed(test.sources).expand_as(images), targets))

@@ -290,8 +290,7 @@ def check_figures(data: Data, classifier: Path | None) -> None:
 
 def real_images(data: Data, count: int) -> Tensor:
     """At most `count` images to compare samples with, drawn at random: test images before the others."""
-    first = some_of(data.test.images, count)
-    return torch.cat([first, some_of(data.train.images, count - len(first))])
+    return some_of(count, data.test.images, data.train.images)
 
 
 def compared(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -301,7 +300,7 @@ def compared(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, f
 
 def baseline(data: Data, count: int, classifier: Path | None) -> dict[str, float]:
     """The distance without a net: between two halves of the real images, up to `count` in each."""
-    images = some_of(real_images(data, 2 * count), 2 * count)  # test images and others in both halves
+    images = some_of(2 * count, real_images(data, 2 * count))  # test images and others in both halves
     first, second, *_ = images.split(len(images) // 2)
     return {"real_frechet_distance": compared(first, second, classifier)["frechet_distance"]}
 

@@ -160,21 +160,23 @@ def noise(model: Players, key: Tensor, count: int, data: Data, label: int | None
     return z, labels % max(len(data.classes), 1) if label is None else torch.full_like(labels, label)
 
 
-def some_of(images: Tensor, count: int) -> Tensor:
-    """At most `count` of the images, drawn at random, always the same ones in the same order.
+def some_of(count: int, *parts: Tensor) -> Tensor:
+    """At most `count` images (count, channels, height, width) of one part after the other, from each drawn at random,
+    always the same ones in the same order.
 
     Files may lie in the order of their classes, and those of MNIST come from two groups of writers in turn: the first
     images, or every other one, are no sample of all.
     """
-    order = random.permutation(random.key(0), len(images))[:count]
-    return images[order.to(images.device)]
+    samples: list[Tensor] = []
+    for images in parts:
+        order = random.permutation(random.key(0), len(images))[: count - sum(map(len, samples))]
+        samples.append(images[order.to(images.device)])
+    return torch.cat(samples)
 
 
 def real_images(data: Data) -> Tensor:
-    """The images in [0, 1] that samples are compared with, (count, channels, size, size): those for testing before the
-    others."""
-    first = some_of(data.test.images, MEASURED)
-    return (torch.cat([first, some_of(data.train.images, MEASURED - len(first))]) + 1) / 2
+    """The images in [0, 1] that samples are compared with, (count, channels, size, size): those for testing first."""
+    return (some_of(MEASURED, data.test.images, data.train.images) + 1) / 2
 
 
 def figures_of(values: tree.Tree, model: Players, data: Data, key: Tensor, classifier: Path | None) -> dict[str, float]:
@@ -202,7 +204,7 @@ def figures_of_all(
 
 def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
     """The distance that two halves of the real images have, of up to 2 * MEASURED of them."""
-    images = (some_of(data.train.images, 2 * MEASURED) + 1) / 2
+    images = (some_of(2 * MEASURED, data.train.images) + 1) / 2
     first, second, *_ = images.split(len(images) // 2)
     return {"real_frechet_distance": distances(first, second, classifier)["frechet_distance"]}
 
