@@ -110,14 +110,17 @@ def image_grid(
     inches = columns * cell[0] + gap
     size = (max(inches, 11 * 0.62 / 72 * fonts.width(title)), rows * cell[1] + gap + top)
     figure = new_figure(*size)
+    axes = axes_in_inches(figure)
+    options = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest", "aspect": "auto"}
     for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
         left, bottom = (size[0] - inches) / 2 + gap + column * cell[0], gap + (rows - 1 - row) * cell[1]
-        axes = figure.add_axes((left / size[0], bottom / size[1], scale / size[0], (cell[1] - gap - head) / size[1]))
-        axes.imshow(image.transpose(1, 2, 0).clip(0, 1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_axis_off()
+        right, high = left + scale, bottom + cell[1] - gap - head
+        image = (image[0] if len(image) == 1 else image.transpose(1, 2, 0)).clip(0, 1)
+        axes.imshow(image, extent=(left, right, bottom, high), **options)
         if titles:
-            axes.set_title(titles[i], fontsize=font, color=INK, pad=2, parse_math=False)
+            words = {"fontsize": font, "color": INK, "ha": "center", "parse_math": False}
+            axes.text((left + right) / 2, high + 2 / 72, titles[i], **words)
     if title:
         figure.text(0.5, 1 - 0.17 / size[1], title, ha="center", va="center", fontsize=11, color=INK)
     write(path, figure)
@@ -349,6 +352,15 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def axes_in_inches(figure: "Figure") -> "Axes":
+    """Axes without marks over the whole figure, in inches from its lower left corner: for many images, which take
+    several times as long with axes for each."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    return axes
+
+
 def _is_axes(path: Any) -> bool:
     from matplotlib.axes import Axes
 
@@ -379,9 +391,8 @@ def _plain_text(figure: "Figure") -> Iterator[None]:
     """Text without LaTeX, whatever matplotlibrc says. Letters that no font has are boxes, of which `fonts.use` has
     warned; matplotlib need not do so for each."""
     from matplotlib import rc_context
-    from matplotlib.text import Text
 
-    for text in figure.findobj(Text):
+    for text in fonts.texts(figure):
         text.set_usetex(False)
     with warnings.catch_warnings(), rc_context({"text.usetex": False}):  # ticks are made while drawing
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -3,11 +3,13 @@
 import functools
 import logging
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,7 @@ def use(figure: "Figure") -> None:
 
     Letters that no installed font has are logged once per package to install, and drawn as boxes.
     """
-    from matplotlib.text import Text
-
-    wanted = {text: lacking(text.get_text(), text.get_fontproperties()) for text in figure.findobj(Text)}
+    wanted = {text: lacking(text.get_text(), text.get_fontproperties()) for text in texts(figure)}
     letters = frozenset().union(*wanted.values())
     if not letters:
         return
@@ -45,6 +45,19 @@ def use(figure: "Figure") -> None:
         text.set_fontfamily([*text.get_fontfamily(), *families])
     if rest:
         _warn(rest)
+
+
+def texts(artist: "Artist") -> Iterator["Text"]:
+    """The texts in a figure. Labels of ticks are made when they are asked for, half of the time that a grid of small
+    images takes; so those of axes that are off are not."""
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+
+    if isinstance(artist, Text):
+        yield artist
+    for child in artist.get_children():
+        if not isinstance(child, Axis) or child.axes.axison:
+            yield from texts(child)
 
 
 def lacking(text: str, properties: object = None) -> frozenset[str]:

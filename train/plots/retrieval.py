@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.plots.figures import COLOURS, INK, array, new_figure, write
+from train.plots.figures import COLOURS, INK, array, axes_in_inches, new_figure, write
 
 RIGHT, WRONG = COLOURS[2], COLOURS[1]
 """Frames of images that fit their query, and of others."""
@@ -30,11 +30,11 @@ def similarities(path: str | os.PathLike, images: Any, texts: Sequence[str], val
     width, height = beside + columns * cell + margin, above + (rows + 1) * cell + 2 * margin
     figure = new_figure(width, height)
     figure.subplots_adjust(0, 0, 1, 1)
+    above_cells = axes_in_inches(figure)
     for j, image in enumerate(pixels):
-        box = ((beside + j * cell + 0.02) / width, (margin + rows * cell + 0.04) / height)
-        axes = figure.add_axes((*box, (cell - 0.04) / width, (cell - 0.04) / height))
-        axes.imshow(image, interpolation="nearest")
-        axes.set_axis_off()
+        left, bottom, side = beside + j * cell + 0.02, margin + rows * cell + 0.04, cell - 0.04
+        place = (left, left + side, bottom, bottom + side)
+        above_cells.imshow(image, interpolation="nearest", aspect="auto", extent=place)
     axes = figure.add_axes((beside / width, margin / height, columns * cell / width, rows * cell / height))
     axes.imshow(cells, cmap="Blues", aspect="auto", interpolation="nearest")
     for (i, j), value in np.ndenumerate(cells):

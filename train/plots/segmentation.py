@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.plots import fonts
-from train.plots.figures import COLOURS, GRID, INK, array, axes_for, new_figure, write
+from train.plots.figures import COLOURS, GRID, INK, array, axes_for, axes_in_inches, new_figure, write
 
 FURTHER = ("#8C564B", "#78DC3C", "#7A3FD0", "#FFFFFF", "#12603A", "#B5B09A", "#1B2A80", "#FF8FB1")
 """Colours of classes after those of all plots."""
@@ -92,15 +92,15 @@ def comparison(
     foot = 0.2 * lines + 0.12 if classes else 0.05
     tall = head + sum(heights) + gap * len(rows) + foot
     figure = new_figure(across, tall)
-    top = tall - head
+    top, axes = tall - head, axes_in_inches(figure)
     for row, height in zip(rows, heights, strict=True):
         for i, pixels in enumerate(row):
             left = gap + i * (width + gap)
-            axes = figure.add_axes((left / across, (top - height) / tall, width / across, height / tall))
-            axes.imshow(pixels, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
+            place = (left, left + width, top - height, top)
+            axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=place)
             if row is rows[0]:
-                axes.set_title(columns[i], fontsize=9, color=INK, pad=3, parse_math=False)
+                words = {"fontsize": 9, "color": INK, "ha": "center", "parse_math": False}
+                axes.text(left + width / 2, top + 3 / 72, columns[i], **words)
         top -= height + gap
     if classes:
         patches = [

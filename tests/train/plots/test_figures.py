@@ -56,6 +56,12 @@ def test_grid_shows_the_values(shape, dtype, tmp_path):
     assert [int(c.mean()) for c in cells] == [0, 0, 0, 0, 0, 255]
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (2, 3, 1, 1), (2, 1, 1)])
+def test_grid_of_single_rows_and_pixels(shape, tmp_path):
+    plots.image_grid(tmp_path / "g.png", torch.zeros(shape))
+    assert amount(pixels(tmp_path / "g.png"), "#000000") > 500
+
+
 def test_grid_with_titles_of_any_length(tmp_path):
     plots.image_grid(
         tmp_path / "g.png", torch.rand(5, 3, 4, 8), titles=["a", "b" * 60, "two\nlines", "狗", ""], title="t"
