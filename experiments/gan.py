@@ -272,10 +272,10 @@ def train(args: Args) -> None:
             if run.due(at, args.common.save_every):
                 run.save(at, state)
         generators = [gans.averaged(member(state, args, i).generator, model, data) for i in range(args.seeds)]
+        run.log.print("comparing samples with the data ...")
         figures = gans.figures_of_all(generators, model, data, random.fold_in(look_key, 2), args.classifier)
         run.result({**figures, "features": str(args.classifier or "pixels")})
-    if data.mixture is None:
-        gans.draw_study(run.folder, generators[0], model, data, look_key)
+    gans.draw_study(run.folder, generators[0], model, data, look_key)
     gans.draw_training(run.folder, args.gan)
     print(f"{format_figures(figures)}; {run.at} steps in {run.seconds:.0f} s; files in {run.folder}/")
 

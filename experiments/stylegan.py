@@ -201,6 +201,7 @@ def train(args: Args) -> None:
         values, (level, alpha) = optimizers.averaged(state.generator.opt_state), grown(args, cfg, run.at)
         real = gans.real_images(data)
         z = random.normal(random.fold_in(look_key, 1), (len(real), cfg.latent))
+        run.log.print(f"comparing {len(real)} samples with as many images ...")
         figures = gans.distances(real, generated(values, cfg, z, level, alpha), args.classifier)
         figures |= gans.baseline(data, args.classifier)
         run.result({**figures, "level": level, "features": str(args.classifier or "pixels")})

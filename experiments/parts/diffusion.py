@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from core import random, tree
-from experiments.parts.generator import distances, some_of
+from experiments.parts.generator import distance_of_halves, distances, some_of
 from nets import weights
 from nets.generative import unet
 from train import plots
@@ -301,8 +301,7 @@ def compared(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, f
 def baseline(data: Data, count: int, classifier: Path | None) -> dict[str, float]:
     """The distance without a net: between two halves of the real images, up to `count` in each."""
     images = some_of(2 * count, real_images(data, 2 * count))  # test images and others in both halves
-    first, second, *_ = images.split(len(images) // 2)
-    return {"real_frechet_distance": compared(first, second, classifier)["frechet_distance"]}
+    return distance_of_halves(unit(images.cpu()), classifier)
 
 
 def probe(model: Diffusion, data: Data, key: Tensor, rounds: int, count: int) -> Iterator[tuple[Tensor, ...]]:

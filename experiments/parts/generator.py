@@ -203,27 +203,34 @@ def figures_of_all(
 
 
 def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
-    """The distance that two halves of the real images have, of up to 2 * MEASURED of them."""
-    images = (some_of(2 * MEASURED, data.train.images) + 1) / 2
-    first, second, *_ = images.split(len(images) // 2)
-    return {"real_frechet_distance": distances(first, second, classifier)["frechet_distance"]}
+    """The distance without a net: between two halves of the real images, of up to 2 * MEASURED of them."""
+    return distance_of_halves((some_of(2 * MEASURED, data.train.images) + 1) / 2, classifier)
+
+
+def distance_of_halves(images: Tensor, classifier: Path | None) -> dict[str, float]:
+    """Fréchet distance of the first half of images in [0, 1] from the second."""
+    first, second, *_ = (features(part, classifier) for part in images.split(len(images) // 2))
+    return {"real_frechet_distance": float(generative.frechet_distance(first, second))}
 
 
 def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, float]:
-    """Distances of generated images from real ones, (count, channels, height, width) each in [0, 1]: of the features of
-    a run of classify.py, or of the pixels if there is none."""
-    real, fake = real.cpu(), fake.cpu()
-    if classifier is None:
-        a, b = real.flatten(1), fake.flatten(1)
-    else:
-        trained, values = classifiers.load(classifier)
-        if trained.channels != real.shape[1]:
-            channels = f"--classifier '{classifier}' sees {trained.channels} channels"
-            raise ValueError(f"{channels}, the data has {real.shape[1]}")
-        a, b = (classifiers.features(values, trained, x) for x in (real, fake))
+    """Distances of generated images from real ones, (count, channels, height, width) each in [0, 1]."""
+    a, b = (features(x, classifier) for x in (real, fake))
     near, both = generative.density_coverage(a, b), generative.precision_recall(a, b)
     figures = {"frechet_distance": generative.frechet_distance(a, b), **both._asdict(), **near._asdict()}
     return {name: float(value) for name, value in figures.items()}
+
+
+def features(images: Tensor, classifier: Path | None) -> Tensor:
+    """What images in [0, 1] are compared by, (count, width): the features of a run of classify.py, or the pixels if
+    there is none."""
+    if classifier is None:
+        return images.cpu().flatten(1)
+    trained, values = classifiers.load(classifier)
+    if trained.channels != images.shape[1]:
+        seen = f"--classifier '{classifier}' sees {trained.channels} channels"
+        raise ValueError(f"{seen}, the data has {images.shape[1]}")
+    return classifiers.features(values, trained, images.cpu())
 
 
 def draw_frame(
@@ -272,7 +279,9 @@ def draw_training(folder: Path, title: str) -> None:
 
 
 def draw_study(folder: Path, values: tree.Tree, model: Players, data: Data, key: Tensor) -> None:
-    """The ways from one sample to another, all classes, and what each code does."""
+    """Of images: the ways from one sample to another, all classes, and what each code does."""
+    if data.mixture is not None:
+        return
     classes = len(data.classes)
     z, labels = noise(model, random.fold_in(key, 1), 16, data)
     device = z.device

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 1024  # examples whose distances to all others are computed at once
+
 
 def _features(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
     for name, x in (("real", real), ("fake", fake)):
@@ -51,15 +53,15 @@ def frechet_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Distances of the rows of a to all of b, (up to 1024, rows of b) at a time."""
+    """Distances of the rows of a to all of b, (up to ROWS, rows of b) at a time."""
     centre = b.mean(0)  # cdist computes |a|^2 + |b|^2 - 2 a b, which would lose digits far from 0
-    for rows in (a - centre).split(1024):
+    for rows in (a - centre).split(ROWS):
         yield torch.cdist(rows, b - centre)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
     """Distance of each row to its k-th nearest neighbour, the row itself not counted: (rows,)."""
-    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
+    return torch.cat([d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in _distances(x, x)])
 
 
 class PrecisionRecall(NamedTuple):
@@ -67,12 +69,6 @@ class PrecisionRecall(NamedTuple):
 
     precision: Tensor
     recall: Tensor
-
-
-def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """Fraction of the points that lie in at least one ball."""
-    hits = [(d <= radii).any(1) for d in _distances(points, centres)]
-    return torch.cat(hits).double().mean()
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
@@ -91,7 +87,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> PrecisionRecall:
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1")
     real, fake = _features(real, fake, k + 1)
-    return PrecisionRecall(_inside(fake, real, _radii(real, k)), _inside(real, fake, _radii(fake, k)))
+    real_radii, fake_radii = _radii(real, k), _radii(fake, k)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for d, radii in zip(_distances(fake, real), fake_radii.split(ROWS), strict=True):
+        precise.append((d <= real_radii).any(1))
+        recalled |= (d <= radii[:, None]).any(0)
+    return PrecisionRecall(torch.cat(precise).double().mean(), recalled.double().mean())
 
 
 class DensityCoverage(NamedTuple):
