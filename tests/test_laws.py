@@ -97,7 +97,7 @@ def preset_counts() -> dict[tuple[str, str], set[int]]:
         for preset, count in family.counts.items():
             counts[module, preset].add(count)
     for line in (Path(__file__).parents[1] / "nets" / "README.md").read_text(encoding="utf-8").splitlines():
-        if len(columns := line.split(" | ")) == 5:  # net, paper, file, presets (parameters), same numbers as
+        if len(columns := line.split(" | ")) == 6:  # net, paper, file, presets (parameters), same numbers as, run
             for preset, count in re.findall(r"`([^`]+)` \(([\d,]+)", columns[3]):
                 counts[re.match(r"`([\w/]+)\.py`", columns[2])[1], preset].add(int(count.replace(",", "")))
     return counts

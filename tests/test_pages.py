@@ -69,6 +69,16 @@ def test_links(page):
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_net_is_in_the_table_of_nets_with_its_run():
+    rows = [line.strip("| ").split(" | ") for line in read("nets/README.md").splitlines() if line.count(" | ") == 5]
+    nets, runs = [row[2] for row in rows[2:]], [row[5] for row in rows[2:]]
+    assert not [run for run in runs if not re.search(r"\]\(\.\./experiments/[A-Z]+\.md(#[\w-]+)?\)", run)]
+    files = [path.relative_to(ROOT / "nets").as_posix() for path in (ROOT / "nets").glob("*/*.py")]
+    files = [file for file in files if not re.search(r"^blocks/|^explained/|/by_name", file)]
+    files = [file for file in files if re.search(r"^(PRESETS\b|def spec\()", read(f"nets/{file}"), re.MULTILINE)]
+    assert len(files) > 40 and not [file for file in files if f"`{file}`" not in " ".join(nets)]
+
+
 def test_links_are_told_from_code_and_have_the_anchors_of_github():
     text = (
         '# A `b`: C, d_e!\n## Twice\n## Twice\n<a name="own"></a>\n```sh\n# no heading\n```\n`[x](y)` [x](z) ![](q.png)'
