@@ -222,8 +222,8 @@ def distances(real: Tensor, fake: Tensor, classifier: Path | None) -> dict[str, 
 
 
 def features(images: Tensor, classifier: Path | None) -> Tensor:
-    """What images in [0, 1] are compared by, (count, width): the features of a run of classify.py, or the pixels if
-    there is none."""
+    """Vectors by which images in [0, 1] are compared, (count, width): the features of a run of classify.py, or the
+    pixels if there is none."""
     if classifier is None:
         return images.cpu().flatten(1)
     trained, values = classifiers.load(classifier)
@@ -279,7 +279,7 @@ def draw_training(folder: Path, title: str) -> None:
 
 
 def draw_study(folder: Path, values: tree.Tree, model: Players, data: Data, key: Tensor) -> None:
-    """Of images: the ways from one sample to another, all classes, and what each code does."""
+    """The ways from one sample image to another, all classes, and what each code does; nothing for points."""
     if data.mixture is not None:
         return
     classes = len(data.classes)

@@ -7,12 +7,12 @@ from train.plots.figures import (
     curves,
     heat_map,
     histogram,
-    image_grid,
     matrix,
     panels,
     reliability,
     scatter,
 )
+from train.plots.image_grids import image_grid
 
 __all__ = [
     "COLOURS",

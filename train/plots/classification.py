@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from train.plots.figures import COLOURS, array, image_grid, matrix, panels
+from train.plots.figures import COLOURS, array, matrix, panels
+from train.plots.image_grids import image_grid
 
 
 def confusion(path: str | os.PathLike, counts: Any, classes: Sequence[str]) -> None:

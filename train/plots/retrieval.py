@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from train.plots.figures import COLOURS, INK, array, axes_in_inches, new_figure, write
+from train.plots.figures import COLOURS, INK, array, new_figure, write
+from train.plots.image_grids import axes_in_inches
 
 RIGHT, WRONG = COLOURS[2], COLOURS[1]
 """Frames of images that fit their query, and of others."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from train.plots import fonts
-from train.plots.figures import COLOURS, GRID, INK, array, axes_for, axes_in_inches, new_figure, write
+from train.plots.figures import COLOURS, GRID, INK, array, axes_for, new_figure, write
+from train.plots.image_grids import axes_in_inches
 
 FURTHER = ("#8C564B", "#78DC3C", "#7A3FD0", "#FFFFFF", "#12603A", "#B5B09A", "#1B2A80", "#FF8FB1")
 """Colours of classes after those of all plots."""
