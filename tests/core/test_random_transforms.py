@@ -1,11 +1,17 @@
 """Draws under batched keys, vmap, grad and torch.compile, on the meta device, and beside torch's own generator."""
 
+import math
+import warnings
+
 import jax
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
-from core import random
+from core import random, threefry
 from tests.core.test_random import in_jax, keys, on_cpu  # noqa: F401 - a fixture
 
 DRAWS = {
@@ -120,3 +126,44 @@ def test_draws_move_with_the_key_not_with_defaults():
         assert random.bernoulli(keys(), 0.5, (50,)).equal(random.uniform(keys(), (50,)) < 0.5)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (5, 7)])
+def test_numpy_and_torch_hash_alike(batch, shape, monkeypatch):
+    """Small eager draws are numpy's, larger ones torch's."""
+    keys = random.split(random.key(-1), math.prod(batch)).reshape(*batch, 2)
+    before = keys.clone()
+    by_numpy = random.bits(keys, shape), random.fold_in(keys, torch.full(batch, -7)), random.split(keys, 4)
+    monkeypatch.setattr(threefry, "_SMALL", -1)
+    by_torch = random.bits(keys, shape), random.fold_in(keys, torch.full(batch, -7)), random.split(keys, 4)
+    for a, b in zip(by_numpy, by_torch, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert torch.equal(keys, before)
+
+
+class Counting(TorchFunctionMode):
+    """The calls of torch that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_watches_torch_sees_every_draw():
+    """A draw that numpy makes would be a constant to it."""
+    graph = make_fx(lambda key: random.normal(key, (3,)))(random.key(0))
+    assert torch.equal(graph(random.key(1)), random.normal(random.key(1), (3,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, but train/ship offers it, and warns of every branch
+        traced = torch.jit.trace(lambda key: random.bits(key, (3,)), (random.key(0),), check_trace=False)
+    assert torch.equal(traced(random.key(1)), random.bits(random.key(1), (3,)))
+    with Counting() as mode:
+        random.bits(random.key(0), (3,))
+    assert mode.calls > 100
+    with FakeTensorMode() as fake:
+        assert isinstance(random.bits(fake.from_tensor(random.key(0)), (3,)), FakeTensor)
