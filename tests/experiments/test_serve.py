@@ -334,6 +334,8 @@ def test_pieces_join_to_the_text_and_hold_no_half_character(size):
 )
 def test_refuses_flags(argv, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    # An unreachable hub is asked for 24 seconds, with a line for each time.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in runs.refused("serve", capfd, *argv)
 
 
