@@ -19,7 +19,7 @@ _PARITY = 0x1BD11BDA
 # Eager hashing on a CPU makes about 150 passes over memory: in chunks that stay in the cache it is 10 times as fast. A
 # compiled draw is one pass.
 _CHUNK = 2**18
-# Of a few words numpy makes a hash in a third of torch's time, of this many in three quarters; of more, torch gives
+# Of so few words numpy makes a hash in a third to a half of torch's time; of more, torch gives
 # each of its threads a part.
 _SMALL = 2**16
 
