@@ -1,5 +1,5 @@
 """Threefry-2x32 with 20 rounds: a keyed hash of a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
-2, 3"), in plain tensor operations. `core.random` draws from it.
+2, 3"), in plain tensor operations, and in numpy's for small eager draws. `core.random` draws from it.
 
 Words are int32 tensors, the two's complement view of unsigned ones: compiled on a CPU, that is faster than masked
 int64, and every device has int32 arithmetic.
@@ -19,8 +19,8 @@ _PARITY = 0x1BD11BDA
 # Eager hashing on a CPU makes about 150 passes over memory: in chunks that stay in the cache it is 10 times as fast. A
 # compiled draw is one pass.
 _CHUNK = 2**18
-# Of so few words numpy makes a hash in a third to a half of torch's time; of more, torch gives
-# each of its threads a part.
+# Of so few words numpy makes a hash in a third to a half of torch's time; of more, torch gives each of its threads a
+# part.
 _SMALL = 2**16
 
 
@@ -77,7 +77,7 @@ def threefry2x32(key0: Tensor, key1: Tensor, counter0: int | Tensor, counter1: i
 
 
 def _is_small_and_plain(*words: int | Tensor) -> bool:
-    """Whether numpy may compute with them: values on a CPU that no transform wraps, and no mode or tracer watches."""
+    """True for few words on a CPU, outside of transforms, modes and tracers, to which a draw by numpy is a constant."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():

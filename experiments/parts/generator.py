@@ -209,7 +209,7 @@ def baseline(data: Data, classifier: Path | None) -> dict[str, float]:
 
 def distance_of_halves(images: Tensor, classifier: Path | None) -> dict[str, float]:
     """Fréchet distance of the first half of images in [0, 1] from the second."""
-    first, second, *_ = (features(part, classifier) for part in images.split(len(images) // 2))
+    first, second = (features(part, classifier) for part in images.split(len(images) // 2)[:2])
     return {"real_frechet_distance": float(generative.frechet_distance(first, second))}
 
 

@@ -48,8 +48,8 @@ def call(experiment: str, *argv: Any, module: Mapping[str, Any] | None = None) -
 def execute(path: Path, *argv: Any, module: Mapping[str, Any] | None = None) -> None:
     """As `runpy.run_path` does, but with one module for all: Dynamo keeps the first that it has seen of a name.
 
-    With the definitions of a `module` only what follows `if __name__ == "__main__"` is executed: a fourth of the time
-    of a script that refuses its flags, but what is compiled is then one graph too many for Dynamo.
+    With the definitions of a `module` only what follows `if __name__ == "__main__"` is executed, which is quick where
+    flags are refused. Nothing may be compiled then: Dynamo would count the graphs of all tests as of one function.
     """
     code = ast.parse(path.read_text(encoding="utf-8"), path)
     if module is not None:
